@@ -1,0 +1,321 @@
+"""Running a recipe: the SQL that it means, and what each step did.
+
+Here belongs the way from a relation of rows and scores to the rows that stay. Where the relation
+comes from, and where the result goes, does not.
+
+A step is a predicate over one row. `where` is one as it stands; `keep_top` becomes one when the
+value of the last row that stays is known: `score > t OR (score = t AND uid <= u)`. So nothing is
+sorted to choose, no intermediate table is written, and the predicate that chose a row later explains
+it.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from selection.recipes import KeepTop, Recipe, Step
+from selection.uids import format_uids, subset_array
+
+_BINS = 4096
+_SORTABLE = 1 << 17
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        step: Its number, from 1.
+        kind: `where` or `keep_top`.
+        text: The step in one line.
+        score: The score that was ranked, for a `keep_top`.
+        entered: Rows that reached the step.
+        kept: Rows that stayed.
+        left: Rows that did not: entered - kept.
+        wanted: Rows that a fraction or a count asked for.
+        threshold: Smallest value that was kept; for `threshold`, the value that was asked for.
+        tie_uid: Where some rows at the threshold stayed and others not, the largest uid that stayed.
+        predicate: The step as SQL over one row's f0, f1 and columns.
+        note: What a reader should know besides.
+    """
+
+    step: int
+    kind: str
+    text: str
+    score: str | None
+    entered: int
+    kept: int
+    left: int
+    wanted: int | None
+    threshold: float | None
+    tie_uid: str | None
+    predicate: str
+    note: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the report as JSON values; floats read back as the same floats."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that a recipe chose, as a query over its source, which has to stay as it is.
+
+    Attributes:
+        recipe: The recipe's name.
+        source_rows: Rows that the recipe began with.
+        rows: Rows that stayed after all steps.
+        steps: One report a step.
+        con: The connection that holds the source.
+        sql: The query of the manifest.
+        uid_sql: The query of f0 and f1.
+    """
+
+    recipe: str
+    source_rows: int
+    rows: int
+    steps: tuple[StepReport, ...]
+    con: duckdb.DuckDBPyConnection
+    sql: str
+    uid_sql: str
+
+    def manifest(self) -> duckdb.DuckDBPyRelation:
+        """Give the chosen rows, sorted by (f0, f1).
+
+        Returns:
+            uid, f0, f1, shard, key, and for each `keep_top` step n the columns `step{n}_value` (float64)
+            and `step{n}_rank` (int64, from 1, among the rows that entered the step, by value downwards
+            and uid upwards).
+        """
+        return self.con.sql(self.sql)
+
+    def subset(self) -> NDArray[np.void]:
+        """Give the chosen uids as DataComp's array, sorted by (f0, f1)."""
+        words = self.con.execute(self.uid_sql).fetchnumpy()
+        return subset_array(np.asarray(words["f0"]), np.asarray(words["f1"]))
+
+
+def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: str = "source") -> Selection:
+    """Choose rows.
+
+    Args:
+        con: A DuckDB connection.
+        name: The recipe's name, for messages.
+        recipe: The recipe.
+        source: Name of a relation in `con` with f0, f1 (unsigned 64-bit, unique as pairs), shard, key and
+            every column of `recipe.columns()`: the rows that the recipe begins with.
+
+    Returns:
+        The chosen rows and a report for each step.
+
+    Raises:
+        ValueError: A step keeps nothing, a score that is ranked is NaN, NULL or infinite, a predicate
+            does not fit the columns' types, or the source is empty. The message names recipe and step.
+    """
+    relation = quoted(source)
+    total = _one(con, f"SELECT count(*) FROM {relation}")[0]
+    if not total:
+        raise ValueError(f"recipe {name}: its source has no rows, so there is nothing to choose from.")
+    reports: list[StepReport] = []
+    entered = total
+    for number, step in enumerate(recipe.steps, start=1):
+        conditions = [_condition(report.predicate) for report in reports]
+        rows = f"FROM {relation} WHERE {' AND '.join(conditions) or 'true'}"
+        try:
+            report = _run(con, step, number, rows, entered, total)
+        except (duckdb.Error, _StepError) as error:
+            raise ValueError(f"recipe {name}, step {number} ({step.text}): {error}") from error
+        reports.append(report)
+        entered = report.kept
+    conditions = [_condition(report.predicate) for report in reports]
+    return Selection(
+        recipe=name,
+        source_rows=total,
+        rows=entered,
+        steps=tuple(reports),
+        con=con,
+        sql=_manifest_sql(relation, reports),
+        uid_sql=f"SELECT f0, f1 FROM {relation} WHERE {' AND '.join(conditions) or 'true'}",
+    )
+
+
+def quoted(name: str) -> str:
+    """Write a name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+class _StepError(Exception):
+    """A step that can't be carried out; `select` adds recipe and step to the message."""
+
+
+def _run(con: duckdb.DuckDBPyConnection, step: Step, number: int, rows: str, entered: int, total: int) -> StepReport:
+    wanted = threshold = tie_uid = note = None
+    if step.keep_top is None:
+        predicate = f"({step.where}\n)"
+    else:
+        top = step.keep_top
+        wanted = _wanted(top, total)
+        least, most = _range(con, top.score, rows)
+        threshold = top.threshold
+        if threshold is None:
+            assert wanted is not None
+            if wanted > entered:
+                note = f"{entered} rows entered, fewer than the {wanted} wanted: all stay"
+            threshold, tie = _cut(con, top.score, rows, min(wanted, entered), least, most)
+            tie_uid = format_uids(*(np.array([word], dtype=np.uint64) for word in tie))[0] if tie else None
+        else:
+            tie = None
+        predicate = _keep_predicate(top.score, threshold, tie)
+    kept = _one(con, f"SELECT count(*) {rows} AND {_condition(predicate)}")[0]
+    if not kept:
+        largest = "" if step.keep_top is None else f" (the largest value is {most!r})"
+        raise _StepError(
+            f"none of the {entered} rows that entered stays{largest}, and an empty subset can't be "
+            "trained on. Remedy: loosen this step."
+        )
+    return StepReport(
+        step=number,
+        kind=step.kind,
+        text=step.text,
+        score=step.keep_top.score if step.keep_top else None,
+        entered=entered,
+        kept=kept,
+        left=entered - kept,
+        wanted=wanted,
+        threshold=threshold,
+        tie_uid=tie_uid,
+        predicate=predicate,
+        note=note,
+    )
+
+
+def _wanted(top: KeepTop, total: int) -> int | None:
+    wanted = top.wanted(total)
+    if wanted == 0:
+        raise _StepError(
+            f"fraction {top.fraction!r} of the {total} rows that the recipe began with is less than one row, "
+            f"so nothing would be kept. Remedy: a fraction of at least 1/{total}, or a larger pool."
+        )
+    return wanted
+
+
+def _range(con: duckdb.DuckDBPyConnection, score: str, rows: str) -> tuple[float, float]:
+    """Give the least and the largest value; refuse values that have no place in an order."""
+    value = _value(score)
+    unusable = f"NOT coalesce(isfinite({value}), false)"
+    least, most, bad = _one(con, f"SELECT min({value}), max({value}), count(*) FILTER (WHERE {unusable}) {rows}")
+    if bad:
+        f0, f1, found = _one(con, f"SELECT f0, f1, {value} {rows} AND {unusable} ORDER BY f0, f1 LIMIT 1")
+        uid = format_uids(np.array([f0], dtype=np.uint64), np.array([f1], dtype=np.uint64))[0]
+        raise _StepError(
+            f"{score} is {'NULL' if found is None else found} for uid {uid} ({bad} such rows in all), "
+            f"which has no rank. Remedy: compute the score again, or drop such rows first with "
+            f"where: 'isfinite({quoted(score)})'."
+        )
+    return least, most
+
+
+def _cut(
+    con: duckdb.DuckDBPyConnection, score: str, rows: str, keep: int, least: float, most: float
+) -> tuple[float, tuple[int, int] | None]:
+    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1)."""
+    value = _value(score)
+    threshold = _kth_largest(con, value, rows, keep, least, most)
+    literal = _literal(threshold)
+    above, equal = _one(
+        con,
+        f"SELECT count(*) FILTER (WHERE {value} > {literal}), count(*) FILTER (WHERE {value} = {literal}) {rows}",
+    )
+    if above + equal == keep:
+        return threshold, None
+    tie = _one(
+        con,
+        f"SELECT f0, f1 {rows} AND {value} = {literal} ORDER BY f0, f1 LIMIT 1 OFFSET {keep - above - 1}",
+    )
+    return threshold, (tie[0], tie[1])
+
+
+def _kth_largest(con: duckdb.DuckDBPyConnection, value: str, rows: str, k: int, least: float, most: float) -> float:
+    """Find the k-th largest value, exactly, in a few passes and without sorting the rows.
+
+    Each pass counts the values in equal bins of [least, most] and goes on with the bin that holds the
+    k-th; a bin that is small, or that the bins can't divide further, is sorted.
+    """
+    within, size = rows, float("inf")
+    while least != most and size > _SORTABLE:
+        bins = con.execute(
+            f"""
+            SELECT min({value}), max({value}), count(*) {within}
+            GROUP BY least({_BINS - 1}, floor(
+                ({value} - {_literal(least)}) / ({_literal(most)} - {_literal(least)}) * {_BINS}))
+            ORDER BY 1 DESC
+            """
+        ).fetchall()
+        undivided = len(bins) == 1
+        for bin_ in bins:
+            least, most, size = bin_
+            if k <= size:
+                break
+            k -= size
+        within = f"{rows} AND {value} BETWEEN {_literal(least)} AND {_literal(most)}"
+        if undivided:
+            break
+    if least == most:
+        return least
+    return _one(con, f"SELECT {value} {within} ORDER BY 1 DESC LIMIT 1 OFFSET {k - 1}")[0]
+
+
+def _value(score: str) -> str:
+    """Write a score as a float64 with one zero: DuckDB sorts -0.0 before 0.0 yet calls them equal."""
+    return f"({quoted(score)}::DOUBLE + 0.0)"
+
+
+def _literal(number: float) -> str:
+    """Write a float64 so that DuckDB reads the same float64; a bare 0.1 would be a decimal."""
+    return f"'{number!r}'::DOUBLE"
+
+
+def _keep_predicate(score: str, threshold: float, tie: tuple[int, int] | None) -> str:
+    value, literal = f"{quoted(score)}::DOUBLE", _literal(threshold)
+    if tie is None:
+        return f"{value} >= {literal}"
+    f0, f1 = (f"{word}::UBIGINT" for word in tie)
+    return f"{value} > {literal} OR ({value} = {literal} AND (f0 < {f0} OR (f0 = {f0} AND f1 <= {f1})))"
+
+
+def _condition(predicate: str) -> str:
+    return f"({predicate})"
+
+
+def _manifest_sql(relation: str, reports: list[StepReport]) -> str:
+    """Write the query of the manifest.
+
+    The rows that a `keep_top` keeps are the first of those that entered, so their ranks among the kept
+    are their ranks among the entered.
+    """
+    query = relation
+    columns = ["f0", "f1", "shard", "key"]
+    pending: list[str] = []
+    for report in reports:
+        pending.append(_condition(report.predicate))
+        if report.score is not None:
+            value = _value(report.score)
+            query = (
+                f"(SELECT *, {value} AS step{report.step}_value, row_number() OVER "
+                f"(ORDER BY {value} DESC, f0, f1) AS step{report.step}_rank "
+                f"FROM {query} WHERE {' AND '.join(pending)})"
+            )
+            columns += [f"step{report.step}_value", f"step{report.step}_rank"]
+            pending = []
+    return (
+        "SELECT lower(lpad(to_hex(f0), 16, '0') || lpad(to_hex(f1), 16, '0')) AS uid, "
+        f"{', '.join(columns)} FROM {query} WHERE {' AND '.join(pending) or 'true'} ORDER BY f0, f1"
+    )
+
+
+def _one(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """Run a query of one row; `fetchall`, because a result left open blocks its connection."""
+    return con.execute(sql).fetchall()[0]
