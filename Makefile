@@ -1,0 +1,37 @@
+# `make demo` and `make test` need Python 3.11, make and a package index; nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= config/demo.yaml
+
+.PHONY: demo ui test check bench format clean
+
+demo: $(VENV)/.installed  ## make the demo's pool, run everything on it, print the truth table
+	$(BIN)/python -m examples.demo
+
+ui: $(VENV)/.installed  ## open Dagster on http://127.0.0.1:3000
+	$(BIN)/clip-select ui $(CONFIG)
+
+test: $(VENV)/.installed  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed  ## measure, as ratios within one run
+	$(BIN)/python -m benchmarks
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the demo made
+	rm -rf .demo
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The nodes of the lineage graph, one module each; every module reads, calls `selection` once, and writes."""

@@ -1,0 +1,273 @@
+"""A project: the YAML that a user edits, checked, and the pool, encoders, targets and lake that it names.
+
+Here: the model of the file, its error messages, and one object that opens what the file names when it is asked
+for. Not here: what is computed (the assets), nor how a pool or an encoder works (`resources`).
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from resources.encoders import Encoder
+from resources.lake import Lake
+from resources.pools import RAW_POOL_SCHEMA, Pool, open_pool
+from resources.settings import EncoderSettings, Location, PoolSettings, TargetSettings
+from resources.targets import Target, open_target
+from selection.recipes import Recipe, check_recipes
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class ConfigError(Exception):
+    """The project's YAML is wrong; the message names the file, the field and the remedy."""
+
+
+class NegClipLossSettings(BaseModel):
+    """How one encoder's negCLIPLoss is computed (arXiv 2405.19547; `docs/methods.md`).
+
+    The defaults are the paper's. `temperature` is the encoder's own unless it is given. The estimator
+    `reference_negatives` scores every row against the same draws; `random_partitions` is the paper's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float | None = Field(default=None, ge=0.001, le=10.0)
+    batch_size: int = Field(default=32_768, ge=1)
+    draws: int = Field(default=10, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    estimator: Literal["reference_negatives", "random_partitions"] = "reference_negatives"
+    coverage: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="share of the pool's shards that must have embeddings before negatives are drawn",
+    )
+
+
+class ScoreSettings(BaseModel):
+    """Which scores are computed; what is left out is computed for every encoder and target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clip_score: tuple[Name, ...] | None = None
+    neg_clip_loss: dict[Name, NegClipLossSettings] | None = None
+    norm_sim: dict[Name, tuple[Name, ...]] | None = None
+
+
+class ProjectSettings(BaseModel):
+    """The YAML of a project."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    lake: Location
+    pool: PoolSettings
+    encoders: dict[Name, EncoderSettings] = Field(min_length=1)
+    targets: dict[Name, TargetSettings] = Field(default_factory=dict)
+    scores: ScoreSettings = ScoreSettings()
+    recipes: dict[Name, Recipe] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "ProjectSettings":
+        scores = self.scores
+        for field, names in (
+            ("scores.clip_score", scores.clip_score or ()),
+            ("scores.neg_clip_loss", scores.neg_clip_loss or ()),
+            ("scores.norm_sim", scores.norm_sim or ()),
+        ):
+            for name in names:
+                if name not in self.encoders:
+                    raise ValueError(f"{field}: there is no encoder {name!r}. Remedy: one of {sorted(self.encoders)}")
+        for encoder, targets in (scores.norm_sim or {}).items():
+            for target in targets:
+                if target not in self.targets:
+                    raise ValueError(
+                        f"scores.norm_sim.{encoder}: there is no target {target!r}. "
+                        f"Remedy: one of {sorted(self.targets)}"
+                    )
+        for encoder, targets in self.norm_sim.items():
+            for target in targets:
+                settings = self.targets[target]
+                if encoder in settings.features:
+                    continue
+                if settings.path is None:
+                    raise ValueError(
+                        f"targets.{target}: no features for encoder {encoder!r} and no images. Remedy: give "
+                        f"features.{encoder} or path, or leave the pair out of scores.norm_sim"
+                    )
+                if self.encoders[encoder].model is None:
+                    raise ValueError(
+                        f"targets.{target}: encoder {encoder!r} has no model to embed images with. Remedy: give "
+                        f"features.{encoder}, or leave the pair out of scores.norm_sim"
+                    )
+        check_recipes(
+            self.recipes,
+            scores=self.score_columns,
+            pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
+        )
+        return self
+
+    @property
+    def clip_score(self) -> tuple[str, ...]:
+        """Name the encoders that CLIPScore is computed with."""
+        return tuple(self.encoders) if self.scores.clip_score is None else self.scores.clip_score
+
+    @property
+    def neg_clip_loss(self) -> Mapping[str, NegClipLossSettings]:
+        """Give the encoders that negCLIPLoss is computed with, and how."""
+        if self.scores.neg_clip_loss is None:
+            return {encoder: NegClipLossSettings() for encoder in self.encoders}
+        return self.scores.neg_clip_loss
+
+    @property
+    def norm_sim(self) -> Mapping[str, tuple[str, ...]]:
+        """Give the encoders that NormSim is computed with, and against which targets."""
+        if self.scores.norm_sim is None:
+            return {encoder: tuple(self.targets) for encoder in self.encoders if self.targets}
+        return self.scores.norm_sim
+
+    @property
+    def score_assets(self) -> dict[str, tuple[str, ...]]:
+        """Give the value columns of every score asset, by the asset's key."""
+        assets: dict[str, tuple[str, ...]] = {}
+        for encoder in self.clip_score:
+            assets[f"clip_score/{encoder}"] = ("clip_score",)
+        for encoder in self.neg_clip_loss:
+            assets[f"neg_clip_loss/{encoder}"] = ("neg_clip_loss", "neg_clip_loss_stderr")
+        for encoder, targets in self.norm_sim.items():
+            for target in targets:
+                assets[f"norm_sim/{encoder}/{target}"] = ("norm_sim_2", "norm_sim_inf", "nearest_target")
+        return assets
+
+    @property
+    def score_columns(self) -> dict[str, tuple[str, str]]:
+        """Give every score by its name in recipes: the asset that holds it and its column there."""
+        return {
+            f"{column}/{asset.split('/', 1)[1]}": (asset, column)
+            for asset, columns in self.score_assets.items()
+            for column in columns
+        }
+
+
+def load_settings(path: Path) -> ProjectSettings:
+    """Read and check a project's YAML.
+
+    Args:
+        path: the file. Relative paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or wrong; one message names every wrong field.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Remedy: give the path of a project's YAML")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping with name, lake, pool, encoders, recipes")
+    try:
+        return ProjectSettings.model_validate(document, context={"base": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "no such field. Remedy: check its spelling and where it is indented"
+        elif problem["type"] == "missing":
+            message = "is missing. Remedy: add it"
+        elif problem["type"] == "string_pattern_mismatch":
+            message = f"{message}. Remedy: letters, digits and _ only, not a digit first"
+        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        lines.append(f"{field}: {message}{given}" if field else message)
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+class Project:
+    """The opened project. Nothing is read before it is asked for.
+
+    Args:
+        settings: the checked YAML.
+        config: path of the YAML, for messages.
+
+    Attributes:
+        on_progress: called as `on_progress(asset, shard, rows)` while rows are worked through; the headless
+            command draws its progress bar from it.
+    """
+
+    def __init__(self, settings: ProjectSettings, config: Path) -> None:
+        self.settings = settings
+        self.config = config
+        self.lake = Lake(settings.lake)
+        self.on_progress: Callable[[str, str, int], None] = _no_progress
+        self._encoders: dict[str, Encoder] = {}
+        self._listing: dict[str, str] | None = None
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The pool that shards are read from."""
+        return open_pool(self.settings.pool, self.settings.encoders)
+
+    def listing(self) -> dict[str, str]:
+        """Give the pool's shards and their fingerprints, as last seen."""
+        if self._listing is None:
+            self._listing = self.pool.list_shards()
+        return self._listing
+
+    def look_again(self) -> None:
+        """Forget what the pool's folder and the target sets looked like."""
+        self._listing = None
+
+    def encoder(self, name: str) -> Encoder:
+        """Give an encoder; its model is loaded when it first embeds something."""
+        if name not in self._encoders:
+            self._encoders[name] = Encoder(name, self.settings.encoders[name])
+        return self._encoders[name]
+
+    def catalog_path(self) -> Path:
+        """Give the path of the catalog, which needs a lake in a local folder."""
+        return self.lake.local_root() / "catalog.duckdb"
+
+    def target(self, name: str) -> Target:
+        """Give a target set."""
+        return open_target(name, self.settings.targets[name])
+
+    def temperature(self, encoder: str) -> float:
+        """Give the temperature of an encoder's negCLIPLoss: the score's, else the encoder's own."""
+        given = self.settings.neg_clip_loss[encoder].temperature
+        return self.encoder(encoder).temperature() if given is None else given
+
+
+def _no_progress(asset: str, shard: str, rows: int) -> None:
+    """Draw nothing; the default outside the headless command."""
+    del asset, shard, rows
+
+
+def open_project(config: Path) -> Project:
+    """Open the project of a YAML file.
+
+    Raises:
+        ConfigError: see `load_settings`.
+    """
+    return Project(load_settings(config), config)
+
+
+def json_settings(model: BaseModel) -> dict[str, Any]:
+    """Give a settings model as JSON values, for provenance."""
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True)

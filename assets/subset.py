@@ -1,0 +1,332 @@
+"""`subset/<recipe>`: the samples that a recipe selects, why, and from what. Every materialization stays.
+
+The subset is built from the shards whose scores are complete and belong together; the others are named in the
+lineage record with the reason.
+"""
+
+import hashlib
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import duckdb
+import numpy as np
+
+from assets.project import Project, json_settings
+from assets.sharded import NotReady, ShardAsset
+from resources.lake import digest
+from resources.source import source_relation
+from resources.versions import Version, Versions
+from selection.recipes import Recipe
+from selection.selecting import Selection, select
+from selection.uids import parse_uids, subset_array
+
+CODE_VERSION = "1"
+PACKAGES = ("clip-data-selection", "dagster", "duckdb", "numpy", "open_clip_torch", "pillow", "pyarrow", "torch")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a subset would be built from now.
+
+    Attributes:
+        shards: for each usable shard, the fingerprints of what is read of it, by asset.
+        missing: for each other shard, the reason.
+        source: kind, name and fingerprint of what the recipe begins with.
+    """
+
+    shards: Mapping[str, Mapping[str, str]]
+    missing: Mapping[str, str]
+    source: Mapping[str, str]
+
+    def fingerprint(self, recipe: Recipe) -> str:
+        """Give the fingerprint of the subset that they lead to."""
+        return digest(
+            {
+                "code_version": CODE_VERSION,
+                "recipe": recipe.definition(),
+                "shards": {shard: dict(read) for shard, read in self.shards.items()},
+                "source": dict(self.source),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class SubsetAsset:
+    """A recipe's subset.
+
+    Attributes:
+        key: `subset/<recipe>`.
+        recipe: name of the recipe.
+        inputs: gives what the subset would be built from now; raises NotReady.
+        definition: the Dagster asset.
+    """
+
+    key: str
+    recipe: str
+    model: Recipe
+    inputs: Any
+    definition: dg.AssetsDefinition
+
+    def is_fresh(self, project: Project) -> bool:
+        """Tell whether the newest version is what a run would write; False also when inputs are missing."""
+        current = Versions(project.lake, self.recipe).current()
+        if current is None:
+            return False
+        try:
+            return bool(current.lineage["fingerprint"] == self.inputs().fingerprint(self.model))
+        except NotReady:
+            return False
+
+
+def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> SubsetAsset:
+    """Make the asset `subset/<recipe>`.
+
+    Args:
+        project: the project.
+        name: the recipe's name.
+        sharded: the project's assets of shards, by key.
+    """
+    recipe = project.settings.recipes[name]
+    key = f"subset/{name}"
+    scores = {score: project.settings.score_columns[score] for score in recipe.columns().scores}
+    score_assets = sorted({asset for asset, _ in scores.values()})
+    deps = ["raw_pool", *score_assets, *([f"subset/{recipe.source}"] if recipe.source_kind == "recipe" else [])]
+
+    def inputs() -> Inputs:
+        return _inputs(project, recipe, score_assets, sharded)
+
+    @dg.asset(
+        key=dg.AssetKey(key.split("/")),
+        deps=[dg.AssetKey(dep.split("/")) for dep in deps],
+        code_version=CODE_VERSION,
+        group_name="subsets",
+        kinds={"duckdb", "parquet"},
+        description="\n\n".join(filter(None, [recipe.description, *(f"- {step.text}" for step in recipe.steps)])),
+        metadata={"recipe": dg.MetadataValue.json(recipe.definition())},
+    )
+    def body() -> dg.MaterializeResult:
+        project.look_again()
+        versions = Versions(project.lake, name)
+        try:
+            found = inputs()
+        except NotReady as error:
+            raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
+        current = versions.current()
+        if current is None or current.lineage["fingerprint"] != found.fingerprint(recipe):
+            current = _choose(project, name, recipe, scores, found)
+        return dg.MaterializeResult(
+            metadata=_metadata(current), data_version=dg.DataVersion(current.lineage["fingerprint"])
+        )
+
+    return SubsetAsset(key, name, recipe, inputs, body)
+
+
+def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]) -> Inputs:
+    shards: dict[str, dict[str, str]] = {}
+    missing: dict[str, str] = {}
+    for shard in sorted(project.listing()):
+        try:
+            shards[shard] = _shard_inputs(project, shard, score_assets, sharded)
+        except NotReady as error:
+            missing[shard] = str(error)
+    if not shards:
+        reasons = "; ".join(sorted(set(missing.values()))[:3])
+        raise NotReady(f"no shard has all that the recipe reads: {reasons}")
+    return Inputs(shards, missing, _source(project, recipe))
+
+
+def _shard_inputs(
+    project: Project, shard: str, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]
+) -> dict[str, str]:
+    read = {}
+    pool = project.lake.stored("raw_pool", shard)
+    if pool is None:
+        raise NotReady("raw_pool is not there yet. Remedy: materialize it first")
+    read["raw_pool"] = pool.fingerprint
+    for asset in score_assets:
+        stored = project.lake.stored(asset, shard)
+        if stored is None:
+            raise NotReady(f"{asset} is not there yet. Remedy: materialize it first")
+        embeddings = next(dep for dep in sharded[asset].deps if dep.startswith("embeddings/"))
+        for upstream in (embeddings, asset):
+            if not sharded[upstream].is_fresh(project, shard):
+                raise NotReady(f"{upstream} is out of date. Remedy: materialize it")
+        read[asset] = stored.fingerprint
+    return read
+
+
+def _source(project: Project, recipe: Recipe) -> dict[str, str]:
+    if recipe.source_kind == "pool":
+        return {"kind": "pool", "name": "pool"}
+    if recipe.source_kind == "recipe":
+        version = Versions(project.lake, recipe.source).current()
+        if version is None:
+            raise NotReady(f"subset/{recipe.source} is not there yet. Remedy: materialize it first")
+        return {
+            "kind": "recipe",
+            "name": recipe.source,
+            "version": version.name,
+            "fingerprint": version.lineage["fingerprint"],
+        }
+    path = _uid_list(project, recipe)
+    if not path.is_file():
+        raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe's `from`")
+    return {
+        "kind": "uids",
+        "name": recipe.source,
+        "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def _uid_list(project: Project, recipe: Recipe) -> Path:
+    return project.config.resolve().parent / recipe.source
+
+
+def _choose(
+    project: Project, name: str, recipe: Recipe, scores: Mapping[str, tuple[str, str]], inputs: Inputs
+) -> Version:
+    """Run the recipe and write a new version."""
+    lake = project.lake
+    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
+        con.execute("SET temp_directory = ?", [spill])
+        duplicates = source_relation(
+            con,
+            "source",
+            raw_pool=[(shard, lake.path("raw_pool", shard)) for shard in inputs.shards],
+            scores={
+                score: (column, {shard: lake.path(asset, shard) for shard in inputs.shards})
+                for score, (asset, column) in scores.items()
+            },
+            pool_columns=recipe.columns().pool,
+        )
+        relation, source_uids = _begin(con, project, recipe, inputs)
+        selection = select(con, name, recipe, relation)
+        return Versions(lake, name).write(
+            selection.manifest().to_arrow_table(),
+            selection.subset(),
+            _lineage(project, name, recipe, selection, inputs, duplicates),
+            source_uids,
+        )
+
+
+def _begin(
+    con: duckdb.DuckDBPyConnection, project: Project, recipe: Recipe, inputs: Inputs
+) -> tuple[str, np.ndarray | None]:
+    """Restrict the pool to what the recipe begins with.
+
+    Returns:
+        The relation's name, and the uid list where the recipe begins with one.
+    """
+    if recipe.source_kind == "pool":
+        return "source", None
+    if recipe.source_kind == "recipe":
+        manifest = Versions(project.lake, recipe.source).read(inputs.source["version"]).manifest
+        con.execute(f"CREATE TEMP TABLE wanted AS SELECT f0, f1 FROM read_parquet('{manifest}')")
+        uids = None
+    else:
+        uids = _read_uid_list(_uid_list(project, recipe))
+        con.register("listed", {"f0": uids["f0"], "f1": uids["f1"]})
+        con.execute("CREATE TEMP TABLE wanted AS SELECT DISTINCT f0, f1 FROM listed")
+    con.execute("CREATE TEMP TABLE begun AS SELECT * FROM source SEMI JOIN wanted USING (f0, f1)")
+    return "begun", uids
+
+
+def _read_uid_list(path: Path) -> np.ndarray:
+    """Read a uid list.
+
+    Raises:
+        ValueError: the file is not DataComp's array, or a line is not a uid; the message names the file.
+    """
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            if array.dtype != np.dtype("u8,u8"):
+                raise ValueError(f"its dtype is {array.dtype}, not u8,u8")
+            return np.unique(array)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return np.unique(subset_array(*parse_uids([line for line in lines if line])))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a uid list: {error}") from error
+
+
+def _lineage(
+    project: Project, name: str, recipe: Recipe, selection: Selection, inputs: Inputs, duplicates: int
+) -> dict[str, Any]:
+    """Give the record from which the subset can be understood, and made again."""
+    settings = project.settings
+    scores = [settings.score_columns[score][0] for score in recipe.columns().scores]
+    encoders = sorted({asset.split("/")[1] for asset in scores})
+    wholes = {
+        dep: project.lake.stored(dep)
+        for asset in scores
+        for dep in _whole_inputs(project, asset, next(iter(inputs.shards)))
+    }
+    return {
+        "format": 1,
+        "recipe": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "fingerprint": inputs.fingerprint(recipe),
+        "definition": recipe.definition(),
+        "source": {**inputs.source, "rows": selection.source_rows, "duplicates": duplicates},
+        "steps": [report.as_dict() for report in selection.steps],
+        "rows": selection.rows,
+        "shards": {shard: dict(read) for shard, read in inputs.shards.items()},
+        "shards_missing": dict(inputs.missing),
+        "encoders": {encoder: project.encoder(encoder).identity() for encoder in encoders},
+        "temperatures": {e: project.temperature(e) for e in encoders if e in settings.neg_clip_loss},
+        "scores": {
+            "neg_clip_loss": {
+                e: json_settings(settings.neg_clip_loss[e]) for e in encoders if e in settings.neg_clip_loss
+            }
+        },
+        "inputs": {
+            key: {"fingerprint": stored.fingerprint, "provenance": stored.provenance.as_dict(), **stored.summary}
+            for key, stored in wholes.items()
+            if stored is not None
+        },
+        "code_version": CODE_VERSION,
+        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def _whole_inputs(project: Project, asset: str, shard: str) -> list[str]:
+    """Name the unpartitioned assets that a score was computed with: negatives, targets."""
+    stored = project.lake.stored(asset, shard)
+    names = stored.provenance.inputs if stored is not None else {}
+    return [name for name in names if name.split("/")[0] in ("negatives", "target_embeddings")]
+
+
+def _metadata(version: Version) -> dict[str, Any]:
+    """Give what the UI shows of a version: rows, funnel, and the shards that are not in it."""
+    lineage = version.lineage
+    metadata: dict[str, Any] = {
+        "dagster/row_count": lineage["rows"],
+        "version": version.name,
+        "fraction_of_source": lineage["rows"] / lineage["source"]["rows"],
+        "funnel": dg.MetadataValue.md(funnel_markdown(lineage)),
+        "shards": len(lineage["shards"]),
+        "shards_missing": len(lineage["shards_missing"]),
+        "duplicates_left_out": lineage["source"]["duplicates"],
+        "folder": dg.MetadataValue.path(version.folder),
+    }
+    if lineage["shards_missing"]:
+        listed = [f"- {shard}: {why}" for shard, why in list(lineage["shards_missing"].items())[:50]]
+        metadata["shards_missing_why"] = dg.MetadataValue.md("\n".join(listed))
+    return metadata
+
+
+def funnel_markdown(lineage: Mapping[str, Any]) -> str:
+    """Give the funnel of a lineage record as a Markdown table."""
+    rows = ["| step | entered | kept | of source | threshold |", "|---|---:|---:|---:|---:|"]
+    total = lineage["source"]["rows"]
+    for step in lineage["steps"]:
+        threshold = "" if step["threshold"] is None else f"{step['threshold']:.6g}"
+        text = step["text"].replace("|", "\\|")
+        rows.append(f"| {text} | {step['entered']:,} | {step['kept']:,} | {step['kept'] / total:.1%} | {threshold} |")
+    return "\n".join(rows)

@@ -1,0 +1,219 @@
+"""`clip-select`: the project from a terminal. `run` makes everything, `ui` opens Dagster, `explain` asks why.
+
+What a pass does is in `headless`; here are only arguments, the instance's folder and what is printed.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from assets.graph import Graph, build_graph
+from assets.project import ConfigError, Project, open_project
+from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
+from dagster_project.headless import Outcome, materialize
+from resources.catalog import read_catalog
+from resources.encoders import EncoderError
+from resources.lake import LakeError
+from resources.pools import PoolError
+from resources.targets import TargetError
+from resources.versions import Versions
+
+EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give the exit status."""
+    parser = argparse.ArgumentParser(prog="clip-select", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("run", "discover shards, make what is missing or out of date, select, print the funnel"),
+        ("ui", "open Dagster on the project"),
+        ("explain", "say what every recipe did with a sample"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", type=Path, nargs="?", default=DEMO_CONFIG, help="the project's YAML")
+        if name == "run":
+            command.add_argument("--redraw-negatives", action="store_true", help="draw the negatives again")
+        elif name == "ui":
+            command.add_argument("--port", type=int, default=3000)
+        else:
+            command.add_argument("--uid", required=True, help="32 hexadecimal characters")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        project = open_project(options.config)
+        if options.command == "run":
+            return run(project, console, redraw=options.redraw_negatives)
+        if options.command == "explain":
+            return explain(project, options.uid, console)
+        return ui(project, options.port)
+    except EXPECTED_ERRORS as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", end="")
+        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        return 2
+
+
+def run(project: Project, console: Console, *, redraw: bool = False) -> int:
+    """Bring a project up to date and print what came of it; 1 if anything failed."""
+    with open_instance(project) as instance:
+        graph = build_graph(project)
+        with _progress(project, console) as notice:
+            outcome = materialize(project, graph, instance, notice=notice, redraw=redraw)
+    print_outcome(project, graph, outcome, console)
+    return 1 if outcome.failures else 0
+
+
+def ui(project: Project, port: int) -> int:
+    """Open Dagster on 127.0.0.1 in the place of this process."""
+    home = prepare_home(project)
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": str(home),
+        CONFIG_VARIABLE: str(project.config.resolve()),
+    }
+    dagster = Path(sys.executable).parent / "dagster"
+    arguments = ["-m", "dagster_project.definitions", "-h", "127.0.0.1", "-p", str(port)]
+    os.execve(dagster, ["dagster", "dev", *arguments], environment)
+
+
+def explain(project: Project, uid: str, console: Console) -> int:
+    """Print what every recipe did with a sample."""
+    with read_catalog(project.catalog_path()) as con:
+        found = con.execute("FROM explain(?)", [uid])
+        table = Table(*[column[0] for column in found.description or ()])
+        for row in found.fetchall():
+            table.add_row(*("" if value is None else str(value) for value in row))
+    console.print(table)
+    return 0
+
+
+def prepare_home(project: Project) -> Path:
+    """Give the folder of the Dagster instance: DAGSTER_HOME, else a folder in the lake.
+
+    A project has an instance of its own, because shard names are partitions and every pool has a `00000`.
+    """
+    given = os.environ.get("DAGSTER_HOME")
+    home = Path(given) if given else project.lake.local_root() / ".dagster"
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "dagster.yaml").exists():
+        shutil.copy(Path(__file__).with_name("dagster.yaml"), home / "dagster.yaml")
+    return home
+
+
+@contextmanager
+def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
+    """Open the project's Dagster instance."""
+    home = prepare_home(project)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield instance
+
+
+@contextmanager
+def _progress(project: Project, console: Console) -> Iterator["_Bars"]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars = _Bars(project, progress)
+        project.on_progress = bars.advance
+        yield bars
+        bars.finish()
+
+
+class _Bars:
+    """One progress bar an asset."""
+
+    def __init__(self, project: Project, progress: Progress) -> None:
+        self.project = project
+        self.progress = progress
+        self.asset = ""
+        self.task: int | None = None
+
+    def __call__(self, asset: str, shards: int) -> None:
+        """Begin an asset's bar."""
+        self.finish()
+        rows = 0
+        if shards and asset != "raw_pool":
+            rows = sum(
+                stored.rows
+                for shard in self.project.listing()
+                if (stored := self.project.lake.stored("raw_pool", shard)) is not None
+            )
+        text = f"{asset} ({shards} shards)" if shards else asset
+        self.asset = asset
+        self.task = self.progress.add_task(text, total=rows or None)
+
+    def advance(self, asset: str, shard: str, rows: int) -> None:
+        """Move the bar of the asset that is being made."""
+        del shard
+        if self.task is not None and asset == self.asset:
+            self.progress.advance(self.task, rows)  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        """Fill the bar: an asset that is through has no rows left, whatever was skipped or rejected."""
+        if self.task is not None:
+            done = self.progress.tasks[self.task].completed
+            self.progress.update(self.task, total=done or 1, completed=done or 1)  # type: ignore[arg-type]
+
+
+def print_outcome(project: Project, graph: Graph, outcome: Outcome, console: Console) -> None:
+    """Print what was computed, what failed, the pool's rejects and every recipe's funnel."""
+    if outcome.added:
+        console.print(f"New shards: {', '.join(outcome.added)}")
+    if outcome.removed:
+        console.print(f"Removed shards: {', '.join(outcome.removed)}")
+    if not outcome.computed:
+        console.print("Everything is there and up to date; nothing was computed.")
+    _print_pool(project, console)
+    for subset in graph.subsets:
+        version = Versions(project.lake, subset.recipe).current()
+        if version is None:
+            continue
+        lineage = version.lineage
+        table = Table(
+            "step",
+            "entered",
+            "kept",
+            "of source",
+            "threshold",
+            title=f"{subset.key} {version.name}",
+            title_justify="left",
+        )
+        for step in lineage["steps"]:
+            threshold = "" if step["threshold"] is None else f"{step['threshold']:.5f}"
+            share = f"{step['kept'] / lineage['source']['rows']:.1%}"
+            table.add_row(step["text"], f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
+        console.print(table)
+        for shard, reason in lineage["shards_missing"].items():
+            console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
+        console.print(f"  {version.uids}", soft_wrap=True, highlight=False)
+    for key, message in outcome.failures.items():
+        console.print(f"FAILED {key}", style="bold red")
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+    if not outcome.failures:
+        console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False)
+
+
+def _print_pool(project: Project, console: Console) -> None:
+    rows = rejected = 0
+    reasons: dict[str, int] = {}
+    for shard in project.lake.shards("raw_pool"):
+        stored = project.lake.stored("raw_pool", shard)
+        if stored is None:
+            continue
+        rows += stored.rows
+        rejected += stored.summary["rejected"]
+        for name, count in stored.summary.items():
+            if name.startswith("rejected/"):
+                reasons[name.removeprefix("rejected/")] = reasons.get(name.removeprefix("rejected/"), 0) + count
+    listed = f" ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items()))})" if reasons else ""
+    console.print(
+        f"Pool: {rows + rejected:,} samples seen = {rows:,} rows + {rejected:,} rejects{listed}", markup=False
+    )

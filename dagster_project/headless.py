@@ -1,0 +1,123 @@
+"""The whole path without a browser: discover shards, make what is missing or out of date, in order.
+
+Each asset gets a Dagster run of its own over just the shards that need it, so the UI shows the history, one bad
+shard stops nobody, and nothing is computed twice. What is out of date is asked of the lake's provenance alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+
+from assets.graph import Graph
+from assets.project import Project
+from assets.sharded import SHARDS, ShardAsset
+from dagster_project.definitions import build_defs
+
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
+
+@dataclass
+class Outcome:
+    """What a pass over the graph did.
+
+    Attributes:
+        added: shards that were new.
+        removed: shards that had gone from the pool.
+        computed: for each asset that ran, its shards (none for an unpartitioned one).
+        failures: for each asset that failed, the message.
+    """
+
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    computed: dict[str, list[str]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+Notice = Callable[[str, int], None]
+
+
+def materialize(
+    project: Project,
+    graph: Graph,
+    instance: dg.DagsterInstance,
+    *,
+    notice: Notice,
+    redraw: bool = False,
+) -> Outcome:
+    """Bring every asset up to date.
+
+    Args:
+        project: the opened project.
+        graph: its assets.
+        instance: where runs are recorded.
+        notice: called with an asset's key and its number of shards before it runs.
+        redraw: draw the negatives again.
+    """
+    job = build_defs(project, graph).resolve_implicit_global_asset_job_def()
+    outcome = Outcome()
+    project.look_again()
+    shards = _discover(project, graph, instance, outcome)
+
+    def run(key: str, wanted: list[str] | None, config: Mapping[str, Any] | None = None) -> None:
+        notice(key, len(wanted or ()))
+        tags = {"clip_selection/by": "headless"}
+        if wanted:
+            tags |= {RANGE_START: wanted[0], RANGE_END: wanted[-1]}
+        result = job.execute_in_process(
+            instance=instance,
+            asset_selection=[dg.AssetKey(key.split("/"))],
+            run_config={**QUIET, **(config or {})},
+            tags=tags,
+            raise_on_error=False,
+        )
+        outcome.computed[key] = wanted or []
+        if not result.success:
+            outcome.failures[key] = _failure(result)
+
+    for node in graph.nodes:
+        if isinstance(node, ShardAsset):
+            stale = [shard for shard in shards if not node.is_fresh(project, shard)]
+            if stale:
+                run(node.key, stale)
+        else:
+            again = redraw and node.key.startswith("negatives/")
+            if again or not node.is_fresh(project):
+                config = {"ops": {node.definition.op.name: {"config": {"redraw": again}}}}
+                run(node.key, None, config)
+    for subset in graph.subsets:
+        if not subset.is_fresh(project):
+            run(subset.key, None)
+    if outcome.computed or not project.catalog_path().exists():
+        run("catalog", None)
+    return outcome
+
+
+def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outcome: Outcome) -> list[str]:
+    """Make Dagster's partitions agree with the pool's folder; what a removed shard left is cleared away."""
+    listed = sorted(project.listing())
+    known = set(instance.get_dynamic_partitions(SHARDS.name))
+    outcome.added = [shard for shard in listed if shard not in known]
+    outcome.removed = sorted(known - set(listed))
+    if outcome.added:
+        instance.add_dynamic_partitions(SHARDS.name, outcome.added)
+    for shard in outcome.removed:
+        instance.delete_dynamic_partition(SHARDS.name, shard)
+        for node in reversed(graph.nodes):
+            if isinstance(node, ShardAsset):
+                project.lake.remove(node.key, shard)
+        project.lake.remove("rejects", shard)
+    return [shard for shard in instance.get_dynamic_partitions(SHARDS.name) if shard in project.listing()]
+
+
+def _failure(result: dg.ExecuteInProcessResult) -> str:
+    for event in result.all_events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            if data.user_failure_data is not None and data.user_failure_data.description:
+                return data.user_failure_data.description
+            return data.error.to_string() if data.error else "failed"
+    return "the run failed before its first step; see its page in the UI"

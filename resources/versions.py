@@ -1,0 +1,125 @@
+"""A subset's versions: one folder a materialization, kept for good.
+
+Here: where a version lies, writing one, and reading them back. `lineage.json` is written last, so a folder
+without it is a run that was killed; its number is used again.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resources.lake import Lake, LakeError
+
+NAME = re.compile(r"^v\d{4,}$")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a subset.
+
+    Attributes:
+        recipe: the recipe's name.
+        name: `v0001`, `v0002`, ...
+        folder: where its files lie: manifest.parquet, subset.npy, lineage.json.
+        lineage: the lineage record.
+    """
+
+    recipe: str
+    name: str
+    folder: str
+    lineage: dict[str, Any]
+
+    @property
+    def manifest(self) -> str:
+        """Path of the selected rows."""
+        return f"{self.folder}/manifest.parquet"
+
+    @property
+    def uids(self) -> str:
+        """Path of DataComp's `.npy`."""
+        return f"{self.folder}/subset.npy"
+
+
+class Versions:
+    """The versions of one recipe's subset.
+
+    Args:
+        lake: where they lie.
+        recipe: the recipe's name.
+    """
+
+    def __init__(self, lake: Lake, recipe: str) -> None:
+        self.lake = lake
+        self.recipe = recipe
+        self.folder = f"{lake.root}/subset/{recipe}"
+
+    def names(self) -> list[str]:
+        """Name the complete versions, oldest first."""
+        if not self.lake.fs.exists(self.folder):
+            return []
+        found = {path.rsplit("/", 1)[-1] for path in self.lake.fs.ls(self.folder, detail=False)}
+        complete = [n for n in found if NAME.match(n) and self.lake.fs.exists(self._lineage_path(n))]
+        return sorted(complete, key=lambda name: int(name[1:]))
+
+    def read(self, name: str) -> Version:
+        """Read a version.
+
+        Raises:
+            LakeError: there is no such version, or its record can't be read.
+        """
+        path = self._lineage_path(name)
+        if not self.lake.fs.exists(path):
+            known = ", ".join(self.names()) or "none"
+            raise LakeError(f"{path}: recipe {self.recipe} has no version {name}. Known: {known}")
+        try:
+            lineage = json.loads(self.lake.fs.cat_file(path))
+        except ValueError as error:
+            raise LakeError(
+                f"{path}: not a lineage record ({error}). Remedy: move its folder away"
+            ) from error
+        return Version(self.recipe, name, f"{self.folder}/{name}", lineage)
+
+    def current(self) -> Version | None:
+        """Read the newest version, or None before the first."""
+        names = self.names()
+        return self.read(names[-1]) if names else None
+
+    def write(
+        self,
+        manifest: pa.Table,
+        uids: np.ndarray,
+        lineage: dict[str, Any],
+        source_uids: np.ndarray | None = None,
+    ) -> Version:
+        """Write the next version.
+
+        Args:
+            manifest: the selected rows.
+            uids: DataComp's array of the same rows, dtype `u8,u8`, sorted.
+            lineage: the record; its `version` is set here.
+            source_uids: the uid list that the recipe began with, if it began with one.
+        """
+        newest = self.names()
+        name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
+        version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
+        with self.lake.replacing(version.manifest) as path:
+            pq.write_table(manifest, path, compression="zstd")
+        _save(self.lake, version.uids, uids)
+        if source_uids is not None:
+            _save(self.lake, f"{version.folder}/source_uids.npy", source_uids)
+        with self.lake.replacing(self._lineage_path(name)) as path:
+            path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
+        return version
+
+    def _lineage_path(self, name: str) -> str:
+        return f"{self.folder}/{name}/lineage.json"
+
+
+def _save(lake: Lake, path: str, array: np.ndarray) -> None:
+    with lake.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
