@@ -1,0 +1,184 @@
+"""The lake keeps whole files that say what they were made from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from resources.lake import (
+    METADATA_KEY,
+    Lake,
+    LakeError,
+    Provenance,
+    column_to_vectors,
+    sample_digest,
+    vectors_to_column,
+)
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake(str(tmp_path / "lake"))
+
+
+def provenance(**changes: object) -> Provenance:
+    given = {"asset": "clip_score/b32", "shard": "00000", "code_version": "1", "parameters": {}, "inputs": {}}
+    return Provenance(**{**given, **changes})
+
+
+def test_a_file_reads_back_with_its_provenance_rows_and_summary(lake: Lake) -> None:
+    made_from = provenance(parameters={"temperature": 0.01}, inputs={"embeddings/b32": "ab"})
+    written = lake.write(pa.table({"x": [1, 2, 3]}), made_from, summary={"mean": 2.0})
+    stored = lake.stored("clip_score/b32", "00000")
+    assert stored == written
+    assert stored.provenance.digest() == made_from.digest()
+    assert (stored.rows, stored.summary) == (3, {"mean": 2.0})
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"asset": "clip_score/l14"},
+        {"shard": "00001"},
+        {"code_version": "2"},
+        {"parameters": {"temperature": 0.02}},
+        {"inputs": {"embeddings/b32": "cd"}},
+    ],
+)
+def test_every_part_of_a_provenance_changes_its_digest(change: dict[str, object]) -> None:
+    assert provenance(**change).digest() != provenance().digest()
+
+
+def test_the_fingerprint_is_the_contents_where_the_asset_gives_one(lake: Lake) -> None:
+    table = pa.table({"x": [1, 2]})
+    first = lake.write(table, provenance(inputs={"source": "yesterday"}), content=sample_digest(table))
+    second = lake.write(table, provenance(inputs={"source": "today"}), content=sample_digest(table))
+    assert first.provenance != second.provenance
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_digest_depends_on_values_and_not_on_chunks() -> None:
+    whole = pa.table({"x": ["a", "b", None, "d"], "y": [1.0, 2.0, 3.0, 4.0]})
+    chunked = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
+    other = pa.table({"x": ["a", "b", None, "e"], "y": [1.0, 2.0, 3.0, 4.0]})
+    assert sample_digest(chunked) == sample_digest(whole)
+    assert sample_digest(other) != sample_digest(whole)
+
+
+def test_writing_the_same_again_gives_the_same_bytes(lake: Lake) -> None:
+    for asset in ("clip_score/b32", "embeddings/b32"):
+        given = provenance(asset=asset)
+        path = Path(lake.path(asset, "00000"))
+        lake.write(pa.table({"x": [1.5, 2.5]}), given)
+        first = path.read_bytes()
+        lake.write(pa.table({"x": [1.5, 2.5]}), given)
+        assert path.read_bytes() == first
+
+
+def test_embeddings_are_mapped_and_not_copied(lake: Lake) -> None:
+    vectors = np.arange(12, dtype=np.float16).reshape(4, 3)
+    table = pa.table({"image": vectors_to_column(vectors)})
+    lake.write(table, provenance(asset="embeddings/b32"))
+    before = pa.total_allocated_bytes()
+    read = column_to_vectors(lake.read("embeddings/b32", "00000")["image"])
+    np.testing.assert_array_equal(read, vectors)
+    assert pa.total_allocated_bytes() - before < vectors.nbytes
+
+
+def test_only_float16_vectors_make_a_column() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        vectors_to_column(np.zeros((2, 3), np.float32))
+
+
+def test_a_missing_file_is_an_error_that_names_asset_shard_and_remedy(lake: Lake) -> None:
+    assert lake.stored("clip_score/b32", "00000") is None
+    with pytest.raises(LakeError, match=r"clip_score/b32 of shard 00000 is not there yet.*materialize"):
+        lake.read("clip_score/b32", "00000")
+
+
+@pytest.mark.parametrize("asset", ["clip_score/b32", "embeddings/b32"])
+def test_a_foreign_file_is_an_error_that_names_it(lake: Lake, asset: str) -> None:
+    path = Path(lake.path(asset, "00000"))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not one of ours")
+    with pytest.raises(LakeError, match=str(path)):
+        lake.stored(asset, "00000")
+
+
+def test_a_file_without_provenance_is_an_error(lake: Lake) -> None:
+    path = Path(lake.path("clip_score/b32", "00000"))
+    lake.write(pa.table({"x": [1]}), provenance())
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({METADATA_KEY: json.dumps({})}), path)
+    with pytest.raises(LakeError, match="not a file of this lake"):
+        lake.stored("clip_score/b32", "00000")
+
+
+def test_shards_are_listed_without_temporary_files(lake: Lake) -> None:
+    for shard in ("00001", "00000"):
+        lake.write(pa.table({"x": [1]}), provenance(shard=shard))
+    (Path(lake.root) / "clip_score/b32/.00002.parquet.1.tmp").write_bytes(b"half")
+    assert lake.shards("clip_score/b32") == ["00000", "00001"]
+    assert lake.shards("neg_clip_loss/b32") == []
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_temporary_one(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    path = lake.path("clip_score/b32", "00000")
+    with pytest.raises(RuntimeError, match="stop"), lake.replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("stop")
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1]
+    assert [p.name for p in Path(path).parent.iterdir()] == ["00000.parquet"]
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file_and_its_litter_is_cleared(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    script = textwrap.dedent(
+        f"""
+        import os, signal
+        from resources.lake import Lake
+        lake = Lake({lake.root!r})
+        with lake.replacing(lake.path("clip_score/b32", "00000")) as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    folder = Path(lake.path("clip_score/b32", "00000")).parent
+    assert len(list(folder.iterdir())) == 2
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1]
+    lake.write(pa.table({"x": [2]}), provenance())
+    assert [p.name for p in folder.iterdir()] == ["00000.parquet"]
+
+
+def test_a_running_writers_temporary_file_is_left_alone(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    folder = Path(lake.path("clip_score/b32", "00000")).parent
+    theirs = folder / f".00000.parquet.{os.getppid()}.tmp"
+    theirs.write_bytes(b"half")
+    lake.write(pa.table({"x": [2]}), provenance())
+    assert theirs.exists()
+
+
+def test_the_lake_may_lie_on_another_file_system() -> None:
+    lake = Lake("memory://lake-test")
+    lake.write(pa.table({"x": [1, 2]}), provenance())
+    lake.write(pa.table({"image": vectors_to_column(np.ones((2, 3), np.float16))}), provenance(asset="embeddings/b32"))
+    assert lake.shards("clip_score/b32") == ["00000"]
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2]
+    assert column_to_vectors(lake.read("embeddings/b32", "00000")["image"]).shape == (2, 3)
+    assert lake.remove("clip_score/b32", "00000")
+    assert lake.stored("clip_score/b32", "00000") is None
+    with pytest.raises(LakeError, match="local folder"):
+        lake.local_root()
