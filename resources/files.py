@@ -1,0 +1,139 @@
+"""Bytes from local disks and from any fsspec URL, listed, opened and read by range.
+
+Nothing here knows what a tar, a parquet or an image is.
+"""
+
+import contextlib
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+_GAP = 64 * 1024  # bytes: read over smaller holes rather than seek (or send another request)
+_STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One file of a folder, as its listing shows it.
+
+    Attributes:
+        name: file name without folder.
+        url: what `open_binary` takes.
+        stamp: size and the best mark of change that the store offers.
+    """
+
+    name: str
+    url: str
+    stamp: str
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names a store rather than a local path."""
+    return "://" in url
+
+
+def list_folder(url: str) -> list[Listed]:
+    """Files directly in a folder, by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is not a folder.
+    """
+    if not is_remote(url):
+        with os.scandir(url) as entries:
+            found = [entry for entry in entries if entry.is_file()]
+        return sorted(
+            (Listed(entry.name, entry.path, f"{entry.stat().st_size} {entry.stat().st_mtime_ns}") for entry in found),
+            key=lambda file: file.name,
+        )
+    fs, path = _filesystem(url)
+    listed = []
+    for info in fs.ls(path, detail=True):
+        if info["type"] != "file":
+            continue
+        name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+        mark = next((str(info[key]) for key in _STAMPS if info.get(key) is not None), "")
+        if not mark and info.get("created") is not None:
+            mark = str(info["created"])
+        listed.append(Listed(name, fs.unstrip_protocol(info["name"]), f"{info['size']} {mark}"))
+    return sorted(listed, key=lambda file: file.name)
+
+
+def fingerprint(files: Sequence[Listed]) -> str:
+    """Name, size and time (or checksum) of all files, as 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"{file.name}\0{file.stamp}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(url)
+
+
+def open_binary(url: str) -> BinaryIO:
+    """Open for reading and seeking."""
+    if not is_remote(url):
+        return open(url, "rb")
+    fs, path = _filesystem(url)
+    return fs.open(path, "rb")
+
+
+@contextlib.contextmanager
+def mapped(url: str) -> Iterator[memoryview]:
+    """The whole file as read-only memory, paged in as it is read.
+
+    A remote file is copied to a temporary file first: its bytes are needed once and in order, so
+    that costs one request and no memory.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_remote(url):
+            fs, path = _filesystem(url)
+            file: Any = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".part"))
+            fs.get_file(path, file.name)
+            file = stack.enter_context(open(file.name, "rb"))
+        else:
+            file = stack.enter_context(open(url, "rb"))
+        if os.fstat(file.fileno()).st_size == 0:
+            yield memoryview(b"")
+            return
+        buffer = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        view = stack.enter_context(memoryview(buffer))
+        yield view
+
+
+def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Bytes at each (offset, size), in the order asked.
+
+    Neighbouring ranges are read together.
+
+    Raises:
+        OSError: the file ends before a range does.
+    """
+    out = [b""] * len(ranges)
+    order = sorted(range(len(ranges)), key=lambda i: ranges[i])
+    with open_binary(url) as file:
+        start = 0
+        while start < len(order):
+            first = ranges[order[start]][0]
+            end = first
+            stop = start
+            while stop < len(order) and ranges[order[stop]][0] <= end + _GAP:
+                offset, size = ranges[order[stop]]
+                end = max(end, offset + size)
+                stop += 1
+            file.seek(first)
+            block = memoryview(file.read(end - first))
+            if len(block) < end - first:
+                raise OSError(f"{url} ends at byte {first + len(block)}, before byte {end}")
+            for i in order[start:stop]:
+                offset, size = ranges[i]
+                out[i] = bytes(block[offset - first : offset - first + size])
+            start = stop
+    return out

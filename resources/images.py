@@ -1,0 +1,105 @@
+"""Bytes to a picture, or to the reason why not. One way to open images for pools and encoders.
+
+EXIF orientation is not applied, as open_clip does not apply it; width and height are those stored.
+What is not RGB is converted by open_clip's own `convert("RGB")`, which drops an alpha channel.
+`LOAD_TRUNCATED_IMAGES` stays off.
+"""
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image, ImageFile
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+class ImageError(ValueError):
+    """Bytes that are no usable picture.
+
+    Attributes:
+        reason: image_empty, image_undecodable, image_truncated or image_bomb.
+        detail: what Pillow said, or the numbers.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What a stored image is: size in pixels and format."""
+
+    width: int
+    height: int
+    format: str
+
+
+def open_image(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Read the header; the pixels are not decoded yet.
+
+    Raises:
+        ImageError: empty, unknown or unsupported bytes, or more than `max_pixels`.
+    """
+    if not data:
+        raise ImageError("image_empty", "0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("image_bomb", str(error)) from error
+    except Exception as error:  # hostile bytes raise almost anything in Pillow
+        raise ImageError("image_undecodable", _words(error)) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("image_bomb", f"{width} x {height} px, more than {max_pixels:,} in all")
+    return image
+
+
+def load(image: ImageFile.ImageFile) -> None:
+    """Decode all pixels.
+
+    Raises:
+        ImageError: the bytes are cut or damaged.
+    """
+    try:
+        image.load()
+    except Exception as error:  # hostile bytes raise almost anything in Pillow
+        words = _words(error)
+        cut = "truncated" in words.lower() or isinstance(error, EOFError)
+        raise ImageError("image_truncated" if cut else "image_undecodable", words) from error
+
+
+def check(data: bytes, max_pixels: int) -> ImageFacts:
+    """Decode an image for its faults alone.
+
+    JPEG is decoded at an eighth of its size: all of its data is still read, so the same faults
+    show, in less time.
+
+    Raises:
+        ImageError: see `open_image` and `load`.
+    """
+    image = open_image(data, max_pixels)
+    width, height = image.size
+    if image.format in ("JPEG", "MPO"):
+        image.draft(None, (max(1, width // 8), max(1, height // 8)))
+    load(image)
+    # MPO is a JPEG with more JPEGs behind it
+    return ImageFacts(width, height, "JPEG" if image.format == "MPO" else str(image.format))
+
+
+def picture(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """A decoded image, ready for open_clip's transform.
+
+    Raises:
+        ImageError: see `open_image` and `load`.
+    """
+    image = open_image(data, max_pixels)
+    load(image)
+    return image
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not one of {', '.join(FORMATS)}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,217 @@
+"""Settings of the outside world: pools, encoders and targets, as a user writes them in the YAML.
+
+Only what a user chooses belongs here, with its unit and its default. Nothing here opens a file.
+Relative local paths are resolved against the folder of the YAML, which the caller passes as
+pydantic's validation context: `PoolSettings.model_validate(data, context={"base": folder})`.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+LOCAL_DIR = "local-dir:"
+HF_HUB = "hf-hub:"
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _resolve(path: str, info: ValidationInfo) -> str:
+    if not path.strip():
+        raise ValueError("the path is empty")
+    if "://" in path:
+        return path
+    base = Path((info.context or {}).get("base", "."))
+    return os.path.abspath(base / Path(path).expanduser())
+
+
+Location = Annotated[str, AfterValidator(_resolve)]
+
+
+class Settings(BaseModel):
+    """What all settings share: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolSettings(Settings):
+    """Where the raw pool lies, in which format, and which samples are too odd to use."""
+
+    path: Location = Field(description="Folder of the pool: local, or any fsspec URL such as s3://bucket/pool.")
+    format: Literal["webdataset", "datacomp"] = Field(
+        default="webdataset",
+        description="webdataset: *.tar with an optional *.parquet of the same stem (img2dataset). "
+        "datacomp: metadata with embeddings and no images (DataComp, dataset2metadata, "
+        "clip-retrieval).",
+    )
+    min_side: int = Field(
+        default=16,
+        ge=1,
+        description="Pixels. An image whose smaller side is below this is rejected "
+        "(image_too_small). The default drops tracking pixels and bullets, and keeps icons.",
+    )
+    max_pixels: int = Field(
+        default=50_000_000,
+        ge=1,
+        le=89_478_485,
+        description="Width times height. A larger image is refused before decoding (image_bomb). "
+        "Pillow itself warns above 89,478,485.",
+    )
+    max_caption_chars: int | None = Field(
+        default=None,
+        ge=1,
+        description="Characters. A longer caption is rejected (caption_too_long). By default any "
+        "length is kept: the tokenizer cuts at its context length.",
+    )
+
+
+class PrecomputedKeys(Settings):
+    """The names of one encoder's two arrays in the pool's npz."""
+
+    image: str = Field(min_length=1, description="Name of the image embeddings' array.")
+    text: str = Field(min_length=1, description="Name of the text embeddings' array.")
+
+
+class EncoderSettings(Settings):
+    """One CLIP encoder: a model to run, embeddings the pool carries, or both."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="open_clip model name (ViT-L-14), hub id (hf-hub:apple/DFN-public) or folder "
+        "(local-dir:<path> with open_clip_config.json and open_clip_model.safetensors).",
+    )
+    pretrained: str | None = Field(
+        default=None,
+        min_length=1,
+        description="open_clip pretrained tag (openai) or a weights file; only for a model name.",
+    )
+    precomputed: str | PrecomputedKeys | None = Field(
+        default=None,
+        description="Embeddings that the pool carries: a prefix (b32, l14), or {image: key, text: "
+        "key}. The model, if given as well, then serves the targets and the temperature.",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Number format the model runs in. Part of the provenance."
+    )
+    batch_size: int = Field(default=64, ge=1, description="Samples a forward pass.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
+    )
+    workers: int = Field(
+        default_factory=available_cores,
+        ge=0,
+        description="Processes that decode images; 0 decodes in the main process. Default: one for each core.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        ge=0.001,
+        le=10,
+        description="τ of negCLIPLoss. Default: the model's own, 1/exp(logit_scale). Required for "
+        "precomputed embeddings without a model.",
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _resolve_local_dir(cls, model: str | None, info: ValidationInfo) -> str | None:
+        if model is None or not model.startswith(LOCAL_DIR):
+            return model
+        return LOCAL_DIR + _resolve(model.removeprefix(LOCAL_DIR), info)
+
+    @field_validator("pretrained")
+    @classmethod
+    def _resolve_weights_file(cls, pretrained: str | None, info: ValidationInfo) -> str | None:
+        """A tag has neither a slash nor a file suffix; whatever has one is a path."""
+        if pretrained is None or not (
+            "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
+        ):
+            return pretrained
+        return _resolve(pretrained, info)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EncoderSettings":
+        if self.model is None and self.precomputed is None:
+            raise ValueError("give `model`, or `precomputed` for embeddings that the pool carries")
+        if self.model is None and self.pretrained is not None:
+            raise ValueError("`pretrained` needs `model`")
+        if self.model is None and self.temperature is None:
+            raise ValueError(
+                "`precomputed` without `model` needs `temperature`, as there is no logit scale "
+                "to take it from (0.01 for OpenAI's encoders)"
+            )
+        if self.model is not None and self.model.startswith((LOCAL_DIR, HF_HUB)) and self.pretrained is not None:
+            raise ValueError("`pretrained` is for model names only: this model brings its weights")
+        return self
+
+
+class TargetFeatures(Settings):
+    """Ready-made image embeddings of a target by one encoder."""
+
+    files: list[Location] = Field(
+        min_length=1,
+        description=".npy, .npz or .pt files, in this order; a pattern such as in1k_*.pt names "
+        "several, in the order of their names.",
+    )
+    key: str | None = Field(
+        default=None,
+        description="Name of the array in .npz or .pt files (image_features). Default: the only "
+        "array, or image_features.",
+    )
+
+
+class TargetSettings(Settings):
+    """A downstream task's images, or their ready-made features by encoder."""
+
+    path: Location | None = Field(
+        default=None,
+        description="Folder of class folders, a tar of the same, a webdataset tar, or a folder of webdataset tars.",
+    )
+    features: dict[str, TargetFeatures] = Field(
+        default_factory=dict,
+        description="Encoder name to file, pattern, list of those, or {files: …, key: …}.",
+    )
+    max_pixels: int = Field(
+        default=50_000_000,
+        ge=1,
+        le=89_478_485,
+        description="Width times height. A larger image is refused before decoding.",
+    )
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _spell_out(cls, features: object) -> object:
+        """Let a user write a file, or a list of files, where {files: [...]} is meant."""
+        if not isinstance(features, dict):
+            return features
+        spelled = {}
+        for name, value in features.items():
+            if isinstance(value, str):
+                value = [value]
+            if isinstance(value, list):
+                value = {"files": value}
+            elif isinstance(value, dict) and isinstance(value.get("files"), str):
+                value = {**value, "files": [value["files"]]}
+            spelled[name] = value
+        return spelled
+
+    @model_validator(mode="after")
+    def _something(self) -> "TargetSettings":
+        if self.path is None and not self.features:
+            raise ValueError("give `path` to images, or `features` for an encoder")
+        return self
