@@ -1,0 +1,32 @@
+"""The science: scores, reductions over similarities, negatives and recipes.
+
+What belongs here takes tensors, arrays or tables and gives them back. What does not: Dagster, files, encoders.
+Names are imported when first used, so the recipe part loads without torch and the tensor part needs torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selection.clip_loss import clip_score, neg_clip_loss, neg_clip_loss_in_batches
+    from selection.norm_sim import nearest_target, norm_sim
+
+__all__ = ["clip_score", "nearest_target", "neg_clip_loss", "neg_clip_loss_in_batches", "norm_sim"]
+
+_MODULES = {
+    "clip_score": "selection.clip_loss",
+    "neg_clip_loss": "selection.clip_loss",
+    "neg_clip_loss_in_batches": "selection.clip_loss",
+    "norm_sim": "selection.norm_sim",
+    "nearest_target": "selection.norm_sim",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,234 @@
+"""CLIPScore and negCLIPLoss: scores of a pair's image against its own text.
+
+Notation, as in the negCLIPLoss paper (arXiv 2405.19547; s-CLIPLoss in its final version): s_ij is the dot product
+of image embedding i and text embedding j, both of unit norm, τ the temperature. A larger score means "keep".
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from selection.reduction import LogSumExp, Tiles, check_matrices, row_dots
+
+TEMPERATURES = (0.001, 10.0)
+_FEISTEL_ROUNDS = 6
+
+
+@torch.no_grad()
+def clip_score(image: Tensor, text: Tensor) -> Tensor:
+    """CLIPScore: the similarity s_ii of each pair. With a filtering encoder it is the DFN score.
+
+    Args:
+        image: [n, d] float16, bfloat16 or float32, unit norm.
+        text: [n, d], likewise.
+
+    Returns:
+        float32 [n].
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ, or an argument is empty or not finite.
+    """
+    _check_pairs(image, text)
+    tiles = Tiles(image)
+    score = torch.empty(len(image), device=image.device)
+    for (at, v), (_, t) in zip(tiles.rows(image), tiles.rows(text), strict=True):
+        score[at] = row_dots(v, t)[: at.stop - at.start]
+    return score
+
+
+@torch.no_grad()
+def neg_clip_loss(
+    image: Tensor,
+    text: Tensor,
+    negative_image: Tensor,
+    negative_text: Tensor,
+    *,
+    temperature: float,
+    member: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The score negCLIPLoss against reference negatives, and its standard error.
+
+    For row i and draw k, with β the batch of B rows (arXiv 2405.19547, eq. for R and s-CLIPLoss):
+
+        R_k(i) = τ/2 · [ log Σ_{j∈β} exp(s_ij/τ) + log Σ_{j∈β} exp(s_ji/τ) ]
+        score(i) = mean over k of ( s_ii - R_k(i) )
+
+    β is the draw itself when i is a member of it, else row i and the draw's first B-1 rows. So each sum has
+    exactly B terms, i among them. Draws are read a tile at a time and may be memory-mapped.
+
+    The score never exceeds 0, because s_ii is a term of both sums. A member's s_ii is computed twice, once on its
+    own and once inside the draw, and the two may differ in the last bit; a score above 0 can only be that
+    rounding, and is returned as 0.
+
+    Args:
+        image: [n, d] float16, bfloat16 or float32, unit norm.
+        text: [n, d], likewise.
+        negative_image: [K, B, d], likewise: K draws of B pool rows.
+        negative_text: [K, B, d], the same rows' texts.
+        temperature: τ, from 0.001 to 10.
+        member: [K, n] bool, row i is in draw k; None if no row is in any draw.
+
+    Returns:
+        score float32 [n], at most 0; standard error over the draws float32 [n], NaN when K is 1.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as above.
+    """
+    _check_pairs(image, text, negative_image=negative_image, negative_text=negative_text)
+    _check_temperature(temperature)
+    draws = _check_draws(negative_image, negative_text)
+    n = len(image)
+    if member is not None:
+        _check_member(member, (draws, n), image.device)
+
+    tiles = Tiles(image)
+    score = torch.empty(n, device=image.device)
+    stderr = torch.full((n,), math.nan, device=image.device)
+    for (at, v), (_, t) in zip(tiles.rows(image), tiles.rows(text), strict=True):
+        height = at.stop - at.start
+        own = row_dots(v, t)
+        by_draw = own.new_empty(draws, height, dtype=torch.float64)
+        for k in range(draws):
+            by_draw[k] = own[:height]
+            for queries, draw in ((v, negative_text[k]), (t, negative_image[k])):
+                # The batches of all rows share B-1 columns; the last term is the row's own or the draw's last.
+                first = own
+                if member is not None:
+                    first = own.clone()
+                    last = row_dots(queries, draw[-1])
+                    first[:height] = torch.where(member[k, at], last[:height], own[:height])
+                sums = LogSumExp(first, temperature, 1, tiles.scratch)
+                for _, similarities in tiles.similarities(queries, draw[:-1]):
+                    sums.update(similarities)
+                by_draw[k] -= sums.value()[:height] / 2
+        by_draw.clamp_(max=0)
+        score[at] = by_draw.mean(0).float()
+        if draws > 1:
+            stderr[at] = (by_draw.std(0, correction=1) / math.sqrt(draws)).float()
+    return score, stderr
+
+
+@torch.no_grad()
+def neg_clip_loss_in_batches(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float,
+    batch_size: int,
+    draws: int,
+    seed: int,
+) -> Tensor:
+    """The score negCLIPLoss by the paper's estimator: random partitions of the rows into batches.
+
+    The equation is that of `neg_clip_loss`, β being the row's batch in each of the partitions. Every batch has
+    exactly B = min(batch_size, n) different rows: what is left over at the end of a partition is filled up with
+    rows drawn from the rest, which are not scored a second time. One tile of similarities gives the sums of both
+    sides. Memory grows with B, not with n.
+
+    Args:
+        image: [n, d] float16, bfloat16 or float32, unit norm.
+        text: [n, d], likewise.
+        temperature: τ, from 0.001 to 10.
+        batch_size: B, at least 1.
+        draws: number of partitions K, at least 1.
+        seed: fixes the partitions, whatever the device.
+
+    Returns:
+        score float32 [n], at most 0 (rounding above it is cut off, as in `neg_clip_loss`).
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as above.
+    """
+    _check_pairs(image, text)
+    _check_temperature(temperature)
+    for name, value in (("batch_size", batch_size), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+    n = len(image)
+    size = min(batch_size, n)
+    tiles = Tiles(image)
+    score = torch.zeros(n, device=image.device)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(draws):
+        keys = torch.randint(2**32, (_FEISTEL_ROUNDS,), generator=generator).tolist()
+        for start in range(0, n, size):
+            positions = torch.arange(start, start + size, device=image.device) % n
+            batch = _shuffled(positions, n, keys)
+            fresh = min(size, n - start)
+            score[batch[:fresh]] += _score_batch(tiles, image, text, batch, temperature)[:fresh] / draws
+    return score
+
+
+def _score_batch(tiles: Tiles, image: Tensor, text: Tensor, batch: Tensor, temperature: float) -> Tensor:
+    own = torch.empty(len(batch), device=image.device)
+    none = torch.full_like(own, -math.inf)
+    by_image = LogSumExp(none, temperature, 1, tiles.scratch)
+    by_text = LogSumExp(none, temperature, 0, tiles.scratch)
+    for (rows, v), (_, t) in zip(tiles.rows(image, batch), tiles.rows(text, batch), strict=True):
+        height = rows.stop - rows.start
+        own[rows] = row_dots(v, t)[:height]
+        for columns, similarities in tiles.similarities(v, text, batch):
+            by_image.update(similarities[:height], rows)
+            by_text.update(similarities[:height], columns)
+    return (own - (by_image.value() + by_text.value()) / 2).clamp_(max=0).float()
+
+
+def _shuffled(positions: Tensor, n: int, keys: list[int]) -> Tensor:
+    """Rows at the given positions of a keyed random permutation of range(n), which is never held as a whole.
+
+    A Feistel network permutes the numbers of 2h bits; what falls outside range(n) is sent through it again.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = 2**half - 1
+    rows = positions
+    outside = torch.ones_like(rows, dtype=torch.bool)
+    while outside.any():
+        left, right = rows >> half, rows & low
+        for key in keys:
+            # Factors below 2^31 and operands below 2^32 keep the products inside int64.
+            mixed = (right ^ key) & 0xFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 15)) * 0x6C8E9CF5) & 0xFFFFFFFF
+            left, right = right, left ^ ((mixed ^ (mixed >> 16)) & low)
+        rows = torch.where(outside, (left << half) | right, rows)
+        outside = rows >= n
+    return rows
+
+
+def _check_pairs(image: Tensor, text: Tensor, **others: Tensor) -> None:
+    for name, matrix in (("image", image), ("text", text)):
+        if matrix.ndim != 2:
+            raise ValueError(f"{name} must have shape [n, d], not {list(matrix.shape)}")
+    if image.shape != text.shape:
+        raise ValueError(
+            f"text has shape {list(text.shape)}, but image has {list(image.shape)}: row i of both must be one pair"
+        )
+    check_matrices(image=image, text=text, **others)
+
+
+def _check_temperature(temperature: float) -> None:
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature must lie between {low} and {high}, not {temperature}")
+
+
+def _check_draws(negative_image: Tensor, negative_text: Tensor) -> int:
+    for name, draws in (("negative_image", negative_image), ("negative_text", negative_text)):
+        if draws.ndim != 3:
+            raise ValueError(f"{name} must have shape [K, B, d], not {list(draws.shape)}")
+    if negative_image.shape != negative_text.shape:
+        raise ValueError(
+            f"negative_text has shape {list(negative_text.shape)}, but negative_image has {list(negative_image.shape)}"
+        )
+    return len(negative_image)
+
+
+def _check_member(member: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if member.dtype != torch.bool or tuple(member.shape) != shape:
+        raise ValueError(
+            f"member must be bool of shape [K, n] = {list(shape)}, not {member.dtype} of {list(member.shape)}"
+        )
+    if member.device != device:
+        raise ValueError(f"member is on {member.device}, but image is on {device}")
