@@ -16,6 +16,7 @@ from typing import Any
 import dagster as dg
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from assets.project import Project, json_settings
 from assets.sharded import NotReady, ShardAsset
@@ -24,7 +25,7 @@ from resources.source import source_relation
 from resources.versions import Version, Versions
 from selection.recipes import Recipe
 from selection.selecting import Selection, select
-from selection.uids import parse_uids, subset_array
+from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "1"
 PACKAGES = ("clip-data-selection", "dagster", "duckdb", "numpy", "open_clip_torch", "pillow", "pyarrow", "torch")
@@ -195,46 +196,43 @@ def _choose(
     lake = project.lake
     with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
         con.execute("SET temp_directory = ?", [spill])
-        duplicates = source_relation(
+        source_uids = _begin(con, project, recipe, inputs)
+        source = source_relation(
             con,
             "source",
-            raw_pool=[(shard, lake.path("raw_pool", shard)) for shard in inputs.shards],
+            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in inputs.shards],
             scores={
-                score: (column, {shard: lake.path(asset, shard) for shard in inputs.shards})
+                score: (column, {shard: Path(lake.path(asset, shard)) for shard in inputs.shards})
                 for score, (asset, column) in scores.items()
             },
             pool_columns=recipe.columns().pool,
+            within=None if recipe.source_kind == "pool" else "wanted",
         )
-        relation, source_uids = _begin(con, project, recipe, inputs)
-        selection = select(con, name, recipe, relation)
+        selection = select(con, name, recipe)
         return Versions(lake, name).write(
             selection.manifest().to_arrow_table(),
             selection.subset(),
-            _lineage(project, name, recipe, selection, inputs, duplicates),
+            _lineage(project, name, recipe, selection, inputs, source.duplicates),
             source_uids,
         )
 
 
-def _begin(
-    con: duckdb.DuckDBPyConnection, project: Project, recipe: Recipe, inputs: Inputs
-) -> tuple[str, np.ndarray | None]:
-    """Restrict the pool to what the recipe begins with.
+def _begin(con: duckdb.DuckDBPyConnection, project: Project, recipe: Recipe, inputs: Inputs) -> np.ndarray | None:
+    """Load the uids that the recipe begins with into the table `wanted`, unless it begins with the whole pool.
 
     Returns:
-        The relation's name, and the uid list where the recipe begins with one.
+        The uid list, where the recipe begins with one.
     """
     if recipe.source_kind == "pool":
-        return "source", None
+        return None
     if recipe.source_kind == "recipe":
         manifest = Versions(project.lake, recipe.source).read(inputs.source["version"]).manifest
-        con.execute(f"CREATE TEMP TABLE wanted AS SELECT f0, f1 FROM read_parquet('{manifest}')")
-        uids = None
-    else:
-        uids = _read_uid_list(_uid_list(project, recipe))
-        con.register("listed", {"f0": uids["f0"], "f1": uids["f1"]})
-        con.execute("CREATE TEMP TABLE wanted AS SELECT DISTINCT f0, f1 FROM listed")
-    con.execute("CREATE TEMP TABLE begun AS SELECT * FROM source SEMI JOIN wanted USING (f0, f1)")
-    return "begun", uids
+        con.read_parquet(manifest).project("f0, f1").create("wanted")
+        return None
+    uids = _read_uid_list(_uid_list(project, recipe))
+    listed = pa.table(dict(zip(("f0", "f1"), subset_words(uids), strict=True)))
+    con.from_arrow(listed).distinct().create("wanted")
+    return uids
 
 
 def _read_uid_list(path: Path) -> np.ndarray:

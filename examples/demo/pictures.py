@@ -228,9 +228,7 @@ def _places(scene: Scene, rng: Random) -> list[tuple[Group, tuple[float, float],
     return [(first, spot, one) for spot in spots]
 
 
-def _draw_object(
-    canvas: Image.Image, group: Group, centre: tuple[float, float], radius: float, rng: Random
-) -> None:
+def _draw_object(canvas: Image.Image, group: Group, centre: tuple[float, float], radius: float, rng: Random) -> None:
     size = max(4, round(2 * radius))
     mask = Image.new("L", (size, size), 0)
     _fill_shape(ImageDraw.Draw(mask), group.shape, size, math.radians(rng.uniform(-12, 12)))

@@ -215,10 +215,11 @@ def make_targets(folder: Path, *, each: int = 75, seed: int = SEED) -> None:
                 scene = random_scene(rng)
                 groups = tuple(replace(g, shape=shape, texture=texture) for g in scene.groups)
                 image = draw(replace(scene, groups=groups), rng)
-                (place / f"{i:03d}.jpg").write_bytes(_jpeg(image))
+                (place / f"{i:03d}.jpg").write_bytes(jpeg_bytes(image))
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def jpeg_bytes(image: Image.Image) -> bytes:
+    """Encode a picture as the pool stores it."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
@@ -231,7 +232,7 @@ def picture(row: Row) -> tuple[bytes, str, int]:
         image, own_words = draw_strange(rng)
     else:
         image, own_words = draw(row.scene, rng), ""
-    return _jpeg(image), row.caption if row.caption is not None else own_words, image.width
+    return jpeg_bytes(image), row.caption if row.caption is not None else own_words, image.width
 
 
 def _write_shard(folder: Path, shard: int, seed: int) -> None:
