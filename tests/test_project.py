@@ -1,0 +1,105 @@
+"""A project's YAML is checked before anything runs, and its errors name file, field and remedy."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from assets.project import ConfigError, ProjectSettings, load_settings
+
+BASE: dict[str, Any] = {
+    "name": "trial",
+    "lake": "lake",
+    "pool": {"path": "pool", "format": "webdataset"},
+    "encoders": {"b32": {"model": "ViT-B-32", "pretrained": "openai"}},
+    "targets": {"imagenet": {"path": "imagenet"}},
+    "recipes": {"best": {"steps": [{"keep_top": {"score": "clip_score/b32", "fraction": 0.3}}]}},
+}
+
+
+def settings(tmp_path: Path, **changes: Any) -> ProjectSettings:
+    path = tmp_path / "project.yaml"
+    path.write_text(yaml.safe_dump({**copy.deepcopy(BASE), **changes}))
+    return load_settings(path)
+
+
+def test_every_encoder_and_target_gets_every_score_where_none_are_named(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    assert set(found.score_assets) == {"clip_score/b32", "neg_clip_loss/b32", "norm_sim/b32/imagenet"}
+    assert found.neg_clip_loss["b32"].model_dump() == {
+        "temperature": None,
+        "batch_size": 32768,
+        "draws": 10,
+        "seed": 0,
+        "estimator": "reference_negatives",
+        "coverage": 0.9,
+    }
+    assert found.score_columns["norm_sim_inf/b32/imagenet"] == ("norm_sim/b32/imagenet", "norm_sim_inf")
+
+
+def test_relative_paths_start_at_the_yaml(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    assert found.lake == str(tmp_path / "lake")
+    assert found.pool.path == str(tmp_path / "pool")
+
+
+def test_a_url_is_left_as_it_is(tmp_path: Path) -> None:
+    assert settings(tmp_path, lake="s3://bucket/lake").lake == "s3://bucket/lake"
+
+
+def changed(*path: str, value: Any) -> dict[str, Any]:
+    document = copy.deepcopy(BASE)
+    place = document
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    return {path[0]: document[path[0]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (changed("pool", "formt", value="x"), r"pool\.formt: no such field.*spelling"),
+        (changed("pool", "format", value="zip"), r"pool\.format: .*'webdataset' or 'datacomp'"),
+        ({"lake": None}, r"lake: "),
+        ({"encoders": {}}, r"encoders: "),
+        ({"encoders": {"b 32": {"model": "ViT-B-32"}}}, r"encoders\.b 32.*letters, digits and _"),
+        ({"scores": {"clip_score": ["l14"]}}, r"scores\.clip_score: there is no encoder 'l14'.*\['b32'\]"),
+        ({"scores": {"norm_sim": {"b32": ["cars"]}}}, r"scores\.norm_sim\.b32: there is no target 'cars'"),
+        ({"scores": {"neg_clip_loss": {"b32": {"temperature": 0}}}}, r"scores\.neg_clip_loss\.b32\.temperature"),
+        ({"encoders": {"b32": {"precomputed": "b32"}}}, r"encoders\.b32: .*temperature"),
+        (
+            {"encoders": {"b32": {"precomputed": "b32", "temperature": 0.01}}},
+            r"targets\.imagenet: encoder 'b32' has no model.*features\.b32",
+        ),
+        (
+            changed("recipes", "best", value={"steps": [{"keep_top": {"score": "clip_scor/b32", "count": 5}}]}),
+            r"recipe best, step 1 .*clip_scor/b32.*clip_score/b32",
+        ),
+    ],
+)
+def test_an_error_names_the_file_the_field_and_the_remedy(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        settings(tmp_path, **changes)
+    assert str(tmp_path / "project.yaml") in str(error.value)
+
+
+def test_all_wrong_fields_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)pool\.formt.*name"):
+        settings(tmp_path, pool={"path": "p", "formt": 1}, name=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no such file"), ("a: [", "not valid YAML"), ("- a", "expected a mapping"), ("", "expected a mapping")],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "project.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(path)
