@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -108,8 +109,8 @@ def plan_shard(shard: int, seed: int = SEED) -> list[Row]:
         rows.append(_plant(Row(source, kind, "", scene, words), rng))
     shuffled = [i for i, row in enumerate(rows) if row.kind == "shuffled"]
     captions = [rows[i].caption for i in shuffled]
-    for i, words in zip(shuffled, captions[1:] + captions[:1], strict=True):
-        rows[i] = replace(rows[i], caption=words)
+    for i, borrowed in zip(shuffled, captions[1:] + captions[:1], strict=True):
+        rows[i] = replace(rows[i], caption=borrowed)
     rng.shuffle(rows)
     return rows
 
@@ -139,7 +140,7 @@ def _change_attribute(scene: Scene, rng: Random) -> tuple[Scene, str]:
     which = rng.randrange(len(scene.groups))
     group = scene.groups[which]
     old = getattr(group, attribute)
-    values: Sequence[object] = {
+    values: Sequence[Any] = {
         "colour": tuple(COLOURS),
         "shape": tuple(SHAPES),
         "texture": tuple(TEXTURES),
