@@ -7,7 +7,7 @@ from assets.embeddings import parameters as encoder_parameters
 from assets.project import Project
 from assets.sharded import Result
 from assets.whole import WholeAsset, whole_asset
-from resources.lake import Provenance, vectors_to_column
+from resources.lake import Provenance, sample_digest, vectors_to_column
 
 CODE_VERSION = "1"
 SCHEMA = pa.schema(
@@ -45,7 +45,7 @@ def target_embeddings(project: Project, encoder: str, target: str) -> WholeAsset
         summary = {"classes": len(set(found.labels)), "dimensions": int(found.image.shape[1])}
         if found.notes:
             summary["notes"] = "\n".join(found.notes)
-        return Result(table, summary)
+        return Result(table, summary, content=sample_digest(table))
 
     return whole_asset(
         project,
