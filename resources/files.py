@@ -4,6 +4,7 @@ Nothing here knows what a tar, a parquet or an image is.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import mmap
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 _GAP = 64 * 1024  # bytes: read over smaller holes rather than seek (or send another request)
-_STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime")
+_STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime", "created")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,51 @@ def list_folder(url: str) -> list[Listed]:
             key=lambda file: file.name,
         )
     fs, path = _filesystem(url)
-    listed = []
-    for info in fs.ls(path, detail=True):
-        if info["type"] != "file":
-            continue
-        name = info["name"].rstrip("/").rsplit("/", 1)[-1]
-        mark = next((str(info[key]) for key in _STAMPS if info.get(key) is not None), "")
-        if not mark and info.get("created") is not None:
-            mark = str(info["created"])
-        listed.append(Listed(name, fs.unstrip_protocol(info["name"]), f"{info['size']} {mark}"))
+    listed = [_listed(fs, info) for info in fs.ls(path, detail=True) if info["type"] == "file"]
     return sorted(listed, key=lambda file: file.name)
+
+
+def list_tree(url: str) -> list[Listed]:
+    """Files in a folder and all folders under it, named by their path from there, by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    listed = list_folder(url)
+    for folder in _folders(url):
+        inner = list_tree(f"{url.rstrip('/')}/{folder}")
+        listed += [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in inner]
+    return sorted(listed, key=lambda file: file.name)
+
+
+def _folders(url: str) -> list[str]:
+    if not is_remote(url):
+        with os.scandir(url) as entries:
+            return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    fs, path = _filesystem(url)
+    return [
+        info["name"].rstrip("/").rsplit("/", 1)[-1] for info in fs.ls(path, detail=True) if info["type"] == "directory"
+    ]
+
+
+def stat(url: str) -> Listed:
+    """One file, as a listing would show it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    if not is_remote(url):
+        found = os.stat(url)
+        return Listed(name, url, f"{found.st_size} {found.st_mtime_ns}")
+    fs, path = _filesystem(url)
+    return _listed(fs, fs.info(path))
+
+
+def _listed(fs: Any, info: dict[str, Any]) -> Listed:
+    name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+    mark = next((str(info[key]) for key in _STAMPS if info.get(key) is not None), "")
+    return Listed(name, fs.unstrip_protocol(info["name"]), f"{info['size']} {mark}")
 
 
 def fingerprint(files: Sequence[Listed]) -> str:
