@@ -9,16 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selection.clip_loss import clip_score, neg_clip_loss, neg_clip_loss_in_batches
-    from selection.norm_sim import nearest_target, norm_sim
+    from selection.target_similarity import (
+        nearest_target,
+        norm_sim,
+        norm_sim_from_moment,
+        second_moment,
+    )
 
-__all__ = ["clip_score", "nearest_target", "neg_clip_loss", "neg_clip_loss_in_batches", "norm_sim"]
+__all__ = [
+    "clip_score",
+    "nearest_target",
+    "neg_clip_loss",
+    "neg_clip_loss_in_batches",
+    "norm_sim",
+    "norm_sim_from_moment",
+    "second_moment",
+]
 
+# No function may have the name of its module: importing the module would put it in the function's place.
 _MODULES = {
     "clip_score": "selection.clip_loss",
     "neg_clip_loss": "selection.clip_loss",
     "neg_clip_loss_in_batches": "selection.clip_loss",
-    "norm_sim": "selection.norm_sim",
-    "nearest_target": "selection.norm_sim",
+    "norm_sim": "selection.target_similarity",
+    "nearest_target": "selection.target_similarity",
+    "norm_sim_from_moment": "selection.target_similarity",
+    "second_moment": "selection.target_similarity",
 }
 
 

@@ -1,7 +1,7 @@
 """The one tiled reduction over similarities s = queries · columnsᵀ, and its three operations.
 
 Here belong the tiles, the operations that consume them (sum of exp, largest |s|, power sum) and the checks of
-their operands. What the sums mean belongs to `clip_loss` and `norm_sim`.
+their operands. What the sums mean belongs to `clip_loss` and `target_similarity`.
 
 A matrix product may round differently when its shape changes, so every tile has the same shape, the last one
 being padded with zeros: a row's result then depends on the row and the columns alone, not on its neighbours.

@@ -1,0 +1,121 @@
+"""The tiles and the operations on them, and what importing the science brings in."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from selection.reduction import LogSumExp, MaxAbs, Tiles
+
+
+def imported_by(statement):
+    """Top-level packages in sys.modules after the statement, in a fresh interpreter."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"{statement}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    return set(child.stdout.split())
+
+
+def test_importing_selection_needs_nothing_but_python():
+    assert not imported_by("import selection") & {"torch", "numpy", "pydantic", "duckdb", "yaml"}
+
+
+def test_the_tensor_part_needs_torch_alone():
+    tensors = imported_by("import selection.clip_loss, selection.target_similarity, selection.reduction")
+    assert "torch" in tensors
+    others = {"dagster", "open_clip", "pyarrow", "duckdb", "polars", "pydantic", "yaml", "pandas"}
+    assert not tensors & others
+    assert not imported_by("import selection.negatives") & {*others, "torch"}
+
+
+def test_public_names_are_found_in_the_package_and_others_are_not():
+    import selection
+
+    assert all(callable(getattr(selection, name)) for name in selection.__all__)
+    assert set(selection.__all__) <= set(dir(selection))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = selection.nonsense
+
+
+@given(rows=st.integers(1, 500), columns=st.integers(1, 1100), width=st.integers(1, 20), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_tiles_cover_every_row_and_column_once(rows, columns, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(-3, 4, (rows, width), generator=generator).half()
+    right = torch.randint(-3, 4, (columns, width), generator=generator).half()
+    picked = torch.randperm(columns, generator=generator)
+    product = torch.full((rows, columns), math.nan)
+    tiles = Tiles(left)
+    for at, tile in tiles.rows(left):
+        for where, similarities in tiles.similarities(tile, right, picked):
+            assert similarities.dtype == torch.float32
+            product[at, where] = similarities[: at.stop - at.start]
+    assert torch.equal(product, left.float() @ right[picked].float().T)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("width", [1, 64, 97, 768])
+def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width, threads):
+    """A row's sum must not depend on where in a tile it lies: not in the product, not in exp2, not in the sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(width)
+        row, columns = torch.randn(width, generator=generator), torch.randn(700, width, generator=generator)
+        row, columns = row / row.norm(), columns / columns.norm(dim=1, keepdim=True)
+        tiles = Tiles(row)
+        sums = LogSumExp(torch.full((tiles.height,), -math.inf), 0.01, 1, tiles.scratch)
+        for _, tile in tiles.rows(row.expand(tiles.height, -1)):
+            for _, similarities in tiles.similarities(tile, columns):
+                sums.update(similarities)
+        assert len(sums.value().unique()) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(
+    height=st.integers(1, 9),
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    temperature=st.floats(0.001, 10),
+    dim=st.sampled_from([0, 1]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+def test_log_sum_exp_of_tiles_is_that_of_the_whole_on_either_side(height, widths, temperature, dim, seed):
+    whole = torch.rand(height, sum(widths), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    lines = height if dim == 1 else sum(widths)
+    sums = LogSumExp(torch.full((lines,), -math.inf), temperature, dim, torch.empty(9, 9))
+    start = 0
+    for width in widths:
+        tile = whole[:, start : start + width]
+        sums.update(tile, slice(0, height) if dim == 1 else slice(start, start + width))
+        start += width
+    expected = temperature * (whole.double() / temperature).logsumexp(dim)
+    assert_close(sums.value(), expected, atol=2e-7, rtol=2e-7)
+
+
+def test_log_sum_exp_counts_its_first_term():
+    first = torch.tensor([0.5, -math.inf, -1.0])
+    sums = LogSumExp(first, 0.5, 1, torch.empty(3, 4))
+    tile = torch.tensor([[0.1, 0.2], [0.1, 0.2], [1.0, 1.0]])
+    sums.update(tile)
+    expected = 0.5 * (torch.cat([first[:, None], tile], 1).double() / 0.5).logsumexp(1)
+    assert_close(sums.value(), expected, atol=1e-7, rtol=0)
+
+
+def test_max_abs_keeps_the_first_of_equal_values_within_and_across_tiles():
+    best = MaxAbs(2, torch.device("cpu"))
+    best.update(torch.tensor([[0.1, -0.7, 0.7], [0.0, 0.0, 0.0]]), slice(0, 3))
+    best.update(torch.tensor([[0.7, -0.7], [0.0, -0.5]]), slice(3, 5))
+    assert best.index.tolist() == [1, 4]
+    assert_close(best.value, torch.tensor([0.7, 0.5]))
