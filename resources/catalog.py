@@ -1,0 +1,464 @@
+"""The catalog: one DuckDB file of views and macros over the lake's files.
+
+Here belongs what can be asked in SQL. Nothing is stored in the catalog itself: the files stay the
+truth, and views see files that arrive later. `explain` alone follows the versions that were there
+when the catalog was built, because a step's predicate has to be part of a macro's text.
+
+The file is built under a temporary name and swapped in, and it is only ever opened read-only: DuckDB
+lets one process write and then no other read.
+
+Views: pool, rejects, shards, scores, pool_scores, targets, one for each score asset under its key,
+subsets, subset_members, subset_shards, funnel. Macros: explain(uid), overlap(a, b).
+"""
+
+import glob
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resources.lake import Lake
+
+POOL_COLUMNS = {
+    "uid": "VARCHAR",
+    "f0": "UBIGINT",
+    "f1": "UBIGINT",
+    "shard": "VARCHAR",
+    "key": "VARCHAR",
+    "source_row": "BIGINT",
+    "caption": "VARCHAR",
+    "url": "VARCHAR",
+    "width": "INTEGER",
+    "height": "INTEGER",
+    "original_width": "INTEGER",
+    "original_height": "INTEGER",
+    "image_format": "VARCHAR",
+    "sha256": "VARCHAR",
+    "image_offset": "BIGINT",
+    "image_size": "BIGINT",
+    "caption_repaired": "BOOLEAN",
+    "clip_b32_similarity_score": "FLOAT",
+    "clip_l14_similarity_score": "FLOAT",
+}
+"""Columns of `raw_pool` and their DuckDB types."""
+
+_REJECT_COLUMNS = {
+    "shard": "VARCHAR",
+    "key": "VARCHAR",
+    "source_row": "BIGINT",
+    "reason": "VARCHAR",
+    "detail": "VARCHAR",
+}
+_ROW = {"shard": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT"}
+_TARGET_COLUMNS = {
+    "asset": "VARCHAR",
+    "target_index": "BIGINT",
+    "label": "VARCHAR",
+    "name": "VARCHAR",
+}
+_VISIBLE = "[!.]*"
+"""Pattern of a name: temporary files begin with a dot, and DuckDB's `*` would match them."""
+
+
+def build_catalog(
+    lake_root: Path,
+    path: Path,
+    *,
+    scores: Mapping[str, Sequence[str]],
+    targets: Sequence[str],
+    recipes: Sequence[str],
+) -> None:
+    """Build the catalog beside the old one and swap it in; processes that read the old one go on.
+
+    Besides, `<lake>/catalog/` gets what DuckDB can't read from the lake: the targets' labels, and the
+    uid lists that subsets began with.
+
+    Args:
+        lake_root: Folder of the lake; files may be missing, and may come later.
+        path: Where the catalog shall be, ending in .duckdb.
+        scores: Keys of the score assets with the columns that hold values, such as
+            `{"norm_sim/b32/imagenet": ["norm_sim_2", "norm_sim_inf", "nearest_target"]}`.
+        targets: Keys of the target embeddings, such as `target_embeddings/b32/imagenet`.
+        recipes: Recipes that `explain` tells about, as far as they have a version.
+    """
+    root = lake_root.absolute()
+    lake = Lake(str(root))
+    _write_targets(lake, root, targets)
+    records = [record for recipe in recipes if (record := _current(root, recipe)) is not None]
+    for record in records:
+        _write_source_uids(lake, root, record)
+    with lake.replacing(str(path.absolute())) as temporary, duckdb.connect(str(temporary)) as con:
+        for name, query in _views(root, scores).items():
+            con.execute(f"CREATE VIEW {_quoted(name)} AS {query}").fetchall()
+        for macro in (_UID_WORDS, _OVERLAP, _explain_macro(con, root, records, scores)):
+            con.execute(macro).fetchall()
+
+
+def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
+    """Open a catalog read-only, as any number of processes may at once.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no catalog. Remedy: materialize the asset catalog.")
+    return duckdb.connect(str(path), read_only=True)
+
+
+# Views
+
+
+def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    views = {
+        "pool": _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS),
+        "rejects": _files(root, f"rejects/{_VISIBLE}.parquet", _REJECT_COLUMNS),
+        "targets": _files(root, "catalog/targets.parquet", _TARGET_COLUMNS),
+    }
+    for asset, columns in scores.items():
+        values = {column: _score_type(column) for column in columns}
+        views[asset] = _files(root, f"{asset}/{_VISIBLE}.parquet", _ROW | values)
+    views["pool_scores"] = _pool_scores(root, scores)
+    names = [_quoted(name) for names in _score_names(scores).values() for name in names]
+    views["scores"] = f"SELECT {', '.join(['uid, f0, f1, shard, key', *names])} FROM pool_scores"
+    views["shards"] = """
+        SELECT coalesce(p.shard, r.shard) AS shard, coalesce(p.n, 0) AS rows, coalesce(r.n, 0) AS rejected
+        FROM (SELECT shard, count(*) AS n FROM pool GROUP BY shard) AS p
+        FULL JOIN (SELECT shard, count(*) AS n FROM rejects GROUP BY shard) AS r USING (shard)
+        ORDER BY shard"""
+    return views | _subset_views(root)
+
+
+def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
+    """Write a query over files that may not be there yet: typed columns, and no rows without files."""
+    typed = ", ".join(f"NULL::{kind} AS {_quoted(name)}" for name, kind in columns.items())
+    names = ", ".join(_quoted(name) for name in columns)
+    return (
+        f"SELECT {names} FROM (SELECT {typed} WHERE false UNION ALL BY NAME "
+        f"SELECT * FROM read_parquet({_pattern(root, pattern)}, allow_empty=true{options}))"
+    )
+
+
+def _pool_scores(root: Path, scores: Mapping[str, Sequence[str]]) -> str:
+    """Join the scores to the pool by place and uid, so that a repeated uid meets its own score."""
+    place = {"file_row_number": "BIGINT"}
+    numbered = ", file_row_number=true"
+    pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=numbered)
+    selected, joins = [f"pool.{_quoted(column)}" for column in POOL_COLUMNS], []
+    for number, (asset, names) in enumerate(_score_names(scores).items()):
+        columns = scores[asset]
+        typed = _ROW | place | {column: _score_type(column) for column in columns}
+        query = _files(root, f"{asset}/{_VISIBLE}.parquet", typed, options=numbered)
+        joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
+        selected += [
+            f"s{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in zip(columns, names, strict=True)
+        ]
+    return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
+
+
+def _subset_views(root: Path) -> dict[str, str]:
+    """Write the views over subset versions; a version without a lineage record does not exist."""
+    record = _pattern(root, f"subset/{_VISIBLE}/{_VISIBLE}/lineage.json")
+    place = "split_part(filename, '/', -3) AS recipe, split_part(filename, '/', -2) AS version"
+    lineage = f"""
+        SELECT {place}, content::JSON AS record FROM (
+            SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
+            SELECT * FROM read_text({record}, allow_empty=true))"""
+    steps = json.dumps(
+        [
+            {
+                "step": "INTEGER",
+                "text": "VARCHAR",
+                "score": "VARCHAR",
+                "entered": "BIGINT",
+                "kept": "BIGINT",
+                "left": "BIGINT",
+                "threshold": "DOUBLE",
+                "note": "VARCHAR",
+            }
+        ]
+    )
+    manifest = f"subset/{_VISIBLE}/{_VISIBLE}/manifest.parquet"
+    row = {"uid": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR"}
+    members = _files(root, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
+    return {
+        "subsets": f"""
+            SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
+                (record->>'rows')::BIGINT AS rows, record->'source'->>'kind' AS source_kind,
+                record->'source'->>'name' AS source_name, (record->'source'->>'rows')::BIGINT AS source_rows,
+                row_number() OVER (PARTITION BY recipe ORDER BY length(version) DESC, version DESC) = 1 AS current
+            FROM ({lineage}) ORDER BY recipe, length(version), version""",
+        "funnel": f"""
+            SELECT * FROM (
+                SELECT recipe, version, unnest(json_transform(record->'steps', '{steps}'), recursive := true)
+                FROM ({lineage}))
+            ORDER BY recipe, length(version), version, step""",
+        "subset_shards": f"""
+            SELECT recipe, version, used.key AS shard, input.key AS input, input.value->>'$' AS fingerprint,
+                NULL::VARCHAR AS missing
+            FROM ({lineage}), json_each(record->'shards') AS used, json_each(used.value) AS input
+            UNION ALL BY NAME
+            SELECT recipe, version, left_out.key AS shard, left_out.value->>'$' AS missing
+            FROM ({lineage}), json_each(record->'shards_missing') AS left_out""",
+        "subset_members": f"""
+            SELECT recipe, version, uid, f0, f1, shard, key FROM (SELECT {place}, * FROM ({members}))
+            SEMI JOIN (SELECT recipe, version FROM ({lineage})) USING (recipe, version)""",
+    }
+
+
+# Macros
+
+_UID_WORDS = """
+CREATE MACRO uid_word(sample, place) AS
+    CASE WHEN regexp_full_match(sample, '[0-9a-fA-F]{32}')
+    THEN ('0x' || substr(sample, place, 16))::UBIGINT END
+"""
+
+_OVERLAP = """
+CREATE MACRO overlap(a, b) AS TABLE
+WITH members AS (
+    SELECT recipe, f0, f1 FROM subset_members
+    SEMI JOIN (FROM subsets WHERE current) AS newest USING (recipe, version)
+),
+counted AS (
+    SELECT (SELECT count(*) FROM members WHERE recipe = a) AS rows_a,
+        (SELECT count(*) FROM members WHERE recipe = b) AS rows_b,
+        (SELECT count(*) FROM (SELECT f0, f1 FROM members WHERE recipe = a)
+            SEMI JOIN (SELECT f0, f1 FROM members WHERE recipe = b) AS other USING (f0, f1)) AS rows_both
+)
+SELECT *, rows_both / nullif(rows_a + rows_b - rows_both, 0) AS jaccard FROM counted
+"""
+
+_EXPLAINED = {
+    "recipe": "VARCHAR",
+    "version": "VARCHAR",
+    "step": "INTEGER",
+    "text": "VARCHAR",
+    "score": "VARCHAR",
+    "value": "DOUBLE",
+    "threshold": "DOUBLE",
+    "rank": "BIGINT",
+    "verdict": "VARCHAR",
+    "nearest_target": "BIGINT",
+    "nearest_label": "VARCHAR",
+    "nearest_name": "VARCHAR",
+}
+
+
+def _explain_macro(
+    con: duckdb.DuckDBPyConnection,
+    root: Path,
+    records: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Sequence[str]],
+) -> str:
+    """Write explain(uid): a row for each step of each recipe's newest version at build time.
+
+    Verdicts: kept; dropped; not reached (an earlier step dropped it); unknown (a score that the step
+    needs is not there now); changed (today's scores would keep it, yet it is not in the subset). Step 0
+    is what the recipe began with. A uid that is not in the pool gets one row that says so, or the reasons
+    where a rejected sample has that key.
+    """
+    nearest = {
+        f"{column}/{asset.split('/', 1)[1]}": asset.split("/", 1)[1]
+        for asset, columns in scores.items()
+        if "nearest_target" in columns
+        for column in columns
+    }
+    ctes = ["sample_rows AS (SELECT * FROM pool_scores WHERE f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17))"]
+    steps = []
+    for number, record in enumerate(records):
+        ctes.append(f"judged{number} AS ({_judged(con, root, record)})")
+        steps += _explained_steps(record, f"judged{number}", nearest)
+    typed = ", ".join(f"NULL::{kind} AS {name}" for name, kind in _EXPLAINED.items())
+    ctes.append(
+        "found AS MATERIALIZED ("
+        + " UNION ALL BY NAME ".join([f"SELECT {typed} WHERE false", *steps])
+        + " UNION ALL BY NAME SELECT 'rejected: ' || reason AS verdict, detail AS text FROM rejects "
+        "WHERE key = sample)"
+    )
+    return (
+        f"CREATE MACRO explain(sample) AS TABLE WITH {', '.join(ctes)} SELECT * FROM found "
+        "UNION ALL BY NAME SELECT 'unknown uid' AS verdict, "
+        "'no sample of this uid is in the pool, and no rejected sample has it as its key' AS text "
+        "WHERE NOT EXISTS (FROM found) AND NOT EXISTS (FROM sample_rows) "
+        "UNION ALL BY NAME SELECT 'no subset' AS verdict, 'it is in the pool; no recipe has a version' AS text "
+        "WHERE NOT EXISTS (FROM found) AND EXISTS (FROM sample_rows) ORDER BY recipe, step"
+    )
+
+
+def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any]) -> str:
+    """Write the query of one row: the sample, its place in the version, and what each step says of it."""
+    recipe, version, steps = record["recipe"], record["version"], record["steps"]
+    ranked = [step["step"] for step in steps if step["score"] is not None]
+    figures = "".join(f', step{n}_value AS "value {n}", step{n}_rank AS "rank {n}"' for n in ranked)
+    member = (
+        f'SELECT true AS "member"{figures} FROM read_parquet('
+        f"{_pattern(root, f'subset/{glob.escape(recipe)}/{version}/manifest.parquet')}) WHERE {_SAMPLE}"
+    )
+    known = [_binds(con, step["predicate"]) for step in steps]
+    passes = [
+        f'coalesce(({step["predicate"]}\n), false) AS "pass {step["step"]}"'
+        if binds
+        else f'NULL::BOOLEAN AS "pass {step["step"]}"'
+        for step, binds in zip(steps, known, strict=True)
+    ]
+    values = [
+        f'{_quoted(step["score"]) if binds else "NULL"}::DOUBLE AS "score {step["step"]}"'
+        for step, binds in zip(steps, known, strict=True)
+        if step["score"] is not None
+    ]
+    begun = f'f0 IS NOT NULL AND {_in_source(root, record)} AS "pass 0"'
+    return f"""
+        SELECT *, {", ".join([begun, *passes, *values])}
+        FROM (SELECT 1) LEFT JOIN (
+            SELECT * FROM sample_rows WHERE shard IN (
+                SELECT shard FROM subset_shards
+                WHERE recipe = {_text(recipe)} AND version = {_text(version)} AND missing IS NULL)
+            ORDER BY shard, source_row LIMIT 1
+        ) ON true LEFT JOIN ({member}) ON true
+        WHERE "member" OR EXISTS (FROM sample_rows)"""
+
+
+_SAMPLE = "f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17)"
+
+
+def _in_source(root: Path, record: Mapping[str, Any]) -> str:
+    source = record["source"]
+    if source["kind"] == "pool":
+        return "true"
+    if source["kind"] == "recipe":
+        file = f"subset/{glob.escape(source['name'])}/{source['version']}/manifest.parquet"
+    else:
+        file = f"{_SOURCE_UIDS}/{glob.escape(record['recipe'])}/{record['version']}.parquet"
+    return f"EXISTS (SELECT 1 FROM read_parquet({_pattern(root, file)}) WHERE {_SAMPLE})"
+
+
+def _explained_steps(record: Mapping[str, Any], judged: str, nearest: Mapping[str, str]) -> list[str]:
+    source, last = record["source"], len(record["steps"])
+    named = {
+        "pool": "from the pool",
+        "recipe": f"from recipe {source['name']} {source.get('version')}",
+        "uids": f"from the uid list {source['name']}",
+    }
+    begin = {"step": 0, "text": named[source["kind"]], "score": None, "threshold": None}
+    queries = []
+    for step in [begin, *record["steps"]]:
+        number = step["step"]
+        before = " AND ".join(f'coalesce("pass {n}", false)' for n in range(number)) or "true"
+        passed = "changed" if number == last else "kept"
+        unknown = f'"pass {number}" IS NULL'
+        columns = {
+            "recipe": _text(record["recipe"]),
+            "version": _text(record["version"]),
+            "step": str(number),
+            "text": _text(step["text"]),
+        }
+        if step["score"] is not None:
+            unknown += f' OR "score {number}" IS NULL'
+            columns |= {
+                "score": _text(step["score"]),
+                "value": f'coalesce("value {number}", "score {number}")',
+                "threshold": f"{_text(repr(float(step['threshold'])))}::DOUBLE",
+                "rank": f'"rank {number}"',
+            }
+        if step["score"] in nearest:
+            suffix = nearest[step["score"]]
+            index = _quoted(f"nearest_target/{suffix}")
+            of_target = f"FROM targets WHERE asset = {_text(f'target_embeddings/{suffix}')} AND target_index = {index}"
+            columns |= {
+                "nearest_target": index,
+                "nearest_label": f"(SELECT label {of_target})",
+                "nearest_name": f"(SELECT name {of_target})",
+            }
+        columns["verdict"] = (
+            f"CASE WHEN \"member\" THEN 'kept' WHEN NOT ({before}) THEN 'not reached' "
+            f"WHEN {unknown} THEN 'unknown' WHEN \"pass {number}\" THEN '{passed}' ELSE 'dropped' END"
+        )
+        selected = ", ".join(f"{value} AS {name}" for name, value in columns.items())
+        queries.append(f"SELECT {selected} FROM {judged}")
+    return queries
+
+
+def _binds(con: duckdb.DuckDBPyConnection, predicate: str) -> bool:
+    """Tell whether the scores and columns that an old version used are still there."""
+    try:
+        con.execute(f"SELECT ({predicate}\n) FROM pool_scores LIMIT 0").fetchall()
+    except duckdb.BinderException:
+        return False
+    return True
+
+
+# Files that DuckDB can't read, written again as Parquet
+
+_SOURCE_UIDS = "catalog/source_uids"
+
+
+def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
+    tables = []
+    for asset in targets:
+        if Path(lake.path(asset)).exists():
+            labels = lake.read(asset, columns=["target_index", "label", "name"])
+            tables.append(labels.append_column("asset", pa.array([asset] * len(labels), pa.string())))
+    schema = pa.schema(
+        [
+            ("target_index", pa.int64()),
+            ("label", pa.string()),
+            ("name", pa.string()),
+            ("asset", pa.string()),
+        ]
+    )
+    table = pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in tables)])
+    with lake.replacing(str(root / "catalog" / "targets.parquet")) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _write_source_uids(lake: Lake, root: Path, record: Mapping[str, Any]) -> None:
+    """Write the uid list that a version began with, once: versions do not change."""
+    if record["source"]["kind"] != "uids":
+        return
+    recipe, version = record["recipe"], record["version"]
+    path = root / _SOURCE_UIDS / recipe / f"{version}.parquet"
+    if path.exists():
+        return
+    listed = np.load(root / "subset" / recipe / version / "source_uids.npy", mmap_mode="r")
+    table = pa.table({name: np.ascontiguousarray(listed[name]) for name in ("f0", "f1")})
+    with lake.replacing(str(path)) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _current(root: Path, recipe: str) -> dict[str, Any] | None:
+    """Read the lineage record of a recipe's newest version, if it has one."""
+    found = (root / "subset" / recipe).glob("*/lineage.json")
+    visible = [path for path in found if not path.parent.name.startswith(".")]
+    if not visible:
+        return None
+    newest = max(visible, key=lambda path: (len(path.parent.name), path.parent.name))
+    return json.loads(newest.read_text(encoding="utf-8"))
+
+
+# Names
+
+
+def _score_names(scores: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Give the names by which recipes call the columns of each score asset."""
+    return {asset: [f"{column}/{asset.split('/', 1)[1]}" for column in columns] for asset, columns in scores.items()}
+
+
+def _score_type(column: str) -> str:
+    return "BIGINT" if column == "nearest_target" else "FLOAT"
+
+
+def _pattern(root: Path, pattern: str) -> str:
+    return _text(f"{glob.escape(str(root))}/{pattern}")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
