@@ -371,6 +371,9 @@ def _read_parquet(url: str) -> dict[str, pa.Array]:
             raise PoolError(
                 f"{url}: the column {source} is {found.type} and cannot be read as {kind} ({error}). Correct the file."
             ) from error
+        if pa.types.is_floating(kind):  # DuckDB would rank a NaN first
+            finite = pc.is_finite(columns[column])
+            columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
     return columns
 
 

@@ -6,6 +6,7 @@ name. Members with other suffixes, or without image, caption and .json, are igno
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -242,15 +243,15 @@ class _Shard:
             "url": _text_or_none(meta.get("url")),
             "width": facts.width,
             "height": facts.height,
-            "original_width": _number_or_none(meta.get("original_width"), int),
-            "original_height": _number_or_none(meta.get("original_height"), int),
+            "original_width": _pixels_or_none(meta.get("original_width")),
+            "original_height": _pixels_or_none(meta.get("original_height")),
             "image_format": facts.format,
             "sha256": look.digest.hex(),
             "image_offset": group.image.offset,
             "image_size": group.image.size,
             "caption_repaired": repaired,
-            "clip_b32_similarity_score": _number_or_none(meta.get("clip_b32_similarity_score"), float),
-            "clip_l14_similarity_score": _number_or_none(meta.get("clip_l14_similarity_score"), float),
+            "clip_b32_similarity_score": _score_or_none(meta.get("clip_b32_similarity_score")),
+            "clip_l14_similarity_score": _score_or_none(meta.get("clip_l14_similarity_score")),
         }
 
     def _meta(self, group: "_Group") -> Mapping[str, Any]:
@@ -379,5 +380,9 @@ def _text_or_none(value: object) -> str | None:
     return None if value is None else _encodable(str(value))[0]
 
 
-def _number_or_none(value: object, kind: type) -> Any:
-    return kind(value) if isinstance(value, int | float) else None
+def _pixels_or_none(value: object) -> int | None:
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 31 else None
+
+
+def _score_or_none(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
