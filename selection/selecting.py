@@ -269,7 +269,7 @@ def _kth_largest(con: duckdb.DuckDBPyConnection, value: str, rows: str, k: int, 
 
 
 def _value(score: str) -> str:
-    """Write a score as a float64 with one zero: DuckDB sorts -0.0 before 0.0 yet calls them equal."""
+    """Write a score as a float64 with one zero, so that a report never depends on which zero came first."""
     return f"({quoted(score)}::DOUBLE + 0.0)"
 
 
