@@ -243,7 +243,7 @@ def _surface(group: Group, size: int, rng: Random) -> Image.Image:
         return surface
     second = _mix(base, (255, 255, 255) if rng.random() < 0.6 else (0, 0, 0), 0.68)
     pen = ImageDraw.Draw(surface)
-    period = max(8.0, size / rng.uniform(4.0, 5.5))
+    period = max(11.0, size / rng.uniform(3.2, 4.4))
     steps = range(math.ceil(size / period) + 1)
     if group.texture == "striped":
         slope = rng.choice((-1.0, 0.0, 1.0)) * size

@@ -49,6 +49,7 @@ _VAGUE = (
     "a picture", "a drawing of something", "an image of shapes", "some shapes on a background",
     "this shows an illustration", "colourful shapes", "nice drawing", "a simple illustration",
 )  # fmt: skip
+_BARE = ("{noun}", "{noun} drawing", "{noun} picture", "illustration of a {noun}", "the {noun}")
 
 _SCHEMA = pa.schema(
     [
@@ -107,22 +108,29 @@ def plan_shard(shard: int, seed: int = SEED) -> list[Row]:
         scene = random_scene(rng)
         words = caption(scene, rng)
         rows.append(_plant(Row(source, kind, "", scene, words), rng))
-    shuffled = [i for i, row in enumerate(rows) if row.kind == "shuffled"]
-    captions = [rows[i].caption for i in shuffled]
-    for i, borrowed in zip(shuffled, captions[1:] + captions[:1], strict=True):
-        rows[i] = replace(rows[i], caption=borrowed)
+    shuffle_captions(rows)
     rng.shuffle(rows)
     return rows
 
 
+def shuffle_captions(rows: list[Row]) -> None:
+    """Hand each shuffled row's caption to the shuffled row before it, so that none keeps its own."""
+    places = [i for i, row in enumerate(rows) if row.kind == "shuffled"]
+    captions = [rows[i].caption for i in places]
+    for i, borrowed in zip(places, captions[1:] + captions[:1], strict=True):
+        rows[i] = replace(rows[i], caption=borrowed)
+
+
 def _plant(row: Row, rng: Random) -> Row:
     if row.kind == "empty_talk":
-        variant, phrases = rng.choice((("stock", _STOCK), ("vague", _VAGUE)))
-        words = rng.choice(phrases).format(n=rng.randrange(10_000))
+        variant, phrases = rng.choice((("stock", _STOCK), ("vague", _VAGUE), ("bare", _BARE)))
+        assert row.scene is not None
+        noun = rng.choice(row.scene.groups).shape
+        words = rng.choice(phrases).format(n=rng.randrange(10_000), noun=noun)
         return replace(row, variant=variant, caption=words)
     if row.kind == "wrong_attribute":
         assert row.scene is not None
-        scene, attribute = _change_attribute(row.scene, rng)
+        scene, attribute = change_attribute(row.scene, rng)
         return replace(row, variant=attribute, caption=caption(scene, rng, must_say=attribute))
     if row.kind == "off_domain":  # two thirds in words of their own, the rest in the domain's
         if rng.random() < 2 / 3:
@@ -131,7 +139,7 @@ def _plant(row: Row, rng: Random) -> Row:
     return row
 
 
-def _change_attribute(scene: Scene, rng: Random) -> tuple[Scene, str]:
+def change_attribute(scene: Scene, rng: Random) -> tuple[Scene, str]:
     """The scene with one attribute of one group changed, and the attribute's name."""
     choices = ["colour", "shape", "texture", "layout" if len(scene.groups) == 2 else "count"]
     attribute = rng.choice(choices)

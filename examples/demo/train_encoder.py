@@ -89,6 +89,7 @@ def train(pictures: torch.Tensor, tokens: torch.Tensor, *, epochs: int, batch: i
         [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
         lr=rate,
         betas=(0.9, 0.98),
+        fused=True,
     )
     steps = epochs * (len(pictures) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
@@ -144,7 +145,7 @@ def main() -> None:
     """Draw, train, save, load again through open_clip, and print held-out retrieval."""
     parser = argparse.ArgumentParser(description="Teach the demo's encoder from clean pairs.")
     parser.add_argument("--pictures", type=int, default=60_000, help=f"a multiple of {CHUNK}")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
