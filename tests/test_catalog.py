@@ -510,9 +510,10 @@ def test_explain_reads_only_the_row_groups_that_may_hold_the_uid(lake):
         path = lake.root / f"{file}.parquet"
         pq.write_table(pq.read_table(path), path, row_group_size=2)
         groups[file] = pq.ParquetFile(path).num_row_groups
+    f0, f1 = max(lake.members["wide"])
     with lake.build(recipes=["wide"]) as con:
-        plan = con.execute(f"EXPLAIN ANALYZE FROM explain('{'f' * 32}')").fetchall()[0][1]
+        plan = con.execute(f"EXPLAIN ANALYZE FROM explain('{f0:016x}{f1:016x}')").fetchall()[0][1]
     scans = [(int(read), int(all_)) for read, all_ in re.findall(r"Row Groups Scanned: (\d+) / (\d+)", plan)]
-    assert {read for read, _ in scans} == {0}
-    assert {groups["raw_pool/00000"] + 1, groups["subset/wide/v0001/manifest"]} <= {all_ for _, all_ in scans}
-    assert [all_ for _, all_ in scans].count(groups["clip_score/b32/00000"] + 1) == 2
+    one_shard_more = groups["raw_pool/00000"] + 1
+    assert scans.count((1, one_shard_more)) == 2
+    assert scans.count((1, groups["subset/wide/v0001/manifest"])) == 1
