@@ -10,6 +10,7 @@ the others are done.
 
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ import pyarrow as pa
 from assets.project import Project
 from resources.lake import LakeError, Provenance, Stored
 
-SHARDS = dg.DynamicPartitionsDefinition(name="shards")
+SHARDS_NAME = "shards"
+SHARDS = dg.DynamicPartitionsDefinition(name=SHARDS_NAME)
 
 # Tags by which Dagster tells what is stale; it exports no names for them.
 DATA_VERSION_TAG = "dagster/data_version"
@@ -124,6 +126,9 @@ def sharded_asset(
 ) -> ShardAsset:
     """Make a sharded asset from the provenance it would write and the computation of its shards."""
 
+    # Beta in Dagster 1.13; what it has to do is held in tests/test_dagster_pins.py.
+    warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
+
     @dg.asset(
         key=dg.AssetKey(key.split("/")),
         deps=[dg.AssetKey(dep.split("/")) for dep in deps],
@@ -192,10 +197,9 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
             log.write([record])
     if errors:
         log.write(records if followed else [])
-        for shard, error in errors.items():
-            context.log.error("".join(traceback.format_exception(error)))
-            context.log.error(f"{asset.key}: shard {shard}: {error}")
-        listed = "\n".join(f"{shard}: {error}" for shard, error in errors.items())
+        for shard, found in errors.items():
+            context.log.error(f"{asset.key}, shard {shard}:\n{''.join(traceback.format_exception(found))}")
+        listed = "\n".join(f"{shard}: {found}" for shard, found in errors.items())
         raise dg.Failure(
             description=f"{asset.key}: {len(errors)} of {len(context.partition_keys)} shards failed; the others "
             f"are done.\n{listed}",

@@ -42,7 +42,7 @@ def target_embeddings(project: Project, encoder: str, target: str) -> WholeAsset
                 "image": vectors_to_column(found.image),
             }
         )
-        summary = {"classes": len(set(found.labels)), "dimensions": int(found.image.shape[1])}
+        summary: dict[str, object] = {"classes": len(set(found.labels)), "dimensions": int(found.image.shape[1])}
         if found.notes:
             summary["notes"] = "\n".join(found.notes)
         return Result(table, summary, content=sample_digest(table))

@@ -12,7 +12,7 @@ import dagster as dg
 
 from assets.graph import Graph
 from assets.project import Project
-from assets.sharded import SHARDS, ShardAsset
+from assets.sharded import SHARDS_NAME, ShardAsset
 from dagster_project.definitions import build_defs
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -99,18 +99,18 @@ def materialize(
 def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outcome: Outcome) -> list[str]:
     """Make Dagster's partitions agree with the pool's folder; what a removed shard left is cleared away."""
     listed = sorted(project.listing())
-    known = set(instance.get_dynamic_partitions(SHARDS.name))
+    known = set(instance.get_dynamic_partitions(SHARDS_NAME))
     outcome.added = [shard for shard in listed if shard not in known]
     outcome.removed = sorted(known - set(listed))
     if outcome.added:
-        instance.add_dynamic_partitions(SHARDS.name, outcome.added)
+        instance.add_dynamic_partitions(SHARDS_NAME, outcome.added)
     for shard in outcome.removed:
-        instance.delete_dynamic_partition(SHARDS.name, shard)
+        instance.delete_dynamic_partition(SHARDS_NAME, shard)
         for node in reversed(graph.nodes):
             if isinstance(node, ShardAsset):
                 project.lake.remove(node.key, shard)
         project.lake.remove("rejects", shard)
-    return [shard for shard in instance.get_dynamic_partitions(SHARDS.name) if shard in project.listing()]
+    return [shard for shard in instance.get_dynamic_partitions(SHARDS_NAME) if shard in project.listing()]
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> str:
@@ -119,5 +119,8 @@ def _failure(result: dg.ExecuteInProcessResult) -> str:
             data = event.step_failure_data
             if data.user_failure_data is not None and data.user_failure_data.description:
                 return data.user_failure_data.description
-            return data.error.to_string() if data.error else "failed"
+            error = data.error
+            while error is not None and error.cause is not None:
+                error = error.cause
+            return error.message.strip() if error is not None else "failed"
     return "the run failed before its first step; see its page in the UI"
