@@ -292,10 +292,10 @@ def _write_shard(folder: Path, shard: int, seed: int) -> None:
         "end_time": 0.0,
         "status_dict": {"success": SHARD_ROWS, "HTTP Error 404: Not Found": FAILED_ROWS},
     }
-    # The tar last: what looks for shards finds one that is whole.
-    _replace(folder / f"{shard:05d}_stats.json", json.dumps(stats, indent=4).encode())
+    # In this order: who finds the tar finds its sidecar, and the stats say that all is there.
     _replace(folder / f"{shard:05d}.parquet", table.getvalue())
     _replace(folder / f"{shard:05d}.tar", archive.getvalue())
+    _replace(folder / f"{shard:05d}_stats.json", json.dumps(stats, indent=4).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
