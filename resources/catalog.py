@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resources.lake import Lake
+from resources.versions import Versions
 
 POOL_COLUMNS = {
     "uid": "VARCHAR",
@@ -61,6 +62,7 @@ _TARGET_COLUMNS = {
     "label": "VARCHAR",
     "name": "VARCHAR",
 }
+_VERSION = "v[0-9]*"
 _VISIBLE = "[!.]*"
 """Pattern of a name: temporary files begin with a dot, and DuckDB's `*` would match them."""
 
@@ -89,7 +91,8 @@ def build_catalog(
     root = lake_root.absolute()
     lake = Lake(str(root))
     _write_targets(lake, root, targets)
-    records = [record for recipe in recipes if (record := _current(root, recipe)) is not None]
+    newest = [Versions(lake, recipe).current() for recipe in recipes]
+    records = [version.lineage for version in newest if version is not None]
     for record in records:
         _write_source_uids(lake, root, record)
     with lake.replacing(str(path.absolute())) as temporary, duckdb.connect(str(temporary)) as con:
@@ -101,6 +104,9 @@ def build_catalog(
 
 def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
     """Open a catalog read-only, as any number of processes may at once.
+
+    A process that still has the catalog open gets the one it has, even after a newer one was swapped in:
+    close the old connection first.
 
     Raises:
         FileNotFoundError: There is none.
@@ -162,7 +168,7 @@ def _pool_scores(root: Path, scores: Mapping[str, Sequence[str]]) -> str:
 
 def _subset_views(root: Path) -> dict[str, str]:
     """Write the views over subset versions; a version without a lineage record does not exist."""
-    record = _pattern(root, f"subset/{_VISIBLE}/{_VISIBLE}/lineage.json")
+    record = _pattern(root, f"subset/{_VISIBLE}/{_VERSION}/lineage.json")
     place = "split_part(filename, '/', -3) AS recipe, split_part(filename, '/', -2) AS version"
     lineage = f"""
         SELECT {place}, content::JSON AS record FROM (
@@ -182,7 +188,7 @@ def _subset_views(root: Path) -> dict[str, str]:
             }
         ]
     )
-    manifest = f"subset/{_VISIBLE}/{_VISIBLE}/manifest.parquet"
+    manifest = f"subset/{_VISIBLE}/{_VERSION}/manifest.parquet"
     row = {"uid": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR"}
     members = _files(root, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
     return {
@@ -428,16 +434,6 @@ def _write_source_uids(lake: Lake, root: Path, record: Mapping[str, Any]) -> Non
     table = pa.table({name: np.ascontiguousarray(listed[name]) for name in ("f0", "f1")})
     with lake.replacing(str(path)) as temporary:
         pq.write_table(table, temporary)
-
-
-def _current(root: Path, recipe: str) -> dict[str, Any] | None:
-    """Read the lineage record of a recipe's newest version, if it has one."""
-    found = (root / "subset" / recipe).glob("*/lineage.json")
-    visible = [path for path in found if not path.parent.name.startswith(".")]
-    if not visible:
-        return None
-    newest = max(visible, key=lambda path: (len(path.parent.name), path.parent.name))
-    return json.loads(newest.read_text(encoding="utf-8"))
 
 
 # Names

@@ -176,11 +176,13 @@ def check_recipes(recipes: Mapping[str, Recipe], *, scores: Collection[str], poo
         pool_columns: Names of the columns that the pool has.
 
     Raises:
-        ValueError: One message with a line for each unknown recipe, score or column, and for each
-            circle of recipes that begin with one another.
+        ValueError: One message with a line for each unknown recipe, score or column, for each circle
+            of recipes that begin with one another, and for each name that stands for something else.
     """
     problems = []
     for name, recipe in recipes.items():
+        if name == POOL or name.endswith(UID_LIST_ENDINGS):
+            problems.append(f"recipe {name}: another recipe's from could not name it; call it otherwise")
         if recipe.source_kind == "recipe" and recipe.source not in recipes:
             problems.append(
                 f"recipe {name}, from: {_unknown('recipe', recipe.source, [POOL, *recipes])}; "

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from resources.catalog import POOL_COLUMNS, build_catalog, read_catalog
-from resources.lake import Lake, Provenance, vectors_to_column
+from resources.lake import Lake, LakeError, Provenance, vectors_to_column
 from resources.source import source_relation
 from selection.recipes import Recipe
 from selection.selecting import select
@@ -499,7 +499,7 @@ def test_a_build_that_fails_leaves_the_old_catalog(lake):
     before = lake.catalog.read_bytes()
     (lake.root / "subset/wide/v0002").mkdir()
     (lake.root / "subset/wide/v0002/lineage.json").write_text("{")
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(LakeError, match="not a lineage record"):
         lake.build()
     assert lake.catalog.read_bytes() == before
 

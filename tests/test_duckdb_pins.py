@@ -83,6 +83,19 @@ def test_a_replaced_file_leaves_its_readers_on_the_old_one(elsewhere, tmp_path):
     assert start("read")[1] == "[(2,)]"
 
 
+def test_a_process_that_has_a_file_open_gets_the_old_one_again(tmp_path):
+    path = tmp_path / "a.duckdb"
+    for number, name in ((1, path), (2, tmp_path / "b.duckdb")):
+        with duckdb.connect(str(name)) as con:
+            con.execute(f"CREATE TABLE numbers AS SELECT {number} AS n")
+    with duckdb.connect(str(path), read_only=True):
+        os.replace(tmp_path / "b.duckdb", path)
+        with duckdb.connect(str(path), read_only=True) as con:
+            assert rows(con, "FROM numbers") == [(1,)]
+    with duckdb.connect(str(path), read_only=True) as con:
+        assert rows(con, "FROM numbers") == [(2,)]
+
+
 def test_a_closed_database_is_one_file(tmp_path):
     with duckdb.connect(str(tmp_path / "a.duckdb")) as con:
         con.execute("CREATE VIEW numbers AS SELECT 1 AS n")

@@ -1,6 +1,7 @@
 """Claims about recipes: what they may say, which rows they choose, and what they report."""
 
 import json
+import re
 from fractions import Fraction
 
 import duckdb
@@ -398,6 +399,12 @@ def test_recipes_that_begin_with_one_another_are_told_once():
         "recipes begin with one another: a from b from c from a",
         "recipes begin with one another: e from e",
     ]
+
+
+@pytest.mark.parametrize("name", ["pool", "mine.npy", "mine.txt"])
+def test_a_recipe_named_like_another_kind_of_source_is_refused(name):
+    with pytest.raises(ValueError, match=f"recipe {re.escape(name)}: .*call it otherwise"):
+        check_recipes({name: recipe()}, scores=[], pool_columns=[])
 
 
 def test_recipes_that_fit_the_project_pass():
