@@ -17,7 +17,7 @@ from resources.pools import Pool, PoolError
 if TYPE_CHECKING:
     import torch
 
-_AHEAD = 4  # batches each process works ahead, so that the model never waits for a slow one
+_AHEAD = 2  # batches each process works ahead, so that the model never waits for a slow one
 # imported once in the server that worker processes are forked from
 _PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", __name__]
 
@@ -157,13 +157,21 @@ class Prepare:
             return self._images(item)
         return self._ranges(item)
 
+    def _tensor(self, blob: bytes, max_pixels: int | None) -> "torch.Tensor":
+        picture = images.picture(blob, max_pixels)
+        try:
+            return self.transform(picture)
+        except Exception as error:  # hostile bytes raise almost anything in Pillow
+            words = f"open_clip's preprocessing: {type(error).__name__}: {error}"
+            raise images.ImageError("image_undecodable", words) from error
+
     def _images(self, item: ImagesItem) -> Batch:
         import torch
 
         tensors, kept, faults = [], [], []
         for position, (name, blob) in enumerate(zip(item.names, item.blobs, strict=True)):
             try:
-                tensors.append(self.transform(images.picture(blob, item.max_pixels)))
+                tensors.append(self._tensor(blob, item.max_pixels))
                 kept.append(position)
             except images.ImageError as fault:
                 faults.append((name, str(fault)))
@@ -186,7 +194,7 @@ class Prepare:
         for key, blob in zip(item.keys, blobs, strict=True):
             try:
                 # its size was judged when the pool was read
-                tensors.append(self.transform(images.picture(blob, len(blob) << 20)))
+                tensors.append(self._tensor(blob, None))
             except images.ImageError as fault:
                 message = f"shard {item.shard}, key {key} in {item.url}: {fault}. {remedy}"
                 return Batch(rows, error=message, total=item.total, last=item.last)

@@ -408,12 +408,6 @@ class Encoder:
                 f"encoder {self.name}: {name} has no pretrained tag {tag!r}, nor is there such a "
                 f"file{_near(tag, tags)}. Set pretrained to one of: {', '.join(tags) or 'none'}."
             )
-        gelu = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", True)
-        if name.endswith("-quickgelu") and not gelu:
-            raise EncoderError(
-                f"encoder {self.name}: the weights {tag} were not trained with QuickGELU. Set "
-                f"model to {name.removesuffix('-quickgelu')}."
-            )
 
     def _hub_files(self) -> dict[str, str]:
         """Content hashes of the config and weights, which the hub's cache names its files by."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# a preprocessing that scales the shorter side up makes a giant of a long thin line
+MAX_ASPECT = 200
 
 
 class ImageError(ValueError):
@@ -36,11 +38,11 @@ class ImageFacts:
     format: str
 
 
-def open_image(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+def open_image(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     """Read the header; the pixels are not decoded yet.
 
     Raises:
-        ImageError: empty, unknown or unsupported bytes, or more than `max_pixels`.
+        ImageError: empty, unknown or unsupported bytes, more than `max_pixels`, or a line.
     """
     if not data:
         raise ImageError("image_empty", "0 bytes")
@@ -51,7 +53,9 @@ def open_image(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     except Exception as error:  # hostile bytes raise almost anything in Pillow
         raise ImageError("image_undecodable", _words(error)) from error
     width, height = image.size
-    if width * height > max_pixels:
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError("image_bomb", f"{width} x {height} px, thinner than 1 : {MAX_ASPECT}")
+    if max_pixels is not None and width * height > max_pixels:
         raise ImageError("image_bomb", f"{width} x {height} px, more than {max_pixels:,} in all")
     return image
 
@@ -88,7 +92,7 @@ def check(data: bytes, max_pixels: int) -> ImageFacts:
     return ImageFacts(width, height, "JPEG" if image.format == "MPO" else str(image.format))
 
 
-def picture(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+def picture(data: bytes, max_pixels: int | None = None) -> ImageFile.ImageFile:
     """A decoded image, ready for open_clip's transform.
 
     Raises:

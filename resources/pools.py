@@ -15,7 +15,7 @@ Every reason for which a sample is rejected:
 | image_empty | zero bytes |
 | image_undecodable | not JPEG, PNG, WEBP, GIF or BMP, whatever its name, or damaged |
 | image_truncated | the image's data ends early |
-| image_bomb | more than `max_pixels`; refused before it is decoded |
+| image_bomb | more than `max_pixels`, or thinner than 1 : 200; refused before it is decoded |
 | image_too_small | a side is under `min_side` |
 | caption_missing | no .txt, and no caption in the sidecar or .json either |
 | caption_empty | nothing, or white space only |
