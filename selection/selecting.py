@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selection.recipes import KeepTop, Recipe, Step
-from selection.uids import format_uids, subset_array
+from selection.uids import SUBSET_DTYPE, format_uids
 
 _BINS = 4096
 _SORTABLE = 1 << 17
@@ -71,7 +71,7 @@ class Selection:
         steps: One report a step.
         con: The connection that holds the source.
         sql: The query of the manifest.
-        uid_sql: The query of f0 and f1.
+        uid_sql: The query of f0 and f1, sorted.
     """
 
     recipe: str
@@ -95,7 +95,9 @@ class Selection:
     def subset(self) -> NDArray[np.void]:
         """Give the chosen uids as DataComp's array, sorted by (f0, f1)."""
         words = self.con.execute(self.uid_sql).fetchnumpy()
-        return subset_array(np.asarray(words["f0"]), np.asarray(words["f1"]))
+        subset = np.empty(self.rows, dtype=SUBSET_DTYPE)
+        subset["f0"], subset["f1"] = words["f0"], words["f1"]
+        return subset
 
 
 def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: str = "source") -> Selection:
@@ -138,7 +140,7 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         steps=tuple(reports),
         con=con,
         sql=_manifest_sql(relation, reports),
-        uid_sql=f"SELECT f0, f1 FROM {relation} WHERE {' AND '.join(conditions) or 'true'}",
+        uid_sql=f"SELECT f0, f1 FROM {relation} WHERE {' AND '.join(conditions) or 'true'} ORDER BY f0, f1",
     )
 
 
@@ -169,7 +171,10 @@ def _run(con: duckdb.DuckDBPyConnection, step: Step, number: int, rows: str, ent
         else:
             tie = None
         predicate = _keep_predicate(top.score, threshold, tie)
-    kept = _one(con, f"SELECT count(*) {rows} AND {_condition(predicate)}")[0]
+    if wanted is None:
+        kept = _one(con, f"SELECT count(*) {rows} AND {_condition(predicate)}")[0]
+    else:
+        kept = min(wanted, entered)
     if not kept:
         largest = "" if step.keep_top is None else f" (the largest value is {most!r})"
         raise _StepError(
@@ -221,30 +226,13 @@ def _range(con: duckdb.DuckDBPyConnection, score: str, rows: str) -> tuple[float
 def _cut(
     con: duckdb.DuckDBPyConnection, score: str, rows: str, keep: int, least: float, most: float
 ) -> tuple[float, tuple[int, int] | None]:
-    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1)."""
-    value = _value(score)
-    threshold = _kth_largest(con, value, rows, keep, least, most)
-    literal = _literal(threshold)
-    above, equal = _one(
-        con,
-        f"SELECT count(*) FILTER (WHERE {value} > {literal}), count(*) FILTER (WHERE {value} = {literal}) {rows}",
-    )
-    if above + equal == keep:
-        return threshold, None
-    tie = _one(
-        con,
-        f"SELECT f0, f1 {rows} AND {value} = {literal} ORDER BY f0, f1 LIMIT 1 OFFSET {keep - above - 1}",
-    )
-    return threshold, (tie[0], tie[1])
-
-
-def _kth_largest(con: duckdb.DuckDBPyConnection, value: str, rows: str, k: int, least: float, most: float) -> float:
-    """Find the k-th largest value, exactly, in a few passes and without sorting the rows.
+    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1).
 
     Each pass counts the values in equal bins of [least, most] and goes on with the bin that holds the
-    k-th; a bin that is small, or that the bins can't divide further, is sorted.
+    value; a bin that is small, or that can't be divided further, is sorted. So the rows never are.
     """
-    within, size = rows, float("inf")
+    value = _value(score)
+    within, size, place = rows, float("inf"), keep
     while least != most and size > _SORTABLE:
         bins = con.execute(
             f"""
@@ -254,18 +242,25 @@ def _kth_largest(con: duckdb.DuckDBPyConnection, value: str, rows: str, k: int, 
             ORDER BY 1 DESC
             """
         ).fetchall()
-        undivided = len(bins) == 1
         for bin_ in bins:
             least, most, size = bin_
-            if k <= size:
+            if place <= size:
                 break
-            k -= size
+            place -= size
         within = f"{rows} AND {value} BETWEEN {_literal(least)} AND {_literal(most)}"
-        if undivided:
+        if len(bins) == 1:
             break
-    if least == most:
-        return least
-    return _one(con, f"SELECT {value} {within} ORDER BY 1 DESC LIMIT 1 OFFSET {k - 1}")[0]
+    counted = con.execute(f"SELECT {value}, count(*) {within} GROUP BY 1 ORDER BY 1 DESC").fetchall()
+    for group in counted:
+        threshold, equal = group
+        if place <= equal:
+            break
+        place -= equal
+    if place == equal:
+        return threshold, None
+    tied = f"{rows} AND {value} = {_literal(threshold)}"
+    f0, f1 = _one(con, f"SELECT f0, f1 {tied} ORDER BY f0, f1 LIMIT 1 OFFSET {place - 1}")
+    return threshold, (f0, f1)
 
 
 def _value(score: str) -> str:
