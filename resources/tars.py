@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 512
-# name, size (11 digits and the 12th byte), checksum, type, prefix
-_HEADER = struct.Struct("100s24x11sc12x8sc188x155s12x")
+_QUICK = struct.Struct("124x11sc20xc")  # size (11 digits and the 12th byte) and type
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -24,9 +23,9 @@ _COMPRESSED = {
 }
 _FILES = {b"0", b"\0", b"7"}
 _WITHOUT_DATA = {b"1", b"2", b"3", b"4", b"5", b"6"}
-_GNU = {b"L", b"K", b"S"}
-_LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
-_PAX, _PAX_SOLARIS, _PAX_GLOBAL = b"x", b"X", b"g"
+_LONG_NAME, _LONG_LINK, _SPARSE, _PAX_GLOBAL = b"L", b"K", b"S", b"g"
+_EXTENSIONS = {_LONG_NAME, _LONG_LINK, _PAX_GLOBAL, b"x", b"X"}
+_AT_ONCE = 8192  # headers, of 512 bytes
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 
 
@@ -77,91 +76,126 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
                 f"{source}: this is a {kind} file; images are read in place, which needs a plain "
                 "tar. Decompress it first."
             )
-    members: list[Member] = []
-    others: list[str] = []
-    headers: list[int] = []  # offset of each header, to verify their checksums together
-    counts: list[tuple[int, int]] = []  # members and others known before each header
+    headers: list[int] = []  # offset of each, to verify their checksums together
+    found: list[tuple[int, int, str | None]] = []  # offset of header, size, name if not in there
+    others: list[tuple[int, str]] = []
     cut: Member | None = None
     fault: str | None = None
-    pending: dict[str, str] = {}  # from extended headers, for the next member
+    extended: dict[str, str] = {}  # from headers before, for the next member
     common: dict[str, str] = {}  # from global pax headers, for all that follow
     position = 0
-    unpack = _HEADER.unpack_from
+    unpack = _QUICK.unpack_from
     while True:
         if position + _BLOCK > length:
-            if length:
-                fault = f"no end-of-archive marker: the file ends at byte {length:,}"
+            fault = f"no end-of-archive marker: the file ends at byte {length:,}"
             break
-        raw, digits, last_digit, checksum, kind, prefix = unpack(view, position)
-        if raw[0] == 0 and checksum[0] == 0 and not any(view[position : position + _BLOCK]):
-            break
+        digits, last_digit, kind = unpack(view, position)
         try:
-            # the twelfth byte is a blank or NUL, but for sizes in base 256 or with all 12 digits
-            size = int(digits, 8) if last_digit in b"\0 " and digits[0] < 0x80 else _number(digits + last_digit)
+            # the twelfth byte is NUL or blank, but for 12 digits, or base 256
+            size = int(digits if last_digit in b"\0 " else digits + last_digit, 8)
         except ValueError:
-            fault = f"damaged header at byte {position:,}"
-            break
+            if not any(view[position : position + _BLOCK]):
+                break
+            try:
+                size = _number(digits + last_digit)
+            except ValueError:
+                fault = f"damaged header at byte {position:,}"
+                break
         headers.append(position)
-        counts.append((len(members), len(others)))
         data = position + _BLOCK
-        if kind in _FILES or kind in _WITHOUT_DATA:
-            name = raw.partition(b"\0")[0]
-            folder = kind == b"\0" and name.endswith(b"/")  # as in tars of before 1988
-            if prefix[0]:
-                name = prefix.partition(b"\0")[0] + b"/" + name
-            text = name.decode("utf-8", "surrogateescape")
-            if pending or common:
-                extended = {**common, **pending}
-                text = extended.get("path", text)
-                if "size" in extended:
-                    size = int(extended["size"])
-                if any(key.startswith("GNU.sparse.") for key in extended):
-                    raise _sparse(source, text)
-                pending = {}
-            if kind in _WITHOUT_DATA or folder:
-                others.append(text)
-                position = data
-                continue
-            member = Member(text, data, size)
-            if data + size > length:
-                cut = member
-                fault = (
-                    f"cut inside {text}: {length - data:,} of its {size:,} bytes are there, "
-                    f"the file ends at byte {length:,}"
-                )
-                break
-            members.append(member)
-        elif kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_SOLARIS, _PAX_GLOBAL):
-            if data + size > length:
-                fault = f"cut inside a header: the file ends at byte {length:,}"
-                break
-            content = bytes(view[data : data + size])
-            if kind == _LONG_NAME:
-                name = content.partition(b"\0")[0]
-                pending["path"] = name.decode("utf-8", "surrogateescape")
-            elif kind != _LONG_LINK:
+        name: str | None = None
+        if kind != b"0" or extended or common:
+            if kind in _EXTENSIONS:
+                if data + size > length:
+                    fault = f"cut inside a header: the file ends at byte {length:,}"
+                    break
                 try:
-                    records = _pax_records(content)
+                    records = _records(kind, bytes(view[data : data + size]))
                 except ValueError:
                     fault = f"damaged header at byte {position:,}"
                     break
-                (common if kind == _PAX_GLOBAL else pending).update(records)
-        elif kind == _SPARSE:
-            raise _sparse(source, raw.partition(b"\0")[0].decode("utf-8", "replace"))
-        else:
-            others.append(raw.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
+                (common if kind == _PAX_GLOBAL else extended).update(records)
+                position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
+                continue
+            records = {**common, **extended}
+            extended = {}
+            name = records.get("path") or _name(view, position)
+            if kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in records):
+                raise TarError(
+                    f"{source}: member {name} is sparse, so its bytes do not lie together. Pack "
+                    "the tar again without --sparse."
+                )
+            if "size" in records:
+                size = int(records["size"])
+            folder = kind == b"\0" and _name(view, position).endswith("/")  # before 1988
+            if kind not in _FILES or folder:
+                others.append((position, name))
+                has_data = kind not in _WITHOUT_DATA and not folder
+                position = data + ((size + _BLOCK - 1) // _BLOCK * _BLOCK if has_data else 0)
+                continue
+        if data + size > length:
+            cut = Member(_name(view, position) if name is None else name, data, size)
+            fault = (
+                f"cut inside {cut.name}: {length - data:,} of its {size:,} bytes are there, "
+                f"the file ends at byte {length:,}"
+            )
+            break
+        found.append((position, size, name))
         position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
     bad = _first_bad_checksum(view, headers)
     if bad is not None:
-        kept, kept_others = counts[bad]
-        members, others, cut = members[:kept], others[:kept_others], None
-        fault = f"damaged header at byte {headers[bad]:,}"
-    if not headers or bad == 0:
-        if length == 0:
-            fault = "the file is empty"
-        elif fault is not None:
-            raise TarError(f"{source}: this is not a tar ({fault}). Replace or remove the file.")
-    return TarIndex(members, others, cut, fault)
+        fault = f"damaged header at byte {bad:,}"
+        cut = None
+        found = [entry for entry in found if entry[0] < bad]
+        others = [entry for entry in others if entry[0] < bad]
+    if length == 0:
+        fault = "the file is empty"
+    elif fault is not None and (not headers or bad == 0):
+        raise TarError(f"{source}: this is not a tar ({fault}). Replace or remove the file.")
+    return TarIndex(_members(view, found), [name for _, name in others], cut, fault)
+
+
+def _members(view: memoryview, found: list[tuple[int, int, str | None]]) -> list[Member]:
+    """Members with their names, which are taken from the headers many at a time."""
+    members: list[Member] = []
+    for start in range(0, len(found), _AT_ONCE):
+        part = found[start : start + _AT_ONCE]
+        blocks = _blocks(view, [position for position, _, _ in part])
+        raw_names = np.ascontiguousarray(blocks[:, :100]).view("S100")[:, 0].tolist()
+        prefixed = set(np.flatnonzero(blocks[:, 345]).tolist())
+        for row, ((position, size, given), raw) in enumerate(zip(part, raw_names, strict=True)):
+            if given is not None:
+                name = given
+            elif row in prefixed or 0 in raw:
+                name = _name(view, position)
+            else:
+                name = raw.decode("utf-8", "surrogateescape")
+            members.append(Member(name, position + _BLOCK, size))
+    return members
+
+
+def _blocks(view: memoryview, positions: list[int]) -> np.ndarray:
+    """The headers at these offsets, uint8 [n, 512]; all blocks of a tar are aligned."""
+    whole = np.frombuffer(view, np.uint8, len(view) // _BLOCK * _BLOCK).reshape(-1, _BLOCK)
+    return whole[np.array(positions, np.int64) // _BLOCK]
+
+
+def _name(view: memoryview, position: int) -> str:
+    """The name in one header, with its prefix."""
+    name = bytes(view[position : position + 100]).partition(b"\0")[0]
+    prefix = bytes(view[position + 345 : position + 500]).partition(b"\0")[0]
+    if prefix and bytes(view[position + 156 : position + 157]) != _SPARSE:
+        name = prefix + b"/" + name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _records(kind: bytes, content: bytes) -> dict[str, str]:
+    """What an extended header says of the members that follow."""
+    if kind == _LONG_LINK:
+        return {}
+    if kind == _LONG_NAME:
+        return {"path": content.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    return _pax_records(content)
 
 
 def _number(field: bytes) -> int:
@@ -192,28 +226,24 @@ def _pax_records(content: bytes) -> dict[str, str]:
     return records
 
 
-def _sparse(source: str, name: str) -> TarError:
-    return TarError(
-        f"{source}: member {name} is sparse, so its bytes do not lie together. Pack the tar again without --sparse."
-    )
-
-
 def _first_bad_checksum(view: memoryview, headers: list[int]) -> int | None:
-    """Index of the first header whose sum (unsigned, or signed as old writers had it) is wrong."""
-    for start in range(0, len(headers), 4096):
-        offsets = headers[start : start + 4096]
-        blocks = np.empty((len(offsets), _BLOCK), np.uint8)
-        for row, offset in enumerate(offsets):
-            blocks[row] = np.frombuffer(view, np.uint8, _BLOCK, offset)
-        stated = [bytes(row) for row in blocks[:, 148:156]]
-        blocks[:, 148:156] = 32
-        unsigned = blocks.sum(axis=1, dtype=np.int64)
-        signed = blocks.view(np.int8).sum(axis=1, dtype=np.int64)
-        for row, field in enumerate(stated):
+    """Offset of the first header whose sum (unsigned, or signed as old writers had it) is wrong."""
+    powers = 8 ** np.arange(5, -1, -1)
+    for start in range(0, len(headers), _AT_ONCE):
+        positions = headers[start : start + _AT_ONCE]
+        blocks = _blocks(view, positions)
+        field = blocks[:, 148:156].copy()
+        blocks[:, 148:156] = ord(" ")
+        sums = blocks.sum(axis=1, dtype=np.int64)
+        octal = (field[:, :6] >= ord("0")) & (field[:, :6] <= ord("7"))
+        usual = octal.all(axis=1) & np.isin(field[:, 6], (0, ord(" ")))
+        stated = (field[:, :6].astype(np.int64) - ord("0")) @ powers
+        for row in np.flatnonzero(~usual | (stated != sums)).tolist():
+            signed = int(blocks[row].view(np.int8).sum(dtype=np.int64))
             try:
-                value = _number(field)
+                good = _number(field[row].tobytes()) in (int(sums[row]), signed)
             except ValueError:
-                return start + row
-            if value != unsigned[row] and value != signed[row]:
-                return start + row
+                good = False
+            if not good:
+                return positions[row]
     return None

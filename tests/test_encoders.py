@@ -29,14 +29,11 @@ from tests.pool_factory import (
     datacomp_shard,
     picture,
     sample,
-    tiny_clip,
     unit_rows,
     webdataset_pool,
     write_clip,
     write_shard,
 )
-
-__all__ = ["tiny_clip"]
 
 MODEL = SHARED / "data" / "models" / "flickr-small"
 

@@ -18,13 +18,10 @@ from tests.pool_factory import (
     class_folders,
     picture,
     sample,
-    tiny_clip,
     unit_rows,
     write_shard,
     write_tar,
 )
-
-__all__ = ["tiny_clip"]
 
 REAL = SHARED / "data" / "targets"
 PRECOMPUTED = Encoder("b32", EncoderSettings(precomputed="b32", temperature=0.01))
