@@ -8,6 +8,7 @@ fault, with the fault described, instead of an exception. It says nothing about 
 
 import re
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,7 +78,9 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
                 "tar. Decompress it first."
             )
     headers: list[int] = []  # offset of each, to verify their checksums together
-    found: list[tuple[int, int, str | None]] = []  # offset of header, size, name if not in there
+    positions: list[int] = []  # of the headers of members
+    sizes: list[int] = []
+    named: dict[int, str] = {}  # names that are not in the member's own header
     others: list[tuple[int, str]] = []
     cut: Member | None = None
     fault: str | None = None
@@ -140,37 +143,45 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
                 f"the file ends at byte {length:,}"
             )
             break
-        found.append((position, size, name))
+        if name is not None:
+            named[position] = name
+        positions.append(position)
+        sizes.append(size)
         position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
     bad = _first_bad_checksum(view, headers)
     if bad is not None:
         fault = f"damaged header at byte {bad:,}"
         cut = None
-        found = [entry for entry in found if entry[0] < bad]
+        positions = positions[: bisect_left(positions, bad)]
         others = [entry for entry in others if entry[0] < bad]
     if length == 0:
         fault = "the file is empty"
     elif fault is not None and (not headers or bad == 0):
         raise TarError(f"{source}: this is not a tar ({fault}). Replace or remove the file.")
-    return TarIndex(_members(view, found), [name for _, name in others], cut, fault)
+    return TarIndex(_members(view, positions, sizes[: len(positions)], named), [name for _, name in others], cut, fault)
 
 
-def _members(view: memoryview, found: list[tuple[int, int, str | None]]) -> list[Member]:
-    """Members with their names, which are taken from the headers many at a time."""
+def _members(view: memoryview, positions: list[int], sizes: list[int], named: dict[int, str]) -> list[Member]:
+    """Members with their names, which are taken from the headers many at a time.
+
+    Args:
+        view: the tar.
+        positions: offset of each member's header.
+        sizes: of each member's data.
+        named: by offset of the header, the names that stand elsewhere.
+    """
     members: list[Member] = []
-    for start in range(0, len(found), _AT_ONCE):
-        part = found[start : start + _AT_ONCE]
-        blocks = _blocks(view, [position for position, _, _ in part])
-        raw_names = np.ascontiguousarray(blocks[:, :100]).view("S100")[:, 0].tolist()
-        prefixed = set(np.flatnonzero(blocks[:, 345]).tolist())
-        for row, ((position, size, given), raw) in enumerate(zip(part, raw_names, strict=True)):
-            if given is not None:
-                name = given
-            elif row in prefixed or 0 in raw:
-                name = _name(view, position)
-            else:
-                name = raw.decode("utf-8", "surrogateescape")
-            members.append(Member(name, position + _BLOCK, size))
+    for start in range(0, len(positions), _AT_ONCE):
+        part = positions[start : start + _AT_ONCE]
+        blocks = _blocks(view, part)
+        raw = np.ascontiguousarray(blocks[:, :100]).view("S100")[:, 0].tolist()
+        names = b"\0".join(raw).decode("utf-8", "surrogateescape").split("\0")
+        if len(names) != len(part) or blocks[:, 345].any():  # NUL inside a name, or a prefix
+            names = [_name(view, position) for position in part]
+        if named:
+            names = [named.get(*pair) for pair in zip(part, names, strict=True)]
+        offsets = [position + _BLOCK for position in part]
+        members += map(Member._make, zip(names, offsets, sizes[start : start + _AT_ONCE], strict=True))
     return members
 
 

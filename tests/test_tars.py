@@ -141,3 +141,16 @@ def test_an_empty_file_is_a_fault_and_an_empty_tar_is_not(tmp_path: Path) -> Non
         pass
     index = walk((tmp_path / "it.tar").read_bytes(), "it.tar")
     assert (index.members, index.fault) == ([], None)
+
+
+def test_many_members_keep_their_names_and_the_first_bad_one_is_found_among_them() -> None:
+    names = [f"{i:05d}.txt" for i in range(9000)]
+    names[8500] = "long/" * 25 + "8500.txt"
+    data = bytearray(make([(name, b"") for name in names]))
+    index = walk(bytes(data), "it.tar")
+    assert [member.name for member in index.members] == names
+    damaged = data.index(b"08700.txt")
+    data[damaged + 1] ^= 1
+    index = walk(bytes(data), "it.tar")
+    assert [member.name for member in index.members] == names[:8700]
+    assert index.fault == f"damaged header at byte {damaged:,}"
