@@ -25,7 +25,7 @@ from selection import (
     norm_sim_from_moment,
     second_moment,
 )
-from selection.reduction import PowerSum, Tiles
+from selection.reduction import PowerSum, Tiles, for_each_tile
 
 WIDTH = 768
 BATCH = 32768
@@ -113,11 +113,13 @@ def _embeddings(rows: int, seed: int) -> torch.Tensor:
 
 def _brute_force(image: torch.Tensor, target: torch.Tensor) -> None:
     """NormSim_2 from all similarities, as if there were no second moment."""
-    tiles = Tiles(image)
-    for _, tile in tiles.rows(image):
+
+    def task(tiles: Tiles, at: slice) -> None:
         total = PowerSum(tiles.height, 2, image.device)
-        for _, similarities in tiles.similarities(tile, target):
+        for _, similarities in tiles.similarities(tiles.rows(image, at), target):
             total.update(similarities)
+
+    for_each_tile(len(image), image, task)
 
 
 def _peak_of(score: str) -> float:

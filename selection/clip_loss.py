@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from selection.reduction import LogSumExp, Tiles, check_matrices, row_dots
+from selection.reduction import LogSumExp, Tiles, check_matrices, for_each_tile, row_dots, spans
 
 TEMPERATURES = (0.001, 10.0)
 _FEISTEL_ROUNDS = 6
@@ -30,10 +30,12 @@ def clip_score(image: Tensor, text: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices differ, or an argument is empty or not finite.
     """
     _check_pairs(image, text)
-    tiles = Tiles(image)
     score = torch.empty(len(image), device=image.device)
-    for (at, v), (_, t) in zip(tiles.rows(image), tiles.rows(text), strict=True):
-        score[at] = row_dots(v, t)[: at.stop - at.start]
+
+    def task(tiles: Tiles, at: slice) -> None:
+        score[at] = row_dots(tiles.rows(image, at), tiles.rows(text, at))[: at.stop - at.start]
+
+    for_each_tile(len(image), image, task)
     return score
 
 
@@ -82,11 +84,12 @@ def neg_clip_loss(
     if member is not None:
         _check_member(member, (draws, n), image.device)
 
-    tiles = Tiles(image)
     score = torch.empty(n, device=image.device)
     stderr = torch.full((n,), math.nan, device=image.device)
-    for (at, v), (_, t) in zip(tiles.rows(image), tiles.rows(text), strict=True):
+
+    def task(tiles: Tiles, at: slice) -> None:
         height = at.stop - at.start
+        v, t = tiles.rows(image, at), tiles.rows(text, at)
         own = row_dots(v, t)
         by_draw = own.new_empty(draws, height, dtype=torch.float64)
         for k in range(draws):
@@ -98,7 +101,7 @@ def neg_clip_loss(
                     first = own.clone()
                     last = row_dots(queries, draw[-1])
                     first[:height] = torch.where(member[k, at], last[:height], own[:height])
-                sums = LogSumExp(first, temperature, 1, tiles.scratch)
+                sums = LogSumExp(first, temperature, 1, tiles.products)
                 for _, similarities in tiles.similarities(queries, draw[:-1]):
                     sums.update(similarities)
                 by_draw[k] -= sums.value()[:height] / 2
@@ -106,6 +109,8 @@ def neg_clip_loss(
         score[at] = by_draw.mean(0).float()
         if draws > 1:
             stderr[at] = (by_draw.std(0, correction=1) / math.sqrt(draws)).float()
+
+    for_each_tile(n, image, task)
     return score, stderr
 
 
@@ -164,11 +169,12 @@ def neg_clip_loss_in_batches(
 def _score_batch(tiles: Tiles, image: Tensor, text: Tensor, batch: Tensor, temperature: float) -> Tensor:
     own = torch.empty(len(batch), device=image.device)
     none = torch.full_like(own, -math.inf)
-    by_image = LogSumExp(none, temperature, 1, tiles.scratch)
-    by_text = LogSumExp(none, temperature, 0, tiles.scratch)
-    for (rows, v), (_, t) in zip(tiles.rows(image, batch), tiles.rows(text, batch), strict=True):
+    by_image = LogSumExp(none, temperature, 1, torch.empty_like(tiles.products))
+    by_text = LogSumExp(none, temperature, 0, tiles.products)
+    for rows in spans(len(batch), tiles.height):
         height = rows.stop - rows.start
-        own[rows] = row_dots(v, t)[:height]
+        v = tiles.rows(image, batch[rows])
+        own[rows] = row_dots(v, tiles.rows(text, batch[rows]))[:height]
         for columns, similarities in tiles.similarities(v, text, batch):
             by_image.update(similarities[:height], rows)
             by_text.update(similarities[:height], columns)

@@ -8,18 +8,17 @@ being padded with zeros: a row's result then depends on the row and the columns 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Rows and columns of a tile. On CPU a tile of products and its exponentials (0.5 MB each) stay in cache between
-# one pass and the next. Torch splits an elementwise pass of this size over at most 4 threads, and a thread's
-# share must end on a whole vector, or the scalar code at its end rounds differently: 240 * 512 / 1, 2, 3 and 4
-# are all multiples of 16. On CUDA launches are what costs, so tiles are large.
-TILE = {"cpu": (240, 512), "cuda": (4096, 8192)}
+# Rows and columns of a tile. On CPU its products and their exponentials stay in a core's cache between one pass
+# and the next; on CUDA launches are what costs, so tiles are large.
+TILE = {"cpu": (480, 256), "cuda": (4096, 8192)}
 
 
 def check_matrices(**matrices: Tensor) -> None:
@@ -56,7 +55,9 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Tiles:
-    """Tiles of a matrix and of similarities for one device, dtype and embedding width, in reused buffers.
+    """Tiles of a matrix and of similarities for one device, dtype and embedding width.
+
+    The similarities of every tile are written to one buffer, `products`.
 
     On CPU operands are widened to float32; on CUDA they stay as stored. Products accumulate in float32 either way.
 
@@ -68,36 +69,76 @@ class Tiles:
         self.height, self.width = TILE["cpu" if like.device.type == "cpu" else "cuda"]
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
-        self._products = torch.empty(self.height, self.width, device=like.device)
-        self.scratch = torch.empty_like(self._products)
+        self.products = torch.empty(self.height, self.width, device=like.device)
 
-    def rows(self, matrix: Tensor, index: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (which rows, tile [height, d]) for matrix [n, d] or, given an index, for matrix[index].
+    def rows(self, matrix: Tensor, at: slice | Tensor) -> Tensor:
+        """A tile [height, d] of the rows of matrix [n, d] at a slice or index of at most `height` rows.
 
-        The tile is one buffer, filled anew at each step; beyond the last row it holds zeros.
+        What is left of the tile is zero.
         """
-        return self._fill(self._columns.new_empty(self.height, matrix.shape[1]), matrix, index)
+        return self._fill(self._columns.new_empty(self.height, matrix.shape[1]), matrix[at])
 
     def similarities(self, tile: Tensor, matrix: Tensor, index: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (which columns, similarities [height, m] in float32) of a row tile with matrix [n, d], tile by tile.
+        """Products of a row tile with matrix [n, d] or, given an index, with matrix[index].
 
-        Operations may overwrite what they are given.
+        Yields:
+            Which columns, and their similarities [height, columns] in float32, which operations may overwrite.
         """
-        for at, columns in self._fill(self._columns, matrix, index):
+        for at in spans(len(matrix) if index is None else len(index), self.width):
+            columns = self._fill(self._columns, matrix[at] if index is None else matrix[index[at]])
             if columns.dtype == torch.float32:
-                torch.mm(tile, columns.T, out=self._products)
+                torch.mm(tile, columns.T, out=self.products)
             else:  # without out_dtype the product of halves would be rounded to half
-                torch.mm(tile, columns.T, out_dtype=torch.float32, out=self._products)
-            yield at, self._products[:, : at.stop - at.start]
+                torch.mm(tile, columns.T, out_dtype=torch.float32, out=self.products)
+            yield at, self.products[:, : at.stop - at.start]
 
     @staticmethod
-    def _fill(buffer: Tensor, matrix: Tensor, index: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        count = len(matrix) if index is None else len(index)
-        for start in range(0, count, len(buffer)):
-            at = slice(start, min(start + len(buffer), count))
-            buffer[: at.stop - start] = matrix[at] if index is None else matrix[index[at]]
-            buffer[at.stop - start :] = 0
-            yield at, buffer
+    def _fill(buffer: Tensor, rows: Tensor) -> Tensor:
+        buffer[: len(rows)] = rows
+        buffer[len(rows) :] = 0
+        return buffer
+
+
+def spans(count: int, step: int) -> list[slice]:
+    """Slices of `step` (the last one shorter) that cover range(count)."""
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def for_each_tile(count: int, like: Tensor, task: Callable[[Tiles, slice], None]) -> None:
+    """Call task(tiles, at) for each tile of `count` rows.
+
+    On CPU each of torch's threads takes whole tiles and runs their operations alone: the passes over a tile are too
+    short for threads to meet after each, the more so when other work holds the cores; and its bits do not depend on
+    where a pass would be cut among threads.
+
+    Args:
+        count: number of rows.
+        like: an operand; gives device, dtype and width.
+        task: works on the rows `at`, with tiles of its own; writes its result where no other row's goes.
+    """
+    height = TILE["cpu" if like.device.type == "cpu" else "cuda"][0]
+    todo = iter(spans(count, height))
+
+    def work() -> None:
+        tiles = Tiles(like)
+        for at in todo:  # threads share the iterator of a list, whose steps are atomic
+            task(tiles, at)
+
+    def work_alone() -> None:
+        torch.set_num_threads(1)  # for this thread's operations
+        with torch.no_grad():  # gradients are off by thread, too
+            work()
+
+    if like.device.type != "cpu":
+        work()
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work_alone) for _ in range(min(threads, -(-count // height)))]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # what threads begun from now on inherit
 
 
 class LogSumExp:
@@ -109,7 +150,8 @@ class LogSumExp:
         first: float32 [m], a term that each sum starts with; -inf for none.
         temperature: τ.
         dim: 1 to sum along the rows of a tile, 0 along its columns.
-        scratch: float32 of a tile's shape; overwritten.
+        scratch: float32 of a whole tile's shape; overwritten. It may be `Tiles.products` itself, when no other
+            operation wants the tile afterwards.
     """
 
     def __init__(self, first: Tensor, temperature: float, dim: int, scratch: Tensor) -> None:

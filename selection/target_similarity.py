@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from selection.reduction import MaxAbs, Tiles, check_matrices
+from selection.reduction import MaxAbs, Tiles, check_matrices, for_each_tile
 
 _BLOCKS = 4
 
@@ -54,15 +54,17 @@ def nearest_target(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes, dtypes or devices do not fit, or an argument is empty or not finite.
     """
     _check(image=image, target=target)
-    tiles = Tiles(image)
     value = torch.empty(len(image), device=image.device)
     index = torch.empty(len(image), dtype=torch.int64, device=image.device)
-    for at, v in tiles.rows(image):
+
+    def task(tiles: Tiles, at: slice) -> None:
         best = MaxAbs(tiles.height, image.device)
-        for columns, similarities in tiles.similarities(v, target):
+        for columns, similarities in tiles.similarities(tiles.rows(image, at), target):
             best.update(similarities, columns)
         value[at] = best.value[: at.stop - at.start]
         index[at] = best.index[: at.stop - at.start]
+
+    for_each_tile(len(image), image, task)
     return value, index
 
 
@@ -114,11 +116,13 @@ def norm_sim_from_moment(image: Tensor, moment: Tensor) -> Tensor:
     width = -(-d // _BLOCKS)
     blocks = [(start, factor[start:, start : start + width]) for start in range(0, d, width)]
     score = torch.empty(len(image), device=image.device)
-    tiles = Tiles(image)
-    for at, v in tiles.rows(image):
-        wide = v.float()
+
+    def task(tiles: Tiles, at: slice) -> None:
+        wide = tiles.rows(image, at).float()
         squares = sum((wide[:, start:] @ block).square_().sum(1) for start, block in blocks)
         score[at] = squares[: at.stop - at.start].sqrt()
+
+    for_each_tile(len(image), image, task)
     return score
 
 
