@@ -57,7 +57,7 @@ class SmallLake:
                 "shard": shard,
                 "key": f"{shard}{i:04d}",
                 "source_row": i,
-                "width": 200 + f0 % 7,
+                "width": 200 + (f0 + int(shard)) % 7,
                 "caption": f"picture {f0 % 13}",
                 CLIP: float(np.float32((f0 % 5) / 10)),
                 NEAR: float(np.float32((f0 % 3) / 3 + 0.1)),
@@ -286,8 +286,8 @@ def test_a_rejected_key_gets_its_reason(lake):
     assert (line["verdict"], line["text"]) == ("rejected: broken image", "cut off")
 
 
-def test_a_sample_that_arrived_after_a_version_was_not_in_its_pool(lake):
-    lake.add_shard("00002", [77], scored=False)
+def test_a_sample_of_a_shard_that_was_missing_from_a_version_was_not_in_its_pool(lake):
+    lake.add_shard("00007", [77], scored=False)
     uid = f"{77:016x}{2**64 - 1 - 77:016x}"
     with lake.build() as con:
         told = fetch(con, "FROM explain(?) WHERE recipe = 'wide'", uid)
