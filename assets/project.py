@@ -48,7 +48,7 @@ class NegClipLossSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     estimator: Literal["reference_negatives", "random_partitions"] = "reference_negatives"
     coverage: float = Field(
-        default=0.9,
+        default=0.5,
         gt=0,
         le=1,
         description="share of the pool's shards that must have embeddings before negatives are drawn",

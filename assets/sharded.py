@@ -75,13 +75,21 @@ class ShardAsset:
     definition: dg.AssetsDefinition
 
     def is_fresh(self, project: Project, shard: str) -> bool:
-        """Tell whether the lake holds what a run would write; False also when inputs are missing."""
-        try:
-            wanted = self.provenance(shard)
-        except NotReady:
-            return False
+        """Tell whether the lake holds what a run would write.
+
+        Raises:
+            NotReady: what the asset reads of this shard is not there.
+        """
+        wanted = self.provenance(shard)
         stored = project.lake.stored(self.key, shard)
         return stored is not None and stored.provenance.digest() == wanted.digest()
+
+    def is_due(self, project: Project, shard: str) -> bool:
+        """Tell whether a run would compute the shard: its inputs are there, and its file is not up to date."""
+        try:
+            return not self.is_fresh(project, shard)
+        except NotReady:
+            return False
 
 
 def each(function: Callable[[str], Result]) -> Compute:
@@ -125,7 +133,6 @@ def sharded_asset(
     pool: str | None = None,
 ) -> ShardAsset:
     """Make a sharded asset from the provenance it would write and the computation of its shards."""
-
     # Beta in Dagster 1.13; what it has to do is held in tests/test_dagster_pins.py.
     warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
 

@@ -4,6 +4,7 @@ Each asset gets a Dagster run of its own over just the shards that need it, so t
 shard stops nobody, and nothing is computed twice. What is out of date is asked of the lake's provenance alone.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,15 +75,14 @@ def materialize(
             tags=tags,
             raise_on_error=False,
         )
-        outcome.computed[key] = wanted or []
+        outcome.computed[key] = outcome.computed.get(key, []) + (wanted or [])
         if not result.success:
-            outcome.failures[key] = _failure(result)
+            outcome.failures[key] = "\n".join(filter(None, [outcome.failures.get(key), _failure(result)]))
 
     for node in graph.nodes:
         if isinstance(node, ShardAsset):
-            stale = [shard for shard in shards if not node.is_fresh(project, shard)]
-            if stale:
-                run(node.key, stale)
+            for due in _neighbours(shards, {shard for shard in shards if node.is_due(project, shard)}):
+                run(node.key, due)
         else:
             again = redraw and node.key.startswith("negatives/")
             if again or not node.is_fresh(project):
@@ -111,6 +111,11 @@ def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outc
                 project.lake.remove(node.key, shard)
         project.lake.remove("rejects", shard)
     return [shard for shard in instance.get_dynamic_partitions(SHARDS_NAME) if shard in project.listing()]
+
+
+def _neighbours(shards: list[str], due: set[str]) -> list[list[str]]:
+    """Put shards that are due and follow one another together: a Dagster run covers a range of partitions."""
+    return [list(group) for is_due, group in itertools.groupby(shards, due.__contains__) if is_due]
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> str:
