@@ -27,6 +27,7 @@ from examples.demo.pictures import caption, draw, random_scene
 from examples.demo.pool import jpeg_bytes
 
 ENCODER = Path(__file__).parent / "encoder"
+CONFIG = json.loads((ENCODER / "open_clip_config.json").read_text())
 SEED = 1001  # not the pool's
 CAPTIONS = 3  # wordings of each training picture
 CHUNK = 500
@@ -62,8 +63,7 @@ def draw_pairs(part: str, n: int, side: int, workers: int) -> tuple[torch.Tensor
         drawn = list(executor.map(clean_pairs, [part] * chunks, range(chunks), [side] * chunks))
     pictures = torch.from_numpy(np.concatenate([p for p, _ in drawn])).permute(0, 3, 1, 2)
     texts = [text for _, captions in drawn for wordings in captions for text in wordings]
-    length = json.loads((ENCODER / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    tokens = open_clip.SimpleTokenizer(context_length=length["context_length"])(texts)
+    tokens = open_clip.get_tokenizer(f"local-dir:{ENCODER}")(texts)
     return pictures, tokens.reshape(n, CAPTIONS, -1).to(torch.int32)
 
 
@@ -75,8 +75,7 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
 def train(pictures: torch.Tensor, tokens: torch.Tensor, *, epochs: int, batch: int, rate: float) -> CLIP:
     """Train a model from nothing with open_clip's ClipLoss; each epoch reads other wordings."""
     torch.manual_seed(SEED)
-    config = json.loads((ENCODER / "open_clip_config.json").read_text())
-    model = CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
+    model = CLIP(**CONFIG["model_cfg"]).to(memory_format=torch.channels_last)
     # What no training caption says reads as nothing, rather than as chance.
     unread = torch.ones(model.vocab_size, dtype=torch.bool)
     unread[tokens.unique().long()] = False
@@ -152,7 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ENCODER / "open_clip_model.safetensors")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    side = json.loads((ENCODER / "open_clip_config.json").read_text())["preprocess_cfg"]["size"]
+    side = CONFIG["preprocess_cfg"]["size"]
     began = time.monotonic()
     pictures, tokens = draw_pairs("train", args.pictures, side, args.threads)
     print(f"{len(pictures)} training pairs drawn in {time.monotonic() - began:.0f} s", flush=True)
@@ -160,7 +159,7 @@ def main() -> None:
     save(model, args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
     held_pictures, held_tokens = draw_pairs("held-out", 1_000, side, args.threads)
-    stored = CLIP(**json.loads((ENCODER / "open_clip_config.json").read_text())["model_cfg"])
+    stored = CLIP(**CONFIG["model_cfg"])
     open_clip.load_checkpoint(stored, str(args.out))
     print(f"temperature {1 / stored.logit_scale.exp().item():.4f}")
     for name, value in retrieval(stored.eval(), held_pictures, held_tokens).items():
