@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Rows and columns of a tile. On CPU its products and their exponentials stay in a core's cache between one pass
 # and the next; on CUDA launches are what costs, so tiles are large.
-TILE = {"cpu": (480, 256), "cuda": (4096, 8192)}
+TILE = {"cpu": (240, 512), "cuda": (4096, 8192)}
 
 
 def check_matrices(**matrices: Tensor) -> None:
