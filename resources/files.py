@@ -52,6 +52,7 @@ def list_folder(url: str) -> list[Listed]:
             key=lambda file: file.name,
         )
     fs, path = _filesystem(url)
+    fs.invalidate_cache(path)  # a store's listing is kept for as long as the process lives
     listed = [_listed(fs, info) for info in fs.ls(path, detail=True) if info["type"] == "file"]
     return sorted(listed, key=lambda file: file.name)
 
