@@ -2,7 +2,8 @@
 
     python -m benchmarks.scores [--json PATH]
 
-Scores and products are timed in turns and their medians compared, so that a busy machine slows both alike.
+Each call of a score follows a call of the product, and the median of their ratios is told, so that other work on
+the machine slows both alike.
 """
 
 import argparse
@@ -31,21 +32,22 @@ WIDTH = 768
 BATCH = 32768
 ROWS = 1920  # of each timed call
 MEMORY_ROWS = 4800
-REPEATS = 7
+REPEATS = 5
 
 
 def measure(repeats: int = REPEATS) -> dict[str, Any]:
     """Time the scores and find their peak memory.
 
     Args:
-        repeats: interleaved repeats; medians are reported.
+        repeats: pairs of a product and a score that are timed.
 
     Returns:
-        The machine, the shapes, and one figure each by name; fractions are bare time over score time.
+        The machine, the shapes, and one figure each by name; fractions are the product's time over the score's.
     """
     image, text = _embeddings(ROWS, seed=1), _embeddings(ROWS, seed=2)
     batch_image, batch_text = _embeddings(BATCH, seed=3), _embeddings(BATCH, seed=4)
     draw = batch_image.half()[None], batch_text.half()[None]
+    wide_draw = batch_image[None], batch_text[None]
     half_image, half_text = image.half(), text.half()
     products = torch.empty(ROWS, BATCH)
     moment = second_moment(batch_image)
@@ -55,35 +57,36 @@ def measure(repeats: int = REPEATS) -> dict[str, Any]:
         torch.mm(image, batch_text.T, out=products)
         torch.mm(text, batch_image.T, out=products)
 
-    tasks: dict[str, Callable[[], Any]] = {
-        "product": two_products,
-        "neg_clip_loss": lambda: neg_clip_loss(half_image, half_text, *draw, temperature=0.01),
-        "neg_clip_loss_float32": lambda: neg_clip_loss(
-            image, text, batch_image[None], batch_text[None], temperature=0.01
-        ),
-        "norm_sim_inf": lambda: nearest_target(half_image, draw[0][0]),
-        "norm_sim_2": lambda: norm_sim_from_moment(many, moment),
-        "brute_force": lambda: _brute_force(half_image, draw[0][0]),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for turn in range(repeats + 1):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
-    took = {name: median(times) for name, times in seconds.items()}
+    def seconds(task: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        task()
+        return time.perf_counter() - start
+
+    def compare(task: Callable[[], Any]) -> tuple[float, float]:
+        """Median seconds of the task, and median of the two products' seconds over the task's."""
+        task()
+        pairs = [(seconds(two_products), seconds(task)) for _ in range(repeats)]
+        product_seconds.extend(product for product, _ in pairs)
+        return median(own for _, own in pairs), median(product / own for product, own in pairs)
+
+    product_seconds: list[float] = []
+    two_products()
+    loss, loss_ratio = compare(lambda: neg_clip_loss(half_image, half_text, *draw, temperature=0.01))
+    _, wide_ratio = compare(lambda: neg_clip_loss(image, text, *wide_draw, temperature=0.01))
+    nearest, nearest_ratio = compare(lambda: nearest_target(half_image, draw[0][0]))
+    by_moment, _ = compare(lambda: norm_sim_from_moment(many, moment))
+    by_force, _ = compare(lambda: _brute_force(half_image, draw[0][0]))
     return {
         "machine": machine(),
         "shapes": {"rows": ROWS, "batch": BATCH, "targets": BATCH, "width": WIDTH, "draws": 1},
-        "product_gflops": 4 * ROWS * BATCH * WIDTH / took["product"] / 1e9,
-        "neg_clip_loss_of_product": took["product"] / took["neg_clip_loss"],
-        "neg_clip_loss_float32_of_product": took["product"] / took["neg_clip_loss_float32"],
-        "neg_clip_loss_rows_per_second": ROWS / took["neg_clip_loss"],
-        "norm_sim_inf_of_product": took["product"] / 2 / took["norm_sim_inf"],
-        "norm_sim_inf_rows_per_second": ROWS / took["norm_sim_inf"],
-        "norm_sim_2_rows_per_second": len(many) / took["norm_sim_2"],
-        "norm_sim_2_brute_force_rows_per_second": ROWS / took["brute_force"],
+        "product_gflops": 4 * ROWS * BATCH * WIDTH / median(product_seconds) / 1e9,
+        "neg_clip_loss_of_product": loss_ratio,
+        "neg_clip_loss_float32_of_product": wide_ratio,
+        "neg_clip_loss_rows_per_second": ROWS / loss,
+        "norm_sim_inf_of_product": nearest_ratio / 2,
+        "norm_sim_inf_rows_per_second": ROWS / nearest,
+        "norm_sim_2_rows_per_second": len(many) / by_moment,
+        "norm_sim_2_brute_force_rows_per_second": ROWS / by_force,
         "neg_clip_loss_peak_mb": _peak_of("neg_clip_loss"),
         "norm_sim_inf_peak_mb": _peak_of("norm_sim_inf"),
         "norm_sim_2_peak_mb": _peak_of("norm_sim_2"),
@@ -157,7 +160,7 @@ def main() -> None:
     """Print the figures, and write them where --json says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="interleaved repeats (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed pairs (default: %(default)s)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
