@@ -206,6 +206,26 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _end_with_main(_: int) -> None:
+    """Let this worker process end when the main one does, even if that one is killed.
+
+    torch watches the parent, which is the server that workers are forked from; and that one stays
+    for as long as a worker does.
+    """
+    import multiprocessing
+    import os
+    import threading
+
+    main = multiprocessing.parent_process()
+    assert main is not None
+
+    def watch() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Generator[Batch, None, None]:
     """Turn work items into batches, in order, in `workers` processes (0: in this one).
 
@@ -220,7 +240,11 @@ def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Ge
     if workers > 0:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        options = {"multiprocessing_context": context, "prefetch_factor": _AHEAD}
+        options = {
+            "multiprocessing_context": context,
+            "prefetch_factor": _AHEAD,
+            "worker_init_fn": _end_with_main,
+        }
     loader: Any = torch.utils.data.DataLoader(
         prepare,  # type: ignore[arg-type]
         batch_size=None,

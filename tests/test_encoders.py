@@ -4,7 +4,9 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -169,6 +171,39 @@ def test_processes_end_when_the_work_is_left_early(tiny_clip: Path, pool: Pool) 
     assert multiprocessing.active_children()
     found.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
+
+
+def test_processes_end_when_the_main_one_is_killed(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = webdataset_pool(tmp_path / "pool", shards=1)
+    code = f"""
+import multiprocessing, os, signal
+from resources.encoders import Encoder
+from resources.pools import open_pool
+from resources.settings import EncoderSettings, PoolSettings
+
+def stop(rows):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    pool = open_pool(PoolSettings(path={str(folder)!r}), {{}})
+    rows = pool.read_shard("00000").rows
+    settings = EncoderSettings(model="local-dir:{tiny_clip}", workers=2, batch_size=1)
+    list(Encoder("tiny", settings).embed_pool({{"00000": rows}}, pool, on_rows=stop))
+"""
+    (tmp_path / "killed.py").write_text(code)
+    root = str(Path(__file__).resolve().parents[1])
+    # the processes hold stdout as well: this returns when the last of them has ended, or never
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "killed.py")],
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert len(done.stdout.split()) == 2
 
 
 def test_preprocessing_is_open_clips_bit_for_bit(tiny_clip: Path) -> None:
