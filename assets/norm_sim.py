@@ -30,6 +30,7 @@ def norm_sim(project: Project, encoder: str, target: str) -> ShardAsset:
         import selection
 
         targets = to_tensor(column_to_vectors(project.lake.read(target_asset)["image"]))
+        moment = selection.second_moment(targets)
 
         def score(shard: str) -> Result:
             embeddings = project.lake.read(source, shard)
@@ -37,7 +38,7 @@ def norm_sim(project: Project, encoder: str, target: str) -> ShardAsset:
             nearest = np.empty(embeddings.num_rows, np.float32)
             index = np.empty(embeddings.num_rows, np.int64)
             for rows, (image,) in embedding_chunks(project, key, embeddings, "image"):
-                euclidean[rows] = selection.norm_sim(image, targets, p=2).cpu().numpy()
+                euclidean[rows] = selection.norm_sim_from_moment(image, moment).cpu().numpy()
                 value, where = selection.nearest_target(image, targets)
                 nearest[rows], index[rows] = value.cpu().numpy(), where.cpu().numpy()
             table = score_table(shard, embeddings, norm_sim_2=euclidean, norm_sim_inf=nearest, nearest_target=index)

@@ -4,6 +4,7 @@ What a pass does is in `headless`; here are only arguments, the instance's folde
 """
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from rich.table import Table
 from assets.graph import Graph, build_graph
 from assets.project import ConfigError, Project, open_project
 from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
-from dagster_project.headless import Outcome, materialize
+from dagster_project.headless import Outcome, close_dead_runs, materialize
 from resources.catalog import read_catalog
 from resources.encoders import EncoderError
 from resources.lake import LakeError
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(project: Project, console: Console, *, redraw: bool = False) -> int:
     """Bring a project up to date and print what came of it; 1 if anything failed."""
-    with open_instance(project) as instance:
+    with open_instance(project) as instance, _only_pass(project):
+        close_dead_runs(instance)
         graph = build_graph(project)
         with _progress(project, console) as notice:
             outcome = materialize(project, graph, instance, notice=notice, redraw=redraw)
@@ -115,6 +117,19 @@ def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
     home = prepare_home(project)
     with dg.DagsterInstance.from_config(str(home)) as instance:
         yield instance
+
+
+@contextmanager
+def _only_pass(project: Project) -> Iterator[None]:
+    """Hold the project's lock: two passes at once would do the same work twice."""
+    with open(prepare_home(project) / "pass.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LakeError(
+                f"{lock.name}: another `clip-select run` is at work on this lake. Remedy: wait for it to end"
+            ) from error
+        yield
 
 
 @contextmanager
@@ -217,3 +232,7 @@ def _print_pool(project: Project, console: Console) -> None:
     console.print(
         f"Pool: {rows + rejected:,} samples seen = {rows:,} rows + {rejected:,} rejects{listed}", markup=False
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ from assets.sharded import SHARDS_NAME, ShardAsset
 from dagster_project.definitions import build_defs
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+HEADLESS = {"clip_selection/by": "headless"}
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 
@@ -65,7 +66,7 @@ def materialize(
 
     def run(key: str, wanted: list[str] | None, config: Mapping[str, Any] | None = None) -> None:
         notice(key, len(wanted or ()))
-        tags = {"clip_selection/by": "headless"}
+        tags = dict(HEADLESS)
         if wanted:
             tags |= {RANGE_START: wanted[0], RANGE_END: wanted[-1]}
         result = job.execute_in_process(
@@ -94,6 +95,17 @@ def materialize(
     if outcome.computed or not project.catalog_path().exists():
         run("catalog", None)
     return outcome
+
+
+def close_dead_runs(instance: dg.DagsterInstance) -> None:
+    """End the runs of a pass that was killed, and give back what they hold of Dagster's concurrency pools.
+
+    To be called when no other pass is at work; without it the next step that needs the pool would wait for ever.
+    """
+    unfinished = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+    for run in instance.get_runs(filters=dg.RunsFilter(statuses=unfinished, tags=HEADLESS)):
+        instance.report_run_failed(run, "The process of this run is gone; a later pass closed it.")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outcome: Outcome) -> list[str]:

@@ -114,9 +114,7 @@ def vectors_to_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
 def column_to_vectors(column: pa.ChunkedArray) -> np.ndarray:
     """Give a column of fixed-size float16 lists as `[n, d]`; a memory-mapped column of one chunk is not copied."""
     chunks = [
-        chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
-        for chunk in column.chunks
-        if len(chunk)
+        chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)
     ]
     if not chunks:
         return np.empty((0, column.type.list_size), dtype=np.float16)

@@ -79,9 +79,7 @@ class Versions:
         try:
             lineage = json.loads(self.lake.fs.cat_file(path))
         except ValueError as error:
-            raise LakeError(
-                f"{path}: not a lineage record ({error}). Remedy: move its folder away"
-            ) from error
+            raise LakeError(f"{path}: not a lineage record ({error}). Remedy: move its folder away") from error
         return Version(self.recipe, name, f"{self.folder}/{name}", lineage)
 
     def current(self) -> Version | None:

@@ -58,7 +58,7 @@ def _draw_missing(pool: Path, shards: range) -> None:
 
 def _scores(project: Project) -> pl.DataFrame:
     with read_catalog(project.catalog_path()) as con:
-        return con.execute(
+        return con.sql(
             """
             SELECT uid, "clip_score/tiny" AS clip_score, "neg_clip_loss/tiny" AS neg_clip_loss,
                    "norm_sim_inf/tiny/festive" AS norm_sim_inf
