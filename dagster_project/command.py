@@ -4,13 +4,16 @@ What a pass does is in `headless`; here are only arguments, the instance's folde
 """
 
 import argparse
+import atexit
 import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import NoReturn
 
 import dagster as dg
 from rich.console import Console
@@ -28,7 +31,7 @@ from resources.pools import PoolError
 from resources.targets import TargetError
 from resources.versions import Versions
 
-EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError)
+EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError, FileNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,11 +93,22 @@ def ui(project: Project, port: int) -> int:
 def explain(project: Project, uid: str, console: Console) -> int:
     """Print what every recipe did with a sample."""
     with read_catalog(project.catalog_path()) as con:
-        found = con.execute("FROM explain(?)", [uid])
-        table = Table(*[column[0] for column in found.description or ()])
-        for row in found.fetchall():
-            table.add_row(*("" if value is None else str(value) for value in row))
-    console.print(table)
+        rows = con.sql("FROM explain($uid)", params={"uid": uid}).pl().to_dicts()
+    for (recipe, version), steps in groupby(rows, key=lambda row: (row["recipe"], row["version"])):
+        if recipe is None:
+            console.print(*(row["text"] for row in steps), markup=False)
+            continue
+        table = Table(
+            "step", "value", "threshold", "rank", "verdict", title=f"{recipe} {version}", title_justify="left"
+        )
+        nearest = None
+        for row in steps:
+            nearest = row["nearest_name"] or nearest
+            numbers = ("" if row[name] is None else f"{row[name]:.5f}" for name in ("value", "threshold"))
+            table.add_row(row["text"], *numbers, "" if row["rank"] is None else f"{row['rank']:,}", row["verdict"])
+        console.print(table)
+        if nearest:
+            console.print(f"  nearest target: {nearest}", markup=False, highlight=False)
     return 0
 
 
@@ -234,5 +248,21 @@ def _print_pool(project: Project, console: Console) -> None:
     )
 
 
+def entry() -> NoReturn:
+    """Run the command as a program."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End the process in good order, but for the interpreter's own teardown.
+
+    In that teardown DuckDB 2.0's bindings print forty lines about "leaked" objects once torch is loaded too.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -1,6 +1,5 @@
 """`make demo`: draw a pool, select from it, let two more shards arrive, select again, and print the truth."""
 
-import sys
 from pathlib import Path
 
 import polars as pl
@@ -77,4 +76,4 @@ def _subsets(project: Project) -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())
