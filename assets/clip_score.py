@@ -35,7 +35,7 @@ def clip_score(project: Project, encoder: str) -> ShardAsset:
         provenance=provenance,
         compute=each(score),
         code_version=CODE_VERSION,
-        group="scores",
+        group="clip_score",
         kinds={"pytorch", "parquet"},
         description=f"CLIPScore by encoder `{encoder}`: cosine of image and caption, larger is better.",
         columns=score_schema(clip_score=pa.float32()),

@@ -40,7 +40,7 @@ def neg_clip_loss(project: Project, encoder: str) -> ShardAsset:
         provenance=provenance,
         compute=compute(project, encoder, settings),
         code_version=CODE_VERSION,
-        group="scores",
+        group="neg_clip_loss",
         kinds={"pytorch", "parquet"},
         description=f"negCLIPLoss by encoder `{encoder}`: CLIPScore less what the pair would get beside other "
         "captions and other images, mean over the draws; at most 0, larger is better; with its standard error.",

@@ -108,7 +108,7 @@ def negatives(project: Project, encoder: str) -> WholeAsset:
         provenance=provenance,
         compute=compute,
         code_version=CODE_VERSION,
-        group="scores",
+        group="negatives",
         kinds={"arrow"},
         description=f"Reference negatives for negCLIPLoss by encoder `{encoder}`: {settings.draws} draws of "
         f"{settings.batch_size} rows, chosen by a keyed hash of the uid. Kept while shards arrive; to draw again, "

@@ -53,7 +53,7 @@ def norm_sim(project: Project, encoder: str, target: str) -> ShardAsset:
         provenance=provenance,
         compute=compute,
         code_version=CODE_VERSION,
-        group="scores",
+        group="norm_sim",
         kinds={"pytorch", "parquet"},
         description=f"NormSim of each image to target set `{target}` by encoder `{encoder}`: p = 2 (root of the "
         "sum of squared cosines), p = ∞ (largest absolute cosine), and which target is the nearest.",

@@ -54,7 +54,7 @@ def target_embeddings(project: Project, encoder: str, target: str) -> WholeAsset
         provenance=provenance,
         compute=compute,
         code_version=CODE_VERSION,
-        group="targets",
+        group="target_embeddings",
         kinds={"pytorch", "arrow"},
         description=f"Image embeddings of target set `{target}` by encoder `{encoder}`, with class and file name.",
         columns=SCHEMA,
