@@ -140,9 +140,9 @@ def mapped(url: str) -> Iterator[memoryview]:
         if os.fstat(file.fileno()).st_size == 0:
             yield memoryview(b"")
             return
-        buffer = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        view = stack.enter_context(memoryview(buffer))
-        yield view
+        # Left to close itself with its last view: an error on its way out still holds views of it, and
+        # closing it under them would raise an error of its own in the other's place.
+        yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

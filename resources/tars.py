@@ -95,7 +95,7 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
         digits, last_digit, kind = unpack(view, position)
         try:
             # the twelfth byte is NUL or blank, but for 12 digits, or base 256
-            size = int(digits if last_digit in b"\0 " else digits + last_digit, 8)
+            size = _not_negative(int(digits if last_digit in b"\0 " else digits + last_digit, 8))
         except ValueError:
             if not any(view[position : position + _BLOCK]):
                 break
@@ -129,7 +129,11 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
                     "the tar again without --sparse."
                 )
             if "size" in records:
-                size = int(records["size"])
+                try:
+                    size = _not_negative(int(records["size"]))
+                except ValueError:
+                    fault = f"damaged header at byte {position:,}"
+                    break
             folder = kind == b"\0" and _name(view, position).endswith("/")  # before 1988
             if kind not in _FILES or folder:
                 others.append((position, name))
@@ -217,7 +221,14 @@ def _number(field: bytes) -> int:
             raise ValueError("negative size")
         return value
     text = field.partition(b"\0")[0].strip()
-    return int(text, 8) if text else 0
+    return _not_negative(int(text, 8)) if text else 0
+
+
+def _not_negative(size: int) -> int:
+    """The size, which `int` lets a hostile header make negative, so that the walk went in a circle."""
+    if size < 0:
+        raise ValueError("negative size")
+    return size
 
 
 def _pax_records(content: bytes) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Pools of both formats: which samples there are, who they are, and what stops a shard."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -112,6 +113,16 @@ def test_a_shard_without_samples_is_an_error(tmp_path: Path, content: Any) -> No
         read(tmp_path)
     (tmp_path / "00000.tar").write_bytes(b"")
     with pytest.raises(PoolError, match="empty shard"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"<html>not found</html>" * 100, "this is not a tar"), (gzip.compress(b"x" * 2000), "Decompress it first")],
+)
+def test_a_file_that_is_no_tar_is_an_error_that_names_it(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "00000.tar").write_bytes(content)
+    with pytest.raises(PoolError, match=rf"00000\.tar: .*{message}"):
         read(tmp_path)
 
 

@@ -118,6 +118,31 @@ def test_what_comes_before_a_damaged_header_is_used() -> None:
     assert index.fault == "damaged header at byte 2,048"
 
 
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"\xff" * 12])
+def test_a_negative_size_ends_the_walk_and_does_not_turn_it_back(size: bytes) -> None:
+    data = bytearray(make([("a.jpg", b"x"), ("b.jpg", b"y")]))
+    data[1024 + 124 : 1024 + 136] = size
+    data[1024 + 148 : 1024 + 156] = b" " * 8
+    data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(data[1024:1536])
+    index = walk(bytes(data), "it.tar")
+    assert [member.name for member in index.members] == ["a.jpg"]
+    assert index.fault == "damaged header at byte 1,024"
+
+
+@pytest.mark.parametrize("size", ["-512", "many"])
+def test_a_pax_size_that_is_none_is_a_damaged_header(size: str) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+        info = tarfile.TarInfo("b.jpg")
+        info.pax_headers = {"size": size}
+        tar.addfile(info)
+    index = walk(out.getvalue(), "it.tar")
+    assert [member.name for member in index.members] == ["a.jpg"]
+    assert index.fault is not None
+    assert "damaged header" in index.fault
+
+
 def test_a_file_that_is_no_tar_is_refused_by_name() -> None:
     with pytest.raises(TarError, match=r"it\.tar.*not a tar"):
         walk(b"<html>not found</html>" * 100, "it.tar")
