@@ -1,4 +1,4 @@
-"""What Dagster loads: the assets and jobs of one project.
+"""What Dagster loads: the assets, jobs and sensors of one project.
 
 The project is the YAML that the environment variable CLIP_SELECTION_CONFIG names; the demo where it is not set.
 """
@@ -11,6 +11,7 @@ import dagster as dg
 from assets.graph import Graph, build_graph
 from assets.project import Project, open_project
 from assets.sharded import ShardAsset
+from dagster_project.sensors import build_sensors
 
 CONFIG_VARIABLE = "CLIP_SELECTION_CONFIG"
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "config" / "demo.yaml"
@@ -56,7 +57,7 @@ def build_defs(project: Project, graph: Graph | None = None) -> dg.Definitions:
                 "is then out of date and follows.",
             )
         )
-    return dg.Definitions(assets=graph.definitions, jobs=jobs)
+    return dg.Definitions(assets=graph.definitions, jobs=jobs, sensors=build_sensors(project, graph))
 
 
 @dg.definitions

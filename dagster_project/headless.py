@@ -4,7 +4,6 @@ Each asset gets a Dagster run of its own over just the shards that need it, so t
 shard stops nobody, and nothing is computed twice. What is out of date is asked of the lake's provenance alone.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +14,10 @@ from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS_NAME, ShardAsset
 from dagster_project.definitions import build_defs
+from dagster_project.shards import RANGE_END, RANGE_START, clear, look, neighbours
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 HEADLESS = {"clip_selection/by": "headless"}
-RANGE_START = "dagster/asset_partition_range_start"
-RANGE_END = "dagster/asset_partition_range_end"
 
 
 @dataclass
@@ -61,7 +59,6 @@ def materialize(
     """
     job = build_defs(project, graph).resolve_implicit_global_asset_job_def()
     outcome = Outcome()
-    project.look_again()
     shards = _discover(project, graph, instance, outcome)
 
     def run(key: str, wanted: list[str] | None, config: Mapping[str, Any] | None = None) -> None:
@@ -82,7 +79,7 @@ def materialize(
 
     for node in graph.nodes:
         if isinstance(node, ShardAsset):
-            for due in _neighbours(shards, {shard for shard in shards if node.is_due(project, shard)}):
+            for due in neighbours(shards, {shard for shard in shards if node.is_due(project, shard)}):
                 run(node.key, due)
         else:
             again = redraw and node.key.startswith("negatives/")
@@ -110,24 +107,14 @@ def close_dead_runs(instance: dg.DagsterInstance) -> None:
 
 def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outcome: Outcome) -> list[str]:
     """Make Dagster's partitions agree with the pool's folder; what a removed shard left is cleared away."""
-    listed = sorted(project.listing())
-    known = set(instance.get_dynamic_partitions(SHARDS_NAME))
-    outcome.added = [shard for shard in listed if shard not in known]
-    outcome.removed = sorted(known - set(listed))
-    if outcome.added:
-        instance.add_dynamic_partitions(SHARDS_NAME, outcome.added)
-    for shard in outcome.removed:
+    change = look(project, graph, instance)
+    clear(project, graph, change.gone)
+    for shard in change.gone:
         instance.delete_dynamic_partition(SHARDS_NAME, shard)
-        for node in reversed(graph.nodes):
-            if isinstance(node, ShardAsset):
-                project.lake.remove(node.key, shard)
-        project.lake.remove("rejects", shard)
-    return [shard for shard in instance.get_dynamic_partitions(SHARDS_NAME) if shard in project.listing()]
-
-
-def _neighbours(shards: list[str], due: set[str]) -> list[list[str]]:
-    """Put shards that are due and follow one another together: a Dagster run covers a range of partitions."""
-    return [list(group) for is_due, group in itertools.groupby(shards, due.__contains__) if is_due]
+    if change.added:
+        instance.add_dynamic_partitions(SHARDS_NAME, change.added)
+    outcome.added, outcome.removed = change.added, change.gone
+    return list(instance.get_dynamic_partitions(SHARDS_NAME))
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> str:
