@@ -5,11 +5,10 @@ lineage record with the reason.
 """
 
 import hashlib
-import importlib.metadata
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from assets.project import Project, json_settings
+from assets.lineage import lineage_record
+from assets.project import Project
 from assets.sharded import NotReady, ShardAsset
-from resources.lake import digest
+from resources.lake import Lake, digest
 from resources.source import source_relation
 from resources.versions import Version, Versions
 from selection.recipes import Recipe
@@ -28,7 +28,7 @@ from selection.selecting import Selection, select
 from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "1"
-PACKAGES = ("clip-data-selection", "dagster", "duckdb", "numpy", "open_clip_torch", "pillow", "pyarrow", "torch")
+SHOWN = 300  # files that were read, in the event log
 
 
 @dataclass(frozen=True)
@@ -193,111 +193,93 @@ def _choose(
     project: Project, name: str, recipe: Recipe, scores: Mapping[str, tuple[str, str]], inputs: Inputs
 ) -> Version:
     """Run the recipe and write a new version."""
-    lake = project.lake
-    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
-        con.execute("SET temp_directory = ?", [spill])
-        source_uids = _begin(con, project, recipe, inputs)
-        source = source_relation(
-            con,
-            "source",
-            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in inputs.shards],
-            scores={
-                score: (column, {shard: Path(lake.path(asset, shard)) for shard in inputs.shards})
-                for score, (asset, column) in scores.items()
-            },
-            pool_columns=recipe.columns().pool,
-            within=None if recipe.source_kind == "pool" else "wanted",
+    versions = Versions(project.lake, name)
+    within = begin(project, recipe, inputs.source)
+    with chosen(project.lake, name, recipe, scores, inputs.shards, within) as (selection, duplicates):
+        source: dict[str, Any] = dict(inputs.source)
+        if recipe.source_kind == "recipe":
+            source["record"] = Versions(project.lake, recipe.source).read(source["version"]).lineage
+        elif recipe.source_kind == "uids":
+            source["path"] = str(_uid_list(project, recipe))
+        lineage = lineage_record(
+            project,
+            name,
+            selection,
+            shards=inputs.shards,
+            missing=inputs.missing,
+            source=source,
+            duplicates=duplicates,
+            fingerprint=inputs.fingerprint(recipe),
+            code_version=CODE_VERSION,
         )
-        selection = select(con, name, recipe)
-        return Versions(lake, name).write(
-            selection.manifest().to_arrow_table(),
-            selection.subset(),
-            _lineage(project, name, recipe, selection, inputs, source.duplicates),
-            source_uids,
-        )
+        return versions.write(selection.manifest().to_arrow_table(), selection.subset(), lineage, within)
 
 
-def _begin(con: duckdb.DuckDBPyConnection, project: Project, recipe: Recipe, inputs: Inputs) -> np.ndarray | None:
-    """Load the uids that the recipe begins with into the table `wanted`, unless it begins with the whole pool.
-
-    Returns:
-        The uid list, where the recipe begins with one.
-    """
+def begin(project: Project, recipe: Recipe, source: Mapping[str, str]) -> pa.Table | None:
+    """Give the uids that a recipe begins with, as columns f0 and f1; None for the whole pool."""
     if recipe.source_kind == "pool":
         return None
     if recipe.source_kind == "recipe":
-        manifest = Versions(project.lake, recipe.source).read(inputs.source["version"]).manifest
-        con.read_parquet(manifest).project("f0, f1").create("wanted")
-        return None
-    uids = _read_uid_list(_uid_list(project, recipe))
-    listed = pa.table(dict(zip(("f0", "f1"), subset_words(uids), strict=True)))
-    con.from_arrow(listed).distinct().create("wanted")
-    return uids
+        return Versions(project.lake, recipe.source).read_uids(source["version"])
+    return read_uid_list(_uid_list(project, recipe))
 
 
-def _read_uid_list(path: Path) -> np.ndarray:
-    """Read a uid list.
+@contextmanager
+def chosen(
+    lake: Lake,
+    name: str,
+    recipe: Recipe,
+    scores: Mapping[str, tuple[str, str]],
+    shards: Collection[str],
+    within: pa.Table | None,
+) -> Iterator[tuple[Selection, int]]:
+    """Run a recipe over the lake's files.
+
+    Args:
+        lake: where they lie.
+        name: the recipe's name.
+        recipe: the recipe.
+        scores: asset and column of every score that it reads.
+        shards: the shards to choose from.
+        within: the uids that the recipe begins with, unless it begins with the whole pool.
+
+    Yields:
+        What is chosen, valid within the block, and the number of rows left out because their uid came before.
+    """
+    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
+        con.execute("SET temp_directory = ?", [spill])
+        if within is not None:
+            con.from_arrow(within).create("wanted")
+        source = source_relation(
+            con,
+            "source",
+            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
+            scores={
+                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
+                for score, (asset, column) in scores.items()
+            },
+            pool_columns=recipe.columns().pool,
+            within=None if within is None else "wanted",
+        )
+        yield select(con, name, recipe), source.duplicates
+
+
+def read_uid_list(path: Path) -> pa.Table:
+    """Read a uid list: columns f0 and f1, sorted, without repeats.
 
     Raises:
         ValueError: the file is not DataComp's array, or a line is not a uid; the message names the file.
     """
     try:
         if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            if array.dtype != np.dtype("u8,u8"):
-                raise ValueError(f"its dtype is {array.dtype}, not u8,u8")
-            return np.unique(array)
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        return np.unique(subset_array(*parse_uids([line for line in lines if line])))
+            uids = np.load(path, allow_pickle=False)
+        else:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            uids = subset_array(*parse_uids([line for line in lines if line]))
+        f0, f1 = subset_words(np.unique(uids))
     except ValueError as error:
         raise ValueError(f"{path}: not a uid list: {error}") from error
-
-
-def _lineage(
-    project: Project, name: str, recipe: Recipe, selection: Selection, inputs: Inputs, duplicates: int
-) -> dict[str, Any]:
-    """Give the record from which the subset can be understood, and made again."""
-    settings = project.settings
-    scores = [settings.score_columns[score][0] for score in recipe.columns().scores]
-    encoders = sorted({asset.split("/")[1] for asset in scores})
-    wholes = {
-        dep: project.lake.stored(dep)
-        for asset in scores
-        for dep in _whole_inputs(project, asset, next(iter(inputs.shards)))
-    }
-    return {
-        "format": 1,
-        "recipe": name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "fingerprint": inputs.fingerprint(recipe),
-        "definition": recipe.definition(),
-        "source": {**inputs.source, "rows": selection.source_rows, "duplicates": duplicates},
-        "steps": [report.as_dict() for report in selection.steps],
-        "rows": selection.rows,
-        "shards": {shard: dict(read) for shard, read in inputs.shards.items()},
-        "shards_missing": dict(inputs.missing),
-        "encoders": {encoder: project.encoder(encoder).identity() for encoder in encoders},
-        "temperatures": {e: project.temperature(e) for e in encoders if e in settings.neg_clip_loss},
-        "scores": {
-            "neg_clip_loss": {
-                e: json_settings(settings.neg_clip_loss[e]) for e in encoders if e in settings.neg_clip_loss
-            }
-        },
-        "inputs": {
-            key: {"fingerprint": stored.fingerprint, "provenance": stored.provenance.as_dict(), **stored.summary}
-            for key, stored in wholes.items()
-            if stored is not None
-        },
-        "code_version": CODE_VERSION,
-        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
-    }
-
-
-def _whole_inputs(project: Project, asset: str, shard: str) -> list[str]:
-    """Name the unpartitioned assets that a score was computed with: negatives, targets."""
-    stored = project.lake.stored(asset, shard)
-    names = stored.provenance.inputs if stored is not None else {}
-    return [name for name in names if name.split("/")[0] in ("negatives", "target_embeddings")]
+    return pa.table({"f0": f0, "f1": f1})
 
 
 def _metadata(version: Version) -> dict[str, Any]:
@@ -312,11 +294,30 @@ def _metadata(version: Version) -> dict[str, Any]:
         "shards_missing": len(lineage["shards_missing"]),
         "duplicates_left_out": lineage["source"]["duplicates"],
         "folder": dg.MetadataValue.path(version.folder),
+        "lineage": dg.MetadataValue.path(f"{version.folder}/lineage.json"),
+        **_upstream(lineage),
     }
     if lineage["shards_missing"]:
         listed = [f"- {shard}: {why}" for shard, why in list(lineage["shards_missing"].items())[:50]]
         metadata["shards_missing_why"] = dg.MetadataValue.md("\n".join(listed))
     return metadata
+
+
+def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """Give links to the assets that a version read, and the fingerprint of each file of theirs.
+
+    Fingerprints are the data versions of those assets' own events. The table is cut, so that the event stays small.
+    """
+    files = [(asset, "", read["fingerprint"]) for asset, read in lineage["inputs"].items()]
+    if lineage["source"]["kind"] == "recipe":
+        source = lineage["source"]
+        files.append((f"subset/{source['name']}", source["version"], source["fingerprint"]))
+    files += [(asset, shard, fp) for shard, read in lineage["shards"].items() for asset, fp in read.items()]
+    links = {f"read/{asset}": dg.MetadataValue.asset(dg.AssetKey(asset.split("/"))) for asset, _, _ in files}
+    table = dg.MetadataValue.table(
+        [dg.TableRecord({"asset": a, "shard or version": s, "fingerprint": fp}) for a, s, fp in files[:SHOWN]]
+    )
+    return {"files_read": len(files), f"files_read_first_{SHOWN}": table, **links}
 
 
 def funnel_markdown(lineage: Mapping[str, Any]) -> str:

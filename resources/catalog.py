@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resources.lake import Lake
+from resources.version_macros import version_macros
 from resources.versions import Versions
 
 POOL_COLUMNS = {
@@ -77,8 +77,7 @@ def build_catalog(
 ) -> None:
     """Build the catalog beside the old one and swap it in; processes that read the old one go on.
 
-    Besides, `<lake>/catalog/` gets what DuckDB can't read from the lake: the targets' labels, and the
-    uid lists that subsets began with.
+    Besides, `<lake>/catalog/` gets what DuckDB can't read from the lake: the targets' labels.
 
     Args:
         lake_root: Folder of the lake; files may be missing, and may come later.
@@ -93,12 +92,15 @@ def build_catalog(
     _write_targets(lake, root, targets)
     newest = [Versions(lake, recipe).current() for recipe in recipes]
     records = [version.lineage for version in newest if version is not None]
-    for record in records:
-        _write_source_uids(lake, root, record)
     with lake.replacing(str(path.absolute())) as temporary, duckdb.connect(str(temporary)) as con:
         for name, query in _views(root, scores).items():
             con.execute(f"CREATE VIEW {_quoted(name)} AS {query}").fetchall()
-        for macro in (_UID_WORDS, _OVERLAP, _explain_macro(con, root, records, scores)):
+        for macro in (
+            _UID_WORDS,
+            _OVERLAP,
+            *version_macros(_pattern(root, "subset/")),
+            _explain_macro(con, root, records, scores),
+        ):
             con.execute(macro).fetchall()
 
 
@@ -170,20 +172,18 @@ def _subset_views(root: Path) -> dict[str, str]:
     """Write the views over subset versions; a version without a lineage record does not exist."""
     record = _pattern(root, f"subset/{_VISIBLE}/{_VERSION}/lineage.json")
     place = "split_part(filename, '/', -3) AS recipe, split_part(filename, '/', -2) AS version"
-    lineage = f"""
-        SELECT {place}, content::JSON AS record FROM (
-            SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
-            SELECT * FROM read_text({record}, allow_empty=true))"""
     steps = json.dumps(
         [
             {
                 "step": "INTEGER",
+                "kind": "VARCHAR",
                 "text": "VARCHAR",
                 "score": "VARCHAR",
                 "entered": "BIGINT",
                 "kept": "BIGINT",
                 "left": "BIGINT",
                 "threshold": "DOUBLE",
+                "tie_uid": "VARCHAR",
                 "note": "VARCHAR",
             }
         ]
@@ -192,27 +192,34 @@ def _subset_views(root: Path) -> dict[str, str]:
     row = {"uid": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR"}
     members = _files(root, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
     return {
-        "subsets": f"""
+        "lineage_records": f"""
+            SELECT {place}, content::JSON AS record FROM (
+                SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
+                SELECT * FROM read_text({record}, allow_empty=true))""",
+        "subsets": """
             SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
                 (record->>'rows')::BIGINT AS rows, record->'source'->>'kind' AS source_kind,
-                record->'source'->>'name' AS source_name, (record->'source'->>'rows')::BIGINT AS source_rows,
+                record->'source'->>'name' AS source_name, record->'source'->>'version' AS source_version,
+                (record->'source'->>'rows')::BIGINT AS source_rows,
+                len(json_keys(record->'shards')) AS shards, len(json_keys(record->'shards_missing')) AS shards_missing,
+                record->>'fingerprint' AS fingerprint,
                 row_number() OVER (PARTITION BY recipe ORDER BY length(version) DESC, version DESC) = 1 AS current
-            FROM ({lineage}) ORDER BY recipe, length(version), version""",
+            FROM lineage_records ORDER BY recipe, length(version), version""",
         "funnel": f"""
             SELECT * FROM (
                 SELECT recipe, version, unnest(json_transform(record->'steps', '{steps}'), recursive := true)
-                FROM ({lineage}))
+                FROM lineage_records)
             ORDER BY recipe, length(version), version, step""",
-        "subset_shards": f"""
+        "subset_shards": """
             SELECT recipe, version, used.key AS shard, input.key AS input, input.value->>'$' AS fingerprint,
                 NULL::VARCHAR AS missing
-            FROM ({lineage}), json_each(record->'shards') AS used, json_each(used.value) AS input
+            FROM lineage_records, json_each(record->'shards') AS used, json_each(used.value) AS input
             UNION ALL BY NAME
             SELECT recipe, version, left_out.key AS shard, left_out.value->>'$' AS missing
-            FROM ({lineage}), json_each(record->'shards_missing') AS left_out""",
+            FROM lineage_records, json_each(record->'shards_missing') AS left_out""",
         "subset_members": f"""
             SELECT recipe, version, uid, f0, f1, shard, key FROM (SELECT {place}, * FROM ({members}))
-            SEMI JOIN (SELECT recipe, version FROM ({lineage})) USING (recipe, version)""",
+            SEMI JOIN (SELECT recipe, version FROM lineage_records) USING (recipe, version)""",
     }
 
 
@@ -336,10 +343,7 @@ def _in_source(root: Path, record: Mapping[str, Any]) -> str:
     source = record["source"]
     if source["kind"] == "pool":
         return "true"
-    if source["kind"] == "recipe":
-        file = f"subset/{glob.escape(source['name'])}/{source['version']}/manifest.parquet"
-    else:
-        file = f"{_SOURCE_UIDS}/{glob.escape(record['recipe'])}/{record['version']}.parquet"
+    file = f"subset/{glob.escape(record['recipe'])}/{record['version']}/source_uids.parquet"
     return f"EXISTS (SELECT 1 FROM read_parquet({_pattern(root, file)}) WHERE {_SAMPLE})"
 
 
@@ -398,9 +402,7 @@ def _binds(con: duckdb.DuckDBPyConnection, predicate: str) -> bool:
     return True
 
 
-# Files that DuckDB can't read, written again as Parquet
-
-_SOURCE_UIDS = "catalog/source_uids"
+# What DuckDB can't read from the lake, written again as Parquet
 
 
 def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
@@ -419,20 +421,6 @@ def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
     )
     table = pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in tables)])
     with lake.replacing(str(root / "catalog" / "targets.parquet")) as temporary:
-        pq.write_table(table, temporary)
-
-
-def _write_source_uids(lake: Lake, root: Path, record: Mapping[str, Any]) -> None:
-    """Write the uid list that a version began with, once: versions do not change."""
-    if record["source"]["kind"] != "uids":
-        return
-    recipe, version = record["recipe"], record["version"]
-    path = root / _SOURCE_UIDS / recipe / f"{version}.parquet"
-    if path.exists():
-        return
-    listed = np.load(root / "subset" / recipe / version / "source_uids.npy", mmap_mode="r")
-    table = pa.table({name: np.ascontiguousarray(listed[name]) for name in ("f0", "f1")})
-    with lake.replacing(str(path)) as temporary:
         pq.write_table(table, temporary)
 
 

@@ -4,9 +4,11 @@ Here: where a version lies, writing one, and reading them back. `lineage.json` i
 without it is a run that was killed; its number is used again.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,32 +94,54 @@ class Versions:
         manifest: pa.Table,
         uids: np.ndarray,
         lineage: dict[str, Any],
-        source_uids: np.ndarray | None = None,
+        source_uids: pa.Table | None = None,
     ) -> Version:
         """Write the next version.
 
         Args:
             manifest: the selected rows.
             uids: DataComp's array of the same rows, dtype `u8,u8`, sorted.
-            lineage: the record; its `version` is set here.
-            source_uids: the uid list that the recipe began with, if it began with one.
+            lineage: the record; its `version` and `files`, the sha256 of what is written, are set here.
+            source_uids: the uids that the recipe began with, where that is not the whole pool: columns f0 and f1.
         """
         newest = self.names()
         name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
         version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
         with self.lake.replacing(version.manifest) as path:
-            pq.write_table(manifest, path, compression="zstd")
-        _save(self.lake, version.uids, uids)
+            manifest_digest = write_manifest(manifest, path)
+        with self.lake.replacing(version.uids) as path:
+            uids_digest = write_uids(uids, path)
+        version.lineage["files"] = {"manifest.parquet": manifest_digest, "subset.npy": uids_digest}
         if source_uids is not None:
-            _save(self.lake, f"{version.folder}/source_uids.npy", source_uids)
+            with self.lake.replacing(f"{version.folder}/source_uids.parquet") as path:
+                pq.write_table(source_uids, path, compression="zstd")
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
         return version
+
+    def read_uids(self, name: str, file: str = "manifest.parquet") -> pa.Table:
+        """Read columns f0 and f1 of a version's manifest, or of its `source_uids.parquet`."""
+        with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:
+            return pq.ParquetFile(opened).read(columns=["f0", "f1"])
 
     def _lineage_path(self, name: str) -> str:
         return f"{self.folder}/{name}/lineage.json"
 
 
-def _save(lake: Lake, path: str, array: np.ndarray) -> None:
-    with lake.replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+def write_manifest(manifest: pa.Table, path: Path) -> str:
+    """Write a manifest; give the file's sha256. The same rows give the same bytes."""
+    pq.write_table(manifest, path, compression="zstd")
+    return sha256(path)
+
+
+def write_uids(uids: np.ndarray, path: Path) -> str:
+    """Write DataComp's array; give the file's sha256."""
+    with open(path, "wb") as file:
+        np.save(file, uids, allow_pickle=False)
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """Give a file's sha256 as 64 hexadecimal characters."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

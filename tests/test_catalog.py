@@ -126,10 +126,12 @@ class SmallLake:
             if recipe.source_kind == "recipe":
                 source["version"] = max(p.name for p in (self.root / "subset" / recipe.source).iterdir())
                 manifest = self.root / "subset" / recipe.source / source["version"] / "manifest.parquet"
-                con.register("within", pq.read_table(manifest, columns=["f0", "f1"]))
+                begun = pq.read_table(manifest, columns=["f0", "f1"])
             elif recipe.source_kind == "uids":
-                np.save(folder / "source_uids.npy", listed)
-                con.register("within", pa.table({name: listed[name].copy() for name in ("f0", "f1")}))
+                begun = pa.table({name: listed[name].copy() for name in ("f0", "f1")})
+            if recipe.source_kind != "pool":
+                pq.write_table(begun, folder / "source_uids.parquet")
+                con.register("within", begun)
 
             def files(asset):
                 return {shard: Path(self.lake.path(asset, shard)) for shard in self.rows}

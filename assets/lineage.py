@@ -1,0 +1,148 @@
+"""A subset's lineage record: everything that a version was made from, so that it can be understood and made again.
+
+Here: what stands in `lineage.json`. Not here: making a subset (`assets.subset`) or making it again
+(`assets.reproduction`).
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from assets.project import Project, ProjectSettings, json_settings
+from resources.lake import Stored
+from selection.selecting import Selection
+
+FORMAT = 2
+PACKAGES = (
+    "clip-data-selection",
+    "dagster",
+    "duckdb",
+    "numpy",
+    "open_clip_torch",
+    "pillow",
+    "pyarrow",
+    "safetensors",
+    "timm",
+    "torch",
+    "torchvision",
+)
+
+
+def lineage_record(
+    project: Project,
+    name: str,
+    selection: Selection,
+    *,
+    shards: Mapping[str, Mapping[str, str]],
+    missing: Mapping[str, str],
+    source: Mapping[str, Any],
+    duplicates: int,
+    fingerprint: str,
+    code_version: str,
+) -> dict[str, Any]:
+    """Give the lineage record of a selection that was just made from the lake.
+
+    Args:
+        project: the project.
+        name: the recipe's name.
+        selection: what was chosen.
+        shards: for each shard that was read, the fingerprints of its files by asset.
+        missing: for each other shard, why it was left out.
+        source: what the recipe began with; for another recipe's subset, with its own record.
+        duplicates: rows left out because their uid came before.
+        fingerprint: the subset's.
+        code_version: of the selecting code.
+    """
+    settings = project.settings
+    recipe = settings.recipes[name]
+    scores = sorted({settings.score_columns[score][0] for score in recipe.columns().scores})
+    encoders = sorted({asset.split("/")[1] for asset in scores})
+    any_shard = next(iter(shards))
+    files = {asset: _stored(project, asset, any_shard) for asset in scores}
+    wholes = {
+        asset: _stored(project, asset)
+        for stored in files.values()
+        for asset in stored.provenance.inputs
+        if asset.split("/")[0] in ("negatives", "target_embeddings")
+    }
+    upstream = {asset: _stored(project, asset, any_shard) for asset in ("raw_pool", *_embeddings(encoders))}
+    return {
+        "format": FORMAT,
+        "recipe": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "fingerprint": fingerprint,
+        "definition": recipe.definition(),
+        "source": {**source, "rows": selection.source_rows, "duplicates": duplicates},
+        "steps": [report.as_dict() for report in selection.steps],
+        "rows": selection.rows,
+        "shards": {shard: dict(read) for shard, read in shards.items()},
+        "shards_missing": dict(missing),
+        "encoders": {encoder: project.encoder(encoder).identity() for encoder in encoders},
+        "temperatures": {e: project.temperature(e) for e in encoders if f"neg_clip_loss/{e}" in scores},
+        "scores": {asset: dict(stored.provenance.parameters) for asset, stored in files.items()},
+        "inputs": {
+            asset: {"fingerprint": stored.fingerprint, "provenance": stored.provenance.as_dict(), **stored.summary}
+            for asset, stored in wholes.items()
+        },
+        "project": project_document(settings, name),
+        "code_version": code_version,
+        "code_versions": {
+            asset: stored.provenance.code_version for asset, stored in {**upstream, **wholes, **files}.items()
+        },
+        "packages": packages(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Give the versions of Python and of every package that a subset's bytes may depend on."""
+    found = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {**found, "python": platform.python_version()}
+
+
+def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
+    """Give the part of a project's YAML that a recipe needs, with absolute paths and without the lake.
+
+    All encoders stay, because the pool's readers check the embeddings of every one that is precomputed.
+    """
+    recipes = {name: settings.recipes[name]}
+    while (source := recipes[name].source) in settings.recipes:
+        recipes[name := source] = settings.recipes[source]
+    wanted = {settings.score_columns[score][0] for recipe in recipes.values() for score in recipe.columns().scores}
+    norm_sim = {
+        encoder: kept
+        for encoder, targets in settings.norm_sim.items()
+        if (kept := [target for target in targets if f"norm_sim/{encoder}/{target}" in wanted])
+    }
+    return {
+        "name": settings.name,
+        "pool": json_settings(settings.pool),
+        "encoders": {encoder: json_settings(model) for encoder, model in settings.encoders.items()},
+        "targets": {
+            target: json_settings(model)
+            for target, model in settings.targets.items()
+            if any(target in targets for targets in norm_sim.values())
+        },
+        "scores": {
+            "clip_score": [encoder for encoder in settings.clip_score if f"clip_score/{encoder}" in wanted],
+            "neg_clip_loss": {
+                encoder: json_settings(model)
+                for encoder, model in settings.neg_clip_loss.items()
+                if f"neg_clip_loss/{encoder}" in wanted
+            },
+            "norm_sim": norm_sim,
+        },
+        "recipes": {recipe: model.definition() for recipe, model in recipes.items()},
+    }
+
+
+def _embeddings(encoders: list[str]) -> list[str]:
+    return [f"embeddings/{encoder}" for encoder in encoders]
+
+
+def _stored(project: Project, asset: str, shard: str | None = None) -> Stored:
+    stored = project.lake.stored(asset, shard)
+    if stored is None:
+        raise ValueError(f"{project.lake.path(asset, shard)} went away while the subset was being made")
+    return stored
