@@ -18,6 +18,17 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
+from assets.checks import (
+    SUMMARY_KEY,
+    Check,
+    CheckFailed,
+    Tables,
+    checks_of,
+    evaluations,
+    examine,
+    examine_before_writing,
+    specs,
+)
 from assets.project import Project
 from resources.lake import LakeError, Provenance, Stored
 
@@ -65,6 +76,7 @@ class ShardAsset:
         deps: keys of the assets it reads.
         provenance: gives, for a shard, the provenance of the file that a run would write now; raises NotReady.
         compute: works through shards in order and yields each with its result or the error that befell it.
+        checks: what must hold of a shard's file before it is written.
         definition: the Dagster asset.
     """
 
@@ -72,6 +84,7 @@ class ShardAsset:
     deps: tuple[str, ...]
     provenance: Callable[[str], Provenance]
     compute: Compute
+    checks: tuple[Check, ...]
     definition: dg.AssetsDefinition
 
     def is_fresh(self, project: Project, shard: str) -> bool:
@@ -133,27 +146,40 @@ def sharded_asset(
     pool: str | None = None,
 ) -> ShardAsset:
     """Make a sharded asset from the provenance it would write and the computation of its shards."""
-    # Beta in Dagster 1.13; what it has to do is held in tests/test_dagster_pins.py.
+    # Beta and preview in Dagster 1.13; what they have to do is held in tests/test_dagster_pins.py and test_checks.py.
     warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
+    warnings.filterwarnings("ignore", message="Specifying a partitions_def on an AssetCheckSpec")
+    checks = checks_of(project, key)
 
-    @dg.asset(
-        key=dg.AssetKey(key.split("/")),
-        deps=[dg.AssetKey(dep.split("/")) for dep in deps],
+    @dg.multi_asset(
+        name=key.replace("/", "__"),
+        specs=[
+            dg.AssetSpec(
+                dg.AssetKey(key.split("/")),
+                deps=[dg.AssetKey(dep.split("/")) for dep in deps],
+                skippable=True,
+                code_version=code_version,
+                group_name=group,
+                kinds=kinds,
+                description=description,
+                metadata={"dagster/column_schema": column_schema(columns)},
+            )
+        ],
+        check_specs=specs(checks, key, SHARDS),
+        # A check of a subsettable asset may stay without a result, and may be launched by itself.
+        can_subset=True,
         partitions_def=SHARDS,
         backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-        code_version=code_version,
-        group_name=group,
-        kinds=kinds,
-        description=description,
-        metadata={"dagster/column_schema": column_schema(columns)},
         pool=pool,
     )
     def body(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
         project.look_again()
-        yield from _run(context, project, asset)
+        if context.selected_asset_keys:
+            yield from _run(context, project, asset)
+        else:
+            _check_again(context, project, asset)
 
-    asset = ShardAsset(key, tuple(deps), provenance, compute, body)
+    asset = ShardAsset(key, tuple(deps), provenance, compute, checks, body)
     return asset
 
 
@@ -205,13 +231,15 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
     if errors:
         log.write(records if followed else [])
         for shard, found in errors.items():
+            if isinstance(found, CheckFailed):
+                log.checks(shard, found.findings)
             context.log.error(f"{asset.key}, shard {shard}:\n{''.join(traceback.format_exception(found))}")
         listed = "\n".join(f"{shard}: {found}" for shard, found in errors.items())
         raise dg.Failure(
             description=f"{asset.key}: {len(errors)} of {len(context.partition_keys)} shards failed; the others "
             f"are done.\n{listed}",
             metadata={"failed_shards": sorted(errors)},
-            allow_retries=any(not isinstance(e, NotReady | LakeError) for e in errors.values()),
+            allow_retries=any(not isinstance(e, NotReady | LakeError | CheckFailed) for e in errors.values()),
         )
     if followed:
         # Steps behind this one in the same run start only when the output is yielded. Dagster then writes one
@@ -231,7 +259,7 @@ def _compute(
             errors[shard] = outcome
             continue
         try:
-            stored = _write(project, wanted[shard], outcome)
+            stored = _write(project, asset, wanted[shard], outcome)
         except Exception as error:  # noqa: BLE001 - raised with all others by the caller
             errors[shard] = error
             continue
@@ -240,13 +268,24 @@ def _compute(
         started = now
 
 
-def _write(project: Project, provenance: Provenance, result: Result) -> Stored:
+def _check_again(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset) -> None:
+    """Look at the checks of files that are there: somebody launched the checks without the asset."""
+    asked = {key.name for key in context.selected_asset_check_keys}
+    for shard in context.partition_keys:
+        found = examine([check for check in asset.checks if check.name in asked], Tables(project, shard))
+        _EventLog(context, asset).checks(shard, found)
+
+
+def _write(project: Project, asset: ShardAsset, provenance: Provenance, result: Result) -> Stored:
+    new = {asset.key: result.table, **result.beside}
+    findings = examine_before_writing(asset.checks, project, asset.key, provenance.shard, new)
     for beside, table in result.beside.items():
         project.lake.write(
             table,
             Provenance(beside, provenance.shard, provenance.code_version, provenance.parameters, provenance.inputs),
         )
-    return project.lake.write(result.table, provenance, content=result.content, summary=result.summary)
+    summary = {**result.summary, SUMMARY_KEY: findings}
+    return project.lake.write(result.table, provenance, content=result.content, summary=summary)
 
 
 def _is_followed(context: dg.AssetExecutionContext, asset: ShardAsset) -> bool:
@@ -275,6 +314,11 @@ class _EventLog:
                     tags=self._tags(record),
                 )
             )
+            self.checks(record.shard, record.stored.summary.get(SUMMARY_KEY, {}))
+
+    def checks(self, shard: str, findings: Mapping[str, Mapping[str, Any]]) -> None:
+        for evaluation in evaluations(self.asset.key, shard, findings):
+            self.context.log_event(evaluation)
 
     def _tags(self, record: _Record) -> dict[str, str]:
         tags = {DATA_VERSION_TAG: record.stored.fingerprint}
@@ -313,5 +357,5 @@ def event_metadata(stored: Stored, computed: bool, seconds: float) -> dict[str, 
     if computed and seconds > 0:
         metadata["seconds"] = round(seconds, 3)
         metadata["rows_per_second"] = round(stored.rows / seconds, 1)
-    metadata.update(stored.summary)
+    metadata.update({name: value for name, value in stored.summary.items() if name != SUMMARY_KEY})
     return metadata

@@ -4,12 +4,24 @@ Here: `WholeAsset` and its body. Not here: any computation, and not subsets, of 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 import pyarrow as pa
+from pydantic import Field
 
+from assets.checks import (
+    SUMMARY_KEY,
+    CheckFailed,
+    Tables,
+    checks_of,
+    evaluations,
+    examine,
+    examine_before_writing,
+    specs,
+)
 from assets.project import Project
 from assets.sharded import NotReady, Result, column_schema, event_metadata
 from resources.lake import Provenance
@@ -20,9 +32,11 @@ class Redraw(dg.Config):
 
     Attributes:
         redraw: make it again from what the lake holds now, although its settings are unchanged.
+        limits: for checks that are launched by themselves (`docs/checks.md`).
     """
 
     redraw: bool = False
+    limits: dict[str, float] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,19 +83,34 @@ def whole_asset(
     pool: str | None = None,
 ) -> WholeAsset:
     """Make an unpartitioned asset from the provenance it would write and its computation."""
+    checks = checks_of(project, key)
+    asset_key = dg.AssetKey(key.split("/"))
 
-    @dg.asset(
-        key=dg.AssetKey(key.split("/")),
-        deps=[dg.AssetKey(dep.split("/")) for dep in deps],
-        code_version=code_version,
-        group_name=group,
-        kinds=kinds,
-        description=description,
-        metadata={"dagster/column_schema": column_schema(columns)},
+    @dg.multi_asset(
+        name=key.replace("/", "__"),
+        specs=[
+            dg.AssetSpec(
+                asset_key,
+                deps=[dg.AssetKey(dep.split("/")) for dep in deps],
+                skippable=True,
+                code_version=code_version,
+                group_name=group,
+                kinds=kinds,
+                description=description,
+                metadata={"dagster/column_schema": column_schema(columns)},
+            )
+        ],
+        check_specs=specs(checks, key),
+        can_subset=True,
         pool=pool,
     )
-    def body(config: Redraw) -> dg.MaterializeResult:
+    def body(context: dg.AssetExecutionContext, config: Redraw) -> Iterator[dg.MaterializeResult]:
         project.look_again()
+        if not context.selected_asset_keys:
+            asked = {check.name for check in context.selected_asset_check_keys}
+            chosen = [check for check in checks if check.name in asked]
+            tell(context, examine(chosen, Tables(project, None, limits=config.limits)))
+            return
         try:
             wanted = provenance(config.redraw)
         except NotReady as error:
@@ -91,9 +120,22 @@ def whole_asset(
         started = time.perf_counter()
         if stored is None or computed:
             result = compute()
-            stored = project.lake.write(result.table, wanted, content=result.content, summary=result.summary)
+            try:
+                findings = examine_before_writing(checks, project, key, None, {key: result.table})
+            except CheckFailed as error:
+                tell(context, error.findings)
+                raise dg.Failure(str(error), allow_retries=False) from error
+            summary = {**result.summary, SUMMARY_KEY: findings}
+            stored = project.lake.write(result.table, wanted, content=result.content, summary=summary)
+        tell(context, stored.summary.get(SUMMARY_KEY, {}))
         metadata = event_metadata(stored, computed, time.perf_counter() - started)
         metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
-        return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(stored.fingerprint))
+        yield dg.MaterializeResult(
+            asset_key=asset_key, metadata=metadata, data_version=dg.DataVersion(stored.fingerprint)
+        )
+
+    def tell(context: dg.AssetExecutionContext, findings: Mapping[str, Mapping[str, Any]]) -> None:
+        for evaluation in evaluations(key, None, findings):
+            context.log_event(evaluation)
 
     return WholeAsset(key, tuple(deps), provenance, compute, body)
