@@ -142,25 +142,40 @@ def specs(
 
     They are not declared blocking: nothing downstream needs to be held back from a file that was never written.
     """
-    key = dg.AssetKey(asset.split("/"))
+    key = asset_key(asset)
     return [dg.AssetCheckSpec(c.name, asset=key, description=c.description, partitions_def=partitions) for c in checks]
 
 
-def evaluations(
-    asset: str, shard: str | None, findings: Mapping[str, Mapping[str, Any]]
-) -> list[dg.AssetCheckEvaluation]:
-    """Give findings as events for `context.log_event`, which records them a shard also in runs of many shards."""
-    return [
-        dg.AssetCheckEvaluation(
-            asset_key=dg.AssetKey(asset.split("/")),
-            check_name=name,
-            passed=found["passed"],
-            partition=shard,
-            severity=dg.AssetCheckSeverity.ERROR if found["blocking"] else dg.AssetCheckSeverity.WARN,
-            metadata={**found["figures"], **({"why": found["why"]} if found["why"] else {})},
+def tell(
+    context: dg.AssetExecutionContext, asset: str, shard: str | None, findings: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Record findings in Dagster; logged events keep their shard also in a run of many, returned results do not."""
+    for name, found in findings.items():
+        context.log_event(
+            dg.AssetCheckEvaluation(
+                asset_key=asset_key(asset),
+                check_name=name,
+                passed=found["passed"],
+                partition=shard,
+                severity=severity(found),
+                metadata=figures(found),
+            )
         )
-        for name, found in findings.items()
-    ]
+
+
+def severity(found: Mapping[str, Any]) -> dg.AssetCheckSeverity:
+    """Give a finding's severity: what does not block warns."""
+    return dg.AssetCheckSeverity.ERROR if found["blocking"] else dg.AssetCheckSeverity.WARN
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what the UI shows of a finding."""
+    return {**found["figures"], **({"why": found["why"]} if found["why"] else {})}
+
+
+def asset_key(asset: str) -> dg.AssetKey:
+    """Give Dagster's key of an asset."""
+    return dg.AssetKey(asset.split("/"))
 
 
 def checks_of(project: Project, asset: str) -> tuple[Check, ...]:

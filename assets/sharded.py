@@ -24,10 +24,10 @@ from assets.checks import (
     CheckFailed,
     Tables,
     checks_of,
-    evaluations,
     examine,
     examine_before_writing,
     specs,
+    tell,
 )
 from assets.project import Project
 from resources.lake import LakeError, Provenance, Stored
@@ -232,7 +232,7 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
         log.write(records if followed else [])
         for shard, found in errors.items():
             if isinstance(found, CheckFailed):
-                log.checks(shard, found.findings)
+                tell(context, asset.key, shard, found.findings)
             context.log.error(f"{asset.key}, shard {shard}:\n{''.join(traceback.format_exception(found))}")
         listed = "\n".join(f"{shard}: {found}" for shard, found in errors.items())
         raise dg.Failure(
@@ -273,7 +273,7 @@ def _check_again(context: dg.AssetExecutionContext, project: Project, asset: Sha
     asked = {key.name for key in context.selected_asset_check_keys}
     for shard in context.partition_keys:
         found = examine([check for check in asset.checks if check.name in asked], Tables(project, shard))
-        _EventLog(context, asset).checks(shard, found)
+        tell(context, asset.key, shard, found)
 
 
 def _write(project: Project, asset: ShardAsset, provenance: Provenance, result: Result) -> Stored:
@@ -314,11 +314,7 @@ class _EventLog:
                     tags=self._tags(record),
                 )
             )
-            self.checks(record.shard, record.stored.summary.get(SUMMARY_KEY, {}))
-
-    def checks(self, shard: str, findings: Mapping[str, Mapping[str, Any]]) -> None:
-        for evaluation in evaluations(self.asset.key, shard, findings):
-            self.context.log_event(evaluation)
+            tell(self.context, self.asset.key, record.shard, record.stored.summary.get(SUMMARY_KEY, {}))
 
     def _tags(self, record: _Record) -> dict[str, str]:
         tags = {DATA_VERSION_TAG: record.stored.fingerprint}

@@ -17,9 +17,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from assets.checks import CheckFailed, tell
 from assets.lineage import lineage_record
 from assets.project import Project
+from assets.report import report_metadata, write_report
 from assets.sharded import NotReady, ShardAsset
+from assets.subset_checks import examine_before_writing, examine_stored, results, specs
 from resources.lake import Lake, digest
 from resources.source import source_relation
 from resources.versions import Version, Versions
@@ -108,10 +111,11 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
         code_version=CODE_VERSION,
         group_name="subsets",
         kinds={"duckdb", "parquet"},
+        check_specs=specs(key),
         description="\n\n".join(filter(None, [recipe.description, *(f"- {step.text}" for step in recipe.steps)])),
         metadata={"recipe": dg.MetadataValue.json(recipe.definition())},
     )
-    def body() -> dg.MaterializeResult:
+    def body(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         project.look_again()
         versions = Versions(project.lake, name)
         try:
@@ -120,9 +124,15 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
         current = versions.current()
         if current is None or current.lineage["fingerprint"] != found.fingerprint(recipe):
-            current = _choose(project, name, recipe, scores, found)
+            try:
+                current = _choose(project, name, recipe, scores, found)
+            except CheckFailed as error:
+                tell(context, key, None, error.findings)
+                raise dg.Failure(str(error), allow_retries=False) from error
         return dg.MaterializeResult(
-            metadata=_metadata(current), data_version=dg.DataVersion(current.lineage["fingerprint"])
+            metadata=_metadata(current) | report_metadata(project, current),
+            check_results=results(examine_stored(project.lake, current)),
+            data_version=dg.DataVersion(current.lineage["fingerprint"]),
         )
 
     return SubsetAsset(key, name, recipe, inputs, body)
@@ -212,7 +222,11 @@ def _choose(
             fingerprint=inputs.fingerprint(recipe),
             code_version=CODE_VERSION,
         )
-        return versions.write(selection.manifest().to_arrow_table(), selection.subset(), lineage, within)
+        manifest, uids = selection.manifest().to_arrow_table(), selection.subset()
+        examine_before_writing(f"subset/{name}", lineage, manifest, uids)
+        version = versions.write(manifest, uids, lineage, within)
+        write_report(project, version, selection)
+        return version
 
 
 def begin(project: Project, recipe: Recipe, source: Mapping[str, str]) -> pa.Table | None:

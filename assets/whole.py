@@ -4,9 +4,8 @@ Here: `WholeAsset` and its body. Not here: any computation, and not subsets, of 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import dagster as dg
 import pyarrow as pa
@@ -16,11 +15,12 @@ from assets.checks import (
     SUMMARY_KEY,
     CheckFailed,
     Tables,
+    asset_key,
     checks_of,
-    evaluations,
     examine,
     examine_before_writing,
     specs,
+    tell,
 )
 from assets.project import Project
 from assets.sharded import NotReady, Result, column_schema, event_metadata
@@ -84,13 +84,12 @@ def whole_asset(
 ) -> WholeAsset:
     """Make an unpartitioned asset from the provenance it would write and its computation."""
     checks = checks_of(project, key)
-    asset_key = dg.AssetKey(key.split("/"))
 
     @dg.multi_asset(
         name=key.replace("/", "__"),
         specs=[
             dg.AssetSpec(
-                asset_key,
+                asset_key(key),
                 deps=[dg.AssetKey(dep.split("/")) for dep in deps],
                 skippable=True,
                 code_version=code_version,
@@ -109,7 +108,7 @@ def whole_asset(
         if not context.selected_asset_keys:
             asked = {check.name for check in context.selected_asset_check_keys}
             chosen = [check for check in checks if check.name in asked]
-            tell(context, examine(chosen, Tables(project, None, limits=config.limits)))
+            tell(context, key, None, examine(chosen, Tables(project, None, limits=config.limits)))
             return
         try:
             wanted = provenance(config.redraw)
@@ -123,19 +122,15 @@ def whole_asset(
             try:
                 findings = examine_before_writing(checks, project, key, None, {key: result.table})
             except CheckFailed as error:
-                tell(context, error.findings)
+                tell(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
             summary = {**result.summary, SUMMARY_KEY: findings}
             stored = project.lake.write(result.table, wanted, content=result.content, summary=summary)
-        tell(context, stored.summary.get(SUMMARY_KEY, {}))
+        tell(context, key, None, stored.summary.get(SUMMARY_KEY, {}))
         metadata = event_metadata(stored, computed, time.perf_counter() - started)
         metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
         yield dg.MaterializeResult(
-            asset_key=asset_key, metadata=metadata, data_version=dg.DataVersion(stored.fingerprint)
+            asset_key=asset_key(key), metadata=metadata, data_version=dg.DataVersion(stored.fingerprint)
         )
-
-    def tell(context: dg.AssetExecutionContext, findings: Mapping[str, Mapping[str, Any]]) -> None:
-        for evaluation in evaluations(key, None, findings):
-            context.log_event(evaluation)
 
     return WholeAsset(key, tuple(deps), provenance, compute, body)

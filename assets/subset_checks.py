@@ -1,0 +1,108 @@
+"""Checks of a subset's version: its size follows from the recipe, and DataComp's array is one that can be searched.
+
+Here: the checks. They are looked at before a version is written, and again on the files whenever it is told of.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+
+from assets.checks import CheckFailed, asset_key, figures, severity
+from resources.lake import Lake
+from resources.versions import Version, Versions
+from selection.recipes import Recipe
+from selection.uids import SUBSET_DTYPE
+
+DESCRIPTIONS = {
+    "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
+    "those were fewer; manifest and array have as many rows as the last step kept.",
+    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), without repeats, the manifest's uids.",
+    "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
+}
+
+
+def specs(key: str) -> list[dg.AssetCheckSpec]:
+    """Declare the checks to Dagster."""
+    return [dg.AssetCheckSpec(n, asset=asset_key(key), description=text) for n, text in DESCRIPTIONS.items()]
+
+
+def results(findings: Mapping[str, Mapping[str, Any]]) -> list[dg.AssetCheckResult]:
+    """Give findings as an asset without shards returns them."""
+    return [
+        dg.AssetCheckResult(passed=f["passed"], check_name=name, severity=severity(f), metadata=figures(f))
+        for name, f in findings.items()
+    ]
+
+
+def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Look at the checks; give the findings as JSON values, by the check's name.
+
+    Args:
+        lineage: the lineage record.
+        manifest: f0 and f1 of the selected rows.
+        uids: DataComp's array.
+    """
+    duplicates = lineage["source"]["duplicates"]
+    found = {
+        "size": (True, {"rows": lineage["rows"]}, _size(lineage, manifest, uids)),
+        "uids_sorted_and_unique": (True, {"rows": len(uids)}, _order(manifest, uids)),
+        "uids_unique_across_shards": (
+            False,
+            {"duplicates_left_out": duplicates},
+            f"{duplicates} rows have the uid of an earlier row and were left out" if duplicates else "",
+        ),
+    }
+    return {
+        name: {"passed": not why, "blocking": blocking, "figures": figures, "why": why}
+        for name, (blocking, figures, why) in found.items()
+    }
+
+
+def examine_before_writing(key: str, lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> None:
+    """Look at the checks of a version that is about to be written.
+
+    Raises:
+        CheckFailed: a blocking one failed.
+    """
+    findings = examine_subset(lineage, manifest, uids)
+    if any(f["blocking"] and not f["passed"] for f in findings.values()):
+        raise CheckFailed(key, None, findings)
+
+
+def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
+    """Look at the checks of a version's files."""
+    with lake.fs.open(version.uids) as file:
+        uids = np.lib.format.read_array(file, allow_pickle=False)
+    return examine_subset(version.lineage, Versions(lake, version.recipe).read_uids(version.name), uids)
+
+
+def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> str:
+    """Tell what is wrong with the numbers of rows, if anything is."""
+    total = entered = lineage["source"]["rows"]
+    recipe = Recipe.model_validate(lineage["definition"])
+    for step, report in zip(recipe.steps, lineage["steps"], strict=True):
+        wanted = step.keep_top.wanted(total) if step.keep_top is not None else None
+        kept = report["kept"] if wanted is None else min(wanted, entered)
+        if (report["entered"], report["kept"]) != (entered, kept):
+            return f"step {report['step']}: {report['kept']} of {report['entered']} rows kept, not {kept} of {entered}"
+        entered = kept
+    counted = {"record": lineage["rows"], "manifest": manifest.num_rows, "array": len(uids)}
+    wrong = [f"the {what} has {rows} rows, not {entered}" for what, rows in counted.items() if rows != entered]
+    return ", ".join(wrong)
+
+
+def _order(manifest: pa.Table, uids: np.ndarray) -> str:
+    """Tell what is wrong with DataComp's array, if anything is."""
+    if uids.dtype != SUBSET_DTYPE:
+        return f"its dtype is {uids.dtype}, not u8,u8"
+    f0, f1 = uids["f0"], uids["f1"]
+    rising = (f0[1:] > f0[:-1]) | ((f0[1:] == f0[:-1]) & (f1[1:] > f1[:-1]))
+    if not rising.all():
+        return f"row {int(np.flatnonzero(~rising)[0]) + 1} is not above the row before it"
+    same = len(uids) == manifest.num_rows
+    if not same or (f0 != manifest["f0"].to_numpy()).any() or (f1 != manifest["f1"].to_numpy()).any():
+        return "its uids are not the manifest's"
+    return ""
