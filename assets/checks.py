@@ -25,6 +25,11 @@ COSINE_TOLERANCE = 1e-3
 ZERO_TOLERANCE = 1e-6  # of a float32 difference that is zero by its equation
 POOL_SCORE_TOLERANCE = 0.02  # twice what resized images make; stored embeddings come within 0.003
 CHUNK_ROWS = 16_384
+BOUNDS = {
+    "clip_score": "|cosine| ≤ 1.",
+    "neg_clip_loss": "negCLIPLoss ≤ 0.",
+    "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
+}
 OWN_SCORES = {"b32": "clip_b32_similarity_score", "l14": "clip_l14_similarity_score"}
 
 
@@ -179,7 +184,7 @@ def asset_key(asset: str) -> dg.AssetKey:
 
 
 def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
-    """Give the checks of an asset of files."""
+    """Give the checks of an asset of files; none where nothing is computed."""
     kind, _, rest = asset.partition("/")
     encoder = rest.partition("/")[0]
     if kind == "raw_pool":
@@ -192,6 +197,8 @@ def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
         from assets.drift import drift
 
         return (_draws_complete(asset), _unit_norm(asset, "image", "text"), drift(encoder))
+    if kind not in BOUNDS:
+        return ()
     checks = [_rows_aligned(asset, "raw_pool", f"embeddings/{encoder}"), _within_bounds(asset)]
     own = project.settings.encoders[encoder].precomputed
     if kind == "clip_score" and isinstance(own, str) and own in OWN_SCORES:
@@ -333,12 +340,7 @@ def _within_bounds(asset: str) -> Check:
                 figures[f"{column}/min"], figures[f"{column}/max"] = values.min().item(), values.max().item()
         return Finding(True, figures)
 
-    what = {
-        "clip_score": "|cosine| ≤ 1.",
-        "neg_clip_loss": "negCLIPLoss ≤ 0.",
-        "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
-    }[kind]
-    return Check("within_bounds", what + " Up to rounding; nothing is NaN or infinite.", look)
+    return Check("within_bounds", BOUNDS[kind] + " Up to rounding; nothing is NaN or infinite.", look)
 
 
 def _near_the_pools_own(asset: str, column: str) -> Check:
