@@ -161,12 +161,15 @@ class Encoder:
         model = self.settings.model
         assert model is not None  # settings demand a temperature otherwise
         if model.startswith(LOCAL_DIR):
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
             weights = self._local_folder() / "open_clip_model.safetensors"
             if weights.is_file():
-                with safe_open(str(weights), framework="np") as file:
-                    return math.exp(-float(file.get_tensor("logit_scale")))
+                try:
+                    with safe_open(str(weights), framework="np") as file:
+                        return math.exp(-float(file.get_tensor("logit_scale")))
+                except SafetensorError as error:
+                    raise self._cannot_load(error) from error
         return math.exp(-float(self.loaded.model.logit_scale.detach()))
 
     def embed_pool(

@@ -129,7 +129,8 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         try:
             report = _run(con, step, number, rows, entered, total)
         except (duckdb.Error, _StepError) as error:
-            raise ValueError(f"recipe {name}, step {number} ({step.text}): {error}") from error
+            what = str(error).split("\n", 1)[0]  # DuckDB adds every signature that it knows
+            raise ValueError(f"recipe {name}, step {number} ({step.text}): {what}") from error
         reports.append(report)
         entered = report.kept
     conditions = [_condition(report.predicate) for report in reports]

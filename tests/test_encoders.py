@@ -272,6 +272,15 @@ def test_the_temperature_is_the_models_own_unless_set(tiny_clip: Path, tmp_path:
     assert encoder(tmp_path / "copy").temperature() == pytest.approx(0.05, rel=1e-6)
 
 
+def test_weights_that_are_cut_are_named_whatever_is_asked_of_them(tiny_clip: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_clip, tmp_path / "cut")
+    weights = tmp_path / "cut" / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for ask in (Encoder.temperature, lambda cut: cut.loaded):
+        with pytest.raises(EncoderError, match=r"encoder tiny: cannot load local-dir:.*cut.*Check the files"):
+            ask(encoder(tmp_path / "cut"))
+
+
 def test_an_identity_follows_the_files_and_the_precision_and_nothing_else(tiny_clip: Path, tmp_path: Path) -> None:
     identity = encoder(tiny_clip).identity()
     assert json.loads(json.dumps(identity)) == identity
