@@ -129,7 +129,10 @@ class Lake:
     """
 
     def __init__(self, root: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(root)
+        if "://" in root:
+            self.fs, self.root = fsspec.core.url_to_fs(root)
+        else:  # fsspec would take "::" in a path for a chain of file systems, and write somewhere else
+            self.fs, self.root = fsspec.filesystem("file"), os.path.abspath(root)
         self.is_local = "file" in _protocols(self.fs)
 
     def path(self, asset: str, shard: str | None = None) -> str:

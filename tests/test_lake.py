@@ -43,6 +43,13 @@ def test_a_file_reads_back_with_its_provenance_rows_and_summary(lake: Lake) -> N
     assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["a::b", "a b", "50% [1]*?#"])
+def test_a_lake_lies_where_its_path_says(tmp_path: Path, name: str) -> None:
+    Lake(str(tmp_path / name)).write(pa.table({"x": [1]}), provenance())
+    assert (tmp_path / name / "clip_score" / "b32" / "00000.parquet").is_file()
+    assert Lake(str(tmp_path / name)).shards("clip_score/b32") == ["00000"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
