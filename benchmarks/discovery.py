@@ -1,0 +1,106 @@
+"""How long the sensors take over a pool of many shards: the first discovery, and ticks with nothing new.
+
+The shards are empty files and the lake's files hold no rows: ticks read listings and provenance alone.
+
+python -m benchmarks.discovery [--shards N]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import dagster as dg
+import pyarrow as pa
+import yaml
+
+from assets.graph import Graph, build_graph
+from assets.project import Project, open_project
+from assets.sharded import SHARDS_NAME, ShardAsset
+from dagster_project.definitions import build_defs
+
+SHARDS = 10_000
+
+
+def measure(shards: int = SHARDS) -> dict[str, float]:
+    """Measure in a temporary folder.
+
+    Returns:
+        Seconds; `discovery` includes the adding of all partitions to a SQLite instance on disk.
+    """
+    with tempfile.TemporaryDirectory() as name, dg.DagsterInstance.local_temp(name) as instance:
+        folder = Path(name)
+        names = [f"{number:08d}" for number in range(shards)]
+        (folder / "pool").mkdir()
+        for shard in names:
+            (folder / f"pool/{shard}.parquet").touch()
+            (folder / f"pool/{shard}.npz").touch()
+        project = open_project(_config(folder))
+        graph = build_graph(project)
+        ticks = _Ticks(instance, build_defs(project, graph))
+        found = {
+            "shards": shards,
+            "discovery": ticks.time("discover_shards"),
+            "discovery_nothing_new": ticks.time("discover_shards"),
+            "follow_all_new": ticks.time("follow_shards"),
+        }
+        _fill(project, graph, names)
+        found["follow_full_look"] = ticks.time("follow_shards")
+        found["follow_nothing_new"] = ticks.time("follow_shards")
+        ticks.time("refresh_subsets")
+        found["subset_full_look"] = ticks.time("refresh_subsets")
+        assert len(instance.get_dynamic_partitions(SHARDS_NAME)) == shards
+        return found
+
+
+class _Ticks:
+    """Evaluates sensors as the daemon does, keeping cursors and partitions."""
+
+    def __init__(self, instance: dg.DagsterInstance, defs: dg.Definitions) -> None:
+        self.instance = instance
+        self.defs = defs
+        self.cursors: dict[str, str | None] = {}
+
+    def time(self, name: str) -> float:
+        """Give the seconds that a tick took."""
+        started = time.perf_counter()
+        context = dg.build_sensor_context(self.instance, cursor=self.cursors.get(name), definitions=self.defs)
+        found = self.defs.resolve_sensor_def(name).evaluate_tick(context)
+        self.cursors[name] = found.cursor
+        for request in found.dynamic_partitions_requests or []:
+            self.instance.add_dynamic_partitions(SHARDS_NAME, list(request.partition_keys))
+        return time.perf_counter() - started
+
+
+def _config(folder: Path) -> Path:
+    path = folder / "project.yaml"
+    document = {
+        "name": "discovery",
+        "lake": "lake",
+        "pool": {"path": "pool", "format": "datacomp"},
+        "encoders": {"b32": {"precomputed": "b32", "temperature": 0.01}},
+        "scores": {"neg_clip_loss": {}},
+        "recipes": {"best": {"steps": [{"keep_top": {"score": "clip_score/b32", "fraction": 0.3}}]}},
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def _fill(project: Project, graph: Graph, shards: list[str]) -> None:
+    """Write what every run would have written, without rows."""
+    for node in graph.nodes:
+        assert isinstance(node, ShardAsset)
+        for shard in shards:
+            project.lake.write(pa.table({"f0": pa.array([], pa.uint64())}), node.provenance(shard))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shards", type=int, default=SHARDS)
+    print(json.dumps({name: round(value, 3) for name, value in measure(parser.parse_args().shards).items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
