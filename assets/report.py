@@ -25,7 +25,7 @@ from selection.negatives import keyed_hash
 from selection.selecting import Selection, quoted
 
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples a sheet, pixels
-WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 6, 112, 2_600  # of the UI, whose events shall stay under 256 KB
+WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 6, 112, 2_400  # of the UI, whose events shall stay under 256 KB
 BINS = 60
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from resources.images import picture
 
-_QUALITIES = (85, 70, 50, 30, 15)
+_QUALITIES = (85, 70, 50, 30)
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,20 @@ def small_jpeg(data: bytes, side: int, *, max_pixels: int | None = None, most_by
         data: JPEG, PNG or whatever `resources.images` opens.
         side: pixels of the longer side, at most.
         max_pixels: larger images are refused.
-        most_bytes: the quality is lowered until the result is not larger; the lowest quality is taken as it comes.
+        most_bytes: quality, then size are lowered until the result is not larger; at least 1,000.
 
     Raises:
         ImageError: the bytes are no picture.
     """
     image = picture(data, max_pixels).convert("RGB")
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    for quality in _QUALITIES:
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=quality, optimize=True)
-        if most_bytes is None or out.tell() <= most_bytes:
-            break
-    return out.getvalue()
+    while True:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        for quality in _QUALITIES:
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=quality, optimize=True)
+            if most_bytes is None or out.tell() <= most_bytes:
+                return out.getvalue()
+        side //= 2
 
 
 def markdown(sheet: Sheet, columns: int = 4, caption_characters: int = 100) -> str:

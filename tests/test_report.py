@@ -1,0 +1,240 @@
+"""What a subset shows of itself: the right samples, their own pictures, in little space, whatever the pool holds."""
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+from dagster._serdes import serialize_value
+from PIL import Image
+
+from resources.images import ImageError
+from resources.sheets import Sheet, Tile, html_page, markdown, small_jpeg
+from selection.negatives import keyed_hash
+from tests.pool_factory import datacomp_shard, picture
+from tests.scenario import SHARDS, Scenario, keep
+
+HOSTILE = '<script>alert("x")</script> & ![](http://example.com/a.png) | **bold** [l](u)'
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its headings, captions and everything it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.sections: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self._title = ""
+        self.feed(text)
+
+    def handle_starttag(  # noqa: D102
+        self, tag: str, attrs: list[tuple[str, str | None]]
+    ) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("img", "meta"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: D102
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:  # noqa: D102
+        if self._open and self._open[-1] == "h2":
+            self._title = data
+            self.sections[data] = []
+        elif self._open and self._open[-1] == "small":
+            self.sections[self._title].append(data)
+
+
+def folder(scenario: Scenario, recipe: str) -> Path:
+    return Path(scenario.subset(recipe).folder) / "report"
+
+
+def page(scenario: Scenario, recipe: str) -> Page:
+    return Page((folder(scenario, recipe) / "index.html").read_text())
+
+
+def materialization(scenario: Scenario, recipe: str) -> dg.EventLogEntry:
+    event = scenario.instance.get_latest_materialization_event(dg.AssetKey(["subset", recipe]))
+    assert event is not None
+    return event
+
+
+def warnings(scenario: Scenario) -> list[str]:
+    records = [scenario.instance.all_logs(run.run_id) for run in scenario.instance.get_runs()]
+    return [entry.user_message for logs in records for entry in logs if entry.level == 30]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Scenario:
+    """A project of which everything is made, with one caption that is no friend of pages."""
+    scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
+    scenario.write_shard(SHARDS[0], text=HOSTILE.encode())
+    scenario.set("recipes", "everything", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
+    assert scenario.run().failures == {}
+    return scenario
+
+
+def test_the_sheets_show_the_ends_of_the_last_ranking(made: Scenario) -> None:
+    entered = made.scores("neg_clip_loss/tiny").sort("neg_clip_loss", descending=True).head(18)
+    near = made.scores("norm_sim/tiny/pets").join(entered, on=["f0", "f1"], how="semi")
+    uids = (
+        near.sort("norm_sim_inf", descending=True)
+        .select(pl.struct("f0", "f1").map_elements(lambda u: f"{u['f0']:016x}{u['f1']:016x}", pl.String))
+        .to_series()
+        .to_list()
+    )
+    shown = page(made, "paper").sections
+    score = "norm_sim_inf/tiny/pets"
+    assert shown[f"Best kept by {score}"] == uids[:9]
+    assert shown[f"Worst kept by {score}"] == uids[:9][::-1]
+    assert shown[f"Best dropped by {score}"] == uids[9:]
+    assert shown[f"Worst dropped by {score}"] == uids[9:][::-1]
+    assert len(shown["Best dropped by neg_clip_loss/tiny"]) == 12
+
+
+def test_the_random_handful_is_the_subsets_smallest_keyed_hashes(made: Scenario) -> None:
+    uids = made.array("clip_third")
+    order = np.argsort(keyed_hash(0, 0, uids["f0"].copy(), uids["f1"].copy()))[:12]
+    wanted = {f"{f0:016x}{f1:016x}" for f0, f1 in uids[order].tolist()}
+    assert set(page(made, "clip_third").sections["A random handful of the subset"]) == wanted
+
+
+def test_each_picture_is_the_samples_own(made: Scenario) -> None:
+    uid = page(made, "paper").sections["Best kept by norm_sim_inf/tiny/pets"][0]
+    pool = pl.concat([pl.from_arrow(made.open().lake.read("raw_pool", shard)) for shard in SHARDS])
+    number = int(pool.row(by_predicate=pl.col("uid") == uid, named=True)["key"])
+    shown = np.asarray(Image.open(folder(made, "paper") / f"images/{uid}.jpg"), dtype=float)
+    true = np.asarray(Image.open(io.BytesIO(picture(number))), dtype=float)
+    assert np.abs(shown - true).mean() < 3
+    other = np.asarray(Image.open(io.BytesIO(picture(number + 1))), dtype=float)
+    assert np.abs(shown - other).mean() > 20
+
+
+def test_a_page_refers_to_files_beside_it_and_to_nothing_else(made: Scenario) -> None:
+    for recipe in ("clip_third", "paper", "inside", "everything"):
+        found = page(made, recipe)
+        assert "script" not in found.tags
+        assert "link" not in found.tags
+        files = [reference for reference in found.references if not reference.startswith("#")]
+        assert len(files) > 3
+        assert all((folder(made, recipe) / name).is_file() and ".." not in name for name in files)
+
+
+def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
+    text = (folder(made, "everything") / "index.html").read_text()
+    shown = html_page("t", {}, [["step"]], "scores.png", [Sheet("s", "", [Tile("0" * 32, HOSTILE)])])
+    assert "script" not in Page(text).tags + Page(shown).tags
+    assert HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;") in shown
+    table = markdown(Sheet("s", "", [Tile("0" * 32, HOSTILE, {}, small_jpeg(picture(), 16))]))
+    assert "<script" not in table
+    (line,) = [line for line in table.splitlines() if "alert" in line]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 5  # four cells, and no fifth made of the caption's own
+    assert "![](http" not in table
+
+
+def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> None:
+    event = materialization(made, "paper")
+    assert len(serialize_value(event)) < 200 * 1024
+    metadata = event.asset_materialization.metadata
+    assert metadata["report"].value == str(folder(made, "paper") / "index.html")
+    assert (
+        metadata["threshold/step2 norm_sim_inf/tiny/pets"].value
+        == made.subset("paper").lineage["steps"][1]["threshold"]
+    )
+    pictures = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", metadata["contact_sheet"].md_str)
+    assert len(pictures) == 5 * 6
+    for picture_ in pictures:
+        assert max(Image.open(io.BytesIO(base64.b64decode(picture_))).size) <= 112
+    (chart,) = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", metadata["score_distributions"].md_str)
+    assert Image.open(io.BytesIO(base64.b64decode(chart))).format == "PNG"
+
+
+def test_a_tile_of_noise_still_fits_the_event_log() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    noise.save(out, "PNG")
+    small = small_jpeg(out.getvalue(), 112, most_bytes=2_400)
+    assert len(small) <= 2_400
+    assert max(Image.open(io.BytesIO(small)).size) >= 56
+    with pytest.raises(ImageError):
+        small_jpeg(b"no picture", 112)
+
+
+def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
+    before = materialization(made, "clip_third").asset_materialization.metadata["contact_sheet"]
+    assert made.execute("subset/clip_third").success
+    assert materialization(made, "clip_third").asset_materialization.metadata["contact_sheet"] == before
+
+
+def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
+    scenario.run()
+    shutil.rmtree(folder(scenario, "paper"))
+    assert scenario.run().computed == {}
+    assert scenario.execute("subset/paper").success
+    assert scenario.subset("paper").name == "v0001"
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_stops_nothing(scenario: Scenario) -> None:
+    scenario.run()
+    (scenario.folder / "pool" / f"{SHARDS[0]}.tar").write_bytes(b"cut")
+    scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=0.9)]})
+    assert scenario.execute("subset/late").success
+    text = (folder(scenario, "late") / "index.html").read_text()
+    said = [message for message in warnings(scenario) if "No picture of" in message]
+    assert said
+    assert all(f"in shard {SHARDS[0]}" in message for message in said)
+    assert all(re.search(r"No picture of (\w{32})", message)[1] in text for message in said)
+    assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
+
+
+def test_a_picture_that_is_another_than_was_scored_is_not_shown(scenario: Scenario) -> None:
+    scenario.run()
+    tar = scenario.folder / "pool" / f"{SHARDS[0]}.tar"
+    data = bytearray(tar.read_bytes())
+    data[512 + 300] ^= 0xFF  # in the first picture, behind its header
+    tar.write_bytes(data)
+    scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
+    assert scenario.execute("subset/late").success
+    uid = scenario.open().lake.read("raw_pool", SHARDS[0])["uid"][0].as_py()
+    assert not (folder(scenario, "late") / f"images/{uid}.jpg").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told_and_the_subset_stands(scenario: Scenario) -> None:
+    scenario.run()
+    blocked = scenario.folder / "lake/subset/late/v0001"
+    blocked.mkdir(parents=True)
+    (blocked / "report").write_text("a file where the folder should be")
+    scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=0.5)]})
+    assert scenario.execute("subset/late").success
+    assert scenario.subset("late").lineage["rows"] == 18
+    assert any("the report could not be written" in message for message in warnings(scenario))
+    assert "contact_sheet" not in materialization(scenario, "late").asset_materialization.metadata
+
+
+def test_a_pool_without_pictures_shows_captions_and_scores(scenario: Scenario) -> None:
+    for shard in SHARDS:
+        datacomp_shard(scenario.folder / "metadata", shard, rows=12)
+    scenario.document = {
+        "name": "imported",
+        "lake": "imported",
+        "pool": {"path": "metadata", "format": "datacomp"},
+        "encoders": {"b32": {"precomputed": "b32", "temperature": 0.01}},
+        "scores": {"neg_clip_loss": {"b32": {"batch_size": 8, "draws": 2}}},
+        "recipes": {"third": {"steps": [keep("clip_score/b32", fraction=0.34)]}},
+    }
+    assert scenario.run().failures == {}
+    assert "img" in page(scenario, "third").tags  # the chart
+    assert not list(folder(scenario, "third").glob("images/*"))
+    sheet = materialization(scenario, "third").asset_materialization.metadata["contact_sheet"].md_str
+    assert "| caption | clip\\_score/b32 |" in sheet
+    assert "data:image" not in sheet
+    assert warnings(scenario) == []
