@@ -7,7 +7,6 @@ pair of unsigned 64-bit integers (f0, f1), f0 the first 16 digits. Both orders a
 (f0, f1) sorts the texts.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 
@@ -98,21 +97,6 @@ def subset_words(subset: NDArray[np.void]) -> tuple[Words, Words]:
             f"{subset.dtype} and shape {subset.shape}."
         )
     return subset["f0"].copy(), subset["f1"].copy()
-
-
-def content_uid(image_sha256: str, caption: str) -> str:
-    """Derive a uid for a sample that has none: the same wherever the same pair is met.
-
-    Args:
-        image_sha256: sha256 of the image's bytes, as 64 hexadecimal digits.
-        caption: The caption.
-
-    Returns:
-        The first 32 hexadecimal digits of sha256(digest of the image + caption in UTF-8), where the
-        digest is the 32 bytes that `image_sha256` spells.
-    """
-    digest = bytes.fromhex(image_sha256)
-    return hashlib.sha256(digest + caption.encode("utf-8")).hexdigest()[:32]
 
 
 def _not_a_uid(texts: Sequence[str]) -> ValueError:

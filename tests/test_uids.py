@@ -1,7 +1,5 @@
 """Claims about uids as text, as numbers and as DataComp's array."""
 
-import hashlib
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 
 from selection.uids import (
     SUBSET_DTYPE,
-    content_uid,
     format_uids,
     parse_uids,
     subset_array,
@@ -81,10 +78,3 @@ def test_the_subset_array_is_sorted_and_keeps_repeats(pairs):
 def test_an_array_of_another_kind_is_refused(array):
     with pytest.raises(ValueError, match="dtype u8,u8"):
         subset_words(array)
-
-
-def test_a_content_uid_hashes_the_digest_and_the_caption():
-    digest = hashlib.sha256(b"image bytes")
-    expected = hashlib.sha256(digest.digest() + "ein Kätzchen".encode()).hexdigest()[:32]
-    assert content_uid(digest.hexdigest(), "ein Kätzchen") == expected
-    assert content_uid(digest.hexdigest(), "ein Hund") != expected
