@@ -7,6 +7,7 @@ import dagster as dg
 from assets.catalog import catalog
 from assets.clip_score import clip_score
 from assets.embeddings import embeddings
+from assets.export import export
 from assets.neg_clip_loss import neg_clip_loss
 from assets.negatives import negatives
 from assets.norm_sim import norm_sim
@@ -27,11 +28,13 @@ class Graph:
     Attributes:
         nodes: assets of shards and unpartitioned ones, upstream first.
         subsets: the subsets, a recipe after the one it starts from.
+        exports: the subsets' samples as new shards, which are made only when somebody asks.
         catalog: the catalog.
     """
 
     nodes: tuple[ShardAsset | WholeAsset, ...]
     subsets: tuple[SubsetAsset, ...]
+    exports: tuple[ShardAsset, ...]
     catalog: dg.AssetsDefinition
 
     @property
@@ -40,6 +43,7 @@ class Graph:
         return [
             *(node.definition for node in self.nodes),
             *(node.definition for node in self.subsets),
+            *(node.definition for node in self.exports),
             self.catalog,
         ]
 
@@ -62,7 +66,9 @@ def build_graph(project: Project) -> Graph:
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
     subsets = [subset(project, recipe, by_key) for recipe in _in_order(project)]
-    return Graph(tuple(nodes), tuple(subsets), catalog(project))
+    with_images = settings.pool.format == "webdataset"
+    exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_images else []
+    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(project))
 
 
 def _in_order(project: Project) -> list[str]:

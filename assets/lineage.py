@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from assets.checks import SUMMARY_KEY
 from assets.project import Project, ProjectSettings, json_settings
 from resources.lake import Stored
 from selection.selecting import Selection
@@ -83,7 +84,11 @@ def lineage_record(
         "temperatures": {e: project.temperature(e) for e in encoders if f"neg_clip_loss/{e}" in scores},
         "scores": {asset: dict(stored.provenance.parameters) for asset, stored in files.items()},
         "inputs": {
-            asset: {"fingerprint": stored.fingerprint, "provenance": stored.provenance.as_dict(), **stored.summary}
+            asset: {
+                "fingerprint": stored.fingerprint,
+                "provenance": stored.provenance.as_dict(),
+                **{name: value for name, value in stored.summary.items() if name != SUMMARY_KEY},
+            }
             for asset, stored in wholes.items()
         },
         "project": project_document(settings, name),

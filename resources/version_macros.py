@@ -72,11 +72,12 @@ changed AS (
         WHERE other.f0 = m.f0 AND other.f1 = m.f1)
 ),
 begun AS (
-    SELECT a AS there, f0, f1
-    FROM read_parquet({folder} || subset || '/' || a || '/source_uids.parque[t]', allow_empty = true)
-    UNION ALL
-    SELECT b, f0, f1
-    FROM read_parquet({folder} || subset || '/' || b || '/source_uids.parque[t]', allow_empty = true)
+    SELECT there, f0, f1 FROM (
+        SELECT NULL::VARCHAR AS there, NULL::UBIGINT AS f0, NULL::UBIGINT AS f1 WHERE false
+        UNION ALL BY NAME SELECT a AS there, *
+        FROM read_parquet({folder} || subset || '/' || a || '/source_uids.parque[t]', allow_empty = true)
+        UNION ALL BY NAME SELECT b AS there, *
+        FROM read_parquet({folder} || subset || '/' || b || '/source_uids.parque[t]', allow_empty = true))
 ),
 read_files AS (
     SELECT version, shard, any_value(missing) AS missing,

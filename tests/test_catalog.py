@@ -33,6 +33,7 @@ RECIPES = {
         "steps": [{"keep_top": {"score": NEAR, "threshold": 0.5}}, {"where": "caption LIKE '%1%'"}],
     },
 }
+COLUMNS = {"clip": CLIP, "near": NEAR}
 LABELS = ["daisy", "rose", "tulip"]
 
 
@@ -47,10 +48,9 @@ class SmallLake:
         """Write one file."""
         self.lake.write(pa.table(columns), Provenance(asset, shard, "1"))
 
-    def add_shard(self, shard, f0s, *, scored=True):
-        """Write a shard's rows, one reject and, if wanted, its scores."""
-        n = len(f0s)
-        self.rows[shard] = [
+    def add_shard(self, shard, f0s, *, scored=True, **changed):
+        """Write a shard's rows, one reject and, if wanted, its scores; `changed` gives values by f0."""
+        rows = [
             {
                 "f0": f0,
                 "f1": 2**64 - 1 - f0,
@@ -65,6 +65,11 @@ class SmallLake:
             }
             for i, f0 in enumerate(f0s)
         ]
+        self.rows[shard] = [
+            {**row, **{COLUMNS[name]: float(np.float32(value(row["f0"]))) for name, value in changed.items()}}
+            for row in rows
+        ]
+        n = len(rows)
 
         def column(name, kind):
             return pa.array([row[name] for row in self.rows[shard]], type=kind)
@@ -116,9 +121,13 @@ class SmallLake:
         }
         self.lake.write(pa.table(table), Provenance(TARGETS[0], None, "1"))
 
-    def add_version(self, name, number, *, listed=None):
-        """Choose a subset from all shards and write it; give its uids."""
-        recipe, version = Recipe.model_validate(RECIPES[name]), f"v{number:04d}"
+    def add_version(self, name, number, *, listed=None, recipe=None, missing=(), made_again=()):
+        """Choose a subset and write it; give its uids.
+
+        `missing` names shards that are left out, `made_again` files (shard, asset) with another fingerprint.
+        """
+        recipe, version = Recipe.model_validate(recipe or RECIPES[name]), f"v{number:04d}"
+        used = [shard for shard in self.rows if shard not in missing]
         folder = self.root / "subset" / name / version
         folder.mkdir(parents=True)
         source = {"kind": recipe.source_kind, "name": recipe.source, "version": None}
@@ -134,7 +143,7 @@ class SmallLake:
                 con.register("within", begun)
 
             def files(asset):
-                return {shard: Path(self.lake.path(asset, shard)) for shard in self.rows}
+                return {shard: Path(self.lake.path(asset, shard)) for shard in used}
 
             made = source_relation(
                 con,
@@ -151,8 +160,12 @@ class SmallLake:
             selection.manifest().write_parquet(str(folder / "manifest.parquet"))
             np.save(folder / "subset.npy", selection.subset())
             members = selection.subset().tolist()
+            scores = {"clip_score/b32", "norm_sim/b32/flowers"} & {
+                score.replace("norm_sim_inf", "norm_sim") for score in recipe.columns().scores
+            }
+            read = {"raw_pool": "fp", **dict.fromkeys(sorted(scores), "fq")}
             record = {
-                "format": 1,
+                "format": 2,
                 "recipe": name,
                 "version": version,
                 "created": f"2026-01-{number:02d}T00:00:00Z",
@@ -160,8 +173,14 @@ class SmallLake:
                 "source": {**source, "rows": made.rows, "duplicates": made.duplicates},
                 "steps": [report.as_dict() for report in selection.steps],
                 "rows": selection.rows,
-                "shards": {shard: {"raw_pool": "fp", "clip_score/b32": "fq"} for shard in self.rows},
-                "shards_missing": {"00007": "not scored"},
+                "shards": {
+                    shard: {
+                        asset: f"{fingerprint}{number}" if (shard, asset) in made_again else fingerprint
+                        for asset, fingerprint in read.items()
+                    }
+                    for shard in used
+                },
+                "shards_missing": dict.fromkeys([*missing, "00007"], "not scored"),
             }
         (folder / "lineage.json").write_text(json.dumps(record))
         return members

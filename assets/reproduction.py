@@ -1,0 +1,199 @@
+"""Making a version of a subset again, bit for bit, from its lineage record.
+
+Here: `choose_again`, from the scores that lie in a lake, and `rebuild`, from the pool itself. Both check every
+fingerprint that they rely on and say which one differs. Not here: what a record holds (`assets.lineage`).
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from assets.graph import build_graph
+from assets.lineage import FORMAT, packages
+from assets.project import Project, ProjectSettings, load_settings
+from assets.sharded import ShardAsset
+from assets.subset import chosen, read_uid_list
+from assets.whole import WholeAsset
+from resources.lake import Lake, LakeError
+from resources.versions import Versions, write_manifest, write_uids
+
+
+def choose_again(lake: Lake, record: Mapping[str, Any], folder: Path, within: pa.Table | None = None) -> Path:
+    """Choose a version's rows again from the files in a lake.
+
+    Args:
+        lake: where the scores lie.
+        record: the version's lineage record.
+        folder: where `manifest.parquet` and `subset.npy` are written; it is made.
+        within: the uids that the recipe began with; without them those that lie beside the version in the lake.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LakeError: a file is no longer the one that the version was chosen from, or what was chosen differs from
+            the version. The message names every difference.
+    """
+    _check_format(record)
+    settings = ProjectSettings.model_validate({**record["project"], "lake": str(lake.root)})
+    name = record["recipe"]
+    recipe = settings.recipes[name]
+    _refuse(record, _other_files(lake, record["shards"]))
+    if within is None and recipe.source_kind != "pool":
+        within = Versions(lake, name).read_uids(record["version"], "source_uids.parquet")
+    scores = {score: settings.score_columns[score] for score in recipe.columns().scores}
+    folder.mkdir(parents=True, exist_ok=True)
+    with chosen(lake, name, recipe, scores, record["shards"], within) as (selection, _):
+        found = {
+            "manifest.parquet": write_manifest(selection.manifest().to_arrow_table(), folder / "manifest.parquet"),
+            "subset.npy": write_uids(selection.subset(), folder / "subset.npy"),
+        }
+    _refuse(
+        record,
+        [
+            f"{folder / file}: sha256 {found[file]}, not {wanted}"
+            for file, wanted in record["files"].items()
+            if found[file] != wanted
+        ],
+    )
+    return folder
+
+
+def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
+    """Make a version again from the pool: every row, embedding, draw and score that it rests on, and the choice.
+
+    Needs the pool, the models, the targets and the uid list where the record says, and nothing else. What was made
+    before a run was killed is not made again.
+
+    Args:
+        record: the version's lineage record.
+        folder: gets `project.yaml`, `lake/`, `manifest.parquet` and `subset.npy`; for a recipe that begins with
+            another, `source/` holds the same of that one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LakeError: something is no longer what it was; the message names it.
+    """
+    _check_format(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    within = _begin_again(record["source"], folder)
+    config = folder / "project.yaml"
+    config.write_text(yaml.safe_dump({**record["project"], "lake": str(folder / "lake")}), encoding="utf-8")
+    project = _Recorded(load_settings(config), config)
+    _refuse(
+        record,
+        [
+            f"encoder {name} is {project.encoder(name).identity()}, not {identity}"
+            for name, identity in record["encoders"].items()
+            if project.encoder(name).identity() != identity
+        ],
+    )
+    draws = {
+        f"negatives/{encoder}": record["inputs"][f"negatives/{encoder}"]["provenance"]["inputs"]
+        for encoder in record["encoders"]
+        if f"negatives/{encoder}" in record["inputs"]
+    }
+    drawn = set().union(*draws.values())
+    gone = {*record["shards"], *drawn} - set(project.listing())
+    _refuse(record, [f"the pool has no shard {shard} any more" for shard in sorted(gone)])
+    needed = {"raw_pool", *record["inputs"], *record["scores"], *(f"embeddings/{e}" for e in record["encoders"])}
+    for node in build_graph(project).nodes:
+        if node.key not in needed:
+            continue
+        if isinstance(node, ShardAsset):
+            _make_shards(project, node, sorted({*record["shards"], *(() if node.key in record["scores"] else drawn)}))
+            shards = {s: {node.key: read[node.key]} for s, read in record["shards"].items() if node.key in read}
+            _refuse(record, _other_files(project.lake, shards))
+        else:
+            if node.key in draws:
+                source = node.key.replace("negatives/", "embeddings/")
+                shards = {shard: {source: fingerprint} for shard, fingerprint in draws[node.key].items()}
+                _refuse(record, _other_files(project.lake, shards))
+                project.only = set(shards)
+            _make_whole(project, node)
+            project.only = None
+            _refuse(record, _other_files(project.lake, {None: {node.key: record["inputs"][node.key]["fingerprint"]}}))
+    return choose_again(project.lake, record, folder, within)
+
+
+class _Recorded(Project):
+    """A project that sees some of its pool's shards, such as those that negatives were drawn from.
+
+    Attributes:
+        only: these shards; None for all.
+    """
+
+    only: Collection[str] | None = None
+
+    def listing(self) -> dict[str, str]:
+        """Give the shards and their fingerprints."""
+        found = super().listing()
+        return found if self.only is None else {shard: found[shard] for shard in found if shard in self.only}
+
+
+def _begin_again(source: Mapping[str, Any], folder: Path) -> pa.Table | None:
+    if source["kind"] == "recipe":
+        manifest = rebuild(source["record"], folder / "source") / "manifest.parquet"
+        return pq.read_table(manifest, columns=["f0", "f1"])
+    if source["kind"] == "uids":
+        path = Path(source["path"])
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source["fingerprint"]:
+            raise LakeError(f"{path}: not the uid list that the subset began with. Remedy: put that list back")
+        return read_uid_list(path)
+    return None
+
+
+def _make_shards(project: Project, node: ShardAsset, shards: Sequence[str]) -> None:
+    due = {shard: node.provenance(shard) for shard in shards if not node.is_fresh(project, shard)}
+    for shard, outcome in node.compute(list(due)) if due else ():
+        if isinstance(outcome, Exception):
+            raise outcome
+        project.lake.write(outcome.table, due[shard], content=outcome.content, summary=outcome.summary)
+
+
+def _make_whole(project: Project, node: WholeAsset) -> None:
+    if not node.is_fresh(project):
+        wanted = node.provenance(False)
+        result = node.compute()
+        project.lake.write(result.table, wanted, content=result.content, summary=result.summary)
+
+
+def _other_files(
+    lake: Lake, shards: Mapping[str, Mapping[str, str]] | Mapping[None, Mapping[str, str]]
+) -> Iterator[str]:
+    for shard, read in shards.items():
+        for asset, wanted in read.items():
+            stored = lake.stored(asset, shard)
+            if stored is None:
+                yield f"{lake.path(asset, shard)} is not there"
+            elif stored.fingerprint != wanted:
+                yield f"{lake.path(asset, shard)} has fingerprint {stored.fingerprint}, not {wanted}"
+
+
+def _check_format(record: Mapping[str, Any]) -> None:
+    if record["format"] != FORMAT:
+        raise LakeError(
+            f"subset/{record['recipe']} {record['version']}: its lineage record has format {record['format']}, which "
+            f"does not hold all that is needed (format {FORMAT} does). Remedy: materialize the subset again"
+        )
+
+
+def _refuse(record: Mapping[str, Any], differences: Iterator[str] | list[str]) -> None:
+    found = list(differences)
+    if not found:
+        return
+    now = packages()
+    other = [f"{name} {now.get(name)}, not {was}" for name, was in record["packages"].items() if now.get(name) != was]
+    more = [f"... and {len(found) - 20} more"] if len(found) > 20 else []
+    beside = [f"besides, packages differ: {', '.join(other)}"] if other else []
+    raise LakeError(
+        f"subset/{record['recipe']} {record['version']} can't be made again as it was:\n"
+        + "\n".join([*found[:20], *more, *beside])
+    )
