@@ -343,19 +343,27 @@ def test_a_changed_setting_is_followed_after_a_reload(automation: Automation) ->
     automation.assert_as_headless()
 
 
+def test_negatives_drawn_again_by_a_click_are_followed_by_every_score(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2)
+    automation.settle()
+    assert automation.defs.resolve_job_def("redraw_negatives").execute_in_process(instance=automation.instance).success
+    assert automation.settle() == [("neg_clip_loss/b32", "00000–00002"), (SELECT, "")]
+
+
 def test_more_than_a_hundred_shards_are_followed_exactly(automation: Automation) -> None:
-    automation.document["scores"]["neg_clip_loss"] = {}
-    automation.document["recipes"] = {"best": {"steps": [keep("clip_score/b32", fraction=0.5)]}}
+    automation.document["scores"] = {"clip_score": [], "neg_clip_loss": {}}
+    automation.document["recipes"] = {"best": {"steps": [{"where": "original_width >= 640"}]}}
     automation.load()
     automation.write(*range(104))
-    assert len(automation.settle()) == 4
+    assert [keys for keys, _ in automation.settle()] == ["raw_pool", "embeddings/b32", "subset/best catalog"]
     assert len(automation.subset().lineage["shards"]) == 104
     automation.write(17, 103, seed=1)
     automation.write(104)
     assert automation.settle() == [
         *[("raw_pool", "00017"), ("raw_pool", "00103–00104")],
         *[("embeddings/b32", "00017"), ("embeddings/b32", "00103–00104")],
-        *[("clip_score/b32", "00017"), ("clip_score/b32", "00103–00104")],
         ("subset/best catalog", ""),
     ]
     assert automation.subset().lineage["source"]["rows"] == 105 * ROWS
