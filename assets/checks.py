@@ -15,6 +15,9 @@ from typing import Any
 import dagster as dg
 import numpy as np
 import pyarrow as pa
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationTargetMaterializationData,  # not exported; tests/test_checks.py holds what it has to do
+)
 
 from assets.project import Project
 from resources.lake import column_to_vectors
@@ -155,6 +158,7 @@ def tell(
     context: dg.AssetExecutionContext, asset: str, shard: str | None, findings: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Record findings in Dagster; logged events keep their shard also in a run of many, returned results do not."""
+    target = _latest_materialization(context.instance, asset, shard) if findings else None
     for name, found in findings.items():
         context.log_event(
             dg.AssetCheckEvaluation(
@@ -164,8 +168,31 @@ def tell(
                 partition=shard,
                 severity=severity(found),
                 metadata=figures(found),
+                target_materialization_data=target,
             )
         )
+
+
+def results(context: dg.AssetExecutionContext, findings: Mapping[str, Mapping[str, Any]]) -> list[dg.AssetCheckResult]:
+    """Give findings as an asset without shards returns them, less those that nobody has asked for."""
+    asked = {key.name for key in context.selected_asset_check_keys}
+    return [
+        dg.AssetCheckResult(passed=f["passed"], check_name=name, severity=severity(f), metadata=figures(f))
+        for name, f in findings.items()
+        if name in asked
+    ]
+
+
+def _latest_materialization(
+    instance: dg.DagsterInstance, asset: str, shard: str | None
+) -> AssetCheckEvaluationTargetMaterializationData | None:
+    """Point to what a result is about; without it Dagster counts the shard's result as missing."""
+    wanted = dg.AssetRecordsFilter(asset_key=asset_key(asset), asset_partitions=None if shard is None else [shard])
+    for record in instance.fetch_materializations(wanted, limit=1).records:
+        return AssetCheckEvaluationTargetMaterializationData(
+            storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp
+        )
+    return None
 
 
 def severity(found: Mapping[str, Any]) -> dg.AssetCheckSeverity:

@@ -25,7 +25,7 @@ from selection.negatives import keyed_hash
 from selection.selecting import Selection, quoted
 
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples a sheet, pixels
-WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 6, 112, 2_400  # of the UI, whose events shall stay under 256 KB
+WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI, whose events shall stay under 256 KB
 BINS = 60
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 
@@ -90,7 +90,7 @@ def _write_report(project: Project, version: Version, selection: Selection) -> N
         if sample.image is not None:
             fs.pipe_file(f"{folder}/{image_path(sample)}", sample.image)
     fs.pipe_file(f"{folder}/{CHART_FILE}", _chart(selection))
-    window = "\n\n".join(markdown(_small(sheet), columns=WINDOW_TILES) for sheet in sheets[:5])
+    window = "\n\n".join(markdown(_small(sheet)) for sheet in sheets[:5])
     fs.pipe_file(f"{folder}/{SHEET_FILE}", window.encode())
     page = html_page(
         f"subset/{version.recipe} {version.name}",

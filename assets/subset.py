@@ -17,12 +17,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from assets.checks import CheckFailed, tell
+from assets.checks import CheckFailed, results, tell
 from assets.lineage import lineage_record
 from assets.project import Project
 from assets.report import report_metadata, write_report
 from assets.sharded import NotReady, ShardAsset
-from assets.subset_checks import examine_before_writing, examine_stored, results, specs
+from assets.subset_checks import examine_before_writing, examine_stored, specs
 from resources.lake import Lake, digest
 from resources.source import source_relation
 from resources.versions import Version, Versions
@@ -131,7 +131,7 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
                 raise dg.Failure(str(error), allow_retries=False) from error
         return dg.MaterializeResult(
             metadata=_metadata(current) | report_metadata(project, current),
-            check_results=results(examine_stored(project.lake, current)),
+            check_results=results(context, examine_stored(project.lake, current)),
             data_version=dg.DataVersion(current.lineage["fingerprint"]),
         )
 

@@ -10,7 +10,7 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 
-from assets.checks import CheckFailed, asset_key, figures, severity
+from assets.checks import CheckFailed, asset_key
 from resources.lake import Lake
 from resources.versions import Version, Versions
 from selection.recipes import Recipe
@@ -27,14 +27,6 @@ DESCRIPTIONS = {
 def specs(key: str) -> list[dg.AssetCheckSpec]:
     """Declare the checks to Dagster."""
     return [dg.AssetCheckSpec(n, asset=asset_key(key), description=text) for n, text in DESCRIPTIONS.items()]
-
-
-def results(findings: Mapping[str, Mapping[str, Any]]) -> list[dg.AssetCheckResult]:
-    """Give findings as an asset without shards returns them."""
-    return [
-        dg.AssetCheckResult(passed=f["passed"], check_name=name, severity=severity(f), metadata=figures(f))
-        for name, f in findings.items()
-    ]
 
 
 def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> dict[str, dict[str, Any]]:

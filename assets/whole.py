@@ -19,6 +19,7 @@ from assets.checks import (
     checks_of,
     examine,
     examine_before_writing,
+    results,
     specs,
     tell,
 )
@@ -126,11 +127,13 @@ def whole_asset(
                 raise dg.Failure(str(error), allow_retries=False) from error
             summary = {**result.summary, SUMMARY_KEY: findings}
             stored = project.lake.write(result.table, wanted, content=result.content, summary=summary)
-        tell(context, key, None, stored.summary.get(SUMMARY_KEY, {}))
         metadata = event_metadata(stored, computed, time.perf_counter() - started)
         metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
         yield dg.MaterializeResult(
-            asset_key=asset_key(key), metadata=metadata, data_version=dg.DataVersion(stored.fingerprint)
+            asset_key=asset_key(key),
+            metadata=metadata,
+            check_results=results(context, stored.summary.get(SUMMARY_KEY, {})),
+            data_version=dg.DataVersion(stored.fingerprint),
         )
 
     return WholeAsset(key, tuple(deps), provenance, compute, body)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from resources.images import picture
 
-_QUALITIES = (85, 70, 50, 30)
+_QUALITIES = (85, 60, 40, 25)
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ def markdown(sheet: Sheet, columns: int = 4, caption_characters: int = 100) -> s
             facts = " | ".join(_md(tile.facts.get(name, "")) for name in names)
             lines.append(f"| {_md(_cut(tile.caption, caption_characters))} | {facts} |")
         return "\n".join(lines)
-    lines += [f"|{' |' * columns}", f"|{':---|' * columns}"]
+    names = list(dict.fromkeys(name for tile in sheet.tiles for name in tile.facts))
+    lines += [f"|{' |' * (columns + 1)}", f"|{'---|' * (columns + 1)}"]
     for start in range(0, len(sheet.tiles), columns):
         row = sheet.tiles[start : start + columns]
-        for cells in (
-            [_md_image(tile) for tile in row],
-            [_md(_cut(tile.caption, caption_characters)) for tile in row],
-            ["<br>".join(f"{_md(n)} **{_md(v)}**" for n, v in tile.facts.items()) for tile in row],
+        for label, cells in (
+            ("", [_md_image(tile) for tile in row]),
+            ("", [_md(_cut(tile.caption, caption_characters)) for tile in row]),
+            *((_md(name), [f"**{_md(tile.facts.get(name, ''))}**" for tile in row]) for name in names),
         ):
-            lines.append(f"| {' | '.join([*cells, *[''] * (columns - len(cells))])} |")
+            lines.append(f"| {' | '.join([label, *cells, *[''] * (columns - len(cells))])} |")
     return "\n".join(lines)
 
 

@@ -267,6 +267,13 @@ def test_every_shard_of_a_run_has_its_own_results(made: Scenario) -> None:
     assert evaluation(made.instance, "raw_pool", "rows_and_rejects").metadata["samples_seen"].value == ROWS
 
 
+def test_each_result_is_about_its_shards_latest_materialization(made: Scenario) -> None:
+    keys = [dg.AssetCheckKey(dg.AssetKey(["clip_score", "tiny"]), name) for name in ("rows_aligned", "within_bounds")]
+    found = made.instance.event_log_storage.get_asset_check_partition_info(keys)
+    assert {(info.check_key.name, info.partition_key) for info in found} == {(k.name, s) for k in keys for s in SHARDS}
+    assert all(info.is_current and info.latest_target_materialization_storage_id for info in found)
+
+
 def test_a_fresh_shard_tells_its_results_again(scenario: Scenario) -> None:
     scenario.run()
     before = scenario.files()

@@ -114,7 +114,7 @@ def test_each_picture_is_the_samples_own(made: Scenario) -> None:
     number = int(pool.row(by_predicate=pl.col("uid") == uid, named=True)["key"])
     shown = np.asarray(Image.open(folder(made, "paper") / f"images/{uid}.jpg"), dtype=float)
     true = np.asarray(Image.open(io.BytesIO(picture(number))), dtype=float)
-    assert np.abs(shown - true).mean() < 3
+    assert np.abs(shown - true).mean() < 6
     other = np.asarray(Image.open(io.BytesIO(picture(number + 1))), dtype=float)
     assert np.abs(shown - other).mean() > 20
 
@@ -137,7 +137,7 @@ def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
     table = markdown(Sheet("s", "", [Tile("0" * 32, HOSTILE, {}, small_jpeg(picture(), 16))]))
     assert "<script" not in table
     (line,) = [line for line in table.splitlines() if "alert" in line]
-    assert len(re.findall(r"(?<!\\)\|", line)) == 5  # four cells, and no fifth made of the caption's own
+    assert len(re.findall(r"(?<!\\)\|", line)) == 6  # five cells, and no sixth made of the caption's own
     assert "![](http" not in table
 
 
@@ -151,9 +151,9 @@ def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> No
         == made.subset("paper").lineage["steps"][1]["threshold"]
     )
     pictures = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", metadata["contact_sheet"].md_str)
-    assert len(pictures) == 5 * 6
+    assert len(pictures) == 5 * 8
     for picture_ in pictures:
-        assert max(Image.open(io.BytesIO(base64.b64decode(picture_))).size) <= 112
+        assert max(Image.open(io.BytesIO(base64.b64decode(picture_))).size) <= 96
     (chart,) = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", metadata["score_distributions"].md_str)
     assert Image.open(io.BytesIO(base64.b64decode(chart))).format == "PNG"
 
@@ -162,9 +162,9 @@ def test_a_tile_of_noise_still_fits_the_event_log() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
     out = io.BytesIO()
     noise.save(out, "PNG")
-    small = small_jpeg(out.getvalue(), 112, most_bytes=2_400)
-    assert len(small) <= 2_400
-    assert max(Image.open(io.BytesIO(small)).size) >= 56
+    small = small_jpeg(out.getvalue(), 96, most_bytes=2_000)
+    assert len(small) <= 2_000
+    assert max(Image.open(io.BytesIO(small)).size) >= 48
     with pytest.raises(ImageError):
         small_jpeg(b"no picture", 112)
 
