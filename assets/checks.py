@@ -150,8 +150,15 @@ def specs(
 
     They are not declared blocking: nothing downstream needs to be held back from a file that was never written.
     """
-    key = asset_key(asset)
-    return [dg.AssetCheckSpec(c.name, asset=key, description=c.description, partitions_def=partitions) for c in checks]
+    return [
+        dg.AssetCheckSpec(
+            check.name,
+            asset=asset_key(asset),
+            description=check.description + (" A file that fails is not written." if check.blocking else ""),
+            partitions_def=partitions,
+        )
+        for check in checks
+    ]
 
 
 def tell(
@@ -203,6 +210,14 @@ def severity(found: Mapping[str, Any]) -> dg.AssetCheckSeverity:
 def figures(found: Mapping[str, Any]) -> dict[str, Any]:
     """Give what the UI shows of a finding."""
     return {**found["figures"], **({"why": found["why"]} if found["why"] else {})}
+
+
+def tags(project: Project, asset: str) -> dict[str, str]:
+    """Give an asset's tags, by which the UI filters: its encoder and its target set."""
+    encoder, target = [*asset.split("/")[1:], "", ""][:2]
+    if encoder not in project.settings.encoders:
+        return {}
+    return {"encoder": encoder} | ({"target": target} if target else {})
 
 
 def asset_key(asset: str) -> dg.AssetKey:

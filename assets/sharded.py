@@ -27,6 +27,7 @@ from assets.checks import (
     examine,
     examine_before_writing,
     specs,
+    tags,
     tell,
 )
 from assets.project import Project
@@ -161,6 +162,7 @@ def sharded_asset(
                 code_version=code_version,
                 group_name=group,
                 kinds=kinds,
+                tags=tags(project, key),
                 description=description,
                 metadata={"dagster/column_schema": column_schema(columns)},
             )
