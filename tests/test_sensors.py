@@ -288,6 +288,24 @@ def test_a_shard_that_fails_is_tried_a_few_times_alone_and_the_subset_goes_on_wi
     automation.assert_as_headless()
 
 
+def test_a_run_that_fails_for_a_passing_reason_is_made_again_and_no_other(automation: Automation) -> None:
+    automation.write(0, 1)
+    in_the_way = automation.folder / "lake/clip_score"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    while sum("clip_score" in keys for keys, _ in automation.runs) < ATTEMPTS - 1:
+        automation.round()
+    in_the_way.unlink()
+    automation.settle()
+    computed = [keys for runs, _ in automation.runs for keys in runs.split()]
+    assert computed.count("clip_score/b32") == ATTEMPTS
+    assert [computed.count(keys) for keys in ("raw_pool", "embeddings/b32", "negatives/b32", "neg_clip_loss/b32")] == [
+        1
+    ] * 4
+    assert computed.count("subset/best") == 1
+    automation.assert_as_headless()
+
+
 def test_a_reset_cursor_tries_again_what_was_left_alone(automation: Automation) -> None:
     automation.write(0, 1)
     automation.spoil(1)
