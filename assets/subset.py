@@ -31,7 +31,7 @@ from selection.selecting import Selection, select
 from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "1"
-SHOWN = 300  # files that were read, in the event log
+SHOWN = 150  # files that were read, in the event log, which has room for 256 KB of pictures and tables
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 from dagster import AssetKey
 
 from assets.reproduction import choose_again, rebuild
+from assets.subset import SHOWN
 from dagster_project.catalog import Catalog, open_catalog
 from resources.lake import LakeError
 from resources.versions import Versions
@@ -332,7 +333,7 @@ def test_the_event_of_a_subset_names_and_links_all_that_it_read(scenario: Scenar
     lineage = scenario.subset("paper").lineage
     read = {
         (row.data["asset"], row.data["shard or version"]): row.data["fingerprint"]
-        for row in metadata["files_read_first_300"].records
+        for row in metadata[f"files_read_first_{SHOWN}"].records
     }
     for shard, files in lineage["shards"].items():
         for asset, fingerprint in files.items():
