@@ -155,7 +155,10 @@ def _html_tiles(sheet: Sheet) -> str:
 
 
 def _html_facts(tile: Tile) -> str:
-    return "".join(f"<div><span>{html.escape(n)}</span> <b>{html.escape(v)}</b></div>" for n, v in tile.facts.items())
+    return "".join(
+        f"<div><span>{html.escape(name).replace('/', '/<wbr>')}</span> <b>{html.escape(value)}</b></div>"
+        for name, value in tile.facts.items()
+    )
 
 
 def _md_image(tile: Tile) -> str:
