@@ -95,12 +95,13 @@ def probe_scores(negatives: pa.Table, fresh: pa.Table, probe: int, temperature: 
     import torch
 
     import selection
-    from assets.negatives import read_draws
+    from assets.negatives import read_draws, with_content
     from selection.negatives import membership
 
     probe_uids, probe_image, probe_text = (part[0, :probe] for part in read_draws(fresh))
     uids, *vectors = read_draws(negatives)
-    member = membership(uids, probe_uids["f0"].copy(), probe_uids["f1"].copy())
+    rows = with_content(probe_uids, probe_image, probe_text)
+    member = membership(with_content(uids, *vectors), rows["f0"].copy(), rows["f1"].copy())
     image, text, negative_image, negative_text = (to_tensor(v) for v in (probe_image, probe_text, *vectors))
     found, _ = selection.neg_clip_loss(
         image,

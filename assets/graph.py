@@ -52,17 +52,22 @@ def build_graph(project: Project) -> Graph:
     """Build every asset of a project."""
     settings = project.settings
     nodes: list[ShardAsset | WholeAsset] = [raw_pool(project)]
-    for encoder in settings.encoders:
-        nodes.append(embeddings(project, encoder))
-    for encoder, targets in settings.norm_sim.items():
-        nodes.extend(target_embeddings(project, encoder, target) for target in targets)
-    for encoder, score in settings.neg_clip_loss.items():
-        if score.estimator == REFERENCE:
-            nodes.append(negatives(project, encoder))
+    nodes.extend(embeddings(project, encoder) for encoder in settings.encoders)
+    targets = {
+        (encoder, target): target_embeddings(project, encoder, target)
+        for encoder, names in settings.norm_sim.items()
+        for target in names
+    }
+    draws = {
+        encoder: negatives(project, encoder)
+        for encoder, score in settings.neg_clip_loss.items()
+        if score.estimator == REFERENCE
+    }
+    nodes.extend(targets.values())
+    nodes.extend(draws.values())
     nodes.extend(clip_score(project, encoder) for encoder in settings.clip_score)
-    nodes.extend(neg_clip_loss(project, encoder) for encoder in settings.neg_clip_loss)
-    for encoder, targets in settings.norm_sim.items():
-        nodes.extend(norm_sim(project, encoder, target) for target in targets)
+    nodes.extend(neg_clip_loss(project, encoder, draws.get(encoder)) for encoder in settings.neg_clip_loss)
+    nodes.extend(norm_sim(project, *pair, embedded) for pair, embedded in targets.items())
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
     subsets = [subset(project, recipe, by_key) for recipe in _in_order(project)]

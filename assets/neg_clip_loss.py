@@ -6,31 +6,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from assets.negatives import read_draws
+from assets.negatives import read_draws, with_content
 from assets.project import NegClipLossSettings, Project
 from assets.scores import embedding_chunks, figures, score_schema, score_table, to_tensor
 from assets.sharded import Compute, Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
+from assets.whole import WholeAsset, up_to_date
 from resources.lake import Provenance, column_to_vectors
 
 CODE_VERSION = "1"
 
 
-def neg_clip_loss(project: Project, encoder: str) -> ShardAsset:
-    """Make the asset `neg_clip_loss/<encoder>`, by the estimator that the project's YAML names."""
+def neg_clip_loss(project: Project, encoder: str, negatives: WholeAsset | None) -> ShardAsset:
+    """Make the asset `neg_clip_loss/<encoder>`: against `negatives`, or without them by the paper's estimator."""
     key = f"neg_clip_loss/{encoder}"
     source = f"embeddings/{encoder}"
     settings = project.settings.neg_clip_loss[encoder]
-    by_reference = settings.estimator == "reference_negatives"
-    deps = (source, f"negatives/{encoder}") if by_reference else (source,)
-    compute = _by_reference_negatives if by_reference else _by_random_partitions
+    deps = (source,) if negatives is None else (source, negatives.key)
+    compute = _by_random_partitions if negatives is None else _by_reference_negatives
 
     def provenance(shard: str) -> Provenance:
         parameters: dict[str, Any] = {"temperature": project.temperature(encoder), "estimator": settings.estimator}
         inputs = {source: input_fingerprint(project, source, shard)}
-        if by_reference:
-            inputs[f"negatives/{encoder}"] = input_fingerprint(project, f"negatives/{encoder}")
-        else:
+        if negatives is None:
             parameters |= {name: getattr(settings, name) for name in ("batch_size", "draws", "seed")}
+        else:
+            inputs[negatives.key] = up_to_date(project, negatives)
         return Provenance(key, shard, CODE_VERSION, parameters, inputs)
 
     return sharded_asset(
@@ -56,15 +56,15 @@ def _by_reference_negatives(project: Project, encoder: str, settings: NegClipLos
         import torch
 
         import selection
-        from selection.negatives import membership
 
         uids, *vectors = read_draws(project.lake.read(f"negatives/{encoder}"))
+        drawn = with_content(uids, *vectors)
         negative_image, negative_text = (to_tensor(v) for v in vectors)
         temperature = project.temperature(encoder)
 
         def score(shard: str) -> Result:
             embeddings = project.lake.read(f"embeddings/{encoder}", shard)
-            member = membership(uids, embeddings["f0"].to_numpy(), embeddings["f1"].to_numpy())
+            member = _members(drawn, embeddings)
             scores = np.empty(embeddings.num_rows, np.float32)
             stderr = np.empty_like(scores)
             chunks = embedding_chunks(project, f"neg_clip_loss/{encoder}", embeddings, "image", "text")
@@ -83,6 +83,16 @@ def _by_reference_negatives(project: Project, encoder: str, settings: NegClipLos
         yield from each(score)(shards)
 
     return compute
+
+
+def _members(drawn: np.ndarray, embeddings: pa.Table) -> np.ndarray:
+    """Tell which rows of a shard are in which draw, `[K, n]` bool."""
+    from selection.negatives import membership
+
+    uids = np.empty(embeddings.num_rows, dtype=drawn.dtype)
+    uids["f0"], uids["f1"] = embeddings["f0"].to_numpy(), embeddings["f1"].to_numpy()
+    rows = with_content(uids, *(column_to_vectors(embeddings[side]) for side in ("image", "text")))
+    return membership(drawn, rows["f0"].copy(), rows["f1"].copy())
 
 
 def _by_random_partitions(project: Project, encoder: str, settings: NegClipLossSettings) -> Compute:

@@ -131,6 +131,29 @@ def read_draws(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return uids.reshape(draws, size), image.reshape(draws, size, -1), text.reshape(draws, size, -1)
 
 
+def with_content(uids: np.ndarray, image: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Mix a hash of the embeddings' bits into uids, so that two are equal only where both agree.
+
+    A row whose content changed since the draw is not the row that was drawn: in the draw lies its old pair, and a
+    batch that took it for the row itself would miss the row's own pair.
+
+    Args:
+        uids: records with f0 and f1, `[..., n]`.
+        image: float16 `[..., n, d]`.
+        text: likewise.
+    """
+    mixed = uids.copy()
+    for vectors in (image, text):
+        spare = -vectors.shape[-1] % 4
+        padded = np.pad(vectors, [(0, 0)] * (vectors.ndim - 1) + [(0, spare)]) if spare else vectors
+        words = np.ascontiguousarray(padded).view(np.uint64)
+        odd = np.random.default_rng(0).integers(0, 2**63, words.shape[-1], dtype=np.uint64) * np.uint64(2) + np.uint64(
+            1
+        )
+        mixed["f0"] = mixed["f0"] * np.uint64(0x9E3779B97F4A7C15) + words @ odd
+    return mixed
+
+
 def _uids(project: Project, source: str, shard: str) -> tuple[np.ndarray, np.ndarray]:
     table = project.lake.read(source, shard, ["f0", "f1"])
     return table["f0"].to_numpy(), table["f1"].to_numpy()

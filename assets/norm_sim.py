@@ -8,29 +8,29 @@ import pyarrow as pa
 from assets.project import Project
 from assets.scores import embedding_chunks, figures, score_schema, score_table, to_tensor
 from assets.sharded import Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
+from assets.whole import WholeAsset, up_to_date
 from resources.lake import Provenance, column_to_vectors
 
 CODE_VERSION = "1"
 
 
-def norm_sim(project: Project, encoder: str, target: str) -> ShardAsset:
-    """Make the asset `norm_sim/<encoder>/<target>`."""
+def norm_sim(project: Project, encoder: str, target: str, targets: WholeAsset) -> ShardAsset:
+    """Make the asset `norm_sim/<encoder>/<target>`; `targets` is the target set's embeddings by that encoder."""
     key = f"norm_sim/{encoder}/{target}"
     source = f"embeddings/{encoder}"
-    target_asset = f"target_embeddings/{encoder}/{target}"
 
     def provenance(shard: str) -> Provenance:
         inputs = {
             source: input_fingerprint(project, source, shard),
-            target_asset: input_fingerprint(project, target_asset),
+            targets.key: up_to_date(project, targets),
         }
         return Provenance(key, shard, CODE_VERSION, {}, inputs)
 
     def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
         import selection
 
-        targets = to_tensor(column_to_vectors(project.lake.read(target_asset)["image"]))
-        moment = selection.second_moment(targets)
+        vectors = to_tensor(column_to_vectors(project.lake.read(targets.key)["image"]))
+        moment = selection.second_moment(vectors)
 
         def score(shard: str) -> Result:
             embeddings = project.lake.read(source, shard)
@@ -39,7 +39,7 @@ def norm_sim(project: Project, encoder: str, target: str) -> ShardAsset:
             index = np.empty(embeddings.num_rows, np.int64)
             for rows, (image,) in embedding_chunks(project, key, embeddings, "image"):
                 euclidean[rows] = selection.norm_sim_from_moment(image, moment).cpu().numpy()
-                value, where = selection.nearest_target(image, targets)
+                value, where = selection.nearest_target(image, vectors)
                 nearest[rows], index[rows] = value.cpu().numpy(), where.cpu().numpy()
             table = score_table(shard, embeddings, norm_sim_2=euclidean, norm_sim_inf=nearest, nearest_target=index)
             return Result(table, figures("norm_sim_2", euclidean) | figures("norm_sim_inf", nearest))
@@ -49,7 +49,7 @@ def norm_sim(project: Project, encoder: str, target: str) -> ShardAsset:
     return sharded_asset(
         project,
         key=key,
-        deps=(source, target_asset),
+        deps=(source, targets.key),
         provenance=provenance,
         compute=compute,
         code_version=CODE_VERSION,

@@ -79,6 +79,20 @@ class ProjectSettings(BaseModel):
     recipes: dict[Name, Recipe] = Field(default_factory=dict)
 
     @model_validator(mode="after")
+    def _names_differ(self) -> "ProjectSettings":
+        for field, names in (("encoders", self.encoders), ("targets", self.targets), ("recipes", self.recipes)):
+            folded: dict[str, str] = {}
+            for name in names:
+                if "__" in name:
+                    raise ValueError(f"{field}.{name}: Dagster joins names by __. Remedy: a name with single _")
+                if name.casefold() in folded:
+                    raise ValueError(
+                        f"{field}: SQL can't tell {folded[name.casefold()]!r} from {name!r}. Remedy: rename one"
+                    )
+                folded[name.casefold()] = name
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self) -> "ProjectSettings":
         scores = self.scores
         for field, names in (
@@ -160,6 +174,19 @@ class ProjectSettings(BaseModel):
         }
 
 
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(sorted(twice))}: given more than once. Remedy: keep one", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_settings(path: Path) -> ProjectSettings:
     """Read and check a project's YAML.
 
@@ -172,8 +199,8 @@ def load_settings(path: Path) -> ProjectSettings:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Remedy: give the path of a project's YAML")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping with name, lake, pool, encoders, recipes")
@@ -214,14 +241,25 @@ class Project:
     def __init__(self, settings: ProjectSettings, config: Path) -> None:
         self.settings = settings
         self.config = config
-        self.lake = Lake(settings.lake)
+        try:
+            self.lake = Lake(settings.lake)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"{config}: lake: {settings.lake} can't be opened: {error}. Remedy: a folder, or a URL whose file "
+                "system is installed"
+            ) from error
         self.on_progress: Callable[[str, str, int], None] = _no_progress
         self._encoders: dict[str, Encoder] = {}
         self._listing: dict[str, str] | None = None
+        self._target_fingerprints: dict[tuple[str, str], str] = {}
 
     @cached_property
     def pool(self) -> Pool:
-        """The pool that shards are read from."""
+        """The pool that shards are read from.
+
+        Raises:
+            PoolError: its format and the encoders don't fit.
+        """
         return open_pool(self.settings.pool, self.settings.encoders)
 
     def listing(self) -> dict[str, str]:
@@ -233,6 +271,7 @@ class Project:
     def look_again(self) -> None:
         """Forget what the pool's folder and the target sets looked like."""
         self._listing = None
+        self._target_fingerprints = {}
 
     def encoder(self, name: str) -> Encoder:
         """Give an encoder; its model is loaded when it first embeds something."""
@@ -247,6 +286,13 @@ class Project:
     def target(self, name: str) -> Target:
         """Give a target set."""
         return open_target(name, self.settings.targets[name])
+
+    def target_fingerprint(self, target: str, encoder: str) -> str:
+        """Give the fingerprint of a target set's files, as last seen."""
+        key = (target, encoder)
+        if key not in self._target_fingerprints:
+            self._target_fingerprints[key] = self.target(target).fingerprint(encoder)
+        return self._target_fingerprints[key]
 
     def temperature(self, encoder: str) -> float:
         """Give the temperature of an encoder's negCLIPLoss: the score's, else the encoder's own."""

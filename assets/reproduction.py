@@ -100,25 +100,22 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
         for encoder in record["encoders"]
         if f"negatives/{encoder}" in record["inputs"]
     }
-    drawn = set().union(*draws.values())
-    gone = {*record["shards"], *drawn} - set(project.listing())
+    project.only = {*record["shards"], *(shard for drawn in draws.values() for shard in drawn)}
+    gone = project.only - set(project.listing())
     _refuse(record, [f"the pool has no shard {shard} any more" for shard in sorted(gone)])
     needed = {"raw_pool", *record["inputs"], *record["scores"], *(f"embeddings/{e}" for e in record["encoders"])}
     for node in build_graph(project).nodes:
         if node.key not in needed:
             continue
         if isinstance(node, ShardAsset):
-            _make_shards(project, node, sorted({*record["shards"], *(() if node.key in record["scores"] else drawn)}))
-            shards = {s: {node.key: read[node.key]} for s, read in record["shards"].items() if node.key in read}
-            _refuse(record, _other_files(project.lake, shards))
+            drawn = draws.get(node.key.replace("embeddings/", "negatives/"), {})
+            shards = project.only if node.key == "raw_pool" else {*record["shards"], *drawn}
+            _make_shards(project, node, sorted(shards))
+            wanted = {s: {node.key: read[node.key]} for s, read in record["shards"].items() if node.key in read}
+            of_draws = {shard: {node.key: fingerprint} for shard, fingerprint in drawn.items()}
+            _refuse(record, _other_files(project.lake, {**wanted, **of_draws}))
         else:
-            if node.key in draws:
-                source = node.key.replace("negatives/", "embeddings/")
-                shards = {shard: {source: fingerprint} for shard, fingerprint in draws[node.key].items()}
-                _refuse(record, _other_files(project.lake, shards))
-                project.only = set(shards)
-            _make_whole(project, node)
-            project.only = None
+            _make_whole(project, node, draws.get(node.key))
             _refuse(record, _other_files(project.lake, {None: {node.key: record["inputs"][node.key]["fingerprint"]}}))
     return choose_again(project.lake, record, folder, within)
 
@@ -158,11 +155,15 @@ def _make_shards(project: Project, node: ShardAsset, shards: Sequence[str]) -> N
         project.lake.write(outcome.table, due[shard], content=outcome.content, summary=outcome.summary)
 
 
-def _make_whole(project: Project, node: WholeAsset) -> None:
+def _make_whole(project: _Recorded, node: WholeAsset, drawn: Collection[str] | None) -> None:
+    """Make an unpartitioned asset; negatives from the shards that they were drawn from, whichever have come since."""
+    everything = project.only
+    project.only = everything if drawn is None else drawn
     if not node.is_fresh(project):
         wanted = node.provenance(False)
         result = node.compute()
         project.lake.write(result.table, wanted, content=result.content, summary=result.summary)
+    project.only = everything
 
 
 def _other_files(

@@ -159,6 +159,8 @@ def _shard_inputs(
     pool = project.lake.stored("raw_pool", shard)
     if pool is None:
         raise NotReady("raw_pool is not there yet. Remedy: materialize it first")
+    if not sharded["raw_pool"].is_fresh(project, shard):
+        raise NotReady("raw_pool is out of date: the shard changed. Remedy: materialize it")
     read["raw_pool"] = pool.fingerprint
     for asset in score_assets:
         stored = project.lake.stored(asset, shard)

@@ -26,7 +26,7 @@ def target_embeddings(project: Project, encoder: str, target: str) -> WholeAsset
 
     def provenance(redraw: bool) -> Provenance:
         del redraw  # the same target gives the same embeddings
-        fingerprint = project.target(target).fingerprint(encoder)
+        fingerprint = project.target_fingerprint(target, encoder)
         return Provenance(
             key, None, CODE_VERSION, encoder_parameters(project, encoder), {f"target/{target}": fingerprint}
         )

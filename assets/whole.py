@@ -21,11 +21,14 @@ from assets.checks import (
     examine_before_writing,
     results,
     specs,
+    tags,
     tell,
 )
 from assets.project import Project
 from assets.sharded import NotReady, Result, column_schema, event_metadata
+from resources.encoders import EncoderError
 from resources.lake import Provenance
+from resources.targets import TargetError
 
 
 class Redraw(dg.Config):
@@ -69,6 +72,23 @@ class WholeAsset:
         return stored is not None and stored.provenance.digest() == wanted.digest()
 
 
+def up_to_date(project: Project, asset: WholeAsset) -> str:
+    """Give the fingerprint of an asset that another one reads.
+
+    Raises:
+        NotReady: it is not there, can't be made, or is not what a run would write now: a score must not join
+            embeddings of one encoder with targets or negatives of another.
+    """
+    try:
+        wanted = asset.provenance(False)
+    except (NotReady, TargetError, EncoderError) as error:
+        raise NotReady(f"{asset.key} can't be made: {error}") from error
+    stored = project.lake.stored(asset.key)
+    if stored is None or stored.provenance.digest() != wanted.digest():
+        raise NotReady(f"{asset.key} is {'not there yet' if stored is None else 'out of date'}. Remedy: materialize it")
+    return stored.fingerprint
+
+
 def whole_asset(
     project: Project,
     *,
@@ -96,6 +116,7 @@ def whole_asset(
                 code_version=code_version,
                 group_name=group,
                 kinds=kinds,
+                tags=tags(project, key),
                 description=description,
                 metadata={"dagster/column_schema": column_schema(columns)},
             )

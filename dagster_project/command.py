@@ -19,6 +19,7 @@ import dagster as dg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from assets.graph import Graph, build_graph
 from assets.project import ConfigError, Project, open_project
@@ -31,7 +32,8 @@ from resources.pools import PoolError
 from resources.targets import TargetError
 from resources.versions import Versions
 
-EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError, FileNotFoundError)
+NOTES = 20
+EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +85,7 @@ def ui(project: Project, port: int) -> int:
     environment = {
         **os.environ,
         "DAGSTER_HOME": str(home),
+        "DAGSTER_DISABLE_TELEMETRY": "yes",  # `dagster dev` says its word on telemetry before it reads dagster.yaml
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
     dagster = Path(sys.executable).parent / "dagster"
@@ -105,7 +108,9 @@ def explain(project: Project, uid: str, console: Console) -> int:
         for row in steps:
             nearest = row["nearest_name"] or nearest
             numbers = ("" if row[name] is None else f"{row[name]:.5f}" for name in ("value", "threshold"))
-            table.add_row(row["text"], *numbers, "" if row["rank"] is None else f"{row['rank']:,}", row["verdict"])
+            table.add_row(
+                Text(row["text"]), *numbers, "" if row["rank"] is None else f"{row['rank']:,}", row["verdict"]
+            )
         console.print(table)
         if nearest:
             console.print(f"  nearest target: {nearest}", markup=False, highlight=False)
@@ -118,8 +123,22 @@ def prepare_home(project: Project) -> Path:
     A project has an instance of its own, because shard names are partitions and every pool has a `00000`.
     """
     given = os.environ.get("DAGSTER_HOME")
-    home = Path(given) if given else project.lake.local_root() / ".dagster"
+    home = Path(given).resolve() if given else project.lake.local_root() / ".dagster"
+    if set("%?") & set(str(home)):
+        raise LakeError(
+            f"{home}: SQLite can't open a folder with % or ? in its path. Remedy: set DAGSTER_HOME elsewhere"
+        )
     home.mkdir(parents=True, exist_ok=True)
+    if not os.access(home, os.W_OK):
+        raise LakeError(f"{home}: this folder can't be written to. Remedy: set DAGSTER_HOME to one that can")
+    owner = home / "lake.txt"
+    if not owner.exists():
+        owner.write_text(project.settings.lake, encoding="utf-8")
+    if owner.read_text(encoding="utf-8") != project.settings.lake:
+        raise LakeError(
+            f"{home}: this Dagster instance belongs to the lake {owner.read_text(encoding='utf-8')}. Remedy: another "
+            f"DAGSTER_HOME for {project.settings.lake}; or, if the lake was moved, correct {owner}"
+        )
     if not (home / "dagster.yaml").exists():
         shutil.copy(Path(__file__).with_name("dagster.yaml"), home / "dagster.yaml")
     return home
@@ -136,7 +155,8 @@ def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
 @contextmanager
 def _only_pass(project: Project) -> Iterator[None]:
     """Hold the project's lock: two passes at once would do the same work twice."""
-    with open(prepare_home(project) / "pass.lock", "w") as lock:
+    project.lake.local_root().mkdir(parents=True, exist_ok=True)
+    with open(project.lake.local_root() / ".pass.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -218,27 +238,31 @@ def print_outcome(project: Project, graph: Graph, outcome: Outcome, console: Con
         for step in lineage["steps"]:
             threshold = "" if step["threshold"] is None else f"{step['threshold']:.5f}"
             share = f"{step['kept'] / lineage['source']['rows']:.1%}"
-            table.add_row(step["text"], f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
+            table.add_row(Text(step["text"]), f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
         console.print(table)
         for shard, reason in lineage["shards_missing"].items():
             console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
-        console.print(f"  {version.uids}", soft_wrap=True, highlight=False)
+        if lineage["source"]["duplicates"]:
+            console.print(f"  {lineage['source']['duplicates']:,} rows left out: their uid came before", style="yellow")
+        console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
     for key, message in outcome.failures.items():
         console.print(f"FAILED {key}", style="bold red")
         console.print(message, markup=False, highlight=False, soft_wrap=True)
     if not outcome.failures:
-        console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False)
+        console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_pool(project: Project, console: Console) -> None:
     rows = rejected = 0
     reasons: dict[str, int] = {}
+    notes: list[tuple[str, str]] = []
     for shard in project.lake.shards("raw_pool"):
         stored = project.lake.stored("raw_pool", shard)
         if stored is None:
             continue
         rows += stored.rows
         rejected += stored.summary["rejected"]
+        notes += [(shard, note) for note in stored.summary.get("notes", "").splitlines()]
         for name, count in stored.summary.items():
             if name.startswith("rejected/"):
                 reasons[name.removeprefix("rejected/")] = reasons.get(name.removeprefix("rejected/"), 0) + count

@@ -6,6 +6,7 @@ shard stops nobody, and nothing is computed twice. What is out of date is asked 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,10 +15,15 @@ from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS_NAME, ShardAsset
 from dagster_project.definitions import build_defs
-from dagster_project.shards import RANGE_END, RANGE_START, clear, look, neighbours
+from dagster_project.shards import BAD_INPUT, RANGE_END, RANGE_START, clear, look, neighbours
+from resources.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 HEADLESS = {"clip_selection/by": "headless"}
+
+
+OUR_ERRORS = {error.__name__ for error in (*BAD_INPUT, ValueError)}
+"""Errors whose message says all that a person needs."""
 
 
 @dataclass
@@ -78,20 +84,35 @@ def materialize(
             outcome.failures[key] = "\n".join(filter(None, [outcome.failures.get(key), _failure(result)]))
 
     for node in graph.nodes:
-        if isinstance(node, ShardAsset):
-            for due in neighbours(shards, {shard for shard in shards if node.is_due(project, shard)}):
-                run(node.key, due)
-        else:
-            again = redraw and node.key.startswith("negatives/")
-            if again or not node.is_fresh(project):
-                config = {"ops": {node.definition.op.name: {"config": {"redraw": again}}}}
-                run(node.key, None, config)
+        try:
+            if isinstance(node, ShardAsset):
+                for due in neighbours(shards, {shard for shard in shards if node.is_due(project, shard)}):
+                    run(node.key, due)
+            else:
+                again = redraw and node.key.startswith("negatives/")
+                if again or not node.is_fresh(project):
+                    run(node.key, None, {"ops": {node.definition.op.name: {"config": {"redraw": again}}}})
+        except BAD_INPUT as error:
+            outcome.failures[node.key] = str(error)
     for subset in graph.subsets:
-        if not subset.is_fresh(project):
-            run(subset.key, None)
-    if outcome.computed or not project.catalog_path().exists():
+        try:
+            if not subset.is_fresh(project):
+                run(subset.key, None)
+        except BAD_INPUT as error:
+            outcome.failures[subset.key] = str(error)
+    if outcome.computed or not _catalog_is_newest(project, graph):
         run("catalog", None)
     return outcome
+
+
+def _catalog_is_newest(project: Project, graph: Graph) -> bool:
+    """Tell whether the catalog was built after the YAML and every subset's newest version were written."""
+    catalog = project.catalog_path()
+    versions = (Versions(project.lake, subset.recipe).current() for subset in graph.subsets)
+    records = [Path(version.folder) / "lineage.json" for version in versions if version is not None]
+    return catalog.exists() and all(
+        path.stat().st_mtime <= catalog.stat().st_mtime for path in [project.config, *records]
+    )
 
 
 def close_dead_runs(instance: dg.DagsterInstance) -> None:
@@ -123,8 +144,10 @@ def _failure(result: dg.ExecuteInProcessResult) -> str:
             data = event.step_failure_data
             if data.user_failure_data is not None and data.user_failure_data.description:
                 return data.user_failure_data.description
-            error = data.error
-            while error is not None and error.cause is not None:
-                error = error.cause
-            return error.message.strip() if error is not None else "failed"
+            # Dagster wraps what an asset raises once; what lies deeper is detail, and is on the run's page.
+            error = data.error.cause or data.error if data.error else None
+            if error is None:
+                return "failed"
+            message = error.message.strip()
+            return message.split(": ", 1)[-1] if error.cls_name in OUR_ERRORS else message
     return "the run failed before its first step; see its page in the UI"

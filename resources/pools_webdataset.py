@@ -68,8 +68,9 @@ class WebdatasetPool:
                 found.setdefault(stem, {})["parquet"] = file
             elif file.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz")):
                 compressed.append(file.name)
-        shards = {name: parts for name, parts in found.items() if "tar" in parts}
-        if not shards:
+        # img2dataset numbers its shards: a numbered parquet without its tar is a shard that lost it
+        shards = {name: parts for name, parts in found.items() if "tar" in parts or name.isdecimal()}
+        if not any("tar" in parts for parts in shards.values()):
             hint = (
                 f"It has compressed tars ({compressed[0]}): images are read in place, so decompress them."
                 if compressed
@@ -99,6 +100,10 @@ class WebdatasetPool:
         parts = self._shards().get(name)
         if parts is None:
             raise PoolError(f"there is no shard {name} (no {name}.tar) in {self.settings.path}")
+        if "tar" not in parts:
+            raise PoolError(
+                f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet."
+            )
         url = parts["tar"].url
         sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else {}
         with files.mapped(url) as view:

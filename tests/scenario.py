@@ -70,7 +70,9 @@ class Scenario:
     def open(self) -> Project:
         """Open the project from its YAML."""
         path = self.folder / "project.yaml"
-        path.write_text(yaml.safe_dump(copy.deepcopy(self.document)))
+        text = yaml.safe_dump(copy.deepcopy(self.document))
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
         return open_project(path)
 
     def open_graph(self) -> tuple[Project, Graph]:

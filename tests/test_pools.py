@@ -56,7 +56,7 @@ def reasons(found: ShardRead) -> dict[int, str]:
 
 def test_shards_are_found_by_their_tars(tmp_path: Path) -> None:
     webdataset_pool(tmp_path, shards=3)
-    (tmp_path / "00007.parquet").write_bytes(b"")
+    (tmp_path / "index.parquet").write_bytes(b"")
     (tmp_path / "00001_stats.json").write_text("{}")
     pool = open_pool(PoolSettings(path=str(tmp_path)), {})
     assert list(pool.list_shards()) == ["00000", "00001", "00002"]
@@ -512,3 +512,13 @@ def test_the_real_pool_is_the_same_in_both_formats() -> None:
     assert (tars.rows.num_rows, set(reasons(tars).values())) == (800, {"download_failed"})
     metadata = read_datacomp(REAL / "real_datacomp")
     assert tars.rows.select(shared).equals(metadata.rows.select(shared))
+
+
+def test_a_numbered_parquet_without_its_tar_is_a_shard_that_fails(tmp_path: Path) -> None:
+    webdataset_pool(tmp_path, shards=2)
+    write_sidecar(tmp_path, [{"key": "000000000", "status": "success"}], "00007")
+    write_sidecar(tmp_path, [{"key": "000000000", "status": "success"}], "index")
+    pool = open_pool(PoolSettings(path=str(tmp_path)), {})
+    assert set(pool.list_shards()) == {"00000", "00001", "00007"}
+    with pytest.raises(PoolError, match=r"00007\.parquet has no 00007\.tar beside it"):
+        pool.read_shard("00007")

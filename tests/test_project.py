@@ -66,6 +66,11 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
         ({"lake": None}, r"lake: "),
         ({"encoders": {}}, r"encoders: "),
         ({"encoders": {"b 32": {"model": "ViT-B-32"}}}, r"encoders\.b 32.*letters, digits and _"),
+        ({"encoders": {"a__b": {"model": "ViT-B-32", "pretrained": "openai"}}}, r"encoders\.a__b.*single _"),
+        (
+            {"targets": {"cars": {"path": "a"}, "Cars": {"path": "b"}}},
+            r"targets: SQL can't tell 'Cars' from 'cars'.*rename",
+        ),
         ({"scores": {"clip_score": ["l14"]}}, r"scores\.clip_score: there is no encoder 'l14'.*\['b32'\]"),
         ({"scores": {"norm_sim": {"b32": ["cars"]}}}, r"scores\.norm_sim\.b32: there is no target 'cars'"),
         ({"scores": {"neg_clip_loss": {"b32": {"temperature": 0}}}}, r"scores\.neg_clip_loss\.b32\.temperature"),
@@ -89,13 +94,19 @@ def test_an_error_names_the_file_the_field_and_the_remedy(
 
 
 def test_all_wrong_fields_are_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)pool\.formt.*name"):
+    with pytest.raises(ConfigError, match=r"(?s)name: .*pool\.formt: "):
         settings(tmp_path, pool={"path": "p", "formt": 1}, name=5)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no such file"), ("a: [", "not valid YAML"), ("- a", "expected a mapping"), ("", "expected a mapping")],
+    [
+        (None, "no such file"),
+        ("a: [", "not valid YAML"),
+        ("- a", "expected a mapping"),
+        ("name: a\nlake: x\nlake: y", "lake: given more than once"),
+        ("", "expected a mapping"),
+    ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "project.yaml"

@@ -13,6 +13,7 @@ import pytest
 
 from dagster_project.definitions import build_defs
 from dagster_project.headless import RANGE_END, RANGE_START
+from tests.pool_factory import TINY_CONFIG, write_clip
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 
 SHARDED = ["raw_pool", "embeddings/tiny", "clip_score/tiny", "neg_clip_loss/tiny", "norm_sim/tiny/pets"]
@@ -384,3 +385,38 @@ def test_scores_lie_within_their_bounds(scenario: Scenario) -> None:
     assert near["norm_sim_inf"].is_between(0, 1.001).all()
     assert near["nearest_target"].is_between(0, 5).all()
     assert isinstance(near, pl.DataFrame)
+
+
+def test_a_changed_sample_that_is_in_a_draw_is_scored_against_its_own_pair(scenario: Scenario) -> None:
+    """The draw holds the sample's old pair; the oracle adds the new one to the other rows of the draw."""
+    scenario.set("scores", "neg_clip_loss", "tiny", value={"batch_size": 30, "draws": 1, "temperature": 0.05})
+    scenario.run()
+    scenario.write_shard("00001", text=b"words that were never there before")
+    assert "negatives/tiny" not in scenario.run().computed
+
+    lake = scenario.open().lake
+    draws = pl.from_arrow(lake.read("negatives/tiny"))
+    rows = pl.from_arrow(lake.read("embeddings/tiny", "00001"))
+    assert rows.select("f0", "f1").row(0) in set(draws.select("f0", "f1").rows()[:-1])
+    changed, first = np.array(rows["text"].to_list()), np.array(rows["image"].to_list())
+    v, t = first[0].astype(np.float64), changed[0].astype(np.float64)
+    drawn = {side: np.array(draws[side].to_list(), np.float64)[:-1] for side in ("image", "text")}
+    own = v @ t
+    columns = np.append(drawn["text"] @ v, own) / 0.05
+    across = np.append(drawn["image"] @ t, own) / 0.05
+    wanted = own - 0.05 / 2 * (np.logaddexp.reduce(columns) + np.logaddexp.reduce(across))
+    found = scenario.scores("neg_clip_loss/tiny", ["00001"])["neg_clip_loss"][0]
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_scores_do_not_join_an_encoder_with_the_targets_of_another(scenario: Scenario, tmp_path: Path) -> None:
+    scenario.run()
+    other = write_clip(tmp_path / "other_clip", TINY_CONFIG, seed=1)
+    scenario.set("encoders", "tiny", "model", value=f"local-dir:{other}")
+    for image in (scenario.folder / "pets").rglob("*.jpg"):
+        image.write_bytes(b"no picture")
+    outcome = scenario.run()
+    assert "target_embeddings/tiny/pets" in outcome.failures
+    assert "norm_sim/tiny/pets" not in outcome.computed
+    assert scenario.subset("paper").name == "v0001"
+    assert scenario.subset("clip_third").name == "v0002"
