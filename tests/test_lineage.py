@@ -300,6 +300,16 @@ def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Sce
         rebuild(records["paper"], tmp_path / "later")
 
 
+def test_negatives_of_a_pool_smaller_than_a_draw_are_drawn_again_from_the_shards_of_then(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    scenario.set("scores", "neg_clip_loss", "tiny", value={"batch_size": 1000, "draws": 2, "coverage": 1.0})
+    scenario.run()
+    record = _record(scenario, "paper")
+    scenario.write_shard("00007")
+    _same_bytes(scenario, "paper", rebuild(record, tmp_path / "again"))
+
+
 def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
     scenario: Scenario, tmp_path: Path
 ) -> None:
