@@ -40,7 +40,7 @@ class Page(HTMLParser):
     ) -> None:
         self.tags.append(tag)
         self.references += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("img", "meta"):
+        if tag not in ("img", "meta", "wbr"):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:  # noqa: D102
