@@ -27,7 +27,7 @@ from tests.scenario import keep
 
 SENSORS = ("discover_shards", "follow_shards", "refresh_subsets")
 ROWS = 2
-SELECT = "subset/best subset/inside catalog"
+SELECT = "subset/best catalog"
 
 
 class Automation:
@@ -52,10 +52,7 @@ class Automation:
             "pool": {"path": "pool", "format": "datacomp"},
             "encoders": {"b32": {"precomputed": "b32", "temperature": 0.1}},
             "scores": {"neg_clip_loss": {"b32": {"batch_size": 4, "draws": 2}}},
-            "recipes": {
-                "best": {"steps": [keep("neg_clip_loss/b32", fraction=0.5)]},
-                "inside": {"from": "best", "steps": [keep("clip_score/b32", fraction=0.5)]},
-            },
+            "recipes": {"best": {"steps": [keep("neg_clip_loss/b32", fraction=0.5)]}},
         }
         self.load()
 
@@ -350,11 +347,17 @@ def test_a_changed_shard_is_computed_again_alone(automation: Automation) -> None
 
 
 def test_a_changed_setting_is_followed_after_a_reload(automation: Automation) -> None:
+    automation.document["recipes"]["inside"] = {"from": "best", "steps": [keep("clip_score/b32", fraction=0.5)]}
+    automation.load()
     automation.write(0, 1, 2)
     automation.settle()
     automation.document["scores"]["neg_clip_loss"]["b32"]["seed"] = 5
     automation.load()
-    assert automation.settle() == [("negatives/b32", ""), ("neg_clip_loss/b32", "00000–00002"), (SELECT, "")]
+    assert automation.settle() == [
+        ("negatives/b32", ""),
+        ("neg_clip_loss/b32", "00000–00002"),
+        ("subset/best subset/inside catalog", ""),
+    ]
     automation.document["recipes"]["inside"]["steps"] = [keep("clip_score/b32", count=1)]
     automation.load()
     assert automation.settle() == [("subset/inside catalog", "")]
@@ -394,7 +397,7 @@ def test_a_subset_that_fails_is_tried_a_few_times_and_the_others_go_on(automatio
     runs = automation.settle()
     assert runs[-1] == ("catalog", "")
     assert sum("subset/none" in keys for keys, _ in runs) == ATTEMPTS
-    assert (automation.subset("best").name, automation.subset("inside").name) == ("v0001", "v0001")
+    assert automation.subset().name == "v0001"
     assert (
         "subset/none" in automation.skipped["refresh_subsets"] or "but for 1" in automation.skipped["refresh_subsets"]
     )
@@ -431,7 +434,7 @@ def test_sensors_are_stopped_until_somebody_starts_them(automation: Automation) 
     assert {sensor.default_status for sensor in found} == {dg.DefaultSensorStatus.STOPPED}
 
 
-CLICK = ["raw_pool", "embeddings/b32", "clip_score/b32", "neg_clip_loss/b32", "subset/best", "subset/inside"]
+CLICK = ["raw_pool", "embeddings/b32", "clip_score/b32", "neg_clip_loss/b32", "subset/best"]
 
 
 def test_a_subset_chosen_together_with_one_shards_scores_is_what_it_would_be_alone(automation: Automation) -> None:
