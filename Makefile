@@ -13,7 +13,7 @@ ui: $(VENV)/.installed  ## open Dagster on http://127.0.0.1:3000
 	$(BIN)/clip-select ui $(CONFIG)
 
 test: $(VENV)/.installed  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(VENV)/.installed  ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -132,7 +132,8 @@ def test_from_the_graph_to_a_subset_that_explains_itself(scenario: Scenario, pag
     page.get_by_role("button", name="Launch").last.click()
     page.goto("/assets/raw_pool?view=partitions&partition=00002")
     page.get_by_text("Materialized (3)").wait_for()
-    page.get_by_text("samples_seen").wait_for()
+    page.reload()
+    page.get_by_text("samples_seen").first.wait_for()
     keep_picture(page, "partition")
     assert scenario.open().lake.shards("raw_pool") == list(SHARDS)
 
