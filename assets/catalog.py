@@ -5,7 +5,7 @@ import dagster as dg
 from assets.project import Project
 from resources.catalog import build_catalog
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 def catalog(project: Project) -> dg.AssetsDefinition:
@@ -21,7 +21,8 @@ def catalog(project: Project) -> dg.AssetsDefinition:
         group_name="subsets",
         kinds={"duckdb"},
         description="`catalog.duckdb`: views over pool, rejects, scores and subsets, and the macros "
-        "`explain(uid)` and `overlap(a, b)`. Opened read-only by any number of people.",
+        "`explain(uid)`, `versions(subset)`, `lineage(subset)`, `diff(subset, a, b)` "
+        "and `overlap(a, b)`. Opened read-only by any number of people.",
     )
     def body() -> dg.MaterializeResult:
         path = project.catalog_path()

@@ -8,7 +8,8 @@ The file is built under a temporary name and swapped in, and it is only ever ope
 lets one process write and then no other read.
 
 Views: pool, rejects, shards, scores, pool_scores, targets, one for each score asset under its key,
-subsets, subset_members, subset_shards, funnel. Macros: explain(uid), overlap(a, b).
+subsets, subset_members, subset_shards, lineage_records, funnel. Macros: explain(uid), overlap(a, b), and those of
+`resources.version_macros`.
 """
 
 import glob

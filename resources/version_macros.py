@@ -162,7 +162,13 @@ SELECT change, uid, shard, key, reason,
         CASE WHEN reason = 'another copy' THEN 'another row with this uid stood for it' END,
         'made again between the two: ' || nullif(array_to_string(made_again, ', '), '')
     ), '') AS detail
-FROM told ORDER BY change, f0, f1
+FROM told
+WHERE (
+    SELECT CASE WHEN count(*) FILTER (WHERE version = a) = 1 AND count(*) FILTER (WHERE version = b) = 1 THEN true
+        ELSE error(concat('subset ', subset, ' has no version ', a, ', or no version ', b, '. FROM versions(''', subset,
+            ''') lists those that it has.'))::BOOLEAN END
+    FROM sources)
+ORDER BY change, f0, f1
 """
 
 _ASSET = (

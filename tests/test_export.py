@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 import numpy as np
 import polars as pl
+import pytest
 
 from assets.graph import build_graph
 from assets.project import open_project
@@ -19,6 +20,14 @@ from tests.pool_factory import write_tar as write_source
 from tests.scenario import SHARDS, Scenario
 
 EXPORT = "export/clip_third"
+
+
+@pytest.fixture
+def scenario(scenario: Scenario) -> Scenario:
+    """A project of one score and one recipe."""
+    scenario.set("scores", value={"clip_score": ["tiny"], "neg_clip_loss": {}, "norm_sim": {}})
+    scenario.set("recipes", value={"clip_third": scenario.document["recipes"]["clip_third"]})
+    return scenario
 
 
 def export(scenario: Scenario, shards: tuple[str, ...] = SHARDS) -> dg.ExecuteInProcessResult:

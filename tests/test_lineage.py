@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
@@ -208,6 +209,19 @@ def test_a_row_that_another_row_of_its_uid_stood_for_is_told(small):
     small.add_version("wide", 2, recipe=top(4))  # 5 and 6 are now the rows of shard 00000
     told = diff(small)
     assert {f0: told[f0]["reason"] for f0 in (5, 6)} == {5: "another copy", 6: "another copy"}
+
+
+def test_a_version_that_is_not_there_or_not_complete_is_an_error(small):
+    small.add_version("wide", 1)
+    small.add_shard("00001", range(100, 110))
+    small.add_version("wide", 2)
+    (small.root / "subset/wide/v0002/lineage.json").unlink()  # as after a run that was killed
+    with small.build() as con:
+        for order in (("v0001", "v0002"), ("v0002", "v0001")):
+            with pytest.raises(duckdb.Error, match=r"has no version .*versions\('wide'\) lists those"):
+                fetch(con, "FROM diff('wide', ?, ?)", *order)
+        with pytest.raises(duckdb.Error, match=r"v0009/manifest.parquet"):
+            fetch(con, "FROM diff('wide', 'v0001', 'v0009')")
 
 
 def test_lineage_gives_every_fact_of_the_record_as_a_row(small):
