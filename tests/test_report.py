@@ -2,14 +2,17 @@
 
 import base64
 import io
+import os
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import dagster as dg
 import numpy as np
 import polars as pl
+import pyarrow.compute as pc
 import pytest
 from dagster._serdes import serialize_value
 from PIL import Image
@@ -183,29 +186,45 @@ def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) ->
     assert scenario.subset("paper").name == "v0001"
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_stops_nothing(scenario: Scenario) -> None:
-    scenario.run()
-    (scenario.folder / "pool" / f"{SHARDS[0]}.tar").write_bytes(b"cut")
-    scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=0.9)]})
-    assert scenario.execute("subset/late").success
-    text = (folder(scenario, "late") / "index.html").read_text()
-    said = [message for message in warnings(scenario) if "No picture of" in message]
-    assert said
-    assert all(f"in shard {SHARDS[0]}" in message for message in said)
-    assert all(re.search(r"No picture of (\w{32})", message)[1] in text for message in said)
-    assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
+def beyond_the_tar(scenario: Scenario) -> str:
+    """Let `raw_pool` point behind the end of a shard's tar."""
+    lake = scenario.open().lake
+    stored, table = lake.stored("raw_pool", SHARDS[0]), lake.read("raw_pool", SHARDS[0])
+    assert stored is not None
+    place = table.column_names.index("image_offset")
+    moved = table.set_column(place, "image_offset", pc.add(table["image_offset"], 10**9))
+    lake.write(moved, stored.provenance, content=stored.fingerprint, summary=stored.summary)
+    return "ends at byte"
 
 
-def test_a_picture_that_is_another_than_was_scored_is_not_shown(scenario: Scenario) -> None:
-    scenario.run()
+def other_bytes(scenario: Scenario) -> str:
+    """Change the pictures of a shard behind the listing's back: same size, same time."""
     tar = scenario.folder / "pool" / f"{SHARDS[0]}.tar"
-    data = bytearray(tar.read_bytes())
-    data[512 + 300] ^= 0xFF  # in the first picture, behind its header
+    stat, data = tar.stat(), bytearray(tar.read_bytes())
+    for row in scenario.open().lake.read("raw_pool", SHARDS[0]).to_pylist():
+        data[row["image_offset"] + row["image_size"] // 2] ^= 0xFF
     tar.write_bytes(data)
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return "changed since it was read"
+
+
+@pytest.mark.parametrize("spoil", [beyond_the_tar, other_bytes])
+def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
+    scenario: Scenario, spoil: Callable[[Scenario], str]
+) -> None:
+    scenario.run()
+    reason = spoil(scenario)
     scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
     assert scenario.execute("subset/late").success
-    uid = scenario.open().lake.read("raw_pool", SHARDS[0])["uid"][0].as_py()
-    assert not (folder(scenario, "late") / f"images/{uid}.jpg").exists()
+    assert scenario.subset("late").lineage["rows"] == 36
+    text = (folder(scenario, "late") / "index.html").read_text()
+    said = [message for message in warnings(scenario) if "No picture of" in message]
+    named = {re.search(r"No picture of (\w{32}) in shard (\w+)", message).groups() for message in said}  # type: ignore
+    assert {shard for _, shard in named} == {SHARDS[0]}
+    assert all(reason in message for message in said)
+    assert all(f"No picture of {uid}" in text for uid, _ in named)
+    assert not any((folder(scenario, "late") / f"images/{uid}.jpg").exists() for uid, _ in named)
+    assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
 
 
 def test_a_report_that_cannot_be_written_is_told_and_the_subset_stands(scenario: Scenario) -> None:
