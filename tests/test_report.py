@@ -5,7 +5,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -77,13 +77,14 @@ def warnings(scenario: Scenario) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Scenario:
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
     """A project of which everything is made, with one caption that is no friend of pages."""
     scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
     scenario.write_shard(SHARDS[0], text=HOSTILE.encode())
     scenario.set("recipes", "everything", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
     assert scenario.run().failures == {}
-    return scenario
+    yield scenario
+    scenario.instance.dispose()
 
 
 def test_the_sheets_show_the_ends_of_the_last_ranking(made: Scenario) -> None:
