@@ -23,6 +23,7 @@ from rich.text import Text
 
 from assets.graph import Graph, build_graph
 from assets.project import ConfigError, Project, open_project
+from assets.reproduction import rebuild
 from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
 from dagster_project.headless import Outcome, close_dead_runs, materialize
 from resources.catalog import read_catalog
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("run", "discover shards, make what is missing or out of date, select, print the funnel"),
         ("ui", "open Dagster on the project"),
         ("explain", "say what every recipe did with a sample"),
+        ("reproduce", "make a subset's version again from its lineage record alone, and compare"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, nargs="?", default=DEMO_CONFIG, help="the project's YAML")
@@ -51,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--redraw-negatives", action="store_true", help="draw the negatives again")
         elif name == "ui":
             command.add_argument("--port", type=int, default=3000)
+        elif name == "reproduce":
+            command.add_argument("--recipe", required=True)
+            command.add_argument("--version", required=True, help="v0001, ...")
+            command.add_argument("--into", type=Path, required=True, help="an empty folder")
         else:
             command.add_argument("--uid", required=True, help="32 hexadecimal characters")
     options = parser.parse_args(arguments)
@@ -61,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(project, console, redraw=options.redraw_negatives)
         if options.command == "explain":
             return explain(project, options.uid, console)
+        if options.command == "reproduce":
+            version = Versions(project.lake, options.recipe).read(options.version)
+            console.print(f"The same bytes: {rebuild(version.lineage, options.into)}", markup=False, soft_wrap=True)
+            return 0
         return ui(project, options.port)
     except EXPECTED_ERRORS as error:
         Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", end="")

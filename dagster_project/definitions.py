@@ -57,7 +57,12 @@ def build_defs(project: Project, graph: Graph | None = None) -> dg.Definitions:
                 "is then out of date and follows.",
             )
         )
-    return dg.Definitions(assets=graph.definitions, jobs=jobs, sensors=build_sensors(project, graph))
+    return dg.Definitions(
+        assets=graph.definitions,
+        jobs=jobs,
+        sensors=build_sensors(project, graph),
+        executor=dg.in_process_executor,  # one process a run: torch is imported and a model loaded once
+    )
 
 
 @dg.definitions
