@@ -288,13 +288,18 @@ def read_uid_list(path: Path) -> pa.Table:
     """
     try:
         if path.suffix == ".npy":
-            uids = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                uids = np.lib.format.read_array(file, allow_pickle=False)
         else:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
             uids = subset_array(*parse_uids([line for line in lines if line]))
         f0, f1 = subset_words(np.unique(uids))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a uid list: {error}") from error
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: not a uid list: {error}. Remedy: an .npy of dtype u8,u8, or a .txt of one uid a line"
+        ) from error
+    if not len(f0):
+        raise ValueError(f"{path}: this uid list is empty. Remedy: another list, or leave the recipe out")
     return pa.table({"f0": f0, "f1": f1})
 
 

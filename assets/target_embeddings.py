@@ -32,7 +32,9 @@ def target_embeddings(project: Project, encoder: str, target: str) -> WholeAsset
         )
 
     def compute() -> Result:
-        found = project.target(target).embed(project.encoder(encoder))
+        found = project.target(target).embed(
+            project.encoder(encoder), on_rows=lambda done: project.on_progress(key, "", done)
+        )
         check_vectors(found.image, key)
         table = pa.table(
             {

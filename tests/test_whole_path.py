@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +422,23 @@ def test_scores_do_not_join_an_encoder_with_the_targets_of_another(scenario: Sce
     assert "norm_sim/tiny/pets" not in outcome.computed
     assert scenario.subset("paper").name == "v0001"
     assert scenario.subset("clip_third").name == "v0002"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.npy", b"", "not a uid list.*Remedy"),
+        ("list.npy", b"PK\x03\x04 a zip", "not a uid list.*Remedy"),
+        ("list.txt", b"zz\n", "not a uid list.*'zz'.*Remedy"),
+        ("list.txt", b"\n", "this uid list is empty"),
+    ],
+)
+def test_a_bad_uid_list_is_named_with_the_remedy_and_stops_no_other_recipe(
+    scenario: Scenario, name: str, content: bytes, message: str
+) -> None:
+    (scenario.folder / name).write_bytes(content)
+    scenario.set("recipes", value={"good": {"steps": []}, "bad": {"from": name, "steps": []}})
+    outcome = scenario.run()
+    assert set(outcome.failures) == {"subset/bad"}
+    assert re.search(rf"{re.escape(str(scenario.folder / name))}: {message}", outcome.failures["subset/bad"])
+    assert len(scenario.manifest("good")) == 3 * ROWS
