@@ -23,6 +23,7 @@ from assets.checks import (
     Check,
     CheckFailed,
     Tables,
+    asset_key,
     checks_of,
     examine,
     examine_before_writing,
@@ -154,19 +155,7 @@ def sharded_asset(
 
     @dg.multi_asset(
         name=key.replace("/", "__"),
-        specs=[
-            dg.AssetSpec(
-                dg.AssetKey(key.split("/")),
-                deps=[dg.AssetKey(dep.split("/")) for dep in deps],
-                skippable=True,
-                code_version=code_version,
-                group_name=group,
-                kinds=kinds,
-                tags=tags(project, key),
-                description=description,
-                metadata={"dagster/column_schema": column_schema(columns)},
-            )
-        ],
+        specs=[asset_spec(project, key, deps, code_version, group, kinds, description, columns)],
         check_specs=specs(checks, key, SHARDS),
         # A check of a subsettable asset may stay without a result, and may be launched by itself.
         can_subset=True,
@@ -183,6 +172,30 @@ def sharded_asset(
 
     asset = ShardAsset(key, tuple(deps), provenance, compute, checks, body)
     return asset
+
+
+def asset_spec(
+    project: Project,
+    key: str,
+    deps: Sequence[str],
+    code_version: str,
+    group: str,
+    kinds: set[str],
+    description: str,
+    columns: pa.Schema,
+) -> dg.AssetSpec:
+    """Say what Dagster shows of an asset of files; skippable, because events may be logged in place of an output."""
+    return dg.AssetSpec(
+        asset_key(key),
+        deps=[asset_key(dep) for dep in deps],
+        skippable=True,
+        code_version=code_version,
+        group_name=group,
+        kinds=kinds,
+        tags=tags(project, key),
+        description=description,
+        metadata={"dagster/column_schema": column_schema(columns)},
+    )
 
 
 def column_schema(schema: pa.Schema) -> dg.TableSchema:

@@ -21,11 +21,10 @@ from assets.checks import (
     examine_before_writing,
     results,
     specs,
-    tags,
     tell,
 )
 from assets.project import Project
-from assets.sharded import NotReady, Result, column_schema, event_metadata
+from assets.sharded import NotReady, Result, asset_spec, event_metadata
 from resources.encoders import EncoderError
 from resources.lake import Provenance
 from resources.targets import TargetError
@@ -108,19 +107,7 @@ def whole_asset(
 
     @dg.multi_asset(
         name=key.replace("/", "__"),
-        specs=[
-            dg.AssetSpec(
-                asset_key(key),
-                deps=[dg.AssetKey(dep.split("/")) for dep in deps],
-                skippable=True,
-                code_version=code_version,
-                group_name=group,
-                kinds=kinds,
-                tags=tags(project, key),
-                description=description,
-                metadata={"dagster/column_schema": column_schema(columns)},
-            )
-        ],
+        specs=[asset_spec(project, key, deps, code_version, group, kinds, description, columns)],
         check_specs=specs(checks, key),
         can_subset=True,
         pool=pool,
