@@ -280,6 +280,10 @@ def _print_pool(project: Project, console: Console) -> None:
     console.print(
         f"Pool: {rows + rejected:,} samples seen = {rows:,} rows + {rejected:,} rejects{listed}", markup=False
     )
+    for shard, note in notes[:NOTES]:
+        console.print(f"  shard {shard}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if len(notes) > NOTES:
+        console.print(f"  and {len(notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
 
 
 def entry() -> NoReturn:
