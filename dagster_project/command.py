@@ -141,17 +141,23 @@ def prepare_home(project: Project) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     if not os.access(home, os.W_OK):
         raise LakeError(f"{home}: this folder can't be written to. Remedy: set DAGSTER_HOME to one that can")
-    owner = home / "lake.txt"
-    if not owner.exists():
-        owner.write_text(project.settings.lake, encoding="utf-8")
-    if owner.read_text(encoding="utf-8") != project.settings.lake:
-        raise LakeError(
-            f"{home}: this Dagster instance belongs to the lake {owner.read_text(encoding='utf-8')}. Remedy: another "
-            f"DAGSTER_HOME for {project.settings.lake}; or, if the lake was moved, correct {owner}"
-        )
+    if given:
+        _refuse_another_lake(home / "lake.txt", project)
     if not (home / "dagster.yaml").exists():
         shutil.copy(Path(__file__).with_name("dagster.yaml"), home / "dagster.yaml")
     return home
+
+
+def _refuse_another_lake(owner: Path, project: Project) -> None:
+    """Two projects in one instance would take each other's partitions for shards that have gone."""
+    if not owner.exists():
+        owner.write_text(project.settings.lake, encoding="utf-8")
+    lake = owner.read_text(encoding="utf-8")
+    if lake != project.settings.lake:
+        raise LakeError(
+            f"{owner.parent}: this Dagster instance belongs to the lake {lake}. Remedy: another DAGSTER_HOME for "
+            f"{project.settings.lake}; or, if the lake was moved, correct {owner}"
+        )
 
 
 @contextmanager

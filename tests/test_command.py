@@ -1,12 +1,14 @@
 """What `clip-select run` prints: every loss is said, and text is printed as it is."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from assets.graph import build_graph
 from dagster_project import command
+from resources.lake import LakeError
 from tests.pool_factory import sample, write_shard, write_tar
 from tests.scenario import SHARDS, Scenario
 
@@ -58,3 +60,14 @@ def test_a_failure_is_one_message_with_the_file_and_without_a_traceback(scenario
     assert f"{SHARDS[0]}.tar: this is not a tar" in text
     assert "Traceback" not in text
     assert f"without shard {SHARDS[0]}" in text
+
+
+def test_two_projects_do_not_share_a_dagster_home(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    assert command.prepare_home(scenario.open()) == tmp_path / "home"
+    assert command.prepare_home(scenario.open()) == tmp_path / "home"
+    scenario.set("lake", value="another")
+    with pytest.raises(LakeError, match=r"home: this Dagster instance belongs to the lake .*lake\. Remedy"):
+        command.prepare_home(scenario.open())
