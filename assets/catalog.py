@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from assets.checks import asset_key
 from assets.project import Project
 from resources.catalog import build_catalog
 
@@ -16,7 +17,7 @@ def catalog(project: Project) -> dg.AssetsDefinition:
 
     @dg.asset(
         key="catalog",
-        deps=[dg.AssetKey(dep.split("/")) for dep in deps],
+        deps=[asset_key(dep) for dep in deps],
         code_version=CODE_VERSION,
         group_name="subsets",
         kinds={"duckdb"},

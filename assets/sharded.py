@@ -97,7 +97,7 @@ class ShardAsset:
         """
         wanted = self.provenance(shard)
         stored = project.lake.stored(self.key, shard)
-        return stored is not None and stored.provenance.digest() == wanted.digest()
+        return stored is not None and stored.is_from(wanted)
 
     def is_due(self, project: Project, shard: str) -> bool:
         """Tell whether a run would compute the shard: its inputs are there, and its file is not up to date."""
@@ -229,7 +229,7 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
         except Exception as error:  # noqa: BLE001 - raised with all others below
             errors[shard] = error
             continue
-        if stored is not None and stored.provenance.digest() == provenance.digest():
+        if stored is not None and stored.is_from(provenance):
             records.append(_Record(shard, stored, computed=False))
             project.on_progress(asset.key, shard, stored.rows)
         else:
@@ -306,7 +306,7 @@ def _write(project: Project, asset: ShardAsset, provenance: Provenance, result: 
 def _is_followed(context: dg.AssetExecutionContext, asset: ShardAsset) -> bool:
     """Tell whether an asset that reads this one is computed in the same run."""
     layer = context.op_execution_context.job_def.asset_layer
-    children = layer.asset_graph.get(dg.AssetKey(asset.key.split("/"))).child_keys
+    children = layer.asset_graph.get(asset_key(asset.key)).child_keys
     return bool(children & layer.selected_asset_keys)
 
 
@@ -346,7 +346,7 @@ class _EventLog:
     def _pointer(self, dep: str, shard: str) -> int | None:
         """Give the id of the latest event of what was read: the shard's, or the unpartitioned asset's."""
         if dep not in self._pointers:
-            key = dg.AssetKey(dep.split("/"))
+            key = asset_key(dep)
             latest = self.context.instance.event_log_storage.get_latest_storage_id_by_partition(
                 key, dg.DagsterEventType.ASSET_MATERIALIZATION
             )

@@ -17,7 +17,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from assets.checks import CheckFailed, results, tell
+from assets.checks import CheckFailed, asset_key, results, tell
 from assets.lineage import lineage_record
 from assets.project import Project
 from assets.report import report_metadata, write_report
@@ -106,8 +106,8 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
         return _inputs(project, recipe, score_assets, sharded)
 
     @dg.asset(
-        key=dg.AssetKey(key.split("/")),
-        deps=[dg.AssetKey(dep.split("/")) for dep in deps],
+        key=asset_key(key),
+        deps=[asset_key(dep) for dep in deps],
         code_version=CODE_VERSION,
         group_name="subsets",
         kinds={"duckdb", "parquet"},
@@ -334,7 +334,7 @@ def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
         source = lineage["source"]
         files.append((f"subset/{source['name']}", source["version"], source["fingerprint"]))
     files += [(asset, shard, fp) for shard, read in lineage["shards"].items() for asset, fp in read.items()]
-    links = {f"read/{asset}": dg.MetadataValue.asset(dg.AssetKey(asset.split("/"))) for asset, _, _ in files}
+    links = {f"read/{asset}": dg.MetadataValue.asset(asset_key(asset)) for asset, _, _ in files}
     table = dg.MetadataValue.table(
         [dg.TableRecord({"asset": a, "shard or version": s, "fingerprint": fp}) for a, s, fp in files[:SHOWN]]
     )

@@ -68,7 +68,7 @@ class WholeAsset:
         except NotReady:
             return False
         stored = project.lake.stored(self.key)
-        return stored is not None and stored.provenance.digest() == wanted.digest()
+        return stored is not None and stored.is_from(wanted)
 
 
 def up_to_date(project: Project, asset: WholeAsset) -> str:
@@ -83,7 +83,7 @@ def up_to_date(project: Project, asset: WholeAsset) -> str:
     except (NotReady, TargetError, EncoderError) as error:
         raise NotReady(f"{asset.key} can't be made: {error}") from error
     stored = project.lake.stored(asset.key)
-    if stored is None or stored.provenance.digest() != wanted.digest():
+    if stored is None or not stored.is_from(wanted):
         raise NotReady(f"{asset.key} is {'not there yet' if stored is None else 'out of date'}. Remedy: materialize it")
     return stored.fingerprint
 
@@ -124,7 +124,7 @@ def whole_asset(
         except NotReady as error:
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
         stored = project.lake.stored(key)
-        computed = stored is None or stored.provenance.digest() != wanted.digest()
+        computed = stored is None or not stored.is_from(wanted)
         started = time.perf_counter()
         if stored is None or computed:
             result = compute()

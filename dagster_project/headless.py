@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.checks import asset_key
 from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS_NAME, ShardAsset
@@ -74,7 +75,7 @@ def materialize(
             tags |= {RANGE_START: wanted[0], RANGE_END: wanted[-1]}
         result = job.execute_in_process(
             instance=instance,
-            asset_selection=[dg.AssetKey(key.split("/"))],
+            asset_selection=[asset_key(key)],
             run_config={**QUIET, **(config or {})},
             tags=tags,
             raise_on_error=False,

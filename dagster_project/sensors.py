@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 import dagster as dg
 
+from assets.checks import asset_key
 from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS, SHARDS_NAME, NotReady
@@ -226,7 +227,7 @@ def _under_way(instance: dg.DagsterInstance) -> str:
 
 def _request(keys: Sequence[str], shards: Sequence[str]) -> dg.RunRequest:
     return dg.RunRequest(
-        asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+        asset_selection=[asset_key(key) for key in keys],
         tags={RANGE_START: shards[0], RANGE_END: shards[-1]} if shards else {},
     )
 

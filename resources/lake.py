@@ -91,6 +91,10 @@ class Stored:
     rows: int
     summary: dict[str, Any]
 
+    def is_from(self, provenance: Provenance) -> bool:
+        """Tell whether the file is what a run with this provenance would write."""
+        return self.provenance.digest() == provenance.digest()
+
 
 def sample_digest(table: pa.Table) -> str:
     """Give a sha256 of a table's values, independent of how it is chunked."""
