@@ -9,6 +9,7 @@ fault, with the fault described, instead of an exception. It says nothing about 
 import re
 import struct
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,17 +47,29 @@ class Member(NamedTuple):
 class TarIndex:
     """The members of a tar, in order.
 
+    Kept by column, as strings and numbers: an object for each member would be work for Python's garbage collector,
+    which beside a large library's objects costs many times the walk itself.
+
     Attributes:
-        members: regular files whose bytes are all there.
+        names: of the regular files whose bytes are all there.
+        offsets: of their data.
+        sizes: of their data.
         others: names of folders, links and other members without bytes of their own.
         cut: the member whose bytes end too early, if the tar was cut inside one.
         fault: what is wrong with the tar, or None; everything in `members` is good all the same.
     """
 
-    members: list[Member]
+    names: list[str]
+    offsets: list[int]
+    sizes: list[int]
     others: list[str]
     cut: Member | None
     fault: str | None
+
+    @property
+    def members(self) -> Iterator[Member]:
+        """The regular files whose bytes are all there, each made when its turn comes."""
+        return map(Member._make, zip(self.names, self.offsets, self.sizes, strict=True))
 
 
 def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
@@ -157,24 +170,25 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
         fault = f"damaged header at byte {bad:,}"
         cut = None
         positions = positions[: bisect_left(positions, bad)]
+        sizes = sizes[: len(positions)]
         others = [entry for entry in others if entry[0] < bad]
     if length == 0:
         fault = "the file is empty"
     elif fault is not None and (not headers or bad == 0):
         raise TarError(f"{source}: this is not a tar ({fault}). Replace or remove the file.")
-    return TarIndex(_members(view, positions, sizes[: len(positions)], named), [name for _, name in others], cut, fault)
+    offsets = [position + _BLOCK for position in positions]
+    return TarIndex(_names(view, positions, named), offsets, sizes, [name for _, name in others], cut, fault)
 
 
-def _members(view: memoryview, positions: list[int], sizes: list[int], named: dict[int, str]) -> list[Member]:
-    """Members with their names, which are taken from the headers many at a time.
+def _names(view: memoryview, positions: list[int], named: dict[int, str]) -> list[str]:
+    """The members' names, taken from the headers many at a time.
 
     Args:
         view: the tar.
         positions: offset of each member's header.
-        sizes: of each member's data.
         named: by offset of the header, the names that stand elsewhere.
     """
-    members: list[Member] = []
+    found: list[str] = []
     for start in range(0, len(positions), _AT_ONCE):
         part = positions[start : start + _AT_ONCE]
         blocks = _blocks(view, part)
@@ -184,9 +198,8 @@ def _members(view: memoryview, positions: list[int], sizes: list[int], named: di
             names = [_name(view, position) for position in part]
         if named:
             names = [named.get(*pair) for pair in zip(part, names, strict=True)]
-        offsets = [position + _BLOCK for position in part]
-        members += map(Member._make, zip(names, offsets, sizes[start : start + _AT_ONCE], strict=True))
-    return members
+        found += names
+    return found
 
 
 def _blocks(view: memoryview, positions: list[int]) -> np.ndarray:
