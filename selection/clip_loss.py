@@ -9,10 +9,20 @@ import math
 import torch
 from torch import Tensor
 
-from selection.reduction import LogSumExp, Tiles, check_matrices, for_each_tile, row_dots, spans
+from selection.reduction import (
+    Arithmetic,
+    Tiles,
+    check_matrices,
+    for_each_tile,
+    log_sum_exp,
+    log_sum_exp_both,
+    row_dots,
+    spans,
+)
 
 TEMPERATURES = (0.001, 10.0)
 _FEISTEL_ROUNDS = 6
+_CHUNK = 65_536  # rows whose draws are held at once
 
 
 @torch.no_grad()
@@ -30,13 +40,7 @@ def clip_score(image: Tensor, text: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices differ, or an argument is empty or not finite.
     """
     _check_pairs(image, text)
-    score = torch.empty(len(image), device=image.device)
-
-    def task(tiles: Tiles, at: slice) -> None:
-        score[at] = row_dots(tiles.rows(image, at), tiles.rows(text, at))[: at.stop - at.start]
-
-    for_each_tile(len(image), image, task)
-    return score
+    return _own(image, text)
 
 
 @torch.no_grad()
@@ -48,6 +52,7 @@ def neg_clip_loss(
     *,
     temperature: float,
     member: Tensor | None = None,
+    arithmetic: Arithmetic = "float32",
 ) -> tuple[Tensor, Tensor]:
     """The score negCLIPLoss against reference negatives, and its standard error.
 
@@ -70,6 +75,7 @@ def neg_clip_loss(
         negative_text: [K, B, d], the same rows' texts.
         temperature: τ, from 0.001 to 10.
         member: [K, n] bool, row i is in draw k; None if no row is in any draw.
+        arithmetic: "float32", or "bfloat16" for a faster product on CPU; its error is in docs/performance.md.
 
     Returns:
         score float32 [n], at most 0; standard error over the draws float32 [n], NaN when K is 1.
@@ -86,31 +92,21 @@ def neg_clip_loss(
 
     score = torch.empty(n, device=image.device)
     stderr = torch.full((n,), math.nan, device=image.device)
-
-    def task(tiles: Tiles, at: slice) -> None:
-        height = at.stop - at.start
-        v, t = tiles.rows(image, at), tiles.rows(text, at)
-        own = row_dots(v, t)
-        by_draw = own.new_empty(draws, height, dtype=torch.float64)
+    for at in spans(n, _CHUNK):
+        v, t = image[at], text[at]
+        own = _own(v, t)
+        by_draw = own.double().repeat(draws, 1)
         for k in range(draws):
-            by_draw[k] = own[:height]
             for queries, draw in ((v, negative_text[k]), (t, negative_image[k])):
                 # The batches of all rows share B-1 columns; the last term is the row's own or the draw's last.
-                first = own
+                last = own
                 if member is not None:
-                    first = own.clone()
-                    last = row_dots(queries, draw[-1])
-                    first[:height] = torch.where(member[k, at], last[:height], own[:height])
-                sums = LogSumExp(first, temperature, 1, tiles.products)
-                for _, similarities in tiles.similarities(queries, draw[:-1]):
-                    sums.update(similarities)
-                by_draw[k] -= sums.value()[:height] / 2
+                    last = torch.where(member[k, at], _own(queries, draw[-1:].expand_as(queries)), own)
+                by_draw[k] -= log_sum_exp(queries, draw[:-1], last, temperature=temperature, arithmetic=arithmetic) / 2
         by_draw.clamp_(max=0)
         score[at] = by_draw.mean(0).float()
         if draws > 1:
             stderr[at] = (by_draw.std(0, correction=1) / math.sqrt(draws)).float()
-
-    for_each_tile(n, image, task)
     return score, stderr
 
 
@@ -123,6 +119,7 @@ def neg_clip_loss_in_batches(
     batch_size: int,
     draws: int,
     seed: int,
+    arithmetic: Arithmetic = "float32",
 ) -> Tensor:
     """The score negCLIPLoss by the paper's estimator: random partitions of the rows into batches.
 
@@ -138,6 +135,7 @@ def neg_clip_loss_in_batches(
         batch_size: B, at least 1.
         draws: number of partitions K, at least 1.
         seed: fixes the partitions, whatever the device.
+        arithmetic: as in `neg_clip_loss`.
 
     Returns:
         score float32 [n], at most 0 (rounding above it is cut off, as in `neg_clip_loss`).
@@ -153,7 +151,6 @@ def neg_clip_loss_in_batches(
 
     n = len(image)
     size = min(batch_size, n)
-    tiles = Tiles(image)
     score = torch.zeros(n, device=image.device)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
@@ -162,23 +159,22 @@ def neg_clip_loss_in_batches(
             positions = torch.arange(start, start + size, device=image.device) % n
             batch = _shuffled(positions, n, keys)
             fresh = min(size, n - start)
-            score[batch[:fresh]] += _score_batch(tiles, image, text, batch, temperature)[:fresh] / draws
+            v, t = image[batch], text[batch]
+            sums = log_sum_exp_both(v, t, temperature=temperature, arithmetic=arithmetic)
+            in_batch = (_own(v, t) - (sums[0] + sums[1]) / 2).clamp_(max=0).float()
+            score[batch[:fresh]] += in_batch[:fresh] / draws
     return score
 
 
-def _score_batch(tiles: Tiles, image: Tensor, text: Tensor, batch: Tensor, temperature: float) -> Tensor:
-    own = torch.empty(len(batch), device=image.device)
-    none = torch.full_like(own, -math.inf)
-    by_image = LogSumExp(none, temperature, 1, torch.empty_like(tiles.products))
-    by_text = LogSumExp(none, temperature, 0, tiles.products)
-    for rows in spans(len(batch), tiles.height):
-        height = rows.stop - rows.start
-        v = tiles.rows(image, batch[rows])
-        own[rows] = row_dots(v, tiles.rows(text, batch[rows]))[:height]
-        for columns, similarities in tiles.similarities(v, text, batch):
-            by_image.update(similarities[:height], rows)
-            by_text.update(similarities[:height], columns)
-    return (own - (by_image.value() + by_text.value()) / 2).clamp_(max=0).float()
+def _own(left: Tensor, right: Tensor) -> Tensor:
+    """Dot product of each row of left [n, d] with the same row of right [n, d], as float32 [n]."""
+    dots = torch.empty(len(left), device=left.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        dots[at] = row_dots(tiles.rows(left, at), tiles.rows(right, at))[: at.stop - at.start]
+
+    for_each_tile(len(left), left, task)
+    return dots
 
 
 def _shuffled(positions: Tensor, n: int, keys: list[int]) -> Tensor:

@@ -1,7 +1,8 @@
-"""The one tiled reduction over similarities s = queries · columnsᵀ, and its three operations.
+"""The one tiled reduction over similarities s = rows · columnsᵀ, and its operations.
 
-Here belong the tiles, the operations that consume them (sum of exp, largest |s|, power sum) and the checks of
-their operands. What the sums mean belongs to `clip_loss` and `target_similarity`.
+Here belong the three reductions that the scores are made of (`log_sum_exp`, `log_sum_exp_both`, `largest`), the choice
+of what computes them, the tiles in plain torch and the checks of operands. The kernels for CUDA are in
+`triton_reduction`; what the sums mean belongs to `clip_loss` and `target_similarity`.
 
 A matrix product may round differently when its shape changes, so every tile has the same shape, the last one
 being padded with zeros: a row's result then depends on the row and the columns alone, not on its neighbours.
@@ -10,15 +11,144 @@ being padded with zeros: a row's result then depends on the row and the columns 
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+Arithmetic = Literal["float32", "bfloat16"]
+"""What is multiplied on CPU: the values as stored, or rounded to bfloat16 (see `Tiles`)."""
+
 # Rows and columns of a tile. On CPU its products and their exponentials stay in a core's cache between one pass
 # and the next; on CUDA launches are what costs, so tiles are large.
-TILE = {"cpu": (240, 512), "cuda": (4096, 8192)}
+TILE = {"cpu": (480, 512), "cuda": (4096, 8192)}
+
+# Products of float32 by oneDNN where torch has it: on AMD they are twice as fast as `torch.mm`, which is MKL's, and
+# no row's bits depend on its place, which OpenBLAS's do (docs/decisions/0004-engine.md).
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def log_sum_exp(
+    rows: Tensor,
+    columns: Tensor,
+    first: Tensor,
+    *,
+    temperature: float,
+    arithmetic: Arithmetic = "float32",
+) -> Tensor:
+    """τ · log( exp(first_i/τ) + Σ_j exp(s_ij/τ) ) for every row i.
+
+    Args:
+        rows: [n, d] float16, bfloat16 or float32.
+        columns: [m, d], likewise; m may be 0.
+        first: float32 [n], a term that each sum starts with; -inf for none.
+        temperature: τ.
+        arithmetic: as `Tiles` says.
+
+    Returns:
+        float64 [n].
+    """
+    if (kernels := _kernels(rows, arithmetic)) and len(columns):
+        return _add_first(kernels.log_sum_exp(rows, columns, temperature=temperature), first, temperature)
+    result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        start = torch.full((tiles.height,), -math.inf, device=rows.device)
+        start[: at.stop - at.start] = first[at]
+        sums = LogSumExp(start, temperature, 1, tiles.products)
+        for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+            sums.update(similarities)
+        result[at] = sums.value()[: at.stop - at.start]
+
+    for_each_tile(len(rows), rows, task, arithmetic)
+    return result
+
+
+def log_sum_exp_both(
+    rows: Tensor, columns: Tensor, *, temperature: float, arithmetic: Arithmetic = "float32"
+) -> tuple[Tensor, Tensor]:
+    """τ · log Σ exp(s/τ) along the rows and along the columns of one pass over the similarities.
+
+    Args:
+        rows: [n, d] float16, bfloat16 or float32.
+        columns: [m, d], likewise, not empty.
+        temperature: τ.
+        arithmetic: as `Tiles` says.
+
+    Returns:
+        For the rows, float64 [n]; for the columns, float64 [m].
+    """
+    if kernels := _kernels(rows, arithmetic):
+        return kernels.log_sum_exp_both(rows, columns, temperature=temperature)
+    tiles = Tiles(rows, arithmetic)
+    none = torch.full((max(len(rows), len(columns)),), -math.inf, device=rows.device)
+    by_row = LogSumExp(none[: len(rows)], temperature, 1, torch.empty_like(tiles.products))
+    by_column = LogSumExp(none[: len(columns)], temperature, 0, tiles.products)
+    for at in spans(len(rows), tiles.height):
+        for where, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+            real = similarities[: at.stop - at.start]
+            by_row.update(real, at)
+            by_column.update(real, where)
+    return by_row.value(), by_column.value()
+
+
+def largest(rows: Tensor, columns: Tensor, *, arithmetic: Arithmetic = "float32") -> tuple[Tensor, Tensor]:
+    """max_j |s_ij| for every row i, and the j that attains it, the lowest of equals.
+
+    In bfloat16 arithmetic j is the largest by rounded similarities; the value is its own similarity in float32.
+
+    Args:
+        rows: [n, d] float16, bfloat16 or float32.
+        columns: [m, d], likewise, not empty.
+        arithmetic: as `Tiles` says.
+
+    Returns:
+        The values float32 [n], and j int64 [n].
+    """
+    if kernels := _kernels(rows, arithmetic):
+        return kernels.largest(rows, columns)
+    value = torch.empty(len(rows), device=rows.device)
+    index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        best = MaxAbs(tiles.height, rows.device)
+        tile = tiles.rows(rows, at)
+        for where, similarities in tiles.similarities(tile, columns):
+            best.update(similarities, where)
+        if tiles.rounds:
+            best.value = row_dots(tile, columns[best.index]).abs()
+        value[at] = best.value[: at.stop - at.start]
+        index[at] = best.index[: at.stop - at.start]
+
+    for_each_tile(len(rows), rows, task, arithmetic)
+    return value, index
+
+
+def _kernels(like: Tensor, arithmetic: Arithmetic) -> ModuleType | None:
+    """The one place where a device gets what computes: kernels for CUDA, or None for tiles in plain torch."""
+    if arithmetic not in get_args(Arithmetic):
+        raise ValueError(f"arithmetic must be one of {', '.join(get_args(Arithmetic))}, not {arithmetic!r}")
+    if like.device.type != "cuda" or like.dtype == torch.float32:
+        return None
+    return _triton()
+
+
+@cache
+def _triton() -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    from selection import triton_reduction
+
+    return triton_reduction
+
+
+def _add_first(sums: Tensor, first: Tensor, temperature: float) -> Tensor:
+    return temperature * torch.logaddexp(sums / temperature, first.double() / temperature)
 
 
 def check_matrices(**matrices: Tensor) -> None:
@@ -57,40 +187,54 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
 class Tiles:
     """Tiles of a matrix and of similarities for one device, dtype and embedding width.
 
-    The similarities of every tile are written to one buffer, `products`.
-
-    On CPU operands are widened to float32; on CUDA they stay as stored. Products accumulate in float32 either way.
+    On CPU, arithmetic "float32" widens the operands to float32. "bfloat16" rounds them, and the products, to bfloat16,
+    which is faster where the CPU has the instructions. What all columns have in common is taken out beforehand and
+    added back in float32: s = r·c + r·(u - c) with c the mean of the first columns, so that what is rounded is small.
+    On CUDA operands stay as stored, and products accumulate in float32.
 
     Args:
         like: any of the operands; gives device, dtype and width.
+        arithmetic: "float32" or "bfloat16".
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.height, self.width = TILE["cpu" if like.device.type == "cpu" else "cuda"]
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+    def __init__(self, like: Tensor, arithmetic: Arithmetic = "float32") -> None:
+        on_cpu = like.device.type == "cpu"
+        self.rounds = on_cpu and arithmetic == "bfloat16"
+        self.height, self.width = TILE["cpu" if on_cpu else "cuda"]
+        dtype = torch.float32 if on_cpu else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
+        # Scratch of a tile's size, which operations may use.
         self.products = torch.empty(self.height, self.width, device=like.device)
 
-    def rows(self, matrix: Tensor, at: slice | Tensor) -> Tensor:
-        """A tile [height, d] of the rows of matrix [n, d] at a slice or index of at most `height` rows.
+    def rows(self, matrix: Tensor, at: slice) -> Tensor:
+        """A tile [height, d] of the rows of matrix [n, d] at a slice of at most `height` rows.
 
         What is left of the tile is zero.
         """
         return self._fill(self._columns.new_empty(self.height, matrix.shape[1]), matrix[at])
 
-    def similarities(self, tile: Tensor, matrix: Tensor, index: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Products of a row tile with matrix [n, d] or, given an index, with matrix[index].
+    def similarities(self, tile: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Products of a row tile with the rows of matrix [n, d].
 
         Yields:
             Which columns, and their similarities [height, columns] in float32, which operations may overwrite.
         """
-        for at in spans(len(matrix) if index is None else len(index), self.width):
-            columns = self._fill(self._columns, matrix[at] if index is None else matrix[index[at]])
-            if columns.dtype == torch.float32:
-                torch.mm(tile, columns.T, out=self.products)
-            else:  # without out_dtype the product of halves would be rounded to half
-                torch.mm(tile, columns.T, out_dtype=torch.float32, out=self.products)
-            yield at, self.products[:, : at.stop - at.start]
+        if self.rounds and len(matrix):
+            centre = matrix[: self.width].float().mean(0)
+            common, rounded = row_dots(tile, centre)[:, None], tile.bfloat16()
+        for at in spans(len(matrix), self.width):
+            columns = self._fill(self._columns, matrix[at])
+            products = self.products
+            if self.rounds:
+                residuals = torch.mm(rounded, columns.sub_(centre).bfloat16().T)
+                torch.add(residuals, common, out=products)
+            elif columns.dtype != torch.float32:  # without out_dtype the product of halves would be rounded to half
+                torch.mm(tile, columns.T, out_dtype=torch.float32, out=products)
+            elif columns.is_cpu and _ONEDNN:
+                products = torch.ops.mkldnn._linear_pointwise(tile, columns, None, "none", [], "")
+            else:
+                torch.mm(tile, columns.T, out=products)
+            yield at, products[:, : at.stop - at.start]
 
     @staticmethod
     def _fill(buffer: Tensor, rows: Tensor) -> Tensor:
@@ -104,7 +248,9 @@ def spans(count: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def for_each_tile(count: int, like: Tensor, task: Callable[[Tiles, slice], None]) -> None:
+def for_each_tile(
+    count: int, like: Tensor, task: Callable[[Tiles, slice], None], arithmetic: Arithmetic = "float32"
+) -> None:
     """Call task(tiles, at) for each tile of `count` rows.
 
     On CPU each of torch's threads takes whole tiles and runs their operations alone: the passes over a tile are too
@@ -115,12 +261,13 @@ def for_each_tile(count: int, like: Tensor, task: Callable[[Tiles, slice], None]
         count: number of rows.
         like: an operand; gives device, dtype and width.
         task: works on the rows `at`, with tiles of its own; writes its result where no other row's goes.
+        arithmetic: of the tiles.
     """
     height = TILE["cpu" if like.device.type == "cpu" else "cuda"][0]
     todo = iter(spans(count, height))
 
     def work() -> None:
-        tiles = Tiles(like)
+        tiles = Tiles(like, arithmetic)
         for at in todo:  # threads share the iterator of a list, whose steps are atomic
             task(tiles, at)
 

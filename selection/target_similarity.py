@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from selection.reduction import MaxAbs, Tiles, check_matrices, for_each_tile
+from selection.reduction import Arithmetic, Tiles, check_matrices, for_each_tile, largest
 
 _BLOCKS = 4
 
 
 @torch.no_grad()
-def norm_sim(image: Tensor, target: Tensor, *, p: float) -> Tensor:
+def norm_sim(image: Tensor, target: Tensor, *, p: float, arithmetic: Arithmetic = "float32") -> Tensor:
     """NormSim_p(i) = (Σ_t |u_t · v_i|^p)^(1/p) for p = 2, and max_t |u_t · v_i| for p = ∞.
 
     p = 2 goes through the targets' second moment; to score many shards against one target set, compute
@@ -24,6 +24,7 @@ def norm_sim(image: Tensor, target: Tensor, *, p: float) -> Tensor:
         image: [n, d] float16, bfloat16 or float32, unit norm.
         target: [N_T, d], likewise.
         p: 2 or infinity.
+        arithmetic: for p = ∞, as in `nearest_target`.
 
     Returns:
         float32 [n].
@@ -35,17 +36,19 @@ def norm_sim(image: Tensor, target: Tensor, *, p: float) -> Tensor:
         _check(image=image, target=target)
         return norm_sim_from_moment(image, second_moment(target))
     if p == math.inf:
-        return nearest_target(image, target)[0]
+        return nearest_target(image, target, arithmetic=arithmetic)[0]
     raise ValueError(f"p must be 2 or infinity, not {p}")
 
 
 @torch.no_grad()
-def nearest_target(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_target(image: Tensor, target: Tensor, *, arithmetic: Arithmetic = "float32") -> tuple[Tensor, Tensor]:
     """NormSim_∞ and the target that attains it.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
         target: [N_T, d], likewise.
+        arithmetic: "float32", or "bfloat16" for a faster search on CPU, which may name a target that is not quite
+            the nearest (docs/performance.md); the value is that target's own, in float32.
 
     Returns:
         max_t |u_t · v_i| float32 [n]; t int64 [n], the lowest of equals.
@@ -54,18 +57,7 @@ def nearest_target(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes, dtypes or devices do not fit, or an argument is empty or not finite.
     """
     _check(image=image, target=target)
-    value = torch.empty(len(image), device=image.device)
-    index = torch.empty(len(image), dtype=torch.int64, device=image.device)
-
-    def task(tiles: Tiles, at: slice) -> None:
-        best = MaxAbs(tiles.height, image.device)
-        for columns, similarities in tiles.similarities(tiles.rows(image, at), target):
-            best.update(similarities, columns)
-        value[at] = best.value[: at.stop - at.start]
-        index[at] = best.index[: at.stop - at.start]
-
-    for_each_tile(len(image), image, task)
-    return value, index
+    return largest(image, target, arithmetic=arithmetic)
 
 
 @torch.no_grad()
