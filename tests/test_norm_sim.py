@@ -106,15 +106,16 @@ def test_the_second_moment_is_symmetric_and_serves_many_calls():
     assert torch.equal(norm_sim_from_moment(image.half(), moment), norm_sim(image.half(), target, p=2))
 
 
-@pytest.mark.parametrize("p", [2, math.inf])
+@pytest.mark.parametrize(("p", "arithmetic"), [(2, "float32"), (math.inf, "float32"), (math.inf, "bfloat16")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_are_the_same_bits_however_the_rows_are_split(p, dtype):
+def test_scores_are_the_same_bits_however_the_rows_are_split(p, arithmetic, dtype):
     image, target = embeddings(501, 97, seed=1, dtype=dtype), embeddings(1037, 97, seed=2, dtype=dtype)
-    whole, (_, nearest) = norm_sim(image, target, p=p), nearest_target(image, target)
+    rounds = {"arithmetic": arithmetic}
+    whole, (_, nearest) = norm_sim(image, target, p=p, **rounds), nearest_target(image, target, **rounds)
     bounds = [0, 1, 2, 5, 244, 245, 500, 501]
     for start, stop in pairwise(bounds):
-        assert torch.equal(norm_sim(image[start:stop], target, p=p), whole[start:stop])
-        assert torch.equal(nearest_target(image[start:stop], target)[1], nearest[start:stop])
+        assert torch.equal(norm_sim(image[start:stop], target, p=p, **rounds), whole[start:stop])
+        assert torch.equal(nearest_target(image[start:stop], target, **rounds)[1], nearest[start:stop])
 
 
 def test_scores_follow_their_rows_and_ignore_the_order_of_targets():

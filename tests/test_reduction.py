@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from selection.reduction import LogSumExp, MaxAbs, Tiles, for_each_tile, spans
+from selection.reduction import LogSumExp, MaxAbs, Tiles, for_each_tile, largest, log_sum_exp, spans
 
 
 def imported_by(statement):
@@ -62,8 +62,9 @@ def test_tiles_cover_every_row_and_column_once(rows, columns, width, seed):
     assert torch.equal(product, left.float() @ right.float().T)
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 64, 97, 768])
-def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width):
+def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width, arithmetic):
     """A row's sum must not depend on where in a tile it lies: not in the product, not in exp2, not in the sum."""
     generator = torch.Generator().manual_seed(width)
     row, columns = torch.randn(width, generator=generator), torch.randn(700, width, generator=generator)
@@ -76,8 +77,49 @@ def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width):
             sums.update(similarities)
         seen.append(sums.value())
 
-    for_each_tile(1, row, task)
+    for_each_tile(1, row, task, arithmetic)
     assert len(seen[0].unique()) == 1
+
+
+def with_common_part(rows, width, seed):
+    """Unit rows whose cosines with one another are about 0.9, as far from zero as images of one kind lie."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, width, generator=generator) / math.sqrt(width) / 3
+    return torch.nn.functional.normalize(noise + torch.eye(width)[0], dim=1)
+
+
+def test_bfloat16_rounds_what_columns_do_not_have_in_common():
+    """Plain bfloat16 products lie on a grid of 2^-8 near 0.9; what differs between columns is a tenth of that."""
+    left, right = with_common_part(300, 64, seed=1), with_common_part(700, 64, seed=2)
+    tiles = Tiles(left, "bfloat16")
+    product = torch.cat([s[:300].clone() for _, s in tiles.similarities(tiles.rows(left, slice(0, 300)), right)], 1)
+    error = (product.double() - left.double() @ right.double().T).abs().max()
+    assert 1e-5 < error < 5e-4
+    assert (torch.mm(left.bfloat16(), right.bfloat16().T).double() - product).abs().max() > 2e-3
+
+
+@given(rows=st.integers(1, 600), columns=st.integers(1, 700), width=st.integers(1, 40), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_bfloat16_is_within_its_bound_and_names_a_column_by_its_own_similarity(rows, columns, width, seed):
+    """Two operands and one product are rounded, each by 2^-9 of its size; differences of unit vectors are below 2."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, width, generator=generator) for n in (rows, columns))
+    left, right = left / left.norm(dim=1, keepdim=True), right / right.norm(dim=1, keepdim=True)
+    exact = left.double() @ right.double().T
+    bound = 2 * 3 * 2**-9 * 1.01
+    first = torch.full((rows,), -0.5)
+    sums = log_sum_exp(left, right, first, temperature=0.05, arithmetic="bfloat16")
+    expected = 0.05 * torch.cat([first[:, None].double(), exact], 1).div(0.05).logsumexp(1)
+    assert_close(sums, expected, atol=bound, rtol=0)
+    value, index = largest(left, right, arithmetic="bfloat16")
+    assert_close(value.double(), exact.gather(1, index[:, None])[:, 0].abs(), atol=5e-7, rtol=0)
+    assert (value >= exact.abs().amax(1) - 2 * bound).all()
+
+
+def test_an_arithmetic_that_is_not_known_is_refused():
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="arithmetic must be one of float32, bfloat16, not 'float16'"):
+        largest(one, one, arithmetic="float16")
 
 
 @given(
