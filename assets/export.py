@@ -99,6 +99,7 @@ def export(project: Project, recipe: str, pool: ShardAsset) -> ShardAsset:
         description=f"Webdataset shards that hold only the samples of `subset/{recipe}`'s current version, members "
         "byte for byte as in the pool. Copies data: materialize it when a training run is due.",
         columns=SCHEMA,
+        pool="cpu",
     )
 
 

@@ -114,6 +114,7 @@ def negatives(project: Project, encoder: str) -> WholeAsset:
         f"{settings.batch_size} rows, chosen by a keyed hash of the uid. Kept while shards arrive; to draw again, "
         "launch the job `redraw_negatives`.",
         columns=SCHEMA,
+        pool="gpu",
     )
 
 

@@ -63,4 +63,5 @@ def raw_pool(project: Project) -> ShardAsset:
         description="Every usable sample of a shard: identity, caption, sizes, digest, and where its bytes lie. "
         "Samples that can't be used are in `rejects`, each with its reason; rows + rejects = samples seen.",
         columns=RAW_POOL_SCHEMA,
+        pool="cpu",
     )

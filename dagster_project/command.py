@@ -24,8 +24,9 @@ from rich.text import Text
 from assets.graph import Graph, build_graph
 from assets.project import ConfigError, Project, open_project
 from assets.reproduction import rebuild
+from dagster_project.dead_runs import close_dead_runs
 from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
-from dagster_project.headless import Outcome, close_dead_runs, materialize
+from dagster_project.headless import Outcome, materialize
 from resources.catalog import read_catalog
 from resources.encoders import EncoderError
 from resources.lake import LakeError
@@ -92,6 +93,8 @@ def run(project: Project, console: Console, *, redraw: bool = False) -> int:
 def ui(project: Project, port: int) -> int:
     """Open Dagster on 127.0.0.1 in the place of this process."""
     home = prepare_home(project)
+    with open_instance(project) as instance:
+        close_dead_runs(instance)
     environment = {
         **os.environ,
         "DAGSTER_HOME": str(home),

@@ -11,6 +11,7 @@ import dagster as dg
 from assets.graph import Graph, build_graph
 from assets.project import Project, open_project
 from assets.sharded import ShardAsset
+from dagster_project.dead_runs import one_process
 from dagster_project.sensors import build_sensors
 
 CONFIG_VARIABLE = "CLIP_SELECTION_CONFIG"
@@ -61,7 +62,7 @@ def build_defs(project: Project, graph: Graph | None = None) -> dg.Definitions:
         assets=graph.definitions,
         jobs=jobs,
         sensors=build_sensors(project, graph),
-        executor=dg.in_process_executor,  # one process a run: torch is imported and a model loaded once
+        executor=one_process,
     )
 
 

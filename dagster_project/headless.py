@@ -4,6 +4,7 @@ Each asset gets a Dagster run of its own over just the shards that need it, so t
 shard stops nobody, and nothing is computed twice. What is out of date is asked of the lake's provenance alone.
 """
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from assets.checks import asset_key
 from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS_NAME, ShardAsset
+from dagster_project.dead_runs import at_work
 from dagster_project.definitions import build_defs
 from dagster_project.shards import BAD_INPUT, RANGE_END, RANGE_START, clear, look, neighbours
 from resources.versions import Versions
@@ -73,13 +75,16 @@ def materialize(
         tags = dict(HEADLESS)
         if wanted:
             tags |= {RANGE_START: wanted[0], RANGE_END: wanted[-1]}
-        result = job.execute_in_process(
-            instance=instance,
-            asset_selection=[asset_key(key)],
-            run_config={**QUIET, **(config or {})},
-            tags=tags,
-            raise_on_error=False,
-        )
+        run_id = str(uuid.uuid4())
+        with at_work(instance, run_id):
+            result = job.execute_in_process(
+                instance=instance,
+                asset_selection=[asset_key(key)],
+                run_config={**QUIET, **(config or {})},
+                tags=tags,
+                raise_on_error=False,
+                run_id=run_id,
+            )
         outcome.computed[key] = outcome.computed.get(key, []) + (wanted or [])
         if not result.success:
             outcome.failures[key] = "\n".join(filter(None, [outcome.failures.get(key), _failure(result)]))
@@ -114,17 +119,6 @@ def _catalog_is_newest(project: Project, graph: Graph) -> bool:
     return catalog.exists() and all(
         path.stat().st_mtime <= catalog.stat().st_mtime for path in [project.config, *records]
     )
-
-
-def close_dead_runs(instance: dg.DagsterInstance) -> None:
-    """End the runs of a pass that was killed, and give back what they hold of Dagster's concurrency pools.
-
-    To be called when no other pass is at work; without it the next step that needs the pool would wait for ever.
-    """
-    unfinished = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
-    for run in instance.get_runs(filters=dg.RunsFilter(statuses=unfinished, tags=HEADLESS)):
-        instance.report_run_failed(run, "The process of this run is gone; a later pass closed it.")
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outcome: Outcome) -> list[str]:

@@ -17,6 +17,7 @@ from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS, SHARDS_NAME, NotReady
 from assets.subset import SubsetAsset
+from dagster_project.dead_runs import close_dead_runs
 from dagster_project.shards import (
     ATTEMPTS,
     BAD_INPUT,
@@ -216,6 +217,7 @@ def _present(project: Project, partitions: Sequence[str]) -> list[str]:
 
 def _under_way(instance: dg.DagsterInstance) -> str:
     """Say which runs have not ended; nothing where there are none."""
+    close_dead_runs(instance)
     runs = instance.get_runs(filters=dg.RunsFilter(statuses=UNFINISHED), limit=SHOWN + 1)
     if not runs:
         return ""
