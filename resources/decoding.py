@@ -5,7 +5,7 @@ processes ask for them, so that neither a shard's images nor a pool's tables pil
 never crosses shards and results keep the order of the items. Loaded by each worker process.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,8 @@ class Batch:
 
     Attributes:
         rows: how many rows or images the item had.
-        images: float32 [b, 3, height, width], as open_clip's transform gives them; None if none.
-        tokens: int64 [b, context length]; None for images alone.
+        images: float32 [b, 3, height, width] for each way in which the images are seen; none if there is no image.
+        tokens: int64 [b, context length] for each tokenizer; none for images alone.
         kept: position in the item of each image in `images`.
         faults: name and reason of the others.
         error: why the whole item failed.
@@ -71,8 +71,8 @@ class Batch:
     """
 
     rows: int
-    images: "torch.Tensor | None" = None
-    tokens: "torch.Tensor | None" = None
+    images: "Sequence[torch.Tensor]" = ()
+    tokens: "Sequence[torch.Tensor]" = ()
     kept: list[int] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
     error: str | None = None
@@ -85,8 +85,8 @@ class Batch:
 
         return dataclasses.replace(
             self,
-            images=None if self.images is None else self.images.pin_memory(),
-            tokens=None if self.tokens is None else self.tokens.pin_memory(),
+            images=[tensor.pin_memory() for tensor in self.images],
+            tokens=[tensor.pin_memory() for tensor in self.tokens],
         )
 
 
@@ -143,12 +143,28 @@ class ImageWork:
             yield ImagesItem(names, blobs, self.max_pixels)
 
 
-class Prepare:
-    """From a work item to a batch. A dataset to torch's DataLoader, whose indices are the items."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an encoder sees a picture.
 
-    def __init__(self, transform: Any, tokenizer: Any) -> None:
-        self.transform = transform
-        self.tokenizer = tokenizer
+    Attributes:
+        transform: open_clip's own, from a picture to float32 [3, height, width].
+        draft: see `images.picture`.
+    """
+
+    transform: Any
+    draft: int | None = None
+
+
+class Prepare:
+    """From a work item to a batch. A dataset to torch's DataLoader, whose indices are the items.
+
+    Each image is decoded once (for each `draft`), however many looks there are.
+    """
+
+    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = ()) -> None:
+        self.looks = looks
+        self.tokenizers = tokenizers
 
     def __getitem__(self, item: RangesItem | ImagesItem | FailedItem) -> Batch:
         if isinstance(item, FailedItem):
@@ -157,30 +173,26 @@ class Prepare:
             return self._images(item)
         return self._ranges(item)
 
-    def _tensor(self, blob: bytes, max_pixels: int | None) -> "torch.Tensor":
-        picture = images.picture(blob, max_pixels)
+    def _tensors(self, blob: bytes, max_pixels: int | None) -> "list[torch.Tensor]":
+        """The image as each look sees it."""
+        pictures = {draft: images.picture(blob, max_pixels, draft) for draft in {look.draft for look in self.looks}}
         try:
-            return self.transform(picture)
+            return [look.transform(pictures[look.draft]) for look in self.looks]
         except Exception as error:  # hostile bytes raise almost anything in Pillow
             words = f"open_clip's preprocessing: {type(error).__name__}: {error}"
             raise images.ImageError("image_undecodable", words) from error
 
     def _images(self, item: ImagesItem) -> Batch:
-        import torch
-
         tensors, kept, faults = [], [], []
         for position, (name, blob) in enumerate(zip(item.names, item.blobs, strict=True)):
             try:
-                tensors.append(self._tensor(blob, item.max_pixels))
+                tensors.append(self._tensors(blob, item.max_pixels))
                 kept.append(position)
             except images.ImageError as fault:
                 faults.append((name, str(fault)))
-        stacked = torch.stack(tensors) if tensors else None
-        return Batch(len(item.names), stacked, None, kept, faults)
+        return Batch(len(item.names), _stacked(tensors), (), kept, faults)
 
     def _ranges(self, item: RangesItem) -> Batch:
-        import torch
-
         rows = len(item.keys)
         if rows == 0:
             return Batch(0, total=item.total, last=item.last)
@@ -194,12 +206,19 @@ class Prepare:
         for key, blob in zip(item.keys, blobs, strict=True):
             try:
                 # its size was judged when the pool was read
-                tensors.append(self._tensor(blob, None))
+                tensors.append(self._tensors(blob, None))
             except images.ImageError as fault:
                 message = f"shard {item.shard}, key {key} in {item.url}: {fault}. {remedy}"
                 return Batch(rows, error=message, total=item.total, last=item.last)
-        tokens = self.tokenizer(item.captions)
-        return Batch(rows, torch.stack(tensors), tokens, list(range(rows)), [], None, item.total, item.last)
+        tokens = [tokenizer(item.captions) for tokenizer in self.tokenizers]
+        return Batch(rows, _stacked(tensors), tokens, list(range(rows)), [], None, item.total, item.last)
+
+
+def _stacked(tensors: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":
+    """From images, each by look, to one tensor a look."""
+    import torch
+
+    return [torch.stack(by_image) for by_image in zip(*tensors, strict=True)]
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,18 +1,22 @@
 """CLIP encoders through open_clip: one model, decoding processes beside it, unit-norm fp16 out.
 
 Images go through open_clip's own evaluation transform, unchanged: EXIF orientation is not applied
-and transparency is dropped. What a worker process does is in `resources.decoding`. torch and
-open_clip are imported inside functions, so that this module loads at once.
+and transparency is dropped. Encoders that embed the same shards together share the reading, the
+decoding and, where their tokenizers agree, the tokens. What a worker process does is in
+`resources.decoding`. torch and open_clip are imported inside functions, so that this module loads
+at once.
 """
 
 import contextlib
 import difflib
 import hashlib
 import json
+import logging
 import math
+import pickle
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +32,11 @@ from resources.settings import HF_HUB, LOCAL_DIR, EncoderSettings
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Embeddings", "Encoder", "EncoderError", "ImageEmbeddings"]
+__all__ = ["Embeddings", "Encoder", "EncoderError", "ImageEmbeddings", "embed_together"]
 
 _CONFIG = "open_clip_config.json"
+_AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,13 @@ class Embeddings:
         image: float16 [n, d], unit norm.
         text: float16 [n, d], unit norm.
         seconds: from the first batch to the last, decoding included.
+        notes: what a person should know, one sentence each.
     """
 
     image: np.ndarray
     text: np.ndarray
     seconds: float
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +64,43 @@ class ImageEmbeddings:
         image: float16 [n, d], unit norm.
         kept: int64 [n], the position of each among the images given.
         faults: name and reason of each image that is not there.
+        notes: what a person should know, one sentence each.
     """
 
     image: np.ndarray
     kept: np.ndarray
     faults: list[tuple[str, str]]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, with what prepares its input."""
+    """A model ready to run, with what prepares its input.
+
+    Attributes:
+        model: open_clip's.
+        encode_image: its method, or what torch.compile made of it.
+        encode_text: the same.
+        look: how it sees pictures.
+        look_key: equal for two encoders that see a picture alike.
+        tokenizer: from captions to int64 [n, context length].
+        tokenizer_key: equal for two encoders whose tokens are the same.
+        device: where it runs.
+        dtype: of the pixels it takes.
+        autocast: of the products inside, where that differs.
+        channels_last: the memory format of the pixels it takes.
+    """
 
     model: Any
-    transform: Any
+    encode_image: Callable[..., Any]
+    encode_text: Callable[..., Any]
+    look: decoding.Look
+    look_key: str
     tokenizer: Any
+    tokenizer_key: str
     device: "torch.device"
     dtype: "torch.dtype"
+    autocast: "torch.dtype | None"
     channels_last: bool
 
     def encode(self, images: "torch.Tensor", tokens: "torch.Tensor | None") -> Any:
@@ -79,12 +108,13 @@ class LoadedModel:
         import torch
 
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        with torch.inference_mode():
+        products = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(), products:
             pixels = images.to(self.device, self.dtype, non_blocking=True, memory_format=layout)
-            image = _unit(self.model.encode_image(pixels))
+            image = _unit(self.encode_image(pixels))
             if tokens is None:
                 return image, None
-            return image, _unit(self.model.encode_text(tokens.to(self.device, non_blocking=True)))
+            return image, _unit(self.encode_text(tokens.to(self.device, non_blocking=True)))
 
 
 class Encoder:
@@ -93,11 +123,15 @@ class Encoder:
     Args:
         name: what the project calls it.
         settings: its model, or the embeddings to read.
+
+    Attributes:
+        rows_at_once: samples a forward pass: the batch size, until the memory turned out not to hold it.
     """
 
     def __init__(self, name: str, settings: EncoderSettings) -> None:
         self.name = name
         self.settings = settings
+        self.rows_at_once = settings.batch_size
 
     def identity(self) -> dict[str, Any]:
         """What decides this encoder's embeddings, for the provenance.
@@ -116,6 +150,8 @@ class Encoder:
         if settings.model is None:
             return identity
         identity["precision"] = settings.precision
+        if settings.decode != "exact":  # what was embedded before there was a choice is exact
+            identity["decode"] = settings.decode
         return identity | self._weights
 
     @cached_property
@@ -196,41 +232,10 @@ class Encoder:
         if self.settings.precomputed is not None:
             yield from self._read_pool(shards, pool, on_rows)
             return
-        import torch
-
-        model = self.loaded
-        work = decoding.ShardWork(shards, pool, self.settings.batch_size)
-        batches = self._decode(work)
-        with contextlib.closing(batches):
-            for name in shards:
-                started = time.perf_counter()
-                image: Any = None
-                text: Any = None
-                error: EncoderError | None = None
-                done = 0
-                while True:
-                    batch = next(batches)
-                    if batch.error is not None:
-                        error = error or EncoderError(f"encoder {self.name}: {batch.error}")
-                    elif error is None and batch.images is not None:
-                        u, t = model.encode(batch.images, batch.tokens)
-                        if image is None:
-                            image = torch.empty(batch.total, u.shape[1], dtype=u.dtype, device=u.device)
-                            text = torch.empty_like(image)
-                        image[done : done + len(u)] = u
-                        text[done : done + len(u)] = t
-                    done += batch.rows
-                    if on_rows is not None and batch.rows:
-                        on_rows(batch.rows)
-                    if batch.last:
-                        break
-                if error is not None:
-                    yield name, error
-                    continue
-                if image is None:
-                    image = text = torch.empty(0, self.dimension, dtype=torch.float16)
-                seconds = time.perf_counter() - started
-                yield name, Embeddings(image.cpu().numpy(), text.cpu().numpy(), seconds)
+        together = embed_together([self], shards, pool, on_rows)
+        with contextlib.closing(together):
+            for name, (found,) in together:
+                yield name, found
 
     def _read_pool(
         self,
@@ -270,30 +275,96 @@ class Encoder:
         Raises:
             EncoderError: the encoder has no model, or it cannot be loaded.
         """
-        model = self.loaded
         blocks = [np.empty((0, self.dimension), np.float16)]
         kept: list[int] = []
         faults: list[tuple[str, str]] = []
+        notes: list[str] = []
         seen = 0
         work = decoding.ImageWork(images, self.settings.batch_size, max_pixels)
-        batches = self._decode(work)
+        batches = decoding.run(
+            decoding.Prepare([self.loaded.look]), work, self.settings.workers, pin=self.loaded.device.type == "cuda"
+        )
         with contextlib.closing(batches):
             for batch in batches:
                 faults += batch.faults
-                if batch.images is not None:
-                    blocks.append(model.encode(batch.images, None)[0].cpu().numpy())
+                for pixels in batch.images:
+                    blocks.append(self.encode(pixels, None, notes)[0].cpu().numpy())
                     kept += [seen + position for position in batch.kept]
                 seen += batch.rows
                 if on_rows is not None:
                     on_rows(batch.rows)
-        return ImageEmbeddings(np.concatenate(blocks), np.array(kept, np.int64), faults)
+        return ImageEmbeddings(np.concatenate(blocks), np.array(kept, np.int64), faults, notes)
 
-    def _decode(self, work: Iterable[Any]) -> Generator[decoding.Batch, None, None]:
-        """Run work items through the decoding processes, in order."""
-        model = self.loaded
-        workers = self.settings.workers
-        prepare = decoding.Prepare(model.transform, model.tokenizer)
-        return decoding.run(prepare, work, workers, pin=model.device.type == "cuda")
+    def encode(self, images: "torch.Tensor", tokens: "torch.Tensor | None", notes: list[str]) -> Any:
+        """Embed a batch, in as many forward passes as the memory makes necessary.
+
+        When a pass runs out of memory, its rows are halved, for this batch and for all that follow: a batch size that
+        is too large costs a few passes and never a shard. A row's embedding does not depend on the rows beside it, up
+        to rounding (`docs/own-pool.md`).
+
+        Args:
+            images: float32 [n, 3, height, width].
+            tokens: int64 [n, context length], or None for images alone.
+            notes: is given a sentence if the rows had to be halved.
+
+        Returns:
+            float16 [n, d] of unit norm on the device: of the images, and of the tokens or None.
+
+        Raises:
+            EncoderError: a single row is too much.
+        """
+        import torch
+
+        parts: list[Any] = []
+        start = 0
+        while start < len(images):
+            rows = slice(start, start + self.rows_at_once)
+            found = self._try(images[rows], None if tokens is None else tokens[rows])
+            if found is None:
+                self._halve(len(images[rows]), notes)
+            else:
+                parts.append(found)
+                start = rows.stop
+        if len(parts) == 1:
+            return parts[0]
+        image, text = zip(*parts, strict=True)
+        return torch.cat(image), None if tokens is None else torch.cat(text)
+
+    def _try(self, images: "torch.Tensor", tokens: "torch.Tensor | None") -> Any:
+        """One forward pass, or None when the memory does not hold it."""
+        import torch
+
+        try:
+            return self.loaded.encode(images, tokens)
+        except (RuntimeError, MemoryError) as error:
+            if _is_out_of_memory(error):
+                return None  # the caller goes on when the error, and the tensors its frames hold, are gone
+            if self.settings.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise EncoderError(
+                    f"encoder {self.name}: torch.compile failed: {str(error).strip().splitlines()[0]}. Install a C++ "
+                    "compiler, or set compile to false."
+                ) from error
+            raise
+
+    def _halve(self, rows: int, notes: list[str]) -> None:
+        """Make do with half of the rows that were too many."""
+        import torch
+
+        device = self.loaded.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if rows == 1:
+            raise EncoderError(
+                f"encoder {self.name}: {device} ran out of memory with one sample a forward pass. Free memory there, "
+                "set precision to bf16, or device to cpu."
+            )
+        self.rows_at_once = rows // 2
+        note = (
+            f"{device} ran out of memory with {rows} samples a forward pass; {self.rows_at_once} are taken from here "
+            "on, with the same embeddings"
+        )
+        notes.append(note)
+        _log.warning("encoder %s: %s", self.name, note)
 
     @cached_property
     def dimension(self) -> int:
@@ -301,9 +372,7 @@ class Encoder:
         import torch
 
         model = self.loaded
-        size = model.model.visual.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(model.encode(torch.zeros(1, 3, height, width), None)[0].shape[1])
+        return int(model.encode(torch.zeros(1, 3, *_side(model.model)), None)[0].shape[1])
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -335,11 +404,15 @@ class Encoder:
                 # says (ViT-B-32 with openai), and the embeddings would be subtly wrong
                 options["force_quick_gelu"] = True
         device = self._device()
+        precision: str = self.settings.precision
+        autocast = getattr(torch, _AUTOCAST[precision]) if precision in _AUTOCAST else None
+        if autocast is not None:
+            precision = "fp32"  # of the weights
         try:
             model, _, transform = open_clip.create_model_and_transforms(
                 name,
                 pretrained=tag,
-                precision=self.settings.precision,
+                precision=precision,
                 device=device,
                 pretrained_text=False,
                 **options,
@@ -348,12 +421,29 @@ class Encoder:
         except Exception as error:
             raise self._cannot_load(error) from error
         model.eval()
-        convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in model.visual.modules())
-        channels_last = convolutions > 1  # a ViT has one, for its patches, and gains nothing
+        channels_last = self.settings.channels_last
+        if channels_last is None:
+            # a ViT has one convolution, for its patches, and gains nothing
+            channels_last = sum(isinstance(part, torch.nn.Conv2d) for part in model.visual.modules()) > 1
         if channels_last:
             model.visual.to(memory_format=torch.channels_last)
-        dtype = open_clip.get_input_dtype(self.settings.precision) or torch.float32
-        return LoadedModel(model, transform, tokenizer, device, dtype, channels_last)
+        encode_image, encode_text = model.encode_image, model.encode_text
+        if self.settings.compile:
+            encode_image, encode_text = torch.compile(encode_image), torch.compile(encode_text)
+        draft = max(_side(model)) if self.settings.decode == "draft" else None
+        return LoadedModel(
+            model,
+            encode_image,
+            encode_text,
+            decoding.Look(transform, draft),
+            json.dumps([open_clip.get_model_preprocess_cfg(model), draft], sort_keys=True),
+            tokenizer,
+            hashlib.sha256(pickle.dumps(tokenizer)).hexdigest(),
+            device,
+            open_clip.get_input_dtype(precision) or torch.float32,
+            autocast,
+            channels_last,
+        )
 
     def _device(self) -> "torch.device":
         import torch
@@ -440,6 +530,115 @@ class Encoder:
                 f"{LOCAL_DIR}<folder>."
             )
         return EncoderError(f"encoder {self.name}: cannot load {which}: {first}. {remedy}")
+
+
+def embed_together(
+    encoders: Sequence[Encoder],
+    shards: Mapping[str, pa.Table],
+    pool: Pool,
+    on_rows: Callable[[int], None] | None = None,
+) -> Generator[tuple[str, list[Embeddings | EncoderError]], None, None]:
+    """Embed shards with several encoders in one pass over the images.
+
+    Bytes are read and decoded once; what two encoders prepare alike, pixels or tokens, is prepared once. The first
+    encoder's batch size and workers hold. No encoder's embeddings depend on which others are there.
+
+    Args:
+        encoders: each with a model.
+        shards: see `Encoder.embed_pool`.
+        pool: where the bytes are.
+        on_rows: called with the number of rows just done by all.
+
+    Yields:
+        Each shard's name, in order, with what each encoder made of it: embeddings or an error.
+
+    Raises:
+        EncoderError: a model cannot be loaded.
+    """
+    models = [encoder.loaded for encoder in encoders]
+    looks = {model.look_key: model.look for model in models}
+    tokenizers = {model.tokenizer_key: model.tokenizer for model in models}
+    look_of = [list(looks).index(model.look_key) for model in models]
+    tokenizer_of = [list(tokenizers).index(model.tokenizer_key) for model in models]
+    prepare = decoding.Prepare(list(looks.values()), list(tokenizers.values()))
+    work = decoding.ShardWork(shards, pool, encoders[0].settings.batch_size)
+    pin = any(model.device.type == "cuda" for model in models)
+    batches = decoding.run(prepare, work, encoders[0].settings.workers, pin=pin)
+    with contextlib.closing(batches):
+        for name in shards:
+            filling = [_Filling(encoder) for encoder in encoders]
+            started = time.perf_counter()
+            while True:
+                batch = next(batches)
+                for one, look, tokenizer in zip(filling, look_of, tokenizer_of, strict=True):
+                    if batch.error is not None:
+                        one.fail(EncoderError(f"encoder {one.encoder.name}: {batch.error}"))
+                    elif batch.images:
+                        one.add(batch.images[look], batch.tokens[tokenizer], batch.total)
+                if on_rows is not None and batch.rows:
+                    on_rows(batch.rows)
+                if batch.last:
+                    break
+            yield name, [one.result(time.perf_counter() - started) for one in filling]
+
+
+class _Filling:
+    """One encoder's embeddings of one shard while they come in, on the device."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.notes: list[str] = []
+        self.error: EncoderError | None = None
+        self.done = 0
+        self.image: Any = None
+        self.text: Any = None
+
+    def fail(self, error: EncoderError) -> None:
+        """Give the shard up; the first error is the one that is told."""
+        self.error = self.error or error
+
+    def add(self, images: "torch.Tensor", tokens: "torch.Tensor", total: int) -> None:
+        """Embed the next rows of `total`."""
+        import torch
+
+        if self.error is not None:
+            return
+        try:
+            image, text = self.encoder.encode(images, tokens, self.notes)
+        except EncoderError as error:
+            self.fail(error)
+            return
+        if self.image is None:
+            self.image = torch.empty(total, image.shape[1], dtype=image.dtype, device=image.device)
+            self.text = torch.empty_like(self.image)
+        self.image[self.done : self.done + len(image)] = image
+        self.text[self.done : self.done + len(text)] = text
+        self.done += len(image)
+
+    def result(self, seconds: float) -> Embeddings | EncoderError:
+        """Give the shard's embeddings, or the error that befell it."""
+        if self.error is not None:
+            return self.error
+        if self.image is None:
+            none = np.empty((0, self.encoder.dimension), np.float16)
+            return Embeddings(none, none, seconds, self.notes)
+        return Embeddings(self.image.cpu().numpy(), self.text.cpu().numpy(), seconds, self.notes)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the accelerator's or the system's, is what was missing; the CPU's allocator says so in words."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = str(error)
+    return any(sign in words for sign in ("DefaultCPUAllocator", "not enough memory", "STATUS_ALLOC_FAILED"))
+
+
+def _side(model: Any) -> tuple[int, int]:
+    """Height and width of the pictures that a model takes."""
+    size = model.visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _plain(model: str) -> str:

@@ -105,10 +105,29 @@ class EncoderSettings(Settings):
         description="Embeddings that the pool carries: a prefix (b32, l14), or {image: key, text: "
         "key}. The model, if given as well, then serves the targets and the temperature.",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Number format the model runs in. Part of the provenance."
+    precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
+        default="fp32",
+        description="Number format the model runs in. bf16 and fp16: weights in half precision, layer norms in "
+        "single. amp_bf16 and amp_fp16: weights in single, products in half. Part of the provenance.",
     )
-    batch_size: int = Field(default=64, ge=1, description="Samples a forward pass.")
+    decode: Literal["exact", "draft"] = Field(
+        default="exact",
+        description="exact: every pixel, as open_clip's own preprocessing sees it. draft: a JPEG of twice the model's "
+        "input or more is decoded at a half, a quarter or an eighth of its size. Part of the provenance.",
+    )
+    batch_size: int = Field(
+        default=64,
+        ge=1,
+        description="Samples a forward pass. Halved when the memory doesn't hold them, as often as it takes.",
+    )
+    channels_last: bool | None = Field(
+        default=None,
+        description="Memory format of the image tower. Default: channels last where it has more than one convolution.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Whether torch.compile makes kernels for the model first, which takes a minute and a C++ compiler.",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",

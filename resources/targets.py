@@ -135,7 +135,7 @@ class Target:
 
         found = encoder.embed_images(named(), max_pixels=self.settings.max_pixels, on_rows=on_rows)
         kept = found.kept.tolist()
-        notes = []
+        notes = list(found.notes)
         if found.faults:
             shown = "; ".join(f"{name} ({reason})" for name, reason in found.faults[:_SHOWN])
             more = len(found.faults) - _SHOWN
@@ -146,7 +146,7 @@ class Target:
         if not kept:
             raise TargetError(
                 f"target {self.name}: not one image in {self.settings.path} can be decoded: "
-                f"{notes[0]}. Replace the files."
+                f"{notes[-1]}. Replace the files."
             )
         return TargetEmbeddings(found.image, [labels[i] for i in kept], [names[i] for i in kept], notes)
 

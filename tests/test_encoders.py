@@ -1,4 +1,4 @@
-"""Encoders: open_clip's own embeddings, row for row, whatever the batches and processes."""
+"""Encoders: open_clip's own embeddings, row for row, whatever the batches, the processes and the memory."""
 
 import io
 import json
@@ -20,12 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from resources.decoding import ImageWork, Prepare
-from resources.encoders import Embeddings, Encoder, EncoderError
+from resources import images
+from resources.decoding import ImageWork, Look, Prepare
+from resources.encoders import Embeddings, Encoder, EncoderError, embed_together
 from resources.pools import Pool, open_pool
 from resources.settings import EncoderSettings, PoolSettings
 from tests.pool_factory import (
     SHARED,
+    TINY_CONFIG,
     TINY_CONVOLUTIONAL_CONFIG,
     caption,
     datacomp_shard,
@@ -206,6 +208,162 @@ if __name__ == "__main__":
     assert len(done.stdout.split()) == 2
 
 
+class Narrow(torch.nn.Module):
+    """An image tower whose forward pass runs out of memory above some rows."""
+
+    def __init__(self, tower: torch.nn.Module, rows: int, error: Exception) -> None:
+        super().__init__()
+        self.tower = tower
+        self.image_size = tower.image_size
+        self.rows = rows
+        self.error = error
+        self.passes: list[int] = []
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed the pixels."""
+        self.passes.append(len(pixels))
+        if len(pixels) > self.rows:
+            raise self.error
+        return self.tower(pixels)
+
+
+def narrow(ours: Encoder, rows: int, error: Exception | None = None) -> Narrow:
+    model = ours.loaded.model
+    model.visual = Narrow(model.visual, rows, error or torch.OutOfMemoryError("CUDA out of memory."))
+    return model.visual
+
+
+CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), CPU_ERROR, MemoryError()])
+def test_a_batch_that_the_memory_does_not_hold_is_halved_once_and_loses_no_shard(
+    tiny_clip: Path, pool: Pool, error: Exception
+) -> None:
+    rows = tables(pool)
+    wide = dict(encoder(tiny_clip, batch_size=5).embed_pool(rows, pool))
+    ours = encoder(tiny_clip, batch_size=5)
+    tower = narrow(ours, 1, error)
+    found = dict(ours.embed_pool(rows, pool))
+    for name in rows:
+        one, other = found[name], wide[name]
+        assert isinstance(one, Embeddings)
+        assert isinstance(other, Embeddings)
+        np.testing.assert_allclose(one.image, other.image, atol=5e-4)
+        np.testing.assert_allclose(one.text, other.text, atol=5e-4)
+    assert tower.passes == [5, 2, *[1] * 12]
+    assert ours.rows_at_once == 1
+
+
+def test_a_halved_batch_is_said_in_the_log_and_of_the_shard_where_it_happened(
+    tiny_clip: Path, pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = encoder(tiny_clip, batch_size=6)
+    narrow(ours, 3)
+    first, second = [found for _, found in ours.embed_pool(tables(pool), pool)]
+    assert isinstance(first, Embeddings)
+    assert isinstance(second, Embeddings)
+    (note,) = first.notes
+    assert "out of memory with 6 samples a forward pass; 3 are taken" in note
+    assert second.notes == []
+    assert caplog.messages == [f"encoder tiny: {note}"]
+    again = encoder(tiny_clip, batch_size=6)
+    narrow(again, 3)
+    assert again.embed_images([(str(i), picture(i)) for i in range(6)]).notes == first.notes
+
+
+def test_a_single_row_that_the_memory_does_not_hold_fails_its_shard_with_the_remedy(
+    tiny_clip: Path, pool: Pool
+) -> None:
+    ours = encoder(tiny_clip)
+    narrow(ours, 0)
+    for _, found in ours.embed_pool(tables(pool), pool):
+        assert isinstance(found, EncoderError)
+        assert "out of memory with one sample" in str(found)
+        assert "set precision to bf16" in str(found)
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(tiny_clip: Path, pool: Pool) -> None:
+    ours = encoder(tiny_clip)
+    tower = narrow(ours, 1, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        list(ours.embed_pool(tables(pool), pool))
+    assert tower.passes == [4]
+
+
+def counted_images(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Note every decoding."""
+    seen: list[int | None] = []
+    decode = images.picture
+
+    def count(data: bytes, max_pixels: int | None = None, draft: int | None = None) -> Any:
+        seen.append(draft)
+        return decode(data, max_pixels, draft)
+
+    monkeypatch.setattr(images, "picture", count)
+    return seen
+
+
+def test_encoders_that_embed_together_decode_once_and_give_what_each_gives_alone(
+    tiny_clip: Path, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads(json.dumps(TINY_CONFIG))
+    config["model_cfg"]["vision_cfg"]["image_size"] = 24
+    config["model_cfg"]["text_cfg"]["context_length"] = 12
+    same, other = write_clip(tmp_path / "same", TINY_CONFIG, seed=1), write_clip(tmp_path / "other", config, seed=2)
+    folders = [tiny_clip, same, other]
+    alone = [dict(encoder(folder).embed_pool(tables(pool), pool)) for folder in folders]
+    decoded = counted_images(monkeypatch)
+    done: list[int] = []
+    ours = [encoder(folder, batch_size=size) for folder, size in zip(folders, (4, 2, 64), strict=True)]
+    together = dict(embed_together(ours, tables(pool), pool, done.append))
+    assert decoded == [None] * 12
+    assert sum(done) == 12
+    for name, found in together.items():
+        for one, by_name in zip(found, alone, strict=True):
+            expected = by_name[name]
+            assert isinstance(one, Embeddings)
+            assert isinstance(expected, Embeddings)
+            np.testing.assert_allclose(one.image, expected.image, atol=5e-4)
+            np.testing.assert_allclose(one.text, expected.text, atol=5e-4)
+
+
+def test_what_two_encoders_prepare_alike_is_prepared_once(tiny_clip: Path, tmp_path: Path) -> None:
+    config = json.loads(json.dumps(TINY_CONFIG))
+    config["preprocess_cfg"]["interpolation"] = "bilinear"
+    config["model_cfg"]["text_cfg"]["context_length"] = 12
+    first = encoder(tiny_clip).loaded
+    second = encoder(write_clip(tmp_path / "alike", TINY_CONFIG, seed=1)).loaded
+    third = encoder(write_clip(tmp_path / "other", config)).loaded
+    assert (first.look_key, first.tokenizer_key) == (second.look_key, second.tokenizer_key)
+    assert first.look_key != third.look_key
+    assert first.tokenizer_key != third.tokenizer_key
+    assert encoder(tiny_clip, decode="draft").loaded.look_key != first.look_key
+
+
+def test_an_encoder_that_fails_leaves_the_others_that_embed_with_it(tiny_clip: Path, pool: Pool) -> None:
+    ours, failing = encoder(tiny_clip), encoder(tiny_clip)
+    narrow(failing, 0)
+    for _, (failed, found) in embed_together([failing, ours], tables(pool), pool):
+        assert isinstance(failed, EncoderError)
+        assert isinstance(found, Embeddings)
+        assert found.image.shape == (6, 16)
+
+
+def test_a_draft_is_of_no_side_smaller_than_the_model_takes_and_near_the_exact_picture(tiny_clip: Path) -> None:
+    large = picture(0, 200, 130)
+    assert images.picture(large).size == (200, 130)
+    assert images.picture(large, draft=32).size == (50, 33)
+    assert images.picture(large, draft=70).size == (200, 130)
+    png = picture(0, 200, 130, "PNG")
+    assert images.picture(png, draft=32).size == (200, 130)
+    named = [(str(i), picture(i, 200, 130)) for i in range(4)]
+    exact = encoder(tiny_clip).embed_images(named).image.astype(np.float64)
+    draft = encoder(tiny_clip, decode="draft").embed_images(named).image.astype(np.float64)
+    assert not np.array_equal(exact, draft)
+    assert (exact * draft).sum(axis=1).min() > 0.99
+
+
 def test_preprocessing_is_open_clips_bit_for_bit(tiny_clip: Path) -> None:
     rotated = io.BytesIO()
     exif = Image.Exif()
@@ -221,21 +379,21 @@ def test_preprocessing_is_open_clips_bit_for_bit(tiny_clip: Path) -> None:
         "rotated.jpg": rotated.getvalue(),
     }
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip}")
-    (batch,) = [Prepare(transform, None)[item] for item in ImageWork(odd.items(), 64, 10**6)]
+    (batch,) = [Prepare([Look(transform)])[item] for item in ImageWork(odd.items(), 64, 10**6)]
     assert batch.faults == []
-    assert batch.images is not None
-    for tensor, data in zip(batch.images, odd.values(), strict=True):
+    for tensor, data in zip(batch.images[0], odd.values(), strict=True):
         assert torch.equal(tensor, transform(Image.open(io.BytesIO(data))))
 
 
 def test_channels_last_changes_no_embedding_by_more_than_rounding(tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "conv", TINY_CONVOLUTIONAL_CONFIG)
-    images = [picture(i) for i in range(5)]
-    ours = encoder(folder)
-    assert ours.loaded.channels_last
-    found = ours.embed_images([(str(i), data) for i, data in enumerate(images)])
-    image, _ = reference(folder, images, ["x"])
-    np.testing.assert_allclose(found.image, image, atol=1e-3)
+    blobs = [picture(i) for i in range(5)]
+    image, _ = reference(folder, blobs, ["x"])
+    for setting, expected in ((None, True), (True, True), (False, False)):
+        ours = encoder(folder, channels_last=setting)
+        assert ours.loaded.channels_last == expected
+        found = ours.embed_images([(str(i), data) for i, data in enumerate(blobs)])
+        np.testing.assert_allclose(found.image, image, atol=1e-3)
 
 
 def test_images_that_cannot_be_decoded_are_named_and_the_others_embedded(tiny_clip: Path) -> None:
@@ -251,7 +409,21 @@ def test_images_that_cannot_be_decoded_are_named_and_the_others_embedded(tiny_cl
     assert nothing.image.shape == (0, 16)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_models_give_the_same_embeddings_also_of_a_last_small_batch(tiny_clip: Path, pool: Pool) -> None:
+    rows = tables(pool)
+    plain = dict(encoder(tiny_clip).embed_pool(rows, pool))
+    compiled = dict(encoder(tiny_clip, compile=True).embed_pool(rows, pool))
+    for name in rows:
+        one, other = compiled[name], plain[name]
+        assert isinstance(one, Embeddings)
+        assert isinstance(other, Embeddings)
+        np.testing.assert_allclose(one.image, other.image, atol=5e-4)
+        np.testing.assert_allclose(one.text, other.text, atol=5e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "amp_bf16", "amp_fp16"])
 def test_half_precision_stays_close_to_single(tiny_clip: Path, precision: str) -> None:
     named = [(str(i), picture(i)) for i in range(4)]
     single = encoder(tiny_clip).embed_images(named).image.astype(np.float64)
@@ -286,8 +458,11 @@ def test_an_identity_follows_the_files_and_the_precision_and_nothing_else(tiny_c
     assert json.loads(json.dumps(identity)) == identity
     copy = tmp_path / "elsewhere"
     shutil.copytree(tiny_clip, copy)
-    assert encoder(copy, batch_size=9, workers=3, device="cpu").identity() == identity
-    assert encoder(copy, precision="bf16").identity() != identity
+    free = {"batch_size": 9, "workers": 3, "device": "cpu", "channels_last": True, "compile": True}
+    assert encoder(copy, **free).identity() == identity
+    for numbers in ({"precision": "bf16"}, {"precision": "amp_bf16"}, {"decode": "draft"}):
+        assert encoder(copy, **numbers).identity() != identity
+    assert encoder(copy, decode="exact").identity() == identity
     weights = bytearray((copy / "open_clip_model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "open_clip_model.safetensors").write_bytes(weights)
