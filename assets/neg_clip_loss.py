@@ -25,7 +25,11 @@ def neg_clip_loss(project: Project, encoder: str, negatives: WholeAsset | None) 
     compute = _by_random_partitions if negatives is None else _by_reference_negatives
 
     def provenance(shard: str) -> Provenance:
-        parameters: dict[str, Any] = {"temperature": project.temperature(encoder), "estimator": settings.estimator}
+        parameters: dict[str, Any] = {
+            "temperature": project.temperature(encoder),
+            "estimator": settings.estimator,
+            "arithmetic": settings.arithmetic,
+        }
         inputs = {source: input_fingerprint(project, source, shard)}
         if negatives is None:
             parameters |= {name: getattr(settings, name) for name in ("batch_size", "draws", "seed")}
@@ -50,8 +54,6 @@ def neg_clip_loss(project: Project, encoder: str, negatives: WholeAsset | None) 
 
 
 def _by_reference_negatives(project: Project, encoder: str, settings: NegClipLossSettings) -> Compute:
-    del settings  # the negatives carry theirs
-
     def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
         import torch
 
@@ -75,6 +77,7 @@ def _by_reference_negatives(project: Project, encoder: str, settings: NegClipLos
                     negative_image,
                     negative_text,
                     temperature=temperature,
+                    arithmetic=settings.arithmetic,
                     member=torch.from_numpy(member[:, rows]).to(image.device),
                 )
                 scores[rows], stderr[rows] = (f.cpu().numpy() for f in found)
@@ -115,6 +118,7 @@ def _by_random_partitions(project: Project, encoder: str, settings: NegClipLossS
                 batch_size=settings.batch_size,
                 draws=settings.draws,
                 seed=settings.seed,
+                arithmetic=settings.arithmetic,
             )
             .cpu()
             .numpy()

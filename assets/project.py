@@ -37,7 +37,8 @@ class NegClipLossSettings(BaseModel):
     """How one encoder's negCLIPLoss is computed (arXiv 2405.19547; `docs/methods.md`).
 
     The defaults are the paper's. `temperature` is the encoder's own unless it is given. The estimator
-    `reference_negatives` scores every row against the same draws; `random_partitions` is the paper's.
+    `reference_negatives` scores every row against the same draws; `random_partitions` is the paper's. The arithmetic
+    `bfloat16` is faster on CPUs that have its instructions, and its error is known (`docs/performance.md`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,12 +48,29 @@ class NegClipLossSettings(BaseModel):
     draws: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     estimator: Literal["reference_negatives", "random_partitions"] = "reference_negatives"
+    arithmetic: Literal["float32", "bfloat16"] = "float32"
     coverage: float = Field(
         default=0.5,
         gt=0,
         le=1,
         description="share of the pool's shards that must have embeddings before negatives are drawn",
     )
+
+
+class DriftLimits(BaseModel):
+    """When the drift check of negatives warns.
+
+    Attributes:
+        probe: rows that are scored against both sets of draws.
+        rank_correlation: smallest Spearman correlation of the two scores that does not warn.
+        changed: largest share of the probe rows that may change sides at a recipe's threshold without a warning.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    probe: int = Field(default=1000, ge=2)
+    rank_correlation: float = Field(default=0.98, ge=-1, le=1)
+    changed: float = Field(default=0.02, ge=0, le=1)
 
 
 class ScoreSettings(BaseModel):
@@ -63,6 +81,7 @@ class ScoreSettings(BaseModel):
     clip_score: tuple[Name, ...] | None = None
     neg_clip_loss: dict[Name, NegClipLossSettings] | None = None
     norm_sim: dict[Name, tuple[Name, ...]] | None = None
+    drift: DriftLimits = DriftLimits()
 
 
 class ProjectSettings(BaseModel):

@@ -34,6 +34,7 @@ def test_every_encoder_and_target_gets_every_score_where_none_are_named(tmp_path
         "draws": 10,
         "seed": 0,
         "estimator": "reference_negatives",
+        "arithmetic": "float32",
         "coverage": 0.5,
     }
     assert found.score_columns["norm_sim_inf/b32/imagenet"] == ("norm_sim/b32/imagenet", "norm_sim_inf")

@@ -215,6 +215,17 @@ def test_the_papers_estimator_needs_no_negatives(scenario: Scenario) -> None:
     assert (scenario.scores("neg_clip_loss/tiny")["neg_clip_loss"] <= 0).all()
 
 
+def test_another_arithmetic_scores_again_against_the_same_negatives(scenario: Scenario) -> None:
+    scenario.run()
+    exact = scenario.scores("neg_clip_loss/tiny")["neg_clip_loss"]
+    scenario.set("scores", "neg_clip_loss", "tiny", "arithmetic", value="bfloat16")
+    computed = scenario.run().computed
+    assert computed["neg_clip_loss/tiny"] == [*SHARDS]
+    assert not {"embeddings/tiny", "negatives/tiny", "clip_score/tiny"} & set(computed)
+    rounded = scenario.scores("neg_clip_loss/tiny")["neg_clip_loss"]
+    assert 0 < (rounded - exact).abs().max() < 0.01
+
+
 def test_a_bad_shard_stops_nobody_and_is_named(scenario: Scenario) -> None:
     (scenario.folder / "pool/00001.tar").write_bytes(b"")
     outcome = scenario.run()
