@@ -58,20 +58,12 @@ class Tables:
         project: the project.
         shard: the shard, or None for an asset without shards.
         new: tables that are not in the lake yet, by asset key.
-        limits: what the launcher of a check asks of it, where it can be asked.
     """
 
-    def __init__(
-        self,
-        project: Project,
-        shard: str | None,
-        new: Mapping[str, pa.Table] | None = None,
-        limits: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, project: Project, shard: str | None, new: Mapping[str, pa.Table] | None = None) -> None:
         self.project = project
         self.shard = shard
         self.new = new or {}
-        self.limits = limits or {}
 
     def read(self, asset: str, columns: list[str] | None = None) -> pa.Table:
         """Give an asset's table of this shard."""

@@ -1,35 +1,18 @@
 """The drift check of `negatives/<encoder>`: what would drawing again change, now that the pool has grown?
 
-Here: the check and its limits. It runs when somebody launches it, because it draws and scores. Not here: drawing
-again, which is a decision (the job `redraw_negatives`).
+Here: the check. It runs when somebody launches it, because it draws and scores. Not here: its limits (`scores.drift`
+of the YAML), nor drawing again, which is a decision (the job `redraw_negatives`).
 """
 
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 
 from assets.checks import Check, Finding, Tables
 from assets.project import Project
 from assets.scores import to_tensor
 from resources.versions import Versions
-
-
-class DriftLimits(BaseModel):
-    """When the drift check warns.
-
-    Attributes:
-        probe: rows that are scored against both sets of draws.
-        rank_correlation: smallest Spearman correlation of the two scores that does not warn.
-        changed: largest share of the probe rows that may change sides at a recipe's threshold without a warning.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    probe: int = Field(default=1000, ge=2)
-    rank_correlation: float = Field(default=0.98, ge=-1, le=1)
-    changed: float = Field(default=0.02, ge=0, le=1)
 
 
 def drift(encoder: str) -> Check:
@@ -44,7 +27,7 @@ def drift(encoder: str) -> Check:
         from assets.negatives import negatives
 
         project = tables.project
-        limits = DriftLimits.model_validate(tables.limits)
+        limits = project.settings.scores.drift
         kept = tables.read(key)
         fresh = negatives(project, encoder).compute().table
         temperature = project.temperature(encoder)

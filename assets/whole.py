@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import dagster as dg
 import pyarrow as pa
-from pydantic import Field
 
 from assets.checks import (
     SUMMARY_KEY,
@@ -35,11 +34,9 @@ class Redraw(dg.Config):
 
     Attributes:
         redraw: make it again from what the lake holds now, although its settings are unchanged.
-        limits: for checks that are launched by themselves (`docs/checks.md`).
     """
 
     redraw: bool = False
-    limits: dict[str, float] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def whole_asset(
         if not context.selected_asset_keys:
             asked = {check.name for check in context.selected_asset_check_keys}
             chosen = [check for check in checks if check.name in asked]
-            tell(context, key, None, examine(chosen, Tables(project, None, limits=config.limits)))
+            tell(context, key, None, examine(chosen, Tables(project, None)))
             return
         try:
             wanted = provenance(config.redraw)

@@ -13,7 +13,7 @@ import yaml
 
 from assets.checks import Tables, checks_of, examine
 from assets.drift import rank_correlation, sides_changed
-from assets.project import open_project
+from assets.project import ConfigError, open_project
 from assets.sharded import Result, each, input_fingerprint, sharded_asset
 from assets.subset_checks import examine_subset
 from dagster_project.definitions import build_defs
@@ -51,13 +51,13 @@ def evaluation(instance: dg.DagsterInstance, asset: str, check: str) -> dg.Asset
     return record.event.dagster_event.asset_check_evaluation_data
 
 
-def launch_checks(scenario: Scenario, asset: str, *names: str, shard: str | None = None, config: Any = None) -> bool:
+def launch_checks(scenario: Scenario, asset: str, *names: str, shard: str | None = None) -> bool:
     """Run checks without their asset, as the button in the UI does."""
     project, graph = scenario.open_graph()
     keys = {dg.AssetCheckKey(dg.AssetKey(asset.split("/")), name) for name in names}
     job = build_defs(project, graph).resolve_implicit_global_asset_job_def()
     result = job.get_subset(asset_selection=set(), asset_check_selection=keys).execute_in_process(
-        instance=scenario.instance, partition_key=shard, run_config={**QUIET, **(config or {})}
+        instance=scenario.instance, partition_key=shard, run_config=QUIET
     )
     return result.success
 
@@ -362,8 +362,8 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     for shard in ("00003", "00004", "00005"):
         scenario.write_shard(shard)
     scenario.run()
-    strict = {"ops": {"negatives__tiny": {"config": {"limits": {"rank_correlation": 1.0, "changed": 0.1, "probe": 5}}}}}
-    assert launch_checks(scenario, "negatives/tiny", "drift", config=strict)
+    scenario.set("scores", "drift", value={"rank_correlation": 1.0, "changed": 0.1, "probe": 5})
+    assert launch_checks(scenario, "negatives/tiny", "drift")
     found = evaluation(scenario.instance, "negatives/tiny", "drift")
     figures = {name: value.value for name, value in found.metadata.items()}
     assert scenario.open().lake.stored("negatives/tiny") == before
@@ -385,6 +385,15 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     assert not found.passed
     assert "Remedy: draw again" in found.metadata["why"].value
     assert found.severity is dg.AssetCheckSeverity.WARN
+
+
+def test_the_yaml_says_when_drift_warns_and_no_result_depends_on_it(scenario: Scenario) -> None:
+    scenario.run()
+    scenario.set("scores", "drift", value={"changed": 0.5})
+    assert scenario.run().computed.keys() == {"catalog"}  # it is built again whenever the YAML was touched
+    scenario.set("scores", "drift", value={"changed": 1.1})
+    with pytest.raises(ConfigError, match=r"scores\.drift\.changed"):
+        scenario.open()
 
 
 def test_rank_correlation_is_spearmans() -> None:
