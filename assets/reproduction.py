@@ -17,10 +17,10 @@ from assets.graph import build_graph
 from assets.lineage import FORMAT, packages
 from assets.project import Project, ProjectSettings, load_settings
 from assets.sharded import ShardAsset
-from assets.subset import chosen, read_uid_list
+from assets.subset import chosen, manifest, read_uid_list
 from assets.whole import WholeAsset
 from resources.lake import Lake, LakeError
-from resources.versions import Versions, write_manifest, write_uids
+from resources.versions import Versions, write_selection
 
 
 def choose_again(lake: Lake, record: Mapping[str, Any], folder: Path, within: pa.Table | None = None) -> Path:
@@ -49,10 +49,7 @@ def choose_again(lake: Lake, record: Mapping[str, Any], folder: Path, within: pa
     scores = {score: settings.score_columns[score] for score in recipe.columns().scores}
     folder.mkdir(parents=True, exist_ok=True)
     with chosen(lake, name, recipe, scores, record["shards"], within) as (selection, _):
-        found = {
-            "manifest.parquet": write_manifest(selection.manifest().to_arrow_table(), folder / "manifest.parquet"),
-            "subset.npy": write_uids(selection.subset(), folder / "subset.npy"),
-        }
+        found = write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
     _refuse(
         record,
         [
@@ -137,8 +134,8 @@ class _Recorded(Project):
 
 def _begin_again(source: Mapping[str, Any], folder: Path) -> pa.Table | None:
     if source["kind"] == "recipe":
-        manifest = rebuild(source["record"], folder / "source") / "manifest.parquet"
-        return pq.read_table(manifest, columns=["f0", "f1"])
+        again = rebuild(source["record"], folder / "source")
+        return pq.read_table(again / "manifest.parquet", columns=["f0", "f1"])
     if source["kind"] == "uids":
         path = Path(source["path"])
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source["fingerprint"]:

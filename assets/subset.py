@@ -22,10 +22,10 @@ from assets.lineage import lineage_record
 from assets.project import Project
 from assets.report import report_metadata, write_report
 from assets.sharded import NotReady, ShardAsset
-from assets.subset_checks import examine_before_writing, examine_stored, specs
+from assets.subset_checks import examine_before_the_record, examine_stored, specs
 from resources.lake import Lake, digest
 from resources.source import source_relation
-from resources.versions import Version, Versions
+from resources.versions import Manifest, Version, Versions
 from selection.recipes import Recipe
 from selection.selecting import Selection, select
 from selection.uids import parse_uids, subset_array, subset_words
@@ -224,9 +224,9 @@ def _choose(
             fingerprint=inputs.fingerprint(recipe),
             code_version=CODE_VERSION,
         )
-        manifest, uids = selection.manifest().to_arrow_table(), selection.subset()
-        examine_before_writing(f"subset/{name}", lineage, manifest, uids)
-        version = versions.write(manifest, uids, lineage, within)
+        version = versions.write(
+            manifest(selection), lineage, lambda written: examine_before_the_record(project.lake, written), within
+        )
         write_report(project, version, selection)
         return version
 
@@ -278,6 +278,11 @@ def chosen(
             within=None if within is None else "wanted",
         )
         yield select(con, name, recipe), source.duplicates
+
+
+def manifest(selection: Selection) -> Manifest:
+    """Give a selection as it is written; valid as long as the selection."""
+    return Manifest(selection.rows, selection.manifest().to_arrow_reader, selection.ranks())
 
 
 def read_uid_list(path: Path) -> pa.Table:

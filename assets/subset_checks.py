@@ -53,15 +53,15 @@ def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndar
     }
 
 
-def examine_before_writing(key: str, lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> None:
-    """Look at the checks of a version that is about to be written.
+def examine_before_the_record(lake: Lake, version: Version) -> None:
+    """Look at the checks of files that are about to become a version.
 
     Raises:
         CheckFailed: a blocking one failed.
     """
-    findings = examine_subset(lineage, manifest, uids)
+    findings = examine_stored(lake, version)
     if any(f["blocking"] and not f["passed"] for f in findings.values()):
-        raise CheckFailed(key, None, findings)
+        raise CheckFailed(f"subset/{version.recipe}", None, findings)
 
 
 def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ without it is a run that was killed; its number is used again.
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ import pyarrow.parquet as pq
 from resources.lake import Lake, LakeError
 
 NAME = re.compile(r"^v\d{4,}$")
+ROW_GROUP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The selected rows, not read yet.
+
+    Attributes:
+        rows: how many there are.
+        reader: opens them, sorted by (f0, f1): uid, f0, f1, shard, key, and `step{n}_value` of each ranking.
+        ranks: `step{n}_rank` of each ranking, int64, in the same order.
+    """
+
+    rows: int
+    reader: Callable[[], pa.RecordBatchReader]
+    ranks: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -91,30 +108,28 @@ class Versions:
 
     def write(
         self,
-        manifest: pa.Table,
-        uids: np.ndarray,
+        manifest: Manifest,
         lineage: dict[str, Any],
+        examine: Callable[[Version], None],
         source_uids: pa.Table | None = None,
     ) -> Version:
         """Write the next version.
 
         Args:
             manifest: the selected rows.
-            uids: DataComp's array of the same rows, dtype `u8,u8`, sorted.
             lineage: the record; its `version` and `files`, the sha256 of what is written, are set here.
+            examine: looks at the files before the record makes a version of them; raises if something is wrong.
             source_uids: the uids that the recipe began with, where that is not the whole pool: columns f0 and f1.
         """
         newest = self.names()
         name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
         version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
-        with self.lake.replacing(version.manifest) as path:
-            manifest_digest = write_manifest(manifest, path)
-        with self.lake.replacing(version.uids) as path:
-            uids_digest = write_uids(uids, path)
-        version.lineage["files"] = {"manifest.parquet": manifest_digest, "subset.npy": uids_digest}
+        with self.lake.replacing(version.manifest) as path, self.lake.replacing(version.uids) as uids_path:
+            version.lineage["files"] = write_selection(manifest, path, uids_path)
         if source_uids is not None:
             with self.lake.replacing(f"{version.folder}/source_uids.parquet") as path:
                 pq.write_table(source_uids, path, compression="zstd")
+        examine(version)
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
         return version
@@ -128,17 +143,46 @@ class Versions:
         return f"{self.folder}/{name}/lineage.json"
 
 
-def write_manifest(manifest: pa.Table, path: Path) -> str:
-    """Write a manifest; give the file's sha256. The same rows give the same bytes."""
-    pq.write_table(manifest, path, compression="zstd")
-    return sha256(path)
+def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str, str]:
+    """Write a manifest and DataComp's array; give their sha256 by name. The same rows give the same bytes.
 
+    Rows are written as they come, a row group at a time: memory holds two numbers and the ranks of each row.
 
-def write_uids(uids: np.ndarray, path: Path) -> str:
-    """Write DataComp's array; give the file's sha256."""
-    with open(path, "wb") as file:
+    Args:
+        manifest: the selected rows.
+        path: where the manifest is written.
+        uids_path: where the array is written, dtype `u8,u8`, sorted by (f0, f1).
+    """
+    uids = np.empty(manifest.rows, dtype=np.dtype("u8,u8"))
+    with manifest.reader() as reader:
+        schema = reader.schema
+        for name in manifest.ranks:
+            value = schema.get_field_index(name.replace("rank", "value"))
+            schema = schema.insert(value + 1, pa.field(name, pa.int64()))
+        with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["shard"]) as writer:
+            done = 0
+            for rows in _in_row_groups(reader):
+                group = slice(done, done := done + rows.num_rows)
+                for name, ranks in manifest.ranks.items():
+                    rows = rows.append_column(name, pa.array(ranks[group]))
+                writer.write_table(rows.select(schema.names), row_group_size=ROW_GROUP)
+                uids["f0"][group], uids["f1"][group] = rows["f0"].to_numpy(), rows["f1"].to_numpy()
+    with open(uids_path, "wb") as file:
         np.save(file, uids, allow_pickle=False)
-    return sha256(path)
+    return {"manifest.parquet": sha256(path), "subset.npy": sha256(uids_path)}
+
+
+def _in_row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Give the rows in tables of ROW_GROUP rows, however they come, so that the same rows give the same bytes."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in reader:
+        waiting.append(batch)
+        while sum(len(part) for part in waiting) >= ROW_GROUP:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, ROW_GROUP).combine_chunks()
+            waiting = table.slice(ROW_GROUP).to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting).combine_chunks()
 
 
 def sha256(path: Path) -> str:

@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from assets.subset import manifest
 from resources.catalog import POOL_COLUMNS, build_catalog, read_catalog
 from resources.lake import Lake, LakeError, Provenance, vectors_to_column
 from resources.source import source_relation
+from resources.versions import write_selection
 from selection.recipes import Recipe
 from selection.selecting import select
 from selection.uids import format_uids, subset_array
@@ -134,8 +136,8 @@ class SmallLake:
         with duckdb.connect() as con:
             if recipe.source_kind == "recipe":
                 source["version"] = max(p.name for p in (self.root / "subset" / recipe.source).iterdir())
-                manifest = self.root / "subset" / recipe.source / source["version"] / "manifest.parquet"
-                begun = pq.read_table(manifest, columns=["f0", "f1"])
+                before = self.root / "subset" / recipe.source / source["version"] / "manifest.parquet"
+                begun = pq.read_table(before, columns=["f0", "f1"])
             elif recipe.source_kind == "uids":
                 begun = pa.table({name: listed[name].copy() for name in ("f0", "f1")})
             if recipe.source_kind != "pool":
@@ -157,8 +159,7 @@ class SmallLake:
                 within=None if recipe.source_kind == "pool" else "within",
             )
             selection = select(con, name, recipe)
-            selection.manifest().write_parquet(str(folder / "manifest.parquet"))
-            np.save(folder / "subset.npy", selection.subset())
+            write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
             members = selection.subset().tolist()
             scores = {"clip_score/b32", "norm_sim/b32/flowers"} & {
                 score.replace("norm_sim_inf", "norm_sim") for score in recipe.columns().scores

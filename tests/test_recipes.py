@@ -55,6 +55,17 @@ def uids(selection):
     return [row[0] for row in selection.manifest().fetchall()]
 
 
+def figures(selection):
+    """Give for each chosen row its value and rank at each ranking, in the order of the manifest."""
+    relation, ranks = selection.manifest(), selection.ranks()
+    columns = []
+    for place, name in enumerate(relation.columns):
+        if name.endswith("_value"):
+            columns += [[row[place] for row in relation.fetchall()], ranks.pop(name.replace("value", "rank")).tolist()]
+    assert not ranks
+    return list(zip(*columns, strict=True)) if columns else [()] * selection.rows
+
+
 def brute_force(rows, steps):
     """Choose rows the plain way; give the rows, with value and rank at each keep_top, or None if none stay."""
     total, left = len(rows), [dict(row) for row in rows]
@@ -117,15 +128,13 @@ def test_a_recipe_chooses_what_brute_force_chooses(rows, steps):
         selection = choose(con, *steps)
         manifest = selection.manifest()
         ranked = [number for number, step in enumerate(steps, start=1) if "keep_top" in step]
-        names = [f"step{number}_{what}" for number in ranked for what in ("value", "rank")]
-        assert manifest.columns == ["uid", "f0", "f1", "shard", "key", *names]
-        assert [tuple(row) for row in manifest.fetchall()] == [
-            (
-                f"{row['f0']:016x}{row['f1']:016x}",
-                *(row[name] for name in ("f0", "f1", "shard", "key")),
-                *(figure for number in ranked for figure in row[f"step{number}"]),
-            )
+        assert manifest.columns == ["uid", "f0", "f1", "shard", "key", *(f"step{number}_value" for number in ranked)]
+        assert [row[:5] for row in manifest.fetchall()] == [
+            (f"{row['f0']:016x}{row['f1']:016x}", *(row[name] for name in ("f0", "f1", "shard", "key")))
             for row in expected
+        ]
+        assert figures(selection) == [
+            tuple(figure for number in ranked for figure in row[f"step{number}"]) for row in expected
         ]
         assert selection.rows == len(expected)
         subset = selection.subset()
@@ -268,9 +277,9 @@ def test_a_comment_or_an_or_in_a_where_stays_inside_its_step(con):
 
 def test_ranks_are_among_the_rows_that_entered_the_step(con):
     make_source(con, [{"f0": i, "f1": 0, "width": i % 2, A: float(i), B: float(-i)} for i in range(8)])
-    manifest = choose(con, top(A, count=6), {"where": "width = 1"}, top(B, count=2)).manifest()
-    assert manifest.columns[5:] == ["step1_value", "step1_rank", "step3_value", "step3_rank"]
-    assert [row[5:] for row in manifest.fetchall()] == [(3.0, 5, -3.0, 1), (5.0, 3, -5.0, 2)]
+    selection = choose(con, top(A, count=6), {"where": "width = 1"}, top(B, count=2))
+    assert list(selection.ranks()) == ["step1_rank", "step3_rank"]
+    assert figures(selection) == [(3.0, 5, -3.0, 1), (5.0, 3, -5.0, 2)]
 
 
 # What a recipe may say
