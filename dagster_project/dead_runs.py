@@ -19,6 +19,8 @@ from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
 
+from dagster_project.event_log import kept_open
+
 FOLDER = "processes"
 
 
@@ -65,7 +67,8 @@ def _close(instance: dg.DagsterInstance, run_id: str) -> None:
 class _OneProcess(InProcessExecutor):
     def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
         _lock(plan_context.instance, plan_context.run_id)  # until the process ends: the run's end is recorded later
-        yield from super().execute(plan_context, execution_plan)
+        with kept_open(plan_context.instance):
+            yield from super().execute(plan_context, execution_plan)
 
 
 @dg.executor(name="one_process")

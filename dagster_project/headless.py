@@ -1,11 +1,13 @@
 """The whole path without a browser: discover shards, make what is missing or out of date, in order.
 
 Each asset gets a Dagster run of its own over just the shards that need it, so the UI shows the history, one bad
-shard stops nobody, and nothing is computed twice. What is out of date is asked of the lake's provenance alone.
+shard stops nobody, and nothing is computed twice; the embeddings by several encoders share a run, because they share
+the images. What is out of date is asked of the lake's provenance alone.
 """
 
+import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from assets.project import Project
 from assets.sharded import SHARDS_NAME, ShardAsset
 from dagster_project.dead_runs import at_work
 from dagster_project.definitions import build_defs
+from dagster_project.event_log import kept_open
 from dagster_project.shards import BAD_INPUT, RANGE_END, RANGE_START, clear, look, neighbours
 from resources.versions import Versions
 
@@ -70,30 +73,51 @@ def materialize(
     outcome = Outcome()
     shards = _discover(project, graph, instance, outcome)
 
-    def run(key: str, wanted: list[str] | None, config: Mapping[str, Any] | None = None) -> None:
+    def run(
+        key: str,
+        wanted: list[str] | None,
+        config: Mapping[str, Any] | None = None,
+        others: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        others = others or {}
         notice(key, len(wanted or ()))
         tags = dict(HEADLESS)
         if wanted:
             tags |= {RANGE_START: wanted[0], RANGE_END: wanted[-1]}
         run_id = str(uuid.uuid4())
-        with at_work(instance, run_id):
+        with at_work(instance, run_id), kept_open(instance):
             result = job.execute_in_process(
                 instance=instance,
-                asset_selection=[asset_key(key)],
+                asset_selection=[asset_key(key), *map(asset_key, others)],
                 run_config={**QUIET, **(config or {})},
                 tags=tags,
                 raise_on_error=False,
                 run_id=run_id,
             )
-        outcome.computed[key] = outcome.computed.get(key, []) + (wanted or [])
-        if not result.success:
-            outcome.failures[key] = "\n".join(filter(None, [outcome.failures.get(key), _failure(result)]))
+        for name, some in {key: wanted or [], **others}.items():
+            outcome.computed[name] = outcome.computed.get(name, []) + some
+        for name, failure in ({} if result.success else _failures(result, [key, *others])).items():
+            outcome.failures[name] = "\n".join(filter(None, [outcome.failures.get(name), failure]))
+
+    def due(node: ShardAsset, among: Sequence[str]) -> list[str]:
+        tried = outcome.computed.get(node.key, [])
+        return [shard for shard in among if shard not in tried and node.is_due(project, shard)]
+
+    def together(node: ShardAsset, among: Sequence[str]) -> dict[str, list[str]]:
+        """Give the other assets that go into a node's run, with their shards: embeddings go with embeddings."""
+        found = {}
+        for other in graph.nodes:
+            both = node.key.startswith("embeddings/") and other.key.startswith("embeddings/")
+            if isinstance(other, ShardAsset) and other is not node and both:
+                with contextlib.suppress(*BAD_INPUT):  # said when its own turn comes
+                    found[other.key] = due(other, among)
+        return {key: some for key, some in found.items() if some}
 
     for node in graph.nodes:
         try:
             if isinstance(node, ShardAsset):
-                for due in neighbours(shards, {shard for shard in shards if node.is_due(project, shard)}):
-                    run(node.key, due)
+                for some in neighbours(shards, set(due(node, shards))):
+                    run(node.key, some, others=together(node, some))
             else:
                 again = redraw and node.key.startswith("negatives/")
                 if again or not node.is_fresh(project):
@@ -133,16 +157,23 @@ def _discover(project: Project, graph: Graph, instance: dg.DagsterInstance, outc
     return list(instance.get_dynamic_partitions(SHARDS_NAME))
 
 
-def _failure(result: dg.ExecuteInProcessResult) -> str:
+def _failures(result: dg.ExecuteInProcessResult, keys: list[str]) -> dict[str, str]:
+    """Say why a run failed, for each of its assets that did."""
+    by_step = {key.replace("/", "__"): key for key in keys}
+    found: dict[str, str] = {}
     for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            if data.user_failure_data is not None and data.user_failure_data.description:
-                return data.user_failure_data.description
-            # Dagster wraps what an asset raises once; what lies deeper is detail, and is on the run's page.
-            error = data.error.cause or data.error if data.error else None
-            if error is None:
-                return "failed"
-            message = error.message.strip()
-            return message.split(": ", 1)[-1] if error.cls_name in OUR_ERRORS else message
-    return "the run failed before its first step; see its page in the UI"
+        if event.is_step_failure and event.step_key in by_step:
+            found.setdefault(by_step[event.step_key], _failure(event.step_failure_data))
+    return found or {keys[0]: "the run failed before its first step; see its page in the UI"}
+
+
+def _failure(data: Any) -> str:
+    """Say why a step failed: what was written for a person, else the error."""
+    if data.user_failure_data is not None and data.user_failure_data.description:
+        return data.user_failure_data.description
+    # Dagster wraps what an asset raises once; what lies deeper is detail, and is on the run's page.
+    error = data.error.cause or data.error if data.error else None
+    if error is None:
+        return "failed"
+    message = error.message.strip()
+    return message.split(": ", 1)[-1] if error.cls_name in OUR_ERRORS else message
