@@ -31,6 +31,7 @@ from selection.selecting import Selection, select
 from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "1"
+MEMORY = "2GB"  # of DuckDB while it chooses; what is larger goes through temporary files
 SHOWN = 150  # files that were read, in the event log, which has room for 256 KB of pictures and tables
 
 
@@ -264,6 +265,8 @@ def chosen(
     """
     with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
         con.execute("SET temp_directory = ?", [spill])
+        con.execute("SET memory_limit = ?", [MEMORY])
+        con.execute("SET enable_progress_bar = false")
         if within is not None:
             con.from_arrow(within).create("wanted")
         source = source_relation(

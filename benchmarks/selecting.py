@@ -1,0 +1,174 @@
+"""Two-stage selection (30 %, then 20 %) from Parquet to manifest and `.npy`, beside the same query by hand in DuckDB.
+
+python -m benchmarks.selecting [--rows 10000000 30000000 100000000] [--shard-rows 100000] [--json PATH]
+
+Both read the same files and write the same rows: a manifest with values and ranks, sorted by uid, and DataComp's
+array; the outputs are compared. By hand nothing is checked, while here every score file is compared with its shard and
+repeated uids are left out. Each way runs in a process of its own with the same memory limit for DuckDB.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from assets.subset import MEMORY, chosen, manifest
+from resources.lake import Lake
+from resources.versions import write_selection
+from selection.recipes import Recipe
+
+NEG, NEAR = "neg_clip_loss/b32", "norm_sim_inf/b32/imagenet"
+SCORES = {NEG: ("neg_clip_loss/b32", "neg_clip_loss"), NEAR: ("norm_sim/b32/imagenet", "norm_sim_inf")}
+RECIPE = Recipe.model_validate(
+    {"steps": [{"keep_top": {"score": NEG, "fraction": 0.3}}, {"keep_top": {"score": NEAR, "fraction": 0.2}}]}
+)
+
+
+def measure(rows: int = 2_000_000, shard_rows: int = 100_000) -> dict[str, Any]:
+    """Time both ways over synthetic rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        _write_lake(root / "lake", rows, shard_rows)
+        hand = _apart(_by_hand, root / "lake", root / "hand")
+        ours = _apart(_ours, root / "lake", root / "ours")
+        for file in ("manifest.parquet", "subset.npy"):
+            if not _same(root / "hand" / file, root / "ours" / file):
+                raise AssertionError(f"{file}: the two ways chose different rows")
+    return {
+        "rows": rows,
+        "shards": -(-rows // shard_rows),
+        "by_hand_s": hand["seconds"],
+        "by_hand_cpu_s": hand["cpu"],
+        "by_hand_peak_gb": hand["gb"],
+        "seconds": ours["seconds"],
+        "cpu_s": ours["cpu"],
+        "peak_gb": ours["gb"],
+        "time_of_by_hand": ours["seconds"] / hand["seconds"],
+        "cpu_of_by_hand": ours["cpu"] / hand["cpu"],
+    }
+
+
+def _ours(lake: Path, out: Path) -> None:
+    shards = sorted(path.stem for path in (lake / "raw_pool").glob("*.parquet"))
+    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, None) as (selection, _):
+        write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
+
+
+def _by_hand(lake: Path, out: Path) -> None:
+    """Write the query as somebody would who knows that the files are in step: by position, and ranks by sorting."""
+    files = {
+        name: f"read_parquet('{lake}/{folder}/*.parquet')"
+        for name, folder in (("pool", "raw_pool"), ("neg", SCORES[NEG][0]), ("near", SCORES[NEAR][0]))
+    }
+    with duckdb.connect() as con:
+        con.execute("SET temp_directory = ?", [str(out)])
+        con.execute("SET memory_limit = ?", [MEMORY])
+        con.execute("SET enable_progress_bar = false")
+        ((rows,),) = con.execute(f"SELECT count(*) FROM {files['pool']}").fetchall()
+        con.execute(
+            f"""
+            COPY (
+                WITH first AS (
+                    SELECT *, row_number() OVER () AS step1_rank FROM (
+                        SELECT pool.f0, pool.f1, pool.shard, pool.key, neg.neg_clip_loss::DOUBLE AS step1_value,
+                            near.norm_sim_inf::DOUBLE AS step2_value
+                        FROM {files["pool"]} AS pool POSITIONAL JOIN {files["neg"]} AS neg
+                            POSITIONAL JOIN {files["near"]} AS near
+                        ORDER BY step1_value DESC, pool.f0, pool.f1 LIMIT {rows * 3 // 10})
+                ),
+                second AS (
+                    SELECT *, row_number() OVER () AS step2_rank
+                    FROM (FROM first ORDER BY step2_value DESC, f0, f1 LIMIT {rows // 5})
+                )
+                SELECT format('{{:016x}}{{:016x}}', f0, f1) AS uid, f0, f1, shard, key, step1_value, step1_rank,
+                    step2_value, step2_rank
+                FROM second ORDER BY f0, f1
+            ) TO '{out}/manifest.parquet' (COMPRESSION zstd)
+            """
+        )
+        words = con.execute(f"SELECT f0, f1 FROM '{out}/manifest.parquet'").fetchnumpy()
+    subset = np.empty(len(words["f0"]), dtype="u8,u8")
+    subset["f0"], subset["f1"] = words["f0"], words["f1"]
+    np.save(out / "subset.npy", subset)
+
+
+def _write_lake(lake: Path, rows: int, shard_rows: int) -> None:
+    """Write uids that are random, as sha256 makes them, and scores that follow no order."""
+    generator = np.random.default_rng(0)
+    for folder in ("raw_pool", *(asset for asset, _ in SCORES.values())):
+        (lake / folder).mkdir(parents=True)
+    for number, start in enumerate(range(0, rows, shard_rows)):
+        n, shard = min(shard_rows, rows - start), f"{number:08d}"
+        f0, f1 = generator.integers(0, 2**64, (2, n), dtype=np.uint64)
+        identity = {"shard": pa.array([shard] * n), "f0": f0, "f1": f1}
+        keys = {"key": [f"{shard}{place:04d}" for place in range(n)]}
+        _write(lake / "raw_pool" / f"{shard}.parquet", identity | keys)
+        for asset, column in SCORES.values():
+            scores = generator.standard_normal(n, dtype=np.float32)
+            _write(lake / asset / f"{shard}.parquet", identity | {column: scores})
+
+
+def _write(path: Path, columns: dict[str, Any]) -> None:
+    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=1 << 17)
+
+
+def _same(a: Path, b: Path) -> bool:
+    if a.suffix == ".npy":
+        return bool((np.load(a) == np.load(b)).all())
+    names = pq.read_schema(a).names
+    return names == pq.read_schema(b).names and all(
+        pq.read_table(a, columns=[name])[name].equals(pq.read_table(b, columns=[name])[name]) for name in names
+    )
+
+
+def _apart(work: Callable[[Path, Path], None], lake: Path, out: Path) -> dict[str, float]:
+    """Do it in a process of its own, so that its peak memory is its own; give seconds and gigabytes."""
+    out.mkdir()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_timed, args=(work, lake, out, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found: dict[str, float] = ours.recv()
+    finally:
+        process.join()
+    return found
+
+
+def _timed(work: Callable[[Path, Path], None], lake: Path, out: Path, told: Any) -> None:
+    with duckdb.connect() as con:  # a first connection sets DuckDB up
+        con.execute("SELECT 1").fetchall()
+    started = time.perf_counter()
+    work(lake, out)
+    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    told.send({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "gb": used.ru_maxrss / 1e6})
+
+
+def main() -> None:
+    """Measure at each size; print, and write where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000_000, 30_000_000, 100_000_000])
+    parser.add_argument("--shard-rows", type=int, default=100_000)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    arguments = parser.parse_args()
+    found = []
+    for rows in arguments.rows:
+        found.append(measure(rows, arguments.shard_rows))
+        print("  ".join(f"{name} {round(figure, 3):,}" for name, figure in found[-1].items()), flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
