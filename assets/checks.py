@@ -140,7 +140,8 @@ def specs(
 ) -> list[dg.AssetCheckSpec]:
     """Declare checks to Dagster.
 
-    They are not declared blocking: nothing downstream needs to be held back from a file that was never written.
+    Dagster holds nothing back by a blocking check whose result is logged (`tell`) and not returned. Nothing needs it
+    to: the step fails, and the file was never written.
     """
     return [
         dg.AssetCheckSpec(
@@ -148,6 +149,7 @@ def specs(
             asset=asset_key(asset),
             description=check.description + (" A file that fails is not written." if check.blocking else ""),
             partitions_def=partitions,
+            blocking=check.blocking,
         )
         for check in checks
     ]
@@ -166,6 +168,7 @@ def tell(
                 passed=found["passed"],
                 partition=shard,
                 severity=severity(found),
+                blocking=found["blocking"],
                 metadata=figures(found),
                 target_materialization_data=target,
             )

@@ -22,11 +22,15 @@ DESCRIPTIONS = {
     "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), without repeats, the manifest's uids.",
     "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
 }
+BLOCKING = ("size", "uids_sorted_and_unique")
 
 
 def specs(key: str) -> list[dg.AssetCheckSpec]:
     """Declare the checks to Dagster."""
-    return [dg.AssetCheckSpec(n, asset=asset_key(key), description=text) for n, text in DESCRIPTIONS.items()]
+    return [
+        dg.AssetCheckSpec(name, asset=asset_key(key), description=text, blocking=name in BLOCKING)
+        for name, text in DESCRIPTIONS.items()
+    ]
 
 
 def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -39,17 +43,16 @@ def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndar
     """
     duplicates = lineage["source"]["duplicates"]
     found = {
-        "size": (True, {"rows": lineage["rows"]}, _size(lineage, manifest, uids)),
-        "uids_sorted_and_unique": (True, {"rows": len(uids)}, _order(manifest, uids)),
+        "size": ({"rows": lineage["rows"]}, _size(lineage, manifest, uids)),
+        "uids_sorted_and_unique": ({"rows": len(uids)}, _order(manifest, uids)),
         "uids_unique_across_shards": (
-            False,
             {"duplicates_left_out": duplicates},
             f"{duplicates} rows have the uid of an earlier row and were left out" if duplicates else "",
         ),
     }
     return {
-        name: {"passed": not why, "blocking": blocking, "figures": figures, "why": why}
-        for name, (blocking, figures, why) in found.items()
+        name: {"passed": not why, "blocking": name in BLOCKING, "figures": figures, "why": why}
+        for name, (figures, why) in found.items()
     }
 
 

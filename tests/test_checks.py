@@ -134,6 +134,51 @@ def test_a_declared_check_may_stay_without_result_in_a_subsettable_asset_alone(p
         assert result.success is succeeds
 
 
+def test_the_absent_result_of_a_blocking_check_holds_nothing_back_and_a_failed_one_does(
+    pinned: dg.DagsterInstance,
+) -> None:
+    @dg.asset(check_specs=[dg.AssetCheckSpec("fine", asset="failing", blocking=True)])
+    def failing() -> dg.MaterializeResult:
+        return dg.MaterializeResult(check_results=[dg.AssetCheckResult(passed=False)])
+
+    @dg.multi_asset(
+        specs=[dg.AssetSpec("logging", skippable=True)],
+        check_specs=[dg.AssetCheckSpec("fine", asset="logging", blocking=True)],
+        can_subset=True,
+    )
+    def logging(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        yield dg.MaterializeResult()
+        context.log_event(dg.AssetCheckEvaluation(dg.AssetKey("logging"), "fine", passed=False, blocking=True))
+
+    @dg.asset(deps=["failing"])
+    def after_failing() -> None: ...
+
+    @dg.asset(deps=["logging"])
+    def after_logging() -> None: ...
+
+    defs = dg.Definitions(assets=[failing, logging, after_failing, after_logging])
+    job = defs.resolve_implicit_global_asset_job_def()
+    assert not job.execute_in_process(instance=pinned, run_config=QUIET, raise_on_error=False).success
+    assert pinned.get_latest_materialization_event(dg.AssetKey("after_logging")) is not None
+    assert pinned.get_latest_materialization_event(dg.AssetKey("after_failing")) is None
+
+
+def test_dagster_is_told_which_checks_block(made: Scenario) -> None:
+    _, graph = made.open_graph()
+    specs = [spec for definition in graph.definitions for spec in definition.check_specs]
+    assert {spec.name for spec in specs if not spec.blocking} == {"drift", "uids_unique_across_shards"}
+    assert {spec.name for spec in specs if spec.blocking} == {
+        "draws_complete",
+        "rows_aligned",
+        "rows_and_rejects",
+        "size",
+        "uids_sorted_and_unique",
+        "uids_unique",
+        "unit_norm",
+        "within_bounds",
+    }
+
+
 # What each check finds
 
 
