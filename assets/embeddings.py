@@ -1,13 +1,20 @@
-"""`embeddings/<encoder>`: unit-norm float16 embeddings of a shard's images and captions, in `raw_pool`'s order."""
+"""`embeddings/<encoder>`: unit-norm float16 embeddings of a shard's images and captions, in `raw_pool`'s order.
 
+When a run asks for several encoders, the first one's step decodes the images for all of them and writes what the
+others are missing too (`docs/decisions/0006-decode-once.md`); their own steps then find their files fresh.
+"""
+
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from assets.checks import checks_of
 from assets.project import Project
-from assets.sharded import Outcome, Result, ShardAsset, input_fingerprint, sharded_asset
-from resources.lake import Provenance, vectors_to_column
+from assets.sharded import NotReady, Outcome, Result, ShardAsset, input_fingerprint, sharded_asset, write
+from resources.encoders import Embeddings, EncoderError, embed_together
+from resources.lake import LakeError, Provenance, vectors_to_column
 
 CODE_VERSION = "1"
 SCHEMA = pa.schema(
@@ -22,38 +29,29 @@ SCHEMA = pa.schema(
 
 def embeddings(project: Project, encoder: str) -> ShardAsset:
     """Make the asset `embeddings/<encoder>`."""
-    key = f"embeddings/{encoder}"
-
-    def provenance(shard: str) -> Provenance:
-        inputs = {"raw_pool": input_fingerprint(project, "raw_pool", shard)}
-        if project.settings.encoders[encoder].precomputed is not None:
-            inputs["source"] = project.listing()[shard]
-        return Provenance(key, shard, CODE_VERSION, parameters(project, encoder), inputs)
+    key = _key(encoder)
 
     def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        rows = _Rows(project, shards)
-        for shard, found in project.encoder(encoder).embed_pool(
-            rows, project.pool, on_rows=lambda done: project.on_progress(key, "", done)
-        ):
-            if isinstance(found, Exception):
-                yield shard, found
-                continue
-            uids = project.lake.read("raw_pool", shard, ["f0", "f1"])
-            table = pa.table(
-                {
-                    "f0": uids["f0"],
-                    "f1": uids["f1"],
-                    "image": vectors_to_column(found.image),
-                    "text": vectors_to_column(found.text),
-                }
+        for along, some in _with_others(project, encoder, shards):
+            others = {name: project.encoder(name) for name in along}
+            rows = _Rows(project, some)
+            found = embed_together(
+                [project.encoder(encoder), *others.values()],
+                rows,
+                project.pool,
+                on_rows=lambda done: project.on_progress(key, "", done),
             )
-            yield shard, Result(table, {"dimensions": int(found.image.shape[1])})
+            with contextlib.closing(found):
+                for shard, (own, *theirs) in found:
+                    for name, result in zip(others, theirs, strict=True):
+                        _write_along(project, name, along[name][shard], result)
+                    yield shard, _outcome(project, shard, own)
 
     return sharded_asset(
         project,
         key=key,
         deps=("raw_pool",),
-        provenance=provenance,
+        provenance=lambda shard: _provenance(project, encoder, shard),
         compute=compute,
         code_version=CODE_VERSION,
         group="embeddings",
@@ -63,6 +61,93 @@ def embeddings(project: Project, encoder: str) -> ShardAsset:
         columns=SCHEMA,
         pool="gpu",
     )
+
+
+def _key(encoder: str) -> str:
+    return f"embeddings/{encoder}"
+
+
+def _provenance(project: Project, encoder: str, shard: str) -> Provenance:
+    inputs = {"raw_pool": input_fingerprint(project, "raw_pool", shard)}
+    if project.settings.encoders[encoder].precomputed is not None:
+        inputs["source"] = project.listing()[shard]
+    return Provenance(_key(encoder), shard, CODE_VERSION, parameters(project, encoder), inputs)
+
+
+def _outcome(project: Project, shard: str, found: Embeddings | EncoderError) -> Outcome:
+    """Give the table of a shard's embeddings, or the error."""
+    if isinstance(found, EncoderError):
+        return found
+    uids = project.lake.read("raw_pool", shard, ["f0", "f1"])
+    table = pa.table(
+        {
+            "f0": uids["f0"],
+            "f1": uids["f1"],
+            "image": vectors_to_column(found.image),
+            "text": vectors_to_column(found.text),
+        }
+    )
+    notes = {"notes": "\n".join(found.notes)} if found.notes else {}
+    return Result(table, {"dimensions": int(found.image.shape[1]), **notes})
+
+
+# What is written for the other encoders of the run
+
+
+def _with_others(
+    project: Project, encoder: str, shards: Sequence[str]
+) -> Iterator[tuple[dict[str, dict[str, Provenance]], list[str]]]:
+    """Part the shards by the other encoders that are to be embedded with them.
+
+    Yields:
+        By encoder and shard, the provenance of what is to be written; and the shards.
+    """
+    parts: dict[tuple[str, ...], list[str]] = {}
+    wanted: dict[str, dict[str, Provenance]] = {}
+    for name in _others(project, encoder):
+        wanted[name] = {shard: due for shard in shards if (due := _due(project, name, shard)) is not None}
+    for shard in shards:
+        parts.setdefault(tuple(name for name, due in wanted.items() if shard in due), []).append(shard)
+    for names, some in parts.items():
+        yield {name: wanted[name] for name in names}, some
+
+
+def _others(project: Project, encoder: str) -> Iterator[str]:
+    """Name the other encoders that this run was asked for and that embed the pool's images, too."""
+    encoders = project.settings.encoders
+    if encoders[encoder].precomputed is not None:
+        return
+    for name, settings in encoders.items():
+        if name != encoder and settings.precomputed is None and _key(name) in project.asked:
+            try:
+                _ = project.encoder(name).loaded
+            except EncoderError:
+                continue  # its own step says why
+            yield name
+
+
+def _due(project: Project, encoder: str, shard: str) -> Provenance | None:
+    """Give the provenance that the encoder's own step would write, or None if it would not write."""
+    try:
+        provenance = _provenance(project, encoder, shard)
+        stored = project.lake.stored(_key(encoder), shard)
+    except (NotReady, LakeError):
+        return None  # its own step says why
+    return None if stored is not None and stored.is_from(provenance) else provenance
+
+
+def _write_along(project: Project, encoder: str, provenance: Provenance, found: Embeddings | EncoderError) -> None:
+    """Write another encoder's embeddings of a shard, with its own provenance and checks."""
+    assert provenance.shard is not None
+    outcome = _outcome(project, provenance.shard, found)
+    if isinstance(outcome, Exception):
+        return  # its own step tries again, and says why
+    key = _key(encoder)
+    try:
+        stored = write(project, key, checks_of(project, key), provenance, outcome)
+    except Exception:  # noqa: BLE001 - its own step tries again, and raises it if it stays
+        return
+    project.made_along.add(stored.fingerprint)
 
 
 class _Rows(Mapping[str, pa.Table]):

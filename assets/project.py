@@ -255,6 +255,8 @@ class Project:
     Attributes:
         on_progress: called as `on_progress(asset, shard, rows)` while rows are worked through; the headless
             command draws its progress bar from it.
+        asked: keys of all assets that the present run was asked for.
+        made_along: fingerprints of files that one asset's step wrote for another that the run was asked for too.
     """
 
     def __init__(self, settings: ProjectSettings, config: Path) -> None:
@@ -268,6 +270,8 @@ class Project:
                 "system is installed"
             ) from error
         self.on_progress: Callable[[str, str, int], None] = _no_progress
+        self.asked: frozenset[str] = frozenset()
+        self.made_along: set[str] = set()
         self._encoders: dict[str, Encoder] = {}
         self._listing: dict[str, str] | None = None
         self._target_fingerprints: dict[tuple[str, str], str] = {}

@@ -165,6 +165,8 @@ def sharded_asset(
     )
     def body(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
         project.look_again()
+        layer = context.op_execution_context.job_def.asset_layer
+        project.asked = frozenset("/".join(key.path) for key in layer.selected_asset_keys)
         if context.selected_asset_keys:
             yield from _run(context, project, asset)
         else:
@@ -230,7 +232,7 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
             errors[shard] = error
             continue
         if stored is not None and stored.is_from(provenance):
-            records.append(_Record(shard, stored, computed=False))
+            records.append(_Record(shard, stored, computed=stored.fingerprint in project.made_along))
             project.on_progress(asset.key, shard, stored.rows)
         else:
             wanted[shard] = provenance
@@ -274,7 +276,7 @@ def _compute(
             errors[shard] = outcome
             continue
         try:
-            stored = _write(project, asset, wanted[shard], outcome)
+            stored = write(project, asset.key, asset.checks, wanted[shard], outcome)
         except Exception as error:  # noqa: BLE001 - raised with all others by the caller
             errors[shard] = error
             continue
@@ -291,9 +293,14 @@ def _check_again(context: dg.AssetExecutionContext, project: Project, asset: Sha
         tell(context, asset.key, shard, found)
 
 
-def _write(project: Project, asset: ShardAsset, provenance: Provenance, result: Result) -> Stored:
-    new = {asset.key: result.table, **result.beside}
-    findings = examine_before_writing(asset.checks, project, asset.key, provenance.shard, new)
+def write(project: Project, key: str, checks: Sequence[Check], provenance: Provenance, result: Result) -> Stored:
+    """Write one shard's tables if the asset's checks let them.
+
+    Raises:
+        CheckFailed: a blocking check failed, and nothing was written.
+    """
+    new = {key: result.table, **result.beside}
+    findings = examine_before_writing(checks, project, key, provenance.shard, new)
     for beside, table in result.beside.items():
         project.lake.write(
             table,

@@ -229,20 +229,18 @@ class Encoder:
         Raises:
             EncoderError: the model itself cannot be loaded.
         """
-        if self.settings.precomputed is not None:
-            yield from self._read_pool(shards, pool, on_rows)
-            return
         together = embed_together([self], shards, pool, on_rows)
         with contextlib.closing(together):
             for name, (found,) in together:
                 yield name, found
 
-    def _read_pool(
+    def read_pool(
         self,
         shards: Mapping[str, pa.Table],
         pool: Pool,
         on_rows: Callable[[int], None] | None,
     ) -> Iterator[tuple[str, Embeddings | EncoderError]]:
+        """Read the embeddings that the pool carries. See `embed_pool`."""
         for name in shards:
             started = time.perf_counter()
             try:
@@ -544,7 +542,7 @@ def embed_together(
     encoder's batch size and workers hold. No encoder's embeddings depend on which others are there.
 
     Args:
-        encoders: each with a model.
+        encoders: each with a model, or one alone whose embeddings the pool carries.
         shards: see `Encoder.embed_pool`.
         pool: where the bytes are.
         on_rows: called with the number of rows just done by all.
@@ -555,6 +553,11 @@ def embed_together(
     Raises:
         EncoderError: a model cannot be loaded.
     """
+    if encoders[0].settings.precomputed is not None:
+        (only,) = encoders
+        for name, found in only.read_pool(shards, pool, on_rows):
+            yield name, [found]
+        return
     models = [encoder.loaded for encoder in encoders]
     looks = {model.look_key: model.look for model in models}
     tokenizers = {model.tokenizer_key: model.tokenizer for model in models}
