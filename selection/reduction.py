@@ -135,16 +135,18 @@ def _kernels(like: Tensor, arithmetic: Arithmetic) -> ModuleType | None:
         raise ValueError(f"arithmetic must be one of {', '.join(get_args(Arithmetic))}, not {arithmetic!r}")
     if like.device.type != "cuda" or like.dtype == torch.float32:
         return None
-    return _triton()
+    return _triton(like.device)
 
 
 @cache
-def _triton() -> ModuleType | None:
+def _triton(device: torch.device) -> ModuleType | None:
+    """The kernels, where they are installed and the device has the shared memory that they are cut for."""
     if find_spec("triton") is None:
         return None
     from selection import triton_reduction
 
-    return triton_reduction
+    enough = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= triton_reduction.SHARED_MEMORY
+    return triton_reduction if enough else None
 
 
 def _add_first(sums: Tensor, first: Tensor, temperature: float) -> Tensor:
