@@ -1,5 +1,7 @@
 """`catalog`: one DuckDB file of views and macros over everything in the lake; it holds no data of its own."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from assets.checks import asset_key
@@ -12,8 +14,12 @@ CODE_VERSION = "2"
 def catalog(project: Project) -> dg.AssetsDefinition:
     """Make the asset `catalog`."""
     settings = project.settings
-    targets = [f"target_embeddings/{e}/{target}" for e, targets in settings.norm_sim.items() for target in targets]
-    deps = ["raw_pool", *settings.score_assets, *targets, *(f"subset/{recipe}" for recipe in settings.recipes)]
+    deps = [
+        "raw_pool",
+        *settings.score_assets,
+        *_targets(project),
+        *(f"subset/{recipe}" for recipe in settings.recipes),
+    ]
 
     @dg.asset(
         key="catalog",
@@ -26,14 +32,24 @@ def catalog(project: Project) -> dg.AssetsDefinition:
         "and `overlap(a, b)`. Opened read-only by any number of people.",
     )
     def body() -> dg.MaterializeResult:
-        path = project.catalog_path()
-        build_catalog(
-            project.lake.local_root(),
-            path,
-            scores=settings.score_assets,
-            targets=targets,
-            recipes=list(settings.recipes),
-        )
-        return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(path))})
+        return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(write_catalog(project)))})
 
     return body
+
+
+def write_catalog(project: Project) -> Path:
+    """Build the project's catalog from what the lake holds now; give its path."""
+    path = project.catalog_path()
+    build_catalog(
+        project.lake.local_root(),
+        path,
+        scores=project.settings.score_assets,
+        targets=_targets(project),
+        recipes=list(project.settings.recipes),
+    )
+    return path
+
+
+def _targets(project: Project) -> list[str]:
+    norm_sim = project.settings.norm_sim
+    return [f"target_embeddings/{encoder}/{target}" for encoder, targets in norm_sim.items() for target in targets]

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from assets.catalog import write_catalog
 from assets.graph import Graph, build_graph
 from assets.project import ConfigError, Project, open_project
 from assets.reproduction import rebuild
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("ui", "open Dagster on the project"),
         ("explain", "say what every recipe did with a sample"),
         ("reproduce", "make a subset's version again from its lineage record alone, and compare"),
+        ("prune", "delete old versions of subsets for good"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, nargs="?", default=DEMO_CONFIG, help="the project's YAML")
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--recipe", required=True)
             command.add_argument("--version", required=True, help="v0001, ...")
             command.add_argument("--into", type=Path, required=True, help="an empty folder")
+        elif name == "prune":
+            command.add_argument("--keep", type=_at_least_one, required=True, help="newest versions of each to keep")
+            command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
         else:
             command.add_argument("--uid", required=True, help="32 hexadecimal characters")
     options = parser.parse_args(arguments)
@@ -72,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             version = Versions(project.lake, options.recipe).read(options.version)
             console.print(f"The same bytes: {rebuild(version.lineage, options.into)}", markup=False, soft_wrap=True)
             return 0
+        if options.command == "prune":
+            return prune(project, options.keep, console, dry_run=options.dry_run)
         return ui(project, options.port)
     except EXPECTED_ERRORS as error:
         Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", end="")
@@ -128,6 +135,26 @@ def explain(project: Project, uid: str, console: Console) -> int:
         if nearest:
             console.print(f"  nearest target: {nearest}", markup=False, highlight=False)
     return 0
+
+
+def prune(project: Project, keep: int, console: Console, *, dry_run: bool = False) -> int:
+    """Delete all but the newest versions of every recipe's subset, and let the catalog forget them."""
+    with _only_pass(project):
+        for recipe in project.settings.recipes:
+            versions = Versions(project.lake, recipe)
+            old = versions.names()[:-keep]
+            console.print(f"subset/{recipe}: {'to be ' if dry_run else ''}deleted: {', '.join(old) or 'none'}")
+            for name in () if dry_run else old:
+                versions.remove(name)
+        if not dry_run:
+            write_catalog(project)
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("the newest version of a subset always stays: 1 or more")
+    return number
 
 
 def prepare_home(project: Project) -> Path:

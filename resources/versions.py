@@ -134,6 +134,17 @@ class Versions:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
         return version
 
+    def remove(self, name: str) -> None:
+        """Remove a version that is not the newest; its record goes first, so that half a version is none.
+
+        Raises:
+            LakeError: it is the newest, from which the next takes its number.
+        """
+        if name == self.names()[-1]:
+            raise LakeError(f"{self.folder}/{name}: the newest version stays. Remedy: name an older one")
+        self.lake.fs.rm_file(self._lineage_path(name))
+        self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
+
     def read_uids(self, name: str, file: str = "manifest.parquet") -> pa.Table:
         """Read columns f0 and f1 of a version's manifest, or of its `source_uids.parquet`."""
         with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:

@@ -14,10 +14,14 @@ import pytest
 
 import dagster_project
 from assets.sharded import SHARDS_NAME
+from dagster_project import command
 from dagster_project.dead_runs import at_work, close_dead_runs
 from dagster_project.definitions import CONFIG_VARIABLE, build_defs
 from dagster_project.shards import RANGE_END, RANGE_START
-from tests.scenario import SHARDS, Scenario
+from resources.catalog import read_catalog
+from resources.lake import LakeError
+from resources.versions import Versions
+from tests.scenario import SHARDS, Scenario, keep
 
 OURS = Path(dagster_project.__file__).with_name("dagster.yaml")
 
@@ -120,3 +124,40 @@ def test_what_reads_whole_shards_and_what_computes_with_vectors_are_in_pools_of_
 def test_dagster_gives_back_what_an_ended_run_holds_of_a_pool(instance: dg.DagsterInstance) -> None:
     assert instance.run_monitoring_enabled
     assert instance.run_monitoring_settings["free_slots_after_run_end_seconds"] == 60
+
+
+# Old versions
+
+
+def test_pruning_deletes_old_versions_and_never_the_newest_and_the_catalog_forgets_them(
+    scenario: Scenario, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for count in (3, 2, 1):
+        scenario.set("recipes", "inside", "steps", value=[keep("norm_sim_2/tiny/pets", count=count)])
+        assert scenario.run().failures == {}
+    project, config = scenario.open(), str(scenario.folder / "project.yaml")
+    versions = Versions(project.lake, "inside")
+    assert versions.names() == ["v0001", "v0002", "v0003"]
+    files = scenario.files()
+    assert command.main(["prune", config, "--keep", "1", "--dry-run"]) == 0
+    assert "subset/inside: to be deleted: v0001, v0002\n" in capsys.readouterr().out
+    assert files.items() <= scenario.files().items()
+
+    assert command.main(["prune", config, "--keep", "1"]) == 0
+    assert versions.names() == ["v0003"]
+    gone = {path for path in files if path.startswith(("subset/inside/v0001/", "subset/inside/v0002/"))}
+    assert scenario.files().keys() == files.keys() - gone | {".pass.lock"}
+    with read_catalog(project.catalog_path()) as con:
+        assert con.sql("SELECT version FROM versions('inside')").fetchall() == [("v0003",)]
+        uid = scenario.manifest("inside")["uid"][0]
+        said = con.sql("SELECT version FROM explain($uid) WHERE recipe = 'inside'", params={"uid": uid}).fetchall()
+        assert set(said) == {("v0003",)}
+    assert scenario.run().computed == {}
+    scenario.set("recipes", "inside", "steps", value=[keep("norm_sim_2/tiny/pets", count=4)])
+    scenario.run()
+    assert versions.names() == ["v0003", "v0004"]
+
+    with pytest.raises(LakeError, match="the newest version stays"):
+        versions.remove("v0004")
+    with pytest.raises(SystemExit):
+        command.main(["prune", config, "--keep", "0"])
