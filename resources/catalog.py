@@ -152,20 +152,28 @@ def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str
     )
 
 
+def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
+    """Write the queries of the pool and of each score asset with every row's place; the latter with columns and names.
+
+    By place and uid a repeated uid meets its own score.
+    """
+    place, options = {"file_row_number": "BIGINT"}, ", file_row_number=true"
+    pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=options)
+    scored = []
+    for asset, names in _score_names(scores).items():
+        typed = _ROW | place | {column: _score_type(column) for column in scores[asset]}
+        query = _files(root, f"{asset}/{_VISIBLE}.parquet", typed, options=options)
+        scored.append((query, list(zip(scores[asset], names, strict=True))))
+    return pool, scored
+
+
 def _pool_scores(root: Path, scores: Mapping[str, Sequence[str]]) -> str:
-    """Join the scores to the pool by place and uid, so that a repeated uid meets its own score."""
-    place = {"file_row_number": "BIGINT"}
-    numbered = ", file_row_number=true"
-    pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=numbered)
+    """Join the scores to the pool."""
+    pool, scored = _numbered(root, scores)
     selected, joins = [f"pool.{_quoted(column)}" for column in POOL_COLUMNS], []
-    for number, (asset, names) in enumerate(_score_names(scores).items()):
-        columns = scores[asset]
-        typed = _ROW | place | {column: _score_type(column) for column in columns}
-        query = _files(root, f"{asset}/{_VISIBLE}.parquet", typed, options=numbered)
+    for number, (query, named) in enumerate(scored):
         joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
-        selected += [
-            f"s{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in zip(columns, names, strict=True)
-        ]
+        selected += [f"s{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in named]
     return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
 
 
@@ -282,7 +290,7 @@ def _explain_macro(
         if "nearest_target" in columns
         for column in columns
     }
-    ctes = ["sample_rows AS (SELECT * FROM pool_scores WHERE f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17))"]
+    ctes = _sample_ctes(root, scores)
     steps = []
     for number, record in enumerate(records):
         ctes.append(f"judged{number} AS ({_judged(con, root, record)})")
@@ -302,6 +310,24 @@ def _explain_macro(
         "UNION ALL BY NAME SELECT 'no subset' AS verdict, 'it is in the pool; no recipe has a version' AS text "
         "WHERE NOT EXISTS (FROM found) AND EXISTS (FROM sample_rows) ORDER BY recipe, step"
     )
+
+
+def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
+    """Write the sample's rows of `pool_scores` as CTEs: the pool's f0 are read for it, and of scores one row group.
+
+    The rows found come first and by themselves, so that DuckDB prunes every score's files by their shard and place.
+    """
+    pool, scored = _numbered(root, scores)
+    ctes = [f"pool_rows AS MATERIALIZED (SELECT * FROM ({pool}) WHERE {_SAMPLE})"]
+    selected, joins = [f"pool_rows.{_quoted(column)}" for column in POOL_COLUMNS], []
+    for number, (query, named) in enumerate(scored):
+        ctes.append(
+            f"score_rows{number} AS MATERIALIZED (SELECT s.* FROM ({query}) AS s "
+            "JOIN pool_rows USING (shard, file_row_number, f0, f1))"
+        )
+        joins.append(f"LEFT JOIN score_rows{number} USING (shard, file_row_number)")
+        selected += [f"score_rows{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in named]
+    return [*ctes, f"sample_rows AS MATERIALIZED (SELECT {', '.join(selected)} FROM pool_rows {' '.join(joins)})"]
 
 
 def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any]) -> str:

@@ -539,3 +539,4 @@ def test_explain_reads_only_the_row_groups_that_may_hold_the_uid(lake):
     one_shard_more = groups["raw_pool/00000"] + 1
     assert scans.count((1, one_shard_more)) == 2
     assert scans.count((1, groups["subset/wide/v0001/manifest"])) == 1
+    assert scans.count((1, 2)) == 1  # of two files of NormSim, one row group each, which the sample's shard tells apart
