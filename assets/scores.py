@@ -54,10 +54,17 @@ def embedding_chunks(
         embeddings: a shard's table of `embeddings/<encoder>`, with its `shard` in the schema's metadata.
         columns: `image`, `text` or both.
     """
+    import torch
+
+    from selection.streaming import resident
+
     vectors = [column_to_vectors(embeddings[column]) for column in columns]
-    for start in range(0, embeddings.num_rows, CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, embeddings.num_rows))
-        yield rows, [to_tensor(v[rows]) for v in vectors]
+
+    def read(rows: slice) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.array(v[rows])) for v in vectors]
+
+    for rows, parts in resident(embeddings.num_rows, CHUNK_ROWS, device(), read):
+        yield rows, parts
         project.on_progress(asset, "", rows.stop - rows.start)
 
 

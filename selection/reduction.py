@@ -28,6 +28,8 @@ Arithmetic = Literal["float32", "bfloat16"]
 # and the next; on CUDA launches are what costs, so tiles are large.
 TILE = {"cpu": (480, 512), "cuda": (4096, 8192)}
 
+_GROUP = 16  # tiles of rows whose parts of the columns' sums are held at once
+
 # Products of float32 by oneDNN where torch has it: on AMD they are twice as fast as `torch.mm`, which is MKL's, and
 # no row's bits depend on its place, which OpenBLAS's do (docs/decisions/0004-engine.md).
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -85,16 +87,27 @@ def log_sum_exp_both(
     """
     if kernels := _kernels(rows, arithmetic):
         return kernels.log_sum_exp_both(rows, columns, temperature=temperature)
-    tiles = Tiles(rows, arithmetic)
-    none = torch.full((max(len(rows), len(columns)),), -math.inf, device=rows.device)
-    by_row = LogSumExp(none[: len(rows)], temperature, 1, torch.empty_like(tiles.products))
-    by_column = LogSumExp(none[: len(columns)], temperature, 0, tiles.products)
-    for at in spans(len(rows), tiles.height):
-        for where, similarities in tiles.similarities(tiles.rows(rows, at), columns):
-            real = similarities[: at.stop - at.start]
-            by_row.update(real, at)
-            by_column.update(real, where)
-    return by_row.value(), by_column.value()
+    by_row = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    by_column = torch.full((1, len(columns)), -math.inf, dtype=torch.float64, device=rows.device)
+    height = TILE["cpu" if rows.device.type == "cpu" else "cuda"][0]
+    for some in spans(len(rows), _GROUP * height):
+        # Tiles of rows end in any order; their parts of the columns' sums are added in one.
+        parts = by_column.new_full((_GROUP, len(columns)), -math.inf)
+
+        def task(tiles: Tiles, at: slice, some: slice = some, parts: Tensor = parts) -> None:
+            at = slice(some.start + at.start, some.start + at.stop)
+            none = torch.full((max(tiles.height, len(columns)),), -math.inf, device=rows.device)
+            along_rows = LogSumExp(none[: tiles.height], temperature, 1, torch.empty_like(tiles.products))
+            along_columns = LogSumExp(none[: len(columns)], temperature, 0, tiles.products)
+            for where, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+                along_rows.update(similarities)
+                along_columns.update(similarities[: at.stop - at.start], where)
+            by_row[at] = along_rows.value()[: at.stop - at.start]
+            parts[(at.start - some.start) // tiles.height] = along_columns.value()
+
+        for_each_tile(some.stop - some.start, rows, task, arithmetic)
+        by_column = temperature * (torch.cat([by_column, parts]) / temperature).logsumexp(0, keepdim=True)
+    return by_row, by_column[0]
 
 
 def largest(rows: Tensor, columns: Tensor, *, arithmetic: Arithmetic = "float32") -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from selection.reduction import LogSumExp, MaxAbs, Tiles, for_each_tile, largest, log_sum_exp, spans
+from selection.reduction import LogSumExp, MaxAbs, Tiles, for_each_tile, largest, log_sum_exp, log_sum_exp_both, spans
+from selection.streaming import resident
 
 
 def imported_by(statement):
@@ -141,6 +142,48 @@ def test_log_sum_exp_of_tiles_is_that_of_the_whole_on_either_side(height, widths
         start += width
     expected = temperature * (whole.double() / temperature).logsumexp(dim)
     assert_close(sums.value(), expected, atol=2e-7 + 2e-7 * temperature, rtol=2e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_of_both_sides_are_those_of_the_whole_over_many_tiles(threads):
+    generator = torch.Generator().manual_seed(1)
+    left, right = torch.rand(17 * 480 + 5, 3, generator=generator) - 0.5, torch.rand(530, 3, generator=generator) - 0.5
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        by_row, by_column = log_sum_exp_both(left, right, temperature=0.1)
+    finally:
+        torch.set_num_threads(before)
+    s = left.double() @ right.double().T
+    assert_close(by_row, 0.1 * (s / 0.1).logsumexp(1), atol=3e-7, rtol=0)
+    assert_close(by_column, 0.1 * (s / 0.1).logsumexp(0), atol=3e-7, rtol=0)
+    assert torch.equal(by_column, log_sum_exp_both(left, right, temperature=0.1)[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+    ],
+)
+def test_each_row_passes_once_and_in_order(count, device):
+    rows = torch.arange(count * 3.0).view(count, 3)
+    asked = []
+
+    def read(at):
+        asked.append(at)
+        return [rows[at], rows[at, 0]]
+
+    passed = list(resident(count, 4, torch.device(device), read))
+    assert asked == [at for at, _ in passed]
+    for at, (whole, column) in passed:
+        assert whole.device.type == device
+        assert len(whole) <= 4
+        assert torch.equal(whole.cpu(), rows[at])
+        assert torch.equal(column.cpu(), rows[at, 0])
+    assert torch.equal(torch.cat([torch.empty(0, 3), *(parts[0].cpu() for _, parts in passed)]), rows)
 
 
 def test_log_sum_exp_counts_its_first_term():

@@ -78,7 +78,7 @@ def results(tmp_path_factory):
     problems.append((signs, copies, 0.05))
     for case, problem in enumerate(problems):
         torch.save(problem, folder / f"{case}.pt")
-    in_a_process(RUN, str(folder), str(len(problems)), TRITON_INTERPRET="1")
+    in_a_process(RUN, str(folder), str(len(problems)), TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1")
     return [(*problem, torch.load(folder / f"{case}.found")) for case, problem in enumerate(problems)]
 
 
