@@ -1,9 +1,13 @@
 """How fast tars are walked, images decoded, metadata read, and a model kept busy.
 
-    python -m benchmarks.reading [--embedding] [--json PATH]
+    python -m benchmarks.reading [--embedding] [--model ViT-L-14] [--device cuda] [--batch 256] [--json PATH]
+    python -m benchmarks.reading --settings [--model …] [--device …] [--batch …]
+    python -m benchmarks.reading --draft examples/photographs.yaml
 
 The fractions compare two ways of doing the same work, timed in turns within one run. `--embedding`
-builds a ViT-B-32 with random weights and takes some minutes on two cores.
+also builds a model with random weights (ViT-B-32; some minutes on two cores), and tells how many
+cores have to decode to keep it busy. `--settings` compares precisions, memory formats and
+torch.compile on the same model, `--draft` the two ways of decoding on photographs.
 """
 
 import argparse
@@ -23,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from resources.encoders import Embeddings, Encoder
-from resources.pools import open_pool
+from benchmarks import encoding
+from resources.pools import Pool, open_pool
 from resources.settings import EncoderSettings, PoolSettings, available_cores
 from resources.tars import walk
 
@@ -33,17 +37,21 @@ DECODE_SAMPLES = 2_000
 METADATA_ROWS = 100_000
 REPEATS = 5
 SIDE = 256  # pixels: what img2dataset writes by default
+MODEL = "ViT-B-32"
 BATCH = 16
-TIMED_BATCHES = 9
-WARM_BATCHES = 3
 
 
-def measure(repeats: int = REPEATS, *, embedding: bool = False) -> dict[str, Any]:
+def measure(
+    repeats: int = REPEATS, *, embedding: bool = False, model: str = MODEL, device: str = "cpu", batch: int = BATCH
+) -> dict[str, Any]:
     """Time the readers on generated data.
 
     Args:
         repeats: interleaved repeats; medians are reported.
         embedding: whether to time a model as well.
+        model: its name in open_clip.
+        device: where it runs.
+        batch: samples a forward pass.
 
     Returns:
         One figure each by name: samples a second, or fractions.
@@ -52,7 +60,7 @@ def measure(repeats: int = REPEATS, *, embedding: bool = False) -> dict[str, Any
         folder = Path(name)
         figures = _tars(repeats) | _decoding(folder, repeats) | _metadata(folder, repeats)
         if embedding:
-            figures |= _embedding(folder)
+            figures |= encoding.keep_busy(*_pool(folder), encoding.save_model(folder, model), batch, device)
     return {"cores": available_cores()} | figures
 
 
@@ -152,66 +160,37 @@ def _metadata(folder: Path, repeats: int) -> dict[str, float]:
     }
 
 
-def _embedding(folder: Path) -> dict[str, float]:
-    """Embedding of a pool beside the bare model on ready tensors, batch by batch in turns.
-
-    Both models are one and the same. A batch's turn begins when the next one is asked for, which is
-    when a process begins to decode a later one: so decoding is counted as long as the model, and
-    not the decoding, is what takes the time.
-    """
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    place = folder / "vit"
-    place.mkdir()
-    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {}}
-    (place / "open_clip_config.json").write_text(json.dumps(config))
-    state = open_clip.create_model("ViT-B-32", pretrained=None).state_dict()
-    half = {name: tensor.half().contiguous() for name, tensor in state.items()}
-    save_file(half, place / "open_clip_model.safetensors")
-    del state, half
-
+def _pool(folder: Path) -> tuple[Pool, pa.Table]:
+    """The generated pool and the rows of its shard."""
     pool = open_pool(PoolSettings(path=str(folder)), {})
-    rows = pool.read_shard("00000").rows.slice(0, (WARM_BATCHES + TIMED_BATCHES + 4) * BATCH)
-    settings = EncoderSettings(model=f"local-dir:{place}", batch_size=BATCH)
-    encoder = Encoder("vit", settings)
-    model = encoder.loaded.model
-    pixels = torch.randn(BATCH, 3, 224, 224)
-    tokens = encoder.loaded.tokenizer(rows["caption"].to_pylist()[:BATCH])
-    bare: list[float] = []
-    embedding: list[float] = []
-    started = time.perf_counter()
-
-    def take_turns(_: int) -> None:
-        nonlocal started
-        embedding.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            model.encode_image(pixels)
-            model.encode_text(tokens)
-        bare.append(time.perf_counter() - started)
-        started = time.perf_counter()
-
-    for _, found in encoder.embed_pool({"00000": rows}, pool, on_rows=take_turns):
-        if not isinstance(found, Embeddings):
-            raise found
-    timed = slice(WARM_BATCHES, WARM_BATCHES + TIMED_BATCHES)  # the last ones have none to decode
-    return {
-        "embedding_samples_per_second": BATCH / median(embedding[timed]),
-        "embedding_of_bare_forward": median(bare[timed]) / median(embedding[timed]),
-    }
+    return pool, pool.read_shard("00000").rows
 
 
 def main() -> None:
     """Print the figures, and write them where --json says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
-    parser.add_argument("--embedding", action="store_true", help="time a ViT-B-32 as well")
+    parser.add_argument("--embedding", action="store_true", help="time a model as well, and what feeds it")
+    parser.add_argument("--settings", action="store_true", help="time the model's settings instead of the readers")
+    parser.add_argument(
+        "--draft", type=Path, metavar="CONFIG", help="compare draft decoding on a project's pool instead"
+    )
+    parser.add_argument("--model", default=MODEL, help="an open_clip model's name")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples a forward pass")
     arguments = parser.parse_args()
-    figures = measure(embedding=arguments.embedding)
-    for name, figure in figures.items():
-        print(f"{name:46} {figure:,.3f}" if figure < 10 else f"{name:46} {figure:,.0f}")
+    chosen = {"model": arguments.model, "device": arguments.device, "batch": arguments.batch}
+    with tempfile.TemporaryDirectory() as name:
+        if arguments.settings:
+            place = encoding.save_model(Path(name), arguments.model)
+            figures: dict[str, Any] = chosen | encoding.settings(place, arguments.batch, arguments.device)
+        elif arguments.draft:
+            figures = encoding.draft(arguments.draft, Path(name))
+        else:
+            figures = measure(embedding=arguments.embedding, **chosen)
+    for figure_name, figure in figures.items():
+        text = f"{figure:,.3f}" if isinstance(figure, float) and figure < 10 else f"{figure:,.0f}"
+        print(f"{figure_name:46} {figure if isinstance(figure, str) else text}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

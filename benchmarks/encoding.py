@@ -1,0 +1,270 @@
+"""What keeps an encoder busy: decoding beside the forward pass, the settings of the model, and draft decoding.
+
+Called by `benchmarks.reading`, which has the command line. Weights are random: they don't change how long anything
+takes.
+"""
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from assets.project import open_project
+from resources.decoding import Prepare, ShardWork
+from resources.encoders import Embeddings, Encoder, embed_together
+from resources.pools import Pool, open_pool
+from resources.settings import EncoderSettings, PoolSettings
+
+WARM_BATCHES = 3
+TIMED_BATCHES = 9
+DECODED = 256
+PHOTOGRAPHS = 400
+TOP = 0.3
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp32_channels_last": {"channels_last": True},
+    "bf16": {"precision": "bf16"},
+    "amp_bf16": {"precision": "amp_bf16"},
+    "fp32_compiled": {"compile": True},
+}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model on a device, and the input of one forward pass of it."""
+
+    encoder: Encoder
+    pixels: Any
+    tokens: Any
+
+    def seconds(self) -> float:
+        """Time one pass over ready tensors."""
+        start = time.perf_counter()
+        self.encoder.loaded.encode(self.pixels, self.tokens)
+        wait(self.encoder)
+        return time.perf_counter() - start
+
+
+def save_model(folder: Path, model: str) -> Path:
+    """Write a model of open_clip's with random weights, as `local-dir:` loads it."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    place = folder / model
+    place.mkdir()
+    config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": {}}
+    (place / "open_clip_config.json").write_text(json.dumps(config))
+    state = open_clip.create_model(model, pretrained=None).state_dict()
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in state.items()}, place / "open_clip_model.safetensors"
+    )
+    return place
+
+
+def forward(place: Path, batch: int, device: str, **options: Any) -> Forward:
+    """Load a model and lay one batch of input ready on its device."""
+    import torch
+
+    settings = EncoderSettings(model=f"local-dir:{place}", batch_size=batch, device=device, **options)
+    encoder = Encoder("model", settings)
+    model = encoder.loaded
+    size = model.model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, 3, height, width, generator=generator).to(model.device)
+    tokens = model.tokenizer(["a caption of ordinary length, number 1, of nothing"] * batch).to(model.device)
+    return Forward(encoder, pixels, tokens)
+
+
+def wait(encoder: Encoder) -> None:
+    """Let the device finish what it was given."""
+    import torch
+
+    if encoder.loaded.device.type == "cuda":
+        torch.cuda.synchronize(encoder.loaded.device)
+
+
+def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int, device: str) -> dict[str, float]:
+    """Embedding of a pool beside the bare forward pass, and how many cores have to decode for it.
+
+    Args:
+        pool: a pool with one shard, 00000.
+        rows: its rows.
+        place: the model's folder.
+        batch: samples a forward pass.
+        device: as in an encoder's settings.
+    """
+    bare = forward(place, batch, device)
+    on_gpu = bare.encoder.loaded.device.type == "cuda"
+    batches = WARM_BATCHES + TIMED_BATCHES + 4  # the last ones have none to decode
+    some = rows.take(np.arange(batches * batch) % len(rows))
+    ratio, rate = (_stream if on_gpu else _in_turns)(bare, {"00000": some}, pool)
+    decoded, tokenised = _prepared_per_second(bare.encoder, rows, pool)
+    return {
+        "bare_forward_samples_per_second": rate / ratio,
+        "embedding_samples_per_second": rate,
+        "embedding_of_bare_forward": ratio,
+        "prepared_samples_per_second_per_core": decoded,
+        "tokenised_captions_per_second_per_core": tokenised,
+        "cores_that_keep_the_model_busy": rate / ratio / decoded,
+    }
+
+
+def _in_turns(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
+    """The embedding's rate as a fraction of the bare pass's, and the rate, batch by batch in turns.
+
+    Both models are one and the same. A batch's turn begins when the next one is asked for, which is when a process
+    begins to decode a later one: so decoding is counted as long as the model, and not the decoding, is what takes the
+    time.
+    """
+    alone: list[float] = []
+    embedding: list[float] = []
+    started = time.perf_counter()
+
+    def take_turns(_: int) -> None:
+        nonlocal started
+        embedding.append(time.perf_counter() - started)
+        alone.append(bare.seconds())
+        started = time.perf_counter()
+
+    _embed(bare.encoder, shards, pool, take_turns)
+    timed = slice(WARM_BATCHES, WARM_BATCHES + TIMED_BATCHES)
+    took = median(embedding[timed])
+    return median(alone[timed]) / took, len(bare.pixels) / took
+
+
+def _stream(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
+    """The same where the model runs beside the processor: the bare pass first, then the embedding without a pause."""
+    alone = median([bare.seconds() for _ in range(WARM_BATCHES + TIMED_BATCHES)][WARM_BATCHES:])
+    at: list[float] = []
+
+    def note(_: int) -> None:
+        wait(bare.encoder)
+        at.append(time.perf_counter())
+
+    _embed(bare.encoder, shards, pool, note)
+    took = (at[WARM_BATCHES + TIMED_BATCHES - 1] - at[WARM_BATCHES - 1]) / TIMED_BATCHES
+    return alone / took, len(bare.pixels) / took
+
+
+def _embed(encoder: Encoder, shards: dict[str, pa.Table], pool: Pool, on_rows: Callable[[int], None]) -> None:
+    for _, found in encoder.embed_pool(shards, pool, on_rows=on_rows):
+        if not isinstance(found, Embeddings):
+            raise found
+
+
+def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[float, float]:
+    """Samples that one decoding process makes ready for a model in a second, and captions that it tokenises."""
+    import torch
+
+    model = encoder.loaded
+    prepare = Prepare([model.look], [model.tokenizer])
+    items = list(ShardWork({"00000": rows.slice(0, DECODED)}, pool, 32))
+    captions = rows["caption"].slice(0, DECODED).to_pylist()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a decoding process
+    try:
+        decoding, tokenising = [], []
+        for _ in range(3):
+            start = time.perf_counter()
+            for item in items:
+                if (error := prepare[item].error) is not None:
+                    raise RuntimeError(error)
+            decoding.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            model.tokenizer(captions)
+            tokenising.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return len(captions) / median(decoding), len(captions) / median(tokenising)
+
+
+def settings(place: Path, batch: int, device: str) -> dict[str, float]:
+    """The forward pass under an encoder's settings, in turns; each as a multiple of the plain float32 one."""
+    forwards = {name: forward(place, batch, device, **options) for name, options in VARIANTS.items()}
+    for one in forwards.values():
+        one.seconds()
+    turns = [{name: one.seconds() for name, one in forwards.items()} for _ in range(5)]
+    figures = {"fp32_samples_per_second": batch / median(turn["fp32"] for turn in turns)}
+    plain = forwards["fp32"].encoder.loaded.encode(forwards["fp32"].pixels, forwards["fp32"].tokens)
+    for name, one in forwards.items():
+        if name != "fp32":
+            figures[f"{name}_of_fp32"] = median(turn["fp32"] / turn[name] for turn in turns)
+            found = one.encoder.loaded.encode(one.pixels, one.tokens)
+            away = (found[0].float() * plain[0].float()).sum(1)
+            figures[f"{name}_smallest_cosine"] = float(away.min())
+    return figures
+
+
+def draft(config: Path, folder: Path) -> dict[str, float]:
+    """Draft decoding beside exact decoding on a project's photographs, stored and enlarged.
+
+    Args:
+        config: a project's YAML; its first encoder and its first shard's first rows are taken.
+        folder: where enlarged pools may be written.
+    """
+    project = open_project(config)
+    shard = min(project.listing())
+    rows = project.pool.read_shard(shard).rows.slice(0, PHOTOGRAPHS)
+    with Path(project.pool.image_url(shard)).open("rb") as file:
+        pictures = [
+            _at(file, *where)
+            for where in zip(rows["image_offset"].to_pylist(), rows["image_size"].to_pylist(), strict=True)
+        ]
+    given = next(iter(project.settings.encoders.values()))
+    encoders = [Encoder(mode, given.model_copy(update={"decode": mode})) for mode in ("exact", "draft")]
+    figures: dict[str, float] = {"photographs": len(rows)}
+    for times in (1, 3, 4):
+        place = folder / f"times_{times}"
+        place.mkdir()
+        _write(place / "00000.tar", [_enlarged(data, times) for data in pictures], rows["caption"].to_pylist())
+        pool = open_pool(PoolSettings(path=str(place)), {})
+        table = pool.read_shard("00000").rows
+        ((_, (exact, rough)),) = embed_together(encoders, {"00000": table}, pool)
+        if not isinstance(exact, Embeddings) or not isinstance(rough, Embeddings):
+            raise TypeError(f"{exact}, {rough}")
+        scores = [np.einsum("nd,nd->n", *(x.astype(np.float64) for x in (e.image, e.text))) for e in (exact, rough)]
+        kept = int(len(table) * TOP)
+        top = [set(np.argsort(-score, kind="stable")[:kept].tolist()) for score in scores]
+        rates = [_prepared_per_second(encoder, table, pool)[0] for encoder in encoders]
+        figures |= {
+            f"times_{times}_exact_prepared_per_second_per_core": rates[0],
+            f"times_{times}_draft_of_exact": rates[1] / rates[0],
+            f"times_{times}_clip_score_mean_difference": float(np.abs(scores[0] - scores[1]).mean()),
+            f"times_{times}_clip_score_largest_difference": float(np.abs(scores[0] - scores[1]).max()),
+            f"times_{times}_clip_score_spread": float(scores[0].std()),
+            f"times_{times}_top_30_percent_changed": 1 - len(top[0] & top[1]) / kept,
+        }
+    return figures
+
+
+def _at(file: Any, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _enlarged(data: bytes, times: int) -> bytes:
+    if times == 1:
+        return data
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    out = io.BytesIO()
+    image.resize((image.width * times, image.height * times), Image.Resampling.LANCZOS).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _write(path: Path, pictures: list[bytes], captions: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            for suffix, data in (("jpg", picture), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
