@@ -38,23 +38,23 @@ def measure(shards: int = SHARDS) -> dict[str, float]:
             (folder / f"pool/{shard}.npz").touch()
         project = open_project(_config(folder))
         graph = build_graph(project)
-        ticks = _Ticks(instance, build_defs(project, graph))
+        ticks = Ticks(instance, build_defs(project, graph))
         found = {
             "shards": shards,
-            "discovery": ticks.time("discover_shards"),
-            "discovery_nothing_new": ticks.time("discover_shards"),
-            "follow_all_new": ticks.time("follow_shards"),
+            "discovery": ticks.seconds("discover_shards"),
+            "discovery_nothing_new": ticks.seconds("discover_shards"),
+            "follow_all_new": ticks.seconds("follow_shards"),
         }
         _fill(project, graph, names)
-        found["follow_full_look"] = ticks.time("follow_shards")
-        found["follow_nothing_new"] = ticks.time("follow_shards")
-        ticks.time("refresh_subsets")
-        found["subset_full_look"] = ticks.time("refresh_subsets")
+        found["follow_full_look"] = ticks.seconds("follow_shards")
+        found["follow_nothing_new"] = ticks.seconds("follow_shards")
+        ticks.seconds("refresh_subsets")
+        found["subset_full_look"] = ticks.seconds("refresh_subsets")
         assert len(instance.get_dynamic_partitions(SHARDS_NAME)) == shards
         return found
 
 
-class _Ticks:
+class Ticks:
     """Evaluates sensors as the daemon does, keeping cursors and partitions."""
 
     def __init__(self, instance: dg.DagsterInstance, defs: dg.Definitions) -> None:
@@ -62,15 +62,19 @@ class _Ticks:
         self.defs = defs
         self.cursors: dict[str, str | None] = {}
 
-    def time(self, name: str) -> float:
+    def seconds(self, name: str) -> float:
         """Give the seconds that a tick took."""
+        return self.tick(name)[0]
+
+    def tick(self, name: str) -> tuple[float, list[dg.RunRequest]]:
+        """Give the seconds that a tick took, and the runs that it requests."""
         started = time.perf_counter()
         context = dg.build_sensor_context(self.instance, cursor=self.cursors.get(name), definitions=self.defs)
         found = self.defs.resolve_sensor_def(name).evaluate_tick(context)
         self.cursors[name] = found.cursor
         for request in found.dynamic_partitions_requests or []:
             self.instance.add_dynamic_partitions(SHARDS_NAME, list(request.partition_keys))
-        return time.perf_counter() - started
+        return time.perf_counter() - started, list(found.run_requests or [])
 
 
 def _config(folder: Path) -> Path:

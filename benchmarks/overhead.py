@@ -1,34 +1,50 @@
-"""What Dagster and our bookkeeping cost beside the work itself: many tiny shards through one asset in one run.
+"""What Dagster and our bookkeeping cost beside the work itself.
+
+Here: many tiny shards through one asset in one run, the event log alone, and the start of a run's process. How the
+cost grows with the pool: `benchmarks.growth`.
 
 python -m benchmarks.overhead
 """
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from dagster._core.code_pointer import ModuleCodePointer  # what starts a run's process is exported nowhere
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
+from dagster._core.utils import make_new_run_id
+from dagster._grpc.types import ExecuteRunArgs
 
 from assets.graph import build_graph
 from assets.project import Project, open_project
-from assets.sharded import Result, ShardAsset
+from assets.sharded import SHARDS_NAME, Result, ShardAsset
 from dagster_project import command
-from dagster_project.headless import materialize
+from dagster_project.definitions import CONFIG_VARIABLE, build_defs
+from dagster_project.event_log import kept_open
+from dagster_project.headless import QUIET, materialize
 
 SHARDS = 100
 ROWS = 4
 WIDTH = 8
+EVENTS = 50
 
 
 def measure(shards: int = SHARDS) -> dict[str, Any]:
     """Time a pass over `shards` tiny shards, and the same assets' own work without Dagster."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _project(Path(folder), shards)
+        config = write_project(Path(folder), shards)
         began: list[tuple[str, float]] = []
         project = open_project(config)
         with command.open_instance(project) as instance:
@@ -41,13 +57,67 @@ def measure(shards: int = SHARDS) -> dict[str, Any]:
             materialize(project, build_graph(project), instance, notice=lambda *_: None)
             idle = time.perf_counter() - started
         own = _own_work(open_project(config), "clip_score/b32")
+    plain, kept = _events(kept=False), _events(kept=True)
     return {
         "shards": shards,
         "pass_ms_per_shard_and_asset": 1000 * seconds["clip_score/b32"] / shards,
         "own_work_ms_per_shard": 1000 * own / shards,
         "overhead_ms_per_shard_and_asset": 1000 * (seconds["clip_score/b32"] - own) / shards,
         "idle_pass_ms_per_shard": 1000 * idle / shards,
+        "ms_per_event": 1000 * kept,
+        "event_log_kept_open_speedup": plain / kept,
+        "run_start_seconds": run_start(),
     }
+
+
+def run_start() -> float:
+    """Give the seconds from the start of a run's process, as the web server's launcher starts it, to its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_project(Path(folder), 1)
+        project = open_project(config)
+        with command.open_instance(project) as instance:
+            shards = sorted(project.listing())
+            instance.add_dynamic_partitions(SHARDS_NAME, shards)
+            job = build_defs(project).resolve_implicit_global_asset_job_def()
+            code = ModuleCodePointer("dagster_project.definitions", "defs")
+            origin = JobPythonOrigin(job.name, RepositoryPythonOrigin(sys.executable, code))
+            run = instance.create_run_for_job(
+                job,
+                run_id=make_new_run_id(),
+                asset_selection={dg.AssetKey("raw_pool")},
+                tags={"dagster/partition": shards[0]},
+                job_code_origin=origin,
+            )
+            started = time.time()
+            subprocess.run(
+                ExecuteRunArgs(origin, run.run_id, instance.get_ref(), True).get_command_args(),
+                check=True,
+                capture_output=True,
+                env={**os.environ, CONFIG_VARIABLE: str(config)},
+            )
+            steps = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.STEP_START).records
+            return steps[0].event_log_entry.timestamp - started
+
+
+def _events(*, kept: bool) -> float:
+    """Give the seconds an event, in a run that logs nothing else."""
+
+    @dg.asset(output_required=False)
+    def logger(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        yield from ()
+        started = time.perf_counter()
+        for number in range(EVENTS):
+            context.log_event(dg.AssetMaterialization("logger", metadata={"number": number}))
+        seconds.append((time.perf_counter() - started) / EVENTS)
+
+    seconds: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        dg.DagsterInstance.local_temp(folder) as instance,
+        kept_open(instance) if kept else nullcontext(),
+    ):
+        dg.materialize([logger], instance=instance, run_config=QUIET)
+    return seconds[0]
 
 
 def _own_work(project: Project, key: str) -> float:
@@ -63,17 +133,21 @@ def _own_work(project: Project, key: str) -> float:
     return time.perf_counter() - started
 
 
-def _project(folder: Path, shards: int) -> Path:
-    pool = folder / "pool"
-    pool.mkdir()
-    generator = np.random.default_rng(0)
+def write_shard(pool: Path, number: int) -> None:
+    """Write a shard of DataComp metadata with stored embeddings."""
+    uids = [f"{number:016x}{row:016x}" for row in range(ROWS)]
+    vectors = np.random.default_rng(number).standard_normal((2, ROWS, WIDTH))
+    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+    pq.write_table(pa.table({"uid": uids, "text": uids, "url": uids}), pool / f"{number:05d}.parquet")
+    image, text = vectors.astype(np.float16)
+    np.savez(pool / f"{number:05d}.npz", b32_img=image, b32_txt=text)
+
+
+def write_project(folder: Path, shards: int, recipes: dict[str, Any] | None = None) -> Path:
+    """Write a pool of tiny shards and a project over it; give the project's YAML."""
+    (folder / "pool").mkdir()
     for number in range(shards):
-        uids = [f"{number:016x}{row:016x}" for row in range(ROWS)]
-        vectors = generator.standard_normal((2, ROWS, WIDTH))
-        vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
-        pq.write_table(pa.table({"uid": uids, "text": uids, "url": uids}), pool / f"{number:05d}.parquet")
-        image, text = vectors.astype(np.float16)
-        np.savez(pool / f"{number:05d}.npz", b32_img=image, b32_txt=text)
+        write_shard(folder / "pool", number)
     config = folder / "project.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -83,6 +157,7 @@ def _project(folder: Path, shards: int) -> Path:
                 "pool": {"path": "pool", "format": "datacomp"},
                 "encoders": {"b32": {"precomputed": "b32", "temperature": 0.01}},
                 "scores": {"neg_clip_loss": {}},
+                "recipes": recipes or {},
             }
         )
     )
