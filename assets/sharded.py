@@ -232,7 +232,9 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
             errors[shard] = error
             continue
         if stored is not None and stored.is_from(provenance):
-            records.append(_Record(shard, stored, computed=stored.fingerprint in project.made_along))
+            along = stored.fingerprint in project.made_along
+            project.made_along.discard(stored.fingerprint)
+            records.append(_Record(shard, stored, computed=along))
             project.on_progress(asset.key, shard, stored.rows)
         else:
             wanted[shard] = provenance
