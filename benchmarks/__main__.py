@@ -1,34 +1,83 @@
-"""Measure everything in one run and print it: `make bench`.
+"""Measure everything in its short form, print it, and compare the ratios with the bars: `make bench`.
 
-python -m benchmarks [--json PATH]
+python -m benchmarks [--only PART ...] [--enforce] [--json PATH]
 """
 
 import argparse
+import gc
 import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks import overhead, reading, scores
+from benchmarks import discovery, growth, overhead, reading, scores, selecting
+from benchmarks.bars import Compared, compare, read_bars, still_broken
 
 
-def main() -> None:
-    """Run the benchmarks; print, and write where asked, what came out."""
+def _selecting() -> dict[str, Any]:
+    found = selecting.measure()
+    return found | {"by_hand_of_time": 1 / found["time_of_by_hand"]}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "scores": scores.measure,
+    "reading": lambda: reading.measure(embedding=True),
+    "selecting": _selecting,
+    "framework": overhead.measure,
+    "discovery": lambda: discovery.measure(2_000),
+    "growth": growth.measure,
+}
+
+
+def main() -> int:
+    """Run the benchmarks; print, and write where asked, what came out.
+
+    Returns:
+        The process's exit code: 1 where bars are enforced and one is broken in three runs.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--enforce", action="store_true", help="measure again what is broken; fail if it stays broken")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
     arguments = parser.parse_args()
-    found = {
-        "scores": scores.measure(),
-        "reading": reading.measure(embedding=True),
-        "framework": overhead.measure(),
-    }
-    for part, figures in found.items():
-        print(part)
-        for name, figure in figures.items():
-            shown = f"{figure:,.3f}" if isinstance(figure, float) else figure
-            print(f"  {name:46} {shown}")
+    bars = read_bars()
+    found: dict[str, Mapping[str, Any]] = {}
+    compared: list[Compared] = []
+    broken: list[Compared] = []
+    for part in arguments.only:
+        found[part] = _measured(part)
+        compared += compare(bars.get(part, {}), part, found[part])
+        if arguments.enforce:
+            broken += still_broken(bars.get(part, {}), part, found[part], partial(_measured, part))
+    print(_table(compared))
+    for one in broken:
+        print(f"{one.part}: {one.name} was more than a third below its bar in three runs of three")
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if broken else 0
+
+
+def _measured(part: str) -> dict[str, Any]:
+    """Run one benchmark and print its figures."""
+    gc.collect()  # what the parts before have left is not this one's
+    started = time.perf_counter()
+    figures = PARTS[part]()
+    print(f"{part} ({time.perf_counter() - started:.0f} s)")
+    for name, figure in figures.items():
+        shown = f"{figure:,.3f}" if isinstance(figure, float) else figure
+        print(f"  {name:46} {shown}", flush=True)
+    return figures
+
+
+def _table(compared: Sequence[Compared]) -> str:
+    lines = [f"{'ratio':58} {'measured':>9} {'bar':>7}"]
+    lines += [f"{f'{one.part}: {one.name}':58} {one.ratio:9.2f} {one.bar:7.2f}  {one.mark}" for one in compared]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -63,6 +63,7 @@ def measure(shards: int = SHARDS) -> dict[str, Any]:
         "pass_ms_per_shard_and_asset": 1000 * seconds["clip_score/b32"] / shards,
         "own_work_ms_per_shard": 1000 * own / shards,
         "overhead_ms_per_shard_and_asset": 1000 * (seconds["clip_score/b32"] - own) / shards,
+        "own_work_of_pass": own / seconds["clip_score/b32"],
         "idle_pass_ms_per_shard": 1000 * idle / shards,
         "ms_per_event": 1000 * kept,
         "event_log_kept_open_speedup": plain / kept,
