@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.run_request import InstigatorType
 
 import dagster_project
 from assets.sharded import SHARDS_NAME
@@ -23,6 +25,7 @@ from resources.lake import LakeError
 from resources.versions import Versions
 from tests.scenario import SHARDS, Scenario, keep
 
+PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
 OURS = Path(dagster_project.__file__).with_name("dagster.yaml")
 
 
@@ -126,7 +129,29 @@ def test_dagster_gives_back_what_an_ended_run_holds_of_a_pool(instance: dg.Dagst
     assert instance.run_monitoring_settings["free_slots_after_run_end_seconds"] == 60
 
 
-# Old versions
+# What is kept
+
+
+def test_ticks_are_kept_as_long_as_the_page_says(instance: dg.DagsterInstance) -> None:
+    kept = instance.get_tick_retention_settings(InstigatorType.SENSOR)
+    assert {status.value: days for status, days in kept.items() if days > 0} == {
+        "SKIPPED": 7,
+        "SUCCESS": 90,
+        "FAILURE": 90,
+    }
+
+
+def test_the_page_s_lines_delete_old_runs_that_have_ended_and_no_others(
+    instance: dg.DagsterInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    under_way, ended = (instance.create_run_for_job(dg.job(name="any")(lambda: None)) for _ in range(2))
+    instance.report_run_failed(ended)
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    exec(lines)
+    assert {run.run_id for run in instance.get_runs()} == {under_way.run_id, ended.run_id}
+    exec(lines.replace("days=90", "days=-1"))
+    assert {run.run_id for run in instance.get_runs()} == {under_way.run_id}
 
 
 def test_pruning_deletes_old_versions_and_never_the_newest_and_the_catalog_forgets_them(
