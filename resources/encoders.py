@@ -539,7 +539,8 @@ def embed_together(
     """Embed shards with several encoders in one pass over the images.
 
     Bytes are read and decoded once; what two encoders prepare alike, pixels or tokens, is prepared once. The first
-    encoder's batch size and workers hold. No encoder's embeddings depend on which others are there.
+    encoder's workers do it. Each model runs in batches of its own size, so no bit of an encoder's embeddings depends
+    on which others are there.
 
     Args:
         encoders: each with a model, or one alone whose embeddings the pool carries.
@@ -592,6 +593,7 @@ class _Filling:
         self.encoder = encoder
         self.notes: list[str] = []
         self.error: EncoderError | None = None
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.done = 0
         self.image: Any = None
         self.text: Any = None
@@ -601,16 +603,32 @@ class _Filling:
         self.error = self.error or error
 
     def add(self, images: "torch.Tensor", tokens: "torch.Tensor", total: int) -> None:
-        """Embed the next rows of `total`."""
+        """Take the next rows of `total`, and embed as many as fill batches of the encoder's own size."""
         import torch
 
         if self.error is not None:
             return
-        try:
-            image, text = self.encoder.encode(images, tokens, self.notes)
-        except EncoderError as error:
-            self.fail(error)
+        self.waiting.append((images, tokens))
+        size = self.encoder.settings.batch_size
+        there = sum(len(pixels) for pixels, _ in self.waiting)
+        ready = there if self.done + there == total else there // size * size
+        if ready == 0:
             return
+        if len(self.waiting) > 1:
+            images, tokens = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting = [(images[ready:], tokens[ready:])] if ready < there else []
+        for start in range(0, ready, size):
+            rows = slice(start, min(start + size, ready))
+            try:
+                self._embed(images[rows], tokens[rows], total)
+            except EncoderError as error:
+                self.fail(error)
+                return
+
+    def _embed(self, images: "torch.Tensor", tokens: "torch.Tensor", total: int) -> None:
+        import torch
+
+        image, text = self.encoder.encode(images, tokens, self.notes)
         if self.image is None:
             self.image = torch.empty(total, image.shape[1], dtype=image.dtype, device=image.device)
             self.text = torch.empty_like(self.image)

@@ -304,18 +304,19 @@ def counted_images(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return seen
 
 
-def test_encoders_that_embed_together_decode_once_and_give_what_each_gives_alone(
-    tiny_clip: Path, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sizes", [(4, 2, 64), (1, 5, 3), (64, 6, 4)])
+def test_encoders_that_embed_together_decode_once_and_give_to_the_bit_what_each_gives_alone(
+    tiny_clip: Path, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
 ) -> None:
     config = json.loads(json.dumps(TINY_CONFIG))
     config["model_cfg"]["vision_cfg"]["image_size"] = 24
     config["model_cfg"]["text_cfg"]["context_length"] = 12
     same, other = write_clip(tmp_path / "same", TINY_CONFIG, seed=1), write_clip(tmp_path / "other", config, seed=2)
     folders = [tiny_clip, same, other]
-    alone = [dict(encoder(folder).embed_pool(tables(pool), pool)) for folder in folders]
+    ours = [encoder(folder, batch_size=size) for folder, size in zip(folders, sizes, strict=True)]
+    alone = [dict(one.embed_pool(tables(pool), pool)) for one in ours]
     decoded = counted_images(monkeypatch)
     done: list[int] = []
-    ours = [encoder(folder, batch_size=size) for folder, size in zip(folders, (4, 2, 64), strict=True)]
     together = dict(embed_together(ours, tables(pool), pool, done.append))
     assert decoded == [None] * 12
     assert sum(done) == 12
@@ -324,8 +325,8 @@ def test_encoders_that_embed_together_decode_once_and_give_what_each_gives_alone
             expected = by_name[name]
             assert isinstance(one, Embeddings)
             assert isinstance(expected, Embeddings)
-            np.testing.assert_allclose(one.image, expected.image, atol=5e-4)
-            np.testing.assert_allclose(one.text, expected.text, atol=5e-4)
+            assert np.array_equal(one.image, expected.image)
+            assert np.array_equal(one.text, expected.text)
 
 
 def test_what_two_encoders_prepare_alike_is_prepared_once(tiny_clip: Path, tmp_path: Path) -> None:
