@@ -1,8 +1,9 @@
 """What a person does in the browser, on a real Dagster server with its daemon.
 
-Set SCREENSHOTS to a folder to keep the pictures that docs/tour.md shows.
+Set SCREENSHOTS to a folder to keep the pictures of the README's tour.
 """
 
+import io
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from assets.project import open_project
@@ -45,9 +47,10 @@ OFFLINE = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE = 300_000  # milliseconds; Dagster's daemon looks every 30 s, and each run is a process on a busy machine
+PATIENCE = 600_000  # milliseconds; Dagster's daemon looks every 30 s, and each run is a process on a busy machine
 RUNS = "{ runsOrError { ... on Runs { results { status } } } }"
 BACKFILLS = "{ partitionBackfillsOrError { ... on PartitionBackfills { results { status } } } }"
+ENDED = {"SUCCESS", "FAILURE", "CANCELED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED"}
 VERSIONS = """
 query Versions($recipe: String!) {
     assetNodeOrError(assetKey: {path: ["subset", $recipe]}) {
@@ -105,11 +108,20 @@ class Browser:
             if condition():
                 return
             self.page.wait_for_timeout(1000)
-        raise AssertionError("it did not come to that in time")
+        log = (self.project.parent / "server.log").read_text()
+        raise AssertionError(f"it did not come to that in time; the server's last words: {log[-4000:]}")
 
-    def statuses(self, query: str) -> set[str]:
-        """Give the statuses of runs or backfills."""
-        return {result["status"] for result in self.ask(query)["results"]}
+    def wait_for_ends(self, query: str) -> set[str]:
+        """Wait until there are runs, or backfills, and all have ended; give their statuses."""
+        statuses: set[str] = set()
+
+        def ended() -> bool:
+            statuses.clear()
+            statuses.update(result["status"] for result in self.ask(query)["results"])
+            return bool(statuses) and statuses <= ENDED
+
+        self.wait_until(ended)
+        return statuses
 
     def versions(self, recipe: str) -> list[str]:
         """Give the versions of a subset that the server knows of, the newest first."""
@@ -117,11 +129,14 @@ class Browser:
         return [entry["text"] for event in found for entry in event["metadataEntries"] if entry["label"] == "version"]
 
     def keep_picture(self, name: str) -> None:
-        """Keep a picture for the tour."""
+        """Keep a picture for the tour, in few colours so that it is small."""
         folder = os.environ.get("SCREENSHOTS")
         if folder:
             self.page.wait_for_timeout(1500)
-            self.page.screenshot(path=str(Path(folder) / f"{name}.png"))
+            picture = Image.open(io.BytesIO(self.page.screenshot()))
+            picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+                Path(folder) / f"{name}.png", optimize=True
+            )
 
 
 @pytest.fixture
@@ -219,7 +234,7 @@ def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse
     page.get_by_role("button", name="All", exact=True).click()
     browser.keep_picture("materialize")
     browser.launch("Launch")
-    browser.wait_until(lambda: browser.statuses(RUNS) == {"SUCCESS"})
+    assert browser.wait_for_ends(RUNS) == {"SUCCESS"}
     page.goto("/assets/raw_pool?view=partitions&partition=00000")
     page.get_by_text("Materialized (1)").wait_for()
     page.get_by_text("samples_seen").first.wait_for()
@@ -232,8 +247,8 @@ def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse
     page.get_by_role("button", name="All", exact=True).click()
     browser.keep_picture("backfill")
     browser.launch("Launch")
-    browser.wait_until(lambda: browser.statuses(BACKFILLS) == {"COMPLETED_SUCCESS"})
-    assert browser.statuses(RUNS) == {"SUCCESS"}
+    assert browser.wait_for_ends(BACKFILLS) == {"COMPLETED_SUCCESS"}
+    assert browser.wait_for_ends(RUNS) == {"SUCCESS"}
     for recipe in ("clip_score_30", "neg_clip_loss_30_norm_sim_20"):
         assert Versions(browser.lake, recipe).current() is not None
 
@@ -244,7 +259,8 @@ def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse
     page.get_by_text("funnel", exact=True).wait_for()
     browser.keep_picture("subset")
     page.get_by_role("row", name="contact_sheet").get_by_text("Show Markdown").click()
-    page.get_by_role("img", name="Best kept").first.wait_for()
+    page.locator("td img").first.wait_for()
+    page.get_by_text("Best kept by norm_sim_inf/tiny/festive").scroll_into_view_if_needed()
     browser.keep_picture("contact-sheet")
 
 
