@@ -163,7 +163,10 @@ def _embed(encoder: Encoder, shards: dict[str, pa.Table], pool: Pool, on_rows: C
 
 
 def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[float, float]:
-    """Samples that one decoding process makes ready for a model in a second, and captions that it tokenises."""
+    """Samples that one decoding process makes ready for a model in a second, and captions that it tokenises.
+
+    Processor time is counted, so that other work on the machine takes no part of it.
+    """
     import torch
 
     model = encoder.loaded
@@ -175,14 +178,14 @@ def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[
     try:
         decoding, tokenising = [], []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             for item in items:
                 if (error := prepare[item].error) is not None:
                     raise RuntimeError(error)
-            decoding.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            decoding.append(time.process_time() - start)
+            start = time.process_time()
             model.tokenizer(captions)
-            tokenising.append(time.perf_counter() - start)
+            tokenising.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
     return len(captions) / median(decoding), len(captions) / median(tokenising)

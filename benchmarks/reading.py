@@ -189,8 +189,8 @@ def main() -> None:
         else:
             figures = measure(embedding=arguments.embedding, **chosen)
     for figure_name, figure in figures.items():
-        text = f"{figure:,.3f}" if isinstance(figure, float) and figure < 10 else f"{figure:,.0f}"
-        print(f"{figure_name:46} {figure if isinstance(figure, str) else text}")
+        shown = figure if isinstance(figure, str) else f"{figure:,.3f}" if figure < 10 else f"{figure:,.0f}"
+        print(f"{figure_name:46} {shown}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
