@@ -159,7 +159,8 @@ def test_pruning_deletes_old_versions_and_never_the_newest_and_the_catalog_forge
 ) -> None:
     for count in (3, 2, 1):
         scenario.set("recipes", "inside", "steps", value=[keep("norm_sim_2/tiny/pets", count=count)])
-        assert scenario.run().failures == {}
+        # the last by itself, so that the catalog still tells of the one before
+        assert scenario.run().failures == {} if count > 1 else scenario.execute("subset/inside").success
     project, config = scenario.open(), str(scenario.folder / "project.yaml")
     versions = Versions(project.lake, "inside")
     assert versions.names() == ["v0001", "v0002", "v0003"]
