@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 METADATA_KEY = b"clip_data_selection"
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
+KNOWN_FILES = 20_000  # of which the lake remembers what is stored; some 5 kB each
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -138,6 +139,7 @@ class Lake:
         else:  # fsspec would take "::" in a path for a chain of file systems, and write somewhere else
             self.fs, self.root = fsspec.filesystem("file"), os.path.abspath(root)
         self.is_local = "file" in _protocols(self.fs)
+        self._known: dict[str, tuple[tuple[int, ...], Stored]] = {}
 
     def path(self, asset: str, shard: str | None = None) -> str:
         """Give the path of an asset's file."""
@@ -164,14 +166,28 @@ class Lake:
         return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
 
     def stored(self, asset: str, shard: str | None = None) -> Stored | None:
-        """Tell what is stored for an asset, or None when nothing is.
+        """Tell what is stored for an asset, or None when nothing is; a file that has not changed is not read again.
 
         Raises:
             LakeError: there is a file, but not one that this project wrote.
         """
         path = self.path(asset, shard)
-        if not self.fs.exists(path):
+        if not self.is_local:
+            return self._read_stored(path) if self.fs.exists(path) else None
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            self._known.pop(path, None)
             return None
+        version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._known.get(path)
+        if known is None or known[0] != version:
+            if len(self._known) >= KNOWN_FILES:
+                self._known.clear()
+            known = self._known[path] = (version, self._read_stored(path))
+        return known[1]
+
+    def _read_stored(self, path: str) -> Stored:
         try:
             if path.endswith(".parquet"):
                 with self.fs.open(path) as file:

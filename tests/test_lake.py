@@ -43,6 +43,22 @@ def test_a_file_reads_back_with_its_provenance_rows_and_summary(lake: Lake) -> N
     assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2, 3]
 
 
+def test_what_another_process_wrote_removed_or_broke_is_seen_at_the_next_look(lake: Lake) -> None:
+    other = Lake(lake.root)
+    first = lake.write(pa.table({"x": [1, 2, 3]}), provenance())
+    assert lake.stored("clip_score/b32", "00000") == first
+    second = other.write(pa.table({"x": [3, 2, 1]}), provenance(code_version="2"))
+    assert second != first
+    assert lake.stored("clip_score/b32", "00000") == second
+    other.remove("clip_score/b32", "00000")
+    assert lake.stored("clip_score/b32", "00000") is None
+    lake.write(pa.table({"x": [1, 2, 3]}), provenance())
+    assert lake.stored("clip_score/b32", "00000") == first
+    Path(lake.path("clip_score/b32", "00000")).write_bytes(b"broken")
+    with pytest.raises(LakeError, match="not a file of this lake"):
+        lake.stored("clip_score/b32", "00000")
+
+
 @pytest.mark.parametrize("name", ["a::b", "a b", "50% [1]*?#"])
 def test_a_lake_lies_where_its_path_says(tmp_path: Path, name: str) -> None:
     Lake(str(tmp_path / name)).write(pa.table({"x": [1]}), provenance())
