@@ -1,5 +1,7 @@
 """What the design relies on in Dagster 1.13, so that an upgrade which changes it fails here and not in a lake."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import dagster as dg
 import pytest
 import yaml
 from dagster import AssetKey, DagsterEventType
+from dagster._core.run_coordinator import QueuedRunCoordinator
 
 import dagster_project
 
+ROOT = Path(dagster_project.__file__).parents[1]
 SHARDS = dg.DynamicPartitionsDefinition(name="pins")
 RANGE = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -126,3 +130,43 @@ def test_telemetry_is_off_in_the_instances_that_the_project_makes(tmp_path: Path
     (tmp_path / "dagster.yaml").write_text(settings)
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert not instance.telemetry_enabled
+
+
+def test_a_run_leaves_the_queue_within_a_second(tmp_path: Path) -> None:
+    settings = Path(dagster_project.__file__).with_name("dagster.yaml").read_text()
+    (tmp_path / "dagster.yaml").write_text(settings)
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
+        assert instance.run_coordinator.dequeue_interval_seconds == 1
+        limits = instance.get_concurrency_config()
+        assert limits.run_queue_config is not None
+        assert limits.run_queue_config.max_concurrent_runs == 4
+
+
+RAW_POOL_ALONE = """
+import sys
+from pathlib import Path
+from assets.graph import build_graph
+from assets.project import open_project
+from benchmarks.overhead import write_project
+from dagster_project.definitions import build_defs
+import dagster as dg
+
+folder = Path(sys.argv[1])
+project = open_project(write_project(folder, 1))
+with dg.DagsterInstance.local_temp(str(folder)) as instance:
+    instance.add_dynamic_partitions("shards", ["00000"])
+    job = build_defs(project).resolve_implicit_global_asset_job_def()
+    tags = {"dagster/partition": "00000"}
+    assert job.execute_in_process(instance=instance, asset_selection=["raw_pool"], tags=tags).success
+assert project.lake.stored("raw_pool", "00000").rows == 4
+print(*sys.modules)
+"""
+
+
+def test_a_step_without_a_model_does_without_torch(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RAW_POOL_ALONE, str(tmp_path)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    loaded = set(found.stdout.split())
+    assert {"dagster", "assets.embeddings"} <= loaded
+    assert not {"torch", "open_clip", "transformers"} & loaded
