@@ -146,7 +146,6 @@ def test_a_run_leaves_the_queue_within_a_second(tmp_path: Path) -> None:
 RAW_POOL_ALONE = """
 import sys
 from pathlib import Path
-from assets.graph import build_graph
 from assets.project import open_project
 from benchmarks.overhead import write_project
 from dagster_project.definitions import build_defs
@@ -158,7 +157,7 @@ with dg.DagsterInstance.local_temp(str(folder)) as instance:
     instance.add_dynamic_partitions("shards", ["00000"])
     job = build_defs(project).resolve_implicit_global_asset_job_def()
     tags = {"dagster/partition": "00000"}
-    assert job.execute_in_process(instance=instance, asset_selection=["raw_pool"], tags=tags).success
+    assert job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey("raw_pool")], tags=tags).success
 assert project.lake.stored("raw_pool", "00000").rows == 4
 print(*sys.modules)
 """
