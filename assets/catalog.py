@@ -8,7 +8,7 @@ from assets.checks import asset_key
 from assets.project import Project
 from resources.catalog import build_catalog
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 def catalog(project: Project) -> dg.AssetsDefinition:

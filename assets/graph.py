@@ -8,6 +8,7 @@ from assets.catalog import catalog
 from assets.clip_score import clip_score
 from assets.embeddings import embeddings
 from assets.export import export
+from assets.external import external_files, external_scores, external_uids
 from assets.neg_clip_loss import neg_clip_loss
 from assets.negatives import negatives
 from assets.norm_sim import norm_sim
@@ -27,7 +28,7 @@ class Graph:
 
     Attributes:
         nodes: assets of shards and unpartitioned ones, upstream first.
-        subsets: the subsets, a recipe after the one it starts from.
+        subsets: the subsets, a recipe after those it rests on.
         exports: the subsets' samples as new shards, which are made only when somebody asks.
         catalog: the catalog.
     """
@@ -68,6 +69,10 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(clip_score(project, encoder) for encoder in settings.clip_score)
     nodes.extend(neg_clip_loss(project, encoder, draws.get(encoder)) for encoder in settings.neg_clip_loss)
     nodes.extend(norm_sim(project, *pair, embedded) for pair, embedded in targets.items())
+    read = {name: external_files(project, name) for name in settings.external_scores}
+    nodes.extend(read.values())
+    nodes.extend(external_scores(project, *pair) for pair in read.items())
+    nodes.extend(external_uids(project, name) for name in settings.external_uids)
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
     subsets = [subset(project, recipe, by_key) for recipe in _in_order(project)]
@@ -77,16 +82,15 @@ def build_graph(project: Project) -> Graph:
 
 
 def _in_order(project: Project) -> list[str]:
-    """Name the recipes, each after the one it starts from (`check_recipes` has refused circles)."""
+    """Name the recipes, each after those it rests on (`check_recipes` has refused circles)."""
     recipes = project.settings.recipes
     ordered: list[str] = []
 
     def place(name: str) -> None:
         if name in ordered:
             return
-        source = recipes[name].source
-        if source in recipes:
-            place(source)
+        for other in recipes[name].recipes:
+            place(other)
         ordered.append(name)
 
     for name in recipes:

@@ -15,7 +15,7 @@ from assets.project import Project, ProjectSettings, json_settings
 from resources.lake import Stored
 from selection.selecting import Selection
 
-FORMAT = 2
+FORMAT = 3
 PACKAGES = (
     "clip-data-selection",
     "dagster",
@@ -39,6 +39,7 @@ def lineage_record(
     shards: Mapping[str, Mapping[str, str]],
     missing: Mapping[str, str],
     source: Mapping[str, Any],
+    sets: Mapping[str, Mapping[str, Any]],
     duplicates: int,
     fingerprint: str,
     code_version: str,
@@ -52,6 +53,7 @@ def lineage_record(
         shards: for each shard that was read, the fingerprints of its files by asset.
         missing: for each other shard, why it was left out.
         source: what the recipe began with; for another recipe's subset, with its own record.
+        sets: the same of each recipe and uid list that a step names, by name.
         duplicates: rows left out because their uid came before.
         fingerprint: the subset's.
         code_version: of the selecting code.
@@ -59,14 +61,14 @@ def lineage_record(
     settings = project.settings
     recipe = settings.recipes[name]
     scores = sorted({settings.score_columns[score][0] for score in recipe.columns().scores})
-    encoders = sorted({asset.split("/")[1] for asset in scores})
     any_shard = next(iter(shards))
     files = {asset: _stored(project, asset, any_shard) for asset in scores}
+    read = {name for stored in files.values() for name in stored.provenance.inputs}
+    encoders = sorted(name.removeprefix("embeddings/") for name in read if name.startswith("embeddings/"))
     wholes = {
         asset: _stored(project, asset)
-        for stored in files.values()
-        for asset in stored.provenance.inputs
-        if asset.split("/")[0] in ("negatives", "target_embeddings")
+        for asset in sorted(read)
+        if asset.split("/")[0] in ("negatives", "target_embeddings", "external_files")
     }
     upstream = {asset: _stored(project, asset, any_shard) for asset in ("raw_pool", *_embeddings(encoders))}
     return {
@@ -76,6 +78,7 @@ def lineage_record(
         "fingerprint": fingerprint,
         "definition": recipe.definition(),
         "source": {**source, "rows": selection.source_rows, "duplicates": duplicates},
+        "sets": {other: dict(read) for other, read in sets.items()},
         "steps": [report.as_dict() for report in selection.steps],
         "rows": selection.rows,
         "shards": {shard: dict(read) for shard, read in shards.items()},
@@ -111,9 +114,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
 
     All encoders stay, because the pool's readers check the embeddings of every one that is precomputed.
     """
-    recipes = {name: settings.recipes[name]}
-    while (source := recipes[name].source) in settings.recipes:
-        recipes[name := source] = settings.recipes[source]
+    recipes, waiting = {}, [name]
+    while waiting:
+        recipe = waiting.pop()
+        recipes[recipe] = settings.recipes[recipe]
+        waiting += [other for other in recipes[recipe].recipes if other not in recipes]
     wanted = {settings.score_columns[score][0] for recipe in recipes.values() for score in recipe.columns().scores}
     norm_sim = {
         encoder: kept
@@ -137,6 +142,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 if f"neg_clip_loss/{encoder}" in wanted
             },
             "norm_sim": norm_sim,
+        },
+        "external_scores": {
+            external: json_settings(model)
+            for external, model in settings.external_scores.items()
+            if f"external_scores/{external}" in wanted
         },
         "recipes": {recipe: model.definition() for recipe, model in recipes.items()},
     }

@@ -22,7 +22,8 @@ from resources.pools import PoolError
 from resources.sheets import Sheet, Tile, data_url, html_page, image_path, markdown, small_jpeg
 from resources.versions import Version
 from selection.negatives import keyed_hash
-from selection.selecting import Selection, quoted
+from selection.ranking import quoted
+from selection.selecting import Selection, StepReport
 
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples a sheet, pixels
 WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI, whose events shall stay under 256 KB
@@ -80,8 +81,7 @@ def _write_report(project: Project, version: Version, selection: Selection) -> N
     sheets = []
     for group, rows in zip(groups, picked, strict=True):
         tiles = [
-            replace(samples[row["f0"], row["f1"]], facts={score: f"{row[score]:.4f}" for score in _scores(selection)})
-            for row in rows.iter_rows(named=True)
+            replace(samples[row["f0"], row["f1"]], facts=_facts(row, selection)) for row in rows.iter_rows(named=True)
         ]
         sheets.append(Sheet(group.title, group.text, tiles))
 
@@ -117,10 +117,9 @@ def _folder(version: Version) -> str:
 
 def _groups(selection: Selection) -> Iterator[_Group]:
     """Name the sheets: the last ranking's four ends, a random handful, then the ends of the rankings before it."""
-    ranked = [report for report in selection.steps if report.score is not None]
+    ranked = _ranked(selection)
     for report in reversed(ranked):
-        before = " AND ".join(f"({r.predicate})" for r in selection.steps[: report.step - 1]) or "true"
-        value = f"{quoted(report.score or '')}::DOUBLE"
+        before = selection.inside[report.step - 1]
         for end, kept, order in (
             ("best", True, "DESC"),
             ("worst", True, "ASC"),
@@ -134,7 +133,7 @@ def _groups(selection: Selection) -> Iterator[_Group]:
                 f"{end.capitalize()} {verdict} by {report.score}",
                 f"Step {report.step}, {report.text}: the {highest} of what was {verdict}{near.get((end, kept), '')}.",
                 f"{before} AND {'' if kept else 'NOT '}({report.predicate})",
-                f"{value} {order}, f0, f1",
+                f"{report.value} {order}, f0, f1",
             )
         if report is ranked[-1]:
             yield _random(selection)
@@ -157,8 +156,9 @@ def _random(selection: Selection) -> _Group:
 
 
 def _pick(selection: Selection, group: _Group) -> pl.DataFrame:
-    columns = ", ".join(["f0", "f1", "shard", *(quoted(score) for score in _scores(selection))])
-    query = f"SELECT {columns} FROM source WHERE {group.where} ORDER BY {group.order} LIMIT {PAGE_TILES}"
+    shown = [f"{value} AS {quoted(label)}" for label, value in _values(selection).items()]
+    columns = ", ".join(["f0", "f1", "shard", *shown])
+    query = f"SELECT {columns} FROM {selection.source} WHERE {group.where} ORDER BY {group.order} LIMIT {PAGE_TILES}"
     return selection.con.sql(query).pl()
 
 
@@ -227,17 +227,16 @@ def _chart(selection: Selection) -> bytes:
     """Draw each ranked score's histogram over the rows that the recipe began with and over the subset, as PNG."""
     from matplotlib.figure import Figure
 
-    scores = _scores(selection)
-    kept = " AND ".join(f"({report.predicate})" for report in selection.steps) or "true"
-    figure = Figure(figsize=(4.6 * max(len(scores), 1), 2.7), dpi=90, layout="constrained")
-    for axes, score in zip(figure.subplots(1, max(len(scores), 1), squeeze=False)[0], scores, strict=False):
-        edges, before, after = _histogram(selection, score, kept)
+    values = _values(selection)
+    figure = Figure(figsize=(4.6 * max(len(values), 1), 2.7), dpi=90, layout="constrained")
+    for axes, label in zip(figure.subplots(1, max(len(values), 1), squeeze=False)[0], values, strict=False):
+        edges, before, after = _histogram(selection, values[label])
         axes.stairs(before, edges, fill=True, color="#d0d7de", label="before")
         axes.stairs(after, edges, fill=True, color="#0969da", label="selected")
         for report in selection.steps:
-            if report.score == score and report.threshold is not None:
+            if report.score == label and report.threshold is not None:
                 axes.axvline(report.threshold, color="#cf222e", linewidth=1, label=f"threshold {report.threshold:.4g}")
-        axes.set_xlabel(score)
+        axes.set_xlabel(label)
         axes.set_ylabel("rows")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -246,16 +245,16 @@ def _chart(selection: Selection) -> bytes:
     return out.getvalue()
 
 
-def _histogram(selection: Selection, score: str, kept: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count rows in equal bins of a score's range: the bins' edges, all rows, and the kept ones."""
-    value = f"{quoted(score)}::DOUBLE"
-    finite = f"FROM source WHERE isfinite({value})"
+def _histogram(selection: Selection, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count rows in equal bins of a value's range: the bins' edges, all that the recipe began with, and the chosen."""
+    finite = f"FROM {selection.source} WHERE isfinite({value}) AND ({selection.inside[0]} OR {selection.inside[-1]})"
     ((low, high),) = selection.con.execute(f"SELECT min({value}), max({value}) {finite}").fetchall()
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     counts = np.zeros((2, BINS), np.int64)
     found = selection.con.execute(
-        f"SELECT least({BINS - 1}, floor(({value} - $low) / ($high - $low) * {BINS}))::INTEGER AS bin, count(*), "
-        f"count(*) FILTER (WHERE {kept}) {finite} GROUP BY bin",
+        f"SELECT least({BINS - 1}, floor(({value} - $low) / ($high - $low) * {BINS}))::INTEGER AS bin, "
+        f"count(*) FILTER (WHERE {selection.inside[0]}), count(*) FILTER (WHERE {selection.inside[-1]}) "
+        f"{finite} GROUP BY bin",
         {"low": float(edges[0]), "high": float(edges[-1])},
     ).fetchall()
     for number, before, after in found:
@@ -263,9 +262,18 @@ def _histogram(selection: Selection, score: str, kept: str) -> tuple[np.ndarray,
     return edges, counts[0], counts[1]
 
 
-def _scores(selection: Selection) -> list[str]:
-    """Name the scores that the recipe ranks by, each once."""
-    return list(dict.fromkeys(report.score for report in selection.steps if report.score is not None))
+def _ranked(selection: Selection) -> list[StepReport]:
+    return [report for report in selection.steps if report.value is not None]
+
+
+def _values(selection: Selection) -> dict[str, str]:
+    """Give what the recipe ranks by, each once: the SQL of the value, by its label."""
+    return {str(report.score): str(report.value) for report in _ranked(selection)}
+
+
+def _facts(row: Mapping[str, Any], selection: Selection) -> dict[str, str]:
+    """Write a sample's values; it has none of a combination that it was not ranked by."""
+    return {label: "" if row[label] is None else f"{row[label]:.4f}" for label in _values(selection)}
 
 
 def _funnel(lineage: Mapping[str, Any]) -> list[list[str]]:

@@ -20,17 +20,20 @@ from assets.sharded import ShardAsset
 from assets.subset import chosen, manifest, read_uid_list
 from assets.whole import WholeAsset
 from resources.lake import Lake, LakeError
-from resources.versions import Versions, write_selection
+from resources.versions import Versions, set_file, write_selection
 
 
-def choose_again(lake: Lake, record: Mapping[str, Any], folder: Path, within: pa.Table | None = None) -> Path:
+def choose_again(
+    lake: Lake, record: Mapping[str, Any], folder: Path, sets: Mapping[str, pa.Table] | None = None
+) -> Path:
     """Choose a version's rows again from the files in a lake.
 
     Args:
         lake: where the scores lie.
         record: the version's lineage record.
         folder: where `manifest.parquet` and `subset.npy` are written; it is made.
-        within: the uids that the recipe began with; without them those that lie beside the version in the lake.
+        sets: the uids of each recipe and uid list that the recipe reads, by name; without them those that lie beside
+            the version in the lake.
 
     Returns:
         The folder.
@@ -44,11 +47,11 @@ def choose_again(lake: Lake, record: Mapping[str, Any], folder: Path, within: pa
     name = record["recipe"]
     recipe = settings.recipes[name]
     _refuse(record, _other_files(lake, record["shards"]))
-    if within is None and recipe.source_kind != "pool":
-        within = Versions(lake, name).read_uids(record["version"], "source_uids.parquet")
+    if sets is None:
+        sets = {other: Versions(lake, name).read_uids(record["version"], set_file(other)) for other in recipe.sets}
     scores = {score: settings.score_columns[score] for score in recipe.columns().scores}
     folder.mkdir(parents=True, exist_ok=True)
-    with chosen(lake, name, recipe, scores, record["shards"], within) as (selection, _):
+    with chosen(lake, name, recipe, scores, record["shards"], sets) as (selection, _):
         found = write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
     _refuse(
         record,
@@ -69,8 +72,8 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
 
     Args:
         record: the version's lineage record.
-        folder: gets `project.yaml`, `lake/`, `manifest.parquet` and `subset.npy`; for a recipe that begins with
-            another, `source/` holds the same of that one.
+        folder: gets `project.yaml`, `lake/`, `manifest.parquet` and `subset.npy`; for a recipe that rests on
+            another, `sets/<recipe>/` holds the same of that one.
 
     Returns:
         The folder.
@@ -80,7 +83,8 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
     """
     _check_format(record)
     folder.mkdir(parents=True, exist_ok=True)
-    within = _begin_again(record["source"], folder)
+    named = [record["source"], *record["sets"].values()]
+    sets = {read["name"]: _set_again(read, folder) for read in named if read["kind"] != "pool"}
     config = folder / "project.yaml"
     config.write_text(yaml.safe_dump({**record["project"], "lake": str(folder / "lake")}), encoding="utf-8")
     project = _Recorded(load_settings(config), config)
@@ -114,7 +118,7 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
         else:
             _make_whole(project, node, draws.get(node.key))
             _refuse(record, _other_files(project.lake, {None: {node.key: record["inputs"][node.key]["fingerprint"]}}))
-    return choose_again(project.lake, record, folder, within)
+    return choose_again(project.lake, record, folder, sets)
 
 
 class _Recorded(Project):
@@ -132,16 +136,14 @@ class _Recorded(Project):
         return found if self.only is None else {shard: found[shard] for shard in found if shard in self.only}
 
 
-def _begin_again(source: Mapping[str, Any], folder: Path) -> pa.Table | None:
-    if source["kind"] == "recipe":
-        again = rebuild(source["record"], folder / "source")
+def _set_again(read: Mapping[str, Any], folder: Path) -> pa.Table:
+    if read["kind"] == "recipe":
+        again = rebuild(read["record"], folder / "sets" / read["name"])
         return pq.read_table(again / "manifest.parquet", columns=["f0", "f1"])
-    if source["kind"] == "uids":
-        path = Path(source["path"])
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source["fingerprint"]:
-            raise LakeError(f"{path}: not the uid list that the subset began with. Remedy: put that list back")
-        return read_uid_list(path)
-    return None
+    path = Path(read["path"])
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != read["fingerprint"]:
+        raise LakeError(f"{path}: not the uid list that the subset was made with. Remedy: put that list back")
+    return read_uid_list(path)
 
 
 def _make_shards(project: Project, node: ShardAsset, shards: Sequence[str]) -> None:

@@ -25,12 +25,13 @@ from assets.sharded import NotReady, ShardAsset
 from assets.subset_checks import examine_before_the_record, examine_stored, specs
 from resources.lake import Lake, digest
 from resources.source import source_relation
-from resources.versions import Manifest, Version, Versions
-from selection.recipes import Recipe
-from selection.selecting import Selection, select
+from resources.versions import Manifest, Version, Versions, set_file
+from selection.ranking import quoted
+from selection.recipes import POOL, Recipe, set_kind
+from selection.selecting import Selection, select, set_column
 from selection.uids import parse_uids, subset_array, subset_words
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 MEMORY = "2GB"  # of DuckDB while it chooses; what is larger goes through temporary files
 SHOWN = 150  # files that were read, in the event log, which has room for 256 KB of pictures and tables
 
@@ -43,20 +44,24 @@ class Inputs:
         shards: for each usable shard, the fingerprints of what is read of it, by asset.
         missing: for each other shard, the reason.
         source: kind, name and fingerprint of what the recipe begins with.
+        sets: the same of every other recipe and uid list that it reads, `from` included, by name.
     """
 
     shards: Mapping[str, Mapping[str, str]]
     missing: Mapping[str, str]
     source: Mapping[str, str]
+    sets: Mapping[str, Mapping[str, str]]
 
     def fingerprint(self, recipe: Recipe) -> str:
         """Give the fingerprint of the subset that they lead to."""
+        of_steps = {name: dict(read) for name, read in self.sets.items() if name != recipe.source}
         return digest(
             {
                 "code_version": CODE_VERSION,
                 "recipe": recipe.definition(),
                 "shards": {shard: dict(read) for shard, read in self.shards.items()},
                 "source": dict(self.source),
+                **({"sets": of_steps} if of_steps else {}),
             }
         )
 
@@ -101,7 +106,7 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
     key = f"subset/{name}"
     scores = {score: project.settings.score_columns[score] for score in recipe.columns().scores}
     score_assets = sorted({asset for asset, _ in scores.values()})
-    deps = ["raw_pool", *score_assets, *([f"subset/{recipe.source}"] if recipe.source_kind == "recipe" else [])]
+    deps = ["raw_pool", *score_assets, *(f"subset/{other}" for other in recipe.recipes)]
 
     def inputs() -> Inputs:
         return _inputs(project, recipe, score_assets, sharded)
@@ -150,7 +155,8 @@ def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], shard
     if not shards:
         reasons = "; ".join(sorted(set(missing.values()))[:3])
         raise NotReady(f"no shard has all that the recipe reads: {reasons}")
-    return Inputs(shards, missing, _source(project, recipe))
+    sets = {name: _set(project, name) for name in recipe.sets}
+    return Inputs(shards, missing, sets.get(recipe.source, {"kind": "pool", "name": POOL}), sets)
 
 
 def _shard_inputs(
@@ -167,78 +173,72 @@ def _shard_inputs(
         stored = project.lake.stored(asset, shard)
         if stored is None:
             raise NotReady(f"{asset} is not there yet. Remedy: materialize it first")
-        embeddings = next(dep for dep in sharded[asset].deps if dep.startswith("embeddings/"))
-        for upstream in (embeddings, asset):
+        embeddings = [dep for dep in sharded[asset].deps if dep.startswith("embeddings/")]
+        for upstream in (*embeddings, asset):
             if not sharded[upstream].is_fresh(project, shard):
                 raise NotReady(f"{upstream} is out of date. Remedy: materialize it")
         read[asset] = stored.fingerprint
     return read
 
 
-def _source(project: Project, recipe: Recipe) -> dict[str, str]:
-    if recipe.source_kind == "pool":
-        return {"kind": "pool", "name": "pool"}
-    if recipe.source_kind == "recipe":
-        version = Versions(project.lake, recipe.source).current()
+def _set(project: Project, name: str) -> dict[str, str]:
+    """Give kind, name and fingerprint of another recipe's subset or of a uid list."""
+    if set_kind(name) == "recipe":
+        version = Versions(project.lake, name).current()
         if version is None:
-            raise NotReady(f"subset/{recipe.source} is not there yet. Remedy: materialize it first")
-        return {
-            "kind": "recipe",
-            "name": recipe.source,
-            "version": version.name,
-            "fingerprint": version.lineage["fingerprint"],
-        }
-    path = _uid_list(project, recipe)
+            raise NotReady(f"subset/{name} is not there yet. Remedy: materialize it first")
+        fingerprint = version.lineage["fingerprint"]
+        return {"kind": "recipe", "name": name, "version": version.name, "fingerprint": fingerprint}
+    path = _uid_list(project, name)
     if not path.is_file():
-        raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe's `from`")
-    return {
-        "kind": "uids",
-        "name": recipe.source,
-        "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
+        raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
+    return {"kind": "uids", "name": name, "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _uid_list(project: Project, recipe: Recipe) -> Path:
-    return project.config.resolve().parent / recipe.source
+def _uid_list(project: Project, name: str) -> Path:
+    return project.config.resolve().parent / name
 
 
 def _choose(
     project: Project, name: str, recipe: Recipe, scores: Mapping[str, tuple[str, str]], inputs: Inputs
 ) -> Version:
     """Run the recipe and write a new version."""
-    versions = Versions(project.lake, name)
-    within = begin(project, recipe, inputs.source)
-    with chosen(project.lake, name, recipe, scores, inputs.shards, within) as (selection, duplicates):
-        source: dict[str, Any] = dict(inputs.source)
-        if recipe.source_kind == "recipe":
-            source["record"] = Versions(project.lake, recipe.source).read(source["version"]).lineage
-        elif recipe.source_kind == "uids":
-            source["path"] = str(_uid_list(project, recipe))
+    sets = {other: _uids(project, read) for other, read in inputs.sets.items()}
+    with chosen(project.lake, name, recipe, scores, inputs.shards, sets) as (selection, duplicates):
+        told = {other: _told(project, read, sets[other], selection) for other, read in inputs.sets.items()}
         lineage = lineage_record(
             project,
             name,
             selection,
             shards=inputs.shards,
             missing=inputs.missing,
-            source=source,
+            source=told.pop(recipe.source, inputs.source),
+            sets=told,
             duplicates=duplicates,
             fingerprint=inputs.fingerprint(recipe),
             code_version=CODE_VERSION,
         )
-        version = versions.write(
-            manifest(selection), lineage, lambda written: examine_before_the_record(project.lake, written), within
+        version = Versions(project.lake, name).write(
+            manifest(selection), lineage, lambda written: examine_before_the_record(project.lake, written), sets
         )
         write_report(project, version, selection)
         return version
 
 
-def begin(project: Project, recipe: Recipe, source: Mapping[str, str]) -> pa.Table | None:
-    """Give the uids that a recipe begins with, as columns f0 and f1; None for the whole pool."""
-    if recipe.source_kind == "pool":
-        return None
-    if recipe.source_kind == "recipe":
-        return Versions(project.lake, recipe.source).read_uids(source["version"])
-    return read_uid_list(_uid_list(project, recipe))
+def _uids(project: Project, read: Mapping[str, str]) -> pa.Table:
+    if read["kind"] == "recipe":
+        return Versions(project.lake, read["name"]).read_uids(read["version"])
+    return read_uid_list(_uid_list(project, read["name"]))
+
+
+def _told(project: Project, read: Mapping[str, str], uids: pa.Table, selection: Selection) -> dict[str, Any]:
+    """Give what the lineage record says of a set: where it came from, and how much of it is in the pool."""
+    column = quoted(set_column(read["name"]))
+    ((found,),) = selection.con.execute(f"SELECT count(*) FROM {selection.source} WHERE {column}").fetchall()
+    told: dict[str, Any] = {**read, "uids": uids.num_rows, "in_pool": found, "file": set_file(read["name"])}
+    if read["kind"] == "recipe":
+        return {**told, "record": Versions(project.lake, read["name"]).read(read["version"]).lineage}
+    return {**told, "path": str(_uid_list(project, read["name"]))}
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def chosen(
     recipe: Recipe,
     scores: Mapping[str, tuple[str, str]],
     shards: Collection[str],
-    within: pa.Table | None,
+    sets: Mapping[str, pa.Table],
 ) -> Iterator[tuple[Selection, int]]:
     """Run a recipe over the lake's files.
 
@@ -258,7 +258,7 @@ def chosen(
         recipe: the recipe.
         scores: asset and column of every score that it reads.
         shards: the shards to choose from.
-        within: the uids that the recipe begins with, unless it begins with the whole pool.
+        sets: f0 and f1 of each of the recipe's sets, by name.
 
     Yields:
         What is chosen, valid within the block, and the number of rows left out because their uid came before.
@@ -267,8 +267,8 @@ def chosen(
         con.execute("SET temp_directory = ?", [spill])
         con.execute("SET memory_limit = ?", [MEMORY])
         con.execute("SET enable_progress_bar = false")
-        if within is not None:
-            con.from_arrow(within).create("wanted")
+        for other, uids in sets.items():
+            con.from_arrow(uids).create(quoted(f"uids of {other}"))
         source = source_relation(
             con,
             "source",
@@ -278,7 +278,7 @@ def chosen(
                 for score, (asset, column) in scores.items()
             },
             pool_columns=recipe.columns().pool,
-            within=None if within is None else "wanted",
+            sets={set_column(other): f"uids of {other}" for other in sets},
         )
         yield select(con, name, recipe), source.duplicates
 

@@ -76,14 +76,16 @@ def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
 
 def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> str:
     """Tell what is wrong with the numbers of rows, if anything is."""
-    total = entered = lineage["source"]["rows"]
+    basis = entered = lineage["source"]["rows"]
     recipe = Recipe.model_validate(lineage["definition"])
     for step, report in zip(recipe.steps, lineage["steps"], strict=True):
-        wanted = step.keep_top.wanted(total) if step.keep_top is not None else None
+        wanted = step.keep_top.wanted(basis) if step.keep_top is not None else None
         kept = report["kept"] if wanted is None else min(wanted, entered)
         if (report["entered"], report["kept"]) != (entered, kept):
             return f"step {report['step']}: {report['kept']} of {report['entered']} rows kept, not {kept} of {entered}"
         entered = kept
+        if step.kind == "within":
+            basis = kept
     counted = {"record": lineage["rows"], "manifest": manifest.num_rows, "array": len(uids)}
     wrong = [f"the {what} has {rows} rows, not {entered}" for what, rows in counted.items() if rows != entered]
     return ", ".join(wrong)

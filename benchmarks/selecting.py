@@ -60,7 +60,7 @@ def measure(rows: int = 2_000_000, shard_rows: int = 100_000) -> dict[str, Any]:
 
 def _ours(lake: Path, out: Path) -> None:
     shards = sorted(path.stem for path in (lake / "raw_pool").glob("*.parquet"))
-    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, None) as (selection, _):
+    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, {}) as (selection, _):
         write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
 
 

@@ -16,14 +16,16 @@ from assets.project import Project
 from assets.sharded import SHARDS_NAME, NotReady, ShardAsset
 from assets.whole import WholeAsset
 from resources.encoders import EncoderError
+from resources.external import ExternalError
 from resources.lake import LakeError, digest
 from resources.pools import PoolError
 from resources.targets import TargetError
+from selection.recipes import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 
-BAD_INPUT = (PoolError, EncoderError, TargetError, LakeError)
+BAD_INPUT = (PoolError, EncoderError, TargetError, ExternalError, LakeError)
 """What a person has to mend; the message says how."""
 
 ATTEMPTS = 3
@@ -177,11 +179,8 @@ def glance(project: Project, graph: Graph, shards: Sequence[str]) -> str:
             wanted.append(_wanted(node, shards[0] if shards else None) if shards or _is_whole(node) else "")
         except (NotReady, *BAD_INPUT) as error:
             wanted.append(str(error))
-    lists = [
-        project.config.resolve().parent / subset.model.source
-        for subset in graph.subsets
-        if subset.model.source_kind == "uids"
-    ]
+    folder = project.config.resolve().parent
+    lists = [folder / name for subset in graph.subsets for name in subset.model.sets if set_kind(name) == "uids"]
     listing = project.listing()
     return digest(
         {

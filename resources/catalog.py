@@ -132,7 +132,7 @@ def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
         values = {column: _score_type(column) for column in columns}
         views[asset] = _files(root, f"{asset}/{_VISIBLE}.parquet", _ROW | values)
     views["pool_scores"] = _pool_scores(root, scores)
-    names = [_quoted(name) for names in _score_names(scores).values() for name in names]
+    names = [_quoted(name) for names in score_names(scores).values() for name in names]
     views["scores"] = f"SELECT {', '.join(['uid, f0, f1, shard, key', *names])} FROM pool_scores"
     views["shards"] = """
         SELECT coalesce(p.shard, r.shard) AS shard, coalesce(p.n, 0) AS rows, coalesce(r.n, 0) AS rejected
@@ -160,7 +160,7 @@ def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, lis
     place, options = {"file_row_number": "BIGINT"}, ", file_row_number=true"
     pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=options)
     scored = []
-    for asset, names in _score_names(scores).items():
+    for asset, names in score_names(scores).items():
         typed = _ROW | place | {column: _score_type(column) for column in scores[asset]}
         query = _files(root, f"{asset}/{_VISIBLE}.parquet", typed, options=options)
         scored.append((query, list(zip(scores[asset], names, strict=True))))
@@ -190,7 +190,11 @@ def _subset_views(root: Path) -> dict[str, str]:
                 "score": "VARCHAR",
                 "entered": "BIGINT",
                 "kept": "BIGINT",
+                "joined": "BIGINT",
                 "left": "BIGINT",
+                "set": "VARCHAR",
+                "scores": ["VARCHAR"],
+                "value": "VARCHAR",
                 "threshold": "DOUBLE",
                 "tie_uid": "VARCHAR",
                 "note": "VARCHAR",
@@ -279,8 +283,9 @@ def _explain_macro(
 ) -> str:
     """Write explain(uid): a row for each step of each recipe's newest version at build time.
 
-    Verdicts: kept; dropped; not reached (an earlier step dropped it); unknown (a score that the step
-    needs is not there now); changed (today's scores would keep it, yet it is not in the subset). Step 0
+    Verdicts: kept; dropped; not reached (an earlier step dropped it); brought in (by a union); unknown (a score
+    that the step needs is not there now, or the step ranks by ranks, which a row alone has not, and is not the
+    last); changed (today's scores would keep it, yet it is not in the subset). Step 0
     is what the recipe began with. A uid that is not in the pool gets one row that says so, or the reasons
     where a rejected sample has that key.
     """
@@ -331,47 +336,57 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any]) -> str:
-    """Write the query of one row: the sample, its place in the version, and what each step says of it."""
+    """Write the query of one row: the sample, its place in the version, and what each step says of it.
+
+    "pass n" is what step n says of the row by itself, "in n" whether it is in after the step; NULL is unknown.
+    """
     recipe, version, steps = record["recipe"], record["version"], record["steps"]
     ranked = [step["step"] for step in steps if step["score"] is not None]
     figures = "".join(f', step{n}_value AS "value {n}", step{n}_rank AS "rank {n}"' for n in ranked)
+    folder = f"subset/{glob.escape(recipe)}/{version}"
     member = (
-        f'SELECT true AS "member"{figures} FROM read_parquet('
-        f"{_pattern(root, f'subset/{glob.escape(recipe)}/{version}/manifest.parquet')}) WHERE {_SAMPLE}"
+        f'SELECT true AS "member"{figures} FROM read_parquet({_pattern(root, f"{folder}/manifest.parquet")}) '
+        f"WHERE {_SAMPLE}"
     )
-    known = [_binds(con, step["predicate"]) for step in steps]
-    passes = [
-        f'coalesce(({step["predicate"]}\n), false) AS "pass {step["step"]}"'
-        if binds
-        else f'NULL::BOOLEAN AS "pass {step["step"]}"'
-        for step, binds in zip(steps, known, strict=True)
-    ]
-    values = [
-        f'{_quoted(step["score"]) if binds else "NULL"}::DOUBLE AS "score {step["step"]}"'
-        for step, binds in zip(steps, known, strict=True)
-        if step["score"] is not None
-    ]
-    begun = f'f0 IS NOT NULL AND {_in_source(root, record)} AS "pass 0"'
+    listed = {read["name"]: read.get("file", "source_uids.parquet") for read in _sets(record)}  # as of format 2
+
+    def in_set(name: str) -> str:
+        return f"EXISTS (SELECT 1 FROM read_parquet({_pattern(root, f'{folder}/{listed[name]}')}) WHERE {_SAMPLE})"
+
+    source = record["source"]
+    passes = [f'f0 IS NOT NULL AND {"true" if source["kind"] == "pool" else in_set(source["name"])} AS "pass 0"']
+    states, state = ['"pass 0" AS "in 0"'], '"pass 0"'
+    for step in steps:
+        number = step["step"]
+        if step.get("set") is not None:
+            said = f"f0 IS NOT NULL AND {'NOT ' if step['kind'] == 'except' else ''}{in_set(step['set'])}"
+        else:
+            binds = _binds(con, step["predicate"])
+            said = f"coalesce(({step['predicate']}\n), false)" if binds else "NULL::BOOLEAN"
+        passes.append(f'{said} AS "pass {number}"')
+        state = f'({state} {"OR" if step["kind"] == "union" else "AND"} "pass {number}")'
+        states.append(f'{state} AS "in {number}"')
+        if step["score"] is not None:
+            value = (step.get("value") or _quoted(step["score"])) if binds else "NULL"
+            passes.append(f'{value}::DOUBLE AS "score {number}"')
     return f"""
-        SELECT *, {", ".join([begun, *passes, *values])}
-        FROM (SELECT 1) LEFT JOIN (
-            SELECT * FROM sample_rows WHERE shard IN (
-                SELECT shard FROM subset_shards
-                WHERE recipe = {_text(recipe)} AND version = {_text(version)} AND missing IS NULL)
-            ORDER BY shard, source_row LIMIT 1
-        ) ON true LEFT JOIN ({member}) ON true
-        WHERE "member" OR EXISTS (FROM sample_rows)"""
+        SELECT *, {", ".join(states)} FROM (
+            SELECT *, {", ".join(passes)}
+            FROM (SELECT 1) LEFT JOIN (
+                SELECT * FROM sample_rows WHERE shard IN (
+                    SELECT shard FROM subset_shards
+                    WHERE recipe = {_text(recipe)} AND version = {_text(version)} AND missing IS NULL)
+                ORDER BY shard, source_row LIMIT 1
+            ) ON true LEFT JOIN ({member}) ON true
+            WHERE "member" OR EXISTS (FROM sample_rows))"""
 
 
 _SAMPLE = "f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17)"
 
 
-def _in_source(root: Path, record: Mapping[str, Any]) -> str:
-    source = record["source"]
-    if source["kind"] == "pool":
-        return "true"
-    file = f"subset/{glob.escape(record['recipe'])}/{record['version']}/source_uids.parquet"
-    return f"EXISTS (SELECT 1 FROM read_parquet({_pattern(root, file)}) WHERE {_SAMPLE})"
+def _sets(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Give what a record says of each recipe and uid list that its recipe reads."""
+    return [read for read in (record["source"], *record.get("sets", {}).values()) if read["kind"] != "pool"]
 
 
 def _explained_steps(record: Mapping[str, Any], judged: str, nearest: Mapping[str, str]) -> list[str]:
@@ -381,12 +396,11 @@ def _explained_steps(record: Mapping[str, Any], judged: str, nearest: Mapping[st
         "recipe": f"from recipe {source['name']} {source.get('version')}",
         "uids": f"from the uid list {source['name']}",
     }
-    begin = {"step": 0, "text": named[source["kind"]], "score": None, "threshold": None}
+    begin = {"step": 0, "kind": "from", "text": named[source["kind"]], "score": None, "threshold": None}
+    last_union = max((step["step"] for step in record["steps"] if step["kind"] == "union"), default=0)
     queries = []
     for step in [begin, *record["steps"]]:
         number = step["step"]
-        before = " AND ".join(f'coalesce("pass {n}", false)' for n in range(number)) or "true"
-        passed = "changed" if number == last else "kept"
         unknown = f'"pass {number}" IS NULL'
         columns = {
             "recipe": _text(record["recipe"]),
@@ -411,10 +425,19 @@ def _explained_steps(record: Mapping[str, Any], judged: str, nearest: Mapping[st
                 "nearest_label": f"(SELECT label {of_target})",
                 "nearest_name": f"(SELECT name {of_target})",
             }
-        columns["verdict"] = (
-            f"CASE WHEN \"member\" THEN 'kept' WHEN NOT ({before}) THEN 'not reached' "
-            f"WHEN {unknown} THEN 'unknown' WHEN \"pass {number}\" THEN '{passed}' ELSE 'dropped' END"
-        )
+        reached = f'coalesce("in {number - 1}", false)' if number else "true"
+        if step["kind"] == "union":
+            verdict = f"WHEN {reached} THEN 'kept' WHEN \"pass {number}\" THEN 'brought in' ELSE 'not reached'"
+        else:
+            # Where other rows decide, no row can be judged alone; at the last step, not to be a member says it.
+            dropped = number == last and f'"step{number}_' in step.get("predicate", "")
+            verdict = (
+                f"WHEN NOT {reached} THEN 'not reached' WHEN {unknown} THEN '{'dropped' if dropped else 'unknown'}' "
+                f"WHEN \"pass {number}\" THEN '{'changed' if number == last else 'kept'}' ELSE 'dropped'"
+            )
+        # A member has passed all steps after the last that could bring it in, whatever the scores of now would say.
+        kept = "WHEN \"member\" THEN 'kept' " if number > last_union or not last_union else ""
+        columns["verdict"] = f"CASE {kept}{verdict} END"
         selected = ", ".join(f"{value} AS {name}" for name, value in columns.items())
         queries.append(f"SELECT {selected} FROM {judged}")
     return queries
@@ -454,9 +477,24 @@ def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
 # Names
 
 
-def _score_names(scores: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Give the names by which recipes call the columns of each score asset."""
-    return {asset: [f"{column}/{asset.split('/', 1)[1]}" for column in columns] for asset, columns in scores.items()}
+def score_names(scores: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Give the names by which recipes call the columns of each score asset.
+
+    The column stands in the place of the asset's kind, `norm_sim_2/b32/pets`; columns from elsewhere have names that
+    somebody else chose, so they stand behind, `external_scores/flyt/dfn`, or are left out where there is but one.
+    """
+    names = {}
+    for asset, columns in scores.items():
+        kind, _, rest = asset.partition("/")
+        if kind != EXTERNAL:
+            names[asset] = [f"{column}/{rest}" for column in columns]
+        else:
+            names[asset] = [asset] if len(columns) == 1 else [f"{asset}/{column}" for column in columns]
+    return names
+
+
+EXTERNAL = "external_scores"
+"""Kind of the assets whose columns are named by the user."""
 
 
 def _score_type(column: str) -> str:

@@ -43,7 +43,7 @@ def source_relation(
     raw_pool: Sequence[tuple[str, Path]],
     scores: Mapping[str, ScoreFiles],
     pool_columns: Collection[str] = (),
-    within: str | None = None,
+    sets: Mapping[str, str] | None = None,
 ) -> Source:
     """Make a temporary table of pool rows and their scores.
 
@@ -55,10 +55,11 @@ def source_relation(
         raw_pool: Shards and their `raw_pool` files.
         scores: For each score column of the table, where it is found.
         pool_columns: Columns of `raw_pool` to take along besides f0, f1, shard and key.
-        within: Name of a relation in `con` with columns f0 and f1; only rows whose uid is in it stay.
+        sets: For each boolean column that says whether a row's uid is in a set, the name of a relation in `con` that
+            has the set's uids as columns f0 and f1.
 
     Returns:
-        The numbers of rows and of duplicates (counted within `within`).
+        The numbers of rows and of duplicates.
 
     Raises:
         ValueError: A shard has no file of a score, or a score file's rows are not those of its shard.
@@ -83,12 +84,13 @@ def source_relation(
                 raise
             raise ValueError(_which_is_out_of_step(con, shards, scores)) from error
         target = f"INSERT INTO {_quoted(name)}"
-    if within is not None:
-        con.execute(
-            f"DELETE FROM {_quoted(name)} WHERE rowid IN (SELECT row.rowid FROM {_quoted(name)} AS row "
-            f"ANTI JOIN {_quoted(within)} AS listed ON row.f0 = listed.f0 AND row.f1 = listed.f1)"
-        ).fetchall()
     duplicates = _drop_duplicates(con, name)
+    for column, listed in (sets or {}).items():
+        con.execute(f"ALTER TABLE {_quoted(name)} ADD COLUMN {_quoted(column)} BOOLEAN DEFAULT false")
+        con.execute(
+            f"UPDATE {_quoted(name)} AS row SET {_quoted(column)} = true FROM {_quoted(listed)} AS listed "
+            "WHERE row.f0 = listed.f0 AND row.f1 = listed.f1"
+        ).fetchall()
     ((rows,),) = con.execute(f"SELECT count(*) FROM {_quoted(name)}").fetchall()
     return Source(rows=rows, duplicates=duplicates)
 

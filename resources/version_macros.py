@@ -50,7 +50,7 @@ SELECT what, name, value FROM facts WHERE value IS NOT NULL ORDER BY part, place
 DIFF = r"""
 CREATE MACRO diff(subset, a, b) AS TABLE
 WITH steps AS MATERIALIZED (
-    SELECT version, step, kind, text, score, threshold, tie_uid FROM funnel
+    SELECT version, step, kind, text, score, scores, value, set, threshold, tie_uid FROM funnel
     WHERE recipe = subset AND version IN (a, b)
 ),
 sources AS MATERIALIZED (
@@ -71,13 +71,21 @@ changed AS (
         SELECT 1 FROM read_parquet({folder} || subset || '/' || a || '/manifest.parquet') AS other
         WHERE other.f0 = m.f0 AND other.f1 = m.f1)
 ),
-begun AS (
-    SELECT there, f0, f1 FROM (
-        SELECT NULL::VARCHAR AS there, NULL::UBIGINT AS f0, NULL::UBIGINT AS f1 WHERE false
-        UNION ALL BY NAME SELECT a AS there, *
-        FROM read_parquet({folder} || subset || '/' || a || '/source_uids.parque[t]', allow_empty = true)
-        UNION ALL BY NAME SELECT b AS there, *
-        FROM read_parquet({folder} || subset || '/' || b || '/source_uids.parque[t]', allow_empty = true))
+-- The uids of the recipes and uid lists that a version read, under the names that its recipe calls them by.
+set_files AS MATERIALIZED (
+    SELECT version, read->>'name' AS name, read->>'file' AS file
+    FROM lineage_records, (
+        SELECT record->'source' AS read UNION ALL SELECT used.value FROM json_each(record->'sets') AS used)
+    WHERE recipe = subset AND version IN (a, b) AND file IS NOT NULL
+),
+listed AS (
+    SELECT there, name, f0, f1 FROM (
+        SELECT NULL::VARCHAR AS there, NULL::VARCHAR AS filename, NULL::UBIGINT AS f0, NULL::UBIGINT AS f1 WHERE false
+        UNION ALL BY NAME SELECT a AS there, * FROM read_parquet(
+            {folder} || subset || '/' || a || '/sets/[!.]*.parquet', allow_empty = true, filename = true)
+        UNION ALL BY NAME SELECT b AS there, * FROM read_parquet(
+            {folder} || subset || '/' || b || '/sets/[!.]*.parquet', allow_empty = true, filename = true)
+    ) JOIN set_files ON there = version AND ends_with(filename, '/' || file)
 ),
 read_files AS (
     SELECT version, shard, any_value(missing) AS missing,
@@ -93,23 +101,36 @@ shard_facts AS MATERIALIZED (
     WHERE h.missing IS NULL
 ),
 version_facts AS MATERIALIZED (
-    SELECT t.version AS there, t.kind <> 'pool' AS from_list,
+    SELECT t.version AS there, t.kind <> 'pool' AS from_list, t.name AS from_name,
         CASE WHEN (t.kind, t.name) IS DISTINCT FROM (h.kind, h.name) THEN 0 ELSE (
             SELECT min(step) FROM steps AS s WHERE s.version = t.version AND NOT EXISTS (
                 FROM steps AS same WHERE same.version = h.version AND same.step = s.step AND same.text = s.text)
         ) END AS first_other_step
     FROM sources AS t JOIN sources AS h ON h.version = CASE t.version WHEN a THEN b ELSE a END
 ),
+-- Whatever refused a row before a union brought it in does not matter.
+brought AS (
+    SELECT changed.there, changed.f0, changed.f1, max(step) AS brought_by
+    FROM changed JOIN steps ON steps.version = changed.there AND steps.kind = 'union'
+        JOIN listed ON listed.there = changed.there AND listed.name = steps.set
+            AND listed.f0 = changed.f0 AND listed.f1 = changed.f1
+    GROUP BY ALL
+),
 placed AS (
     SELECT changed.*, read_there, missing, coalesce(made_again, []) AS made_again, first_other_step,
-        NOT from_list OR EXISTS (
-            FROM begun WHERE begun.there = changed.there AND begun.f0 = changed.f0 AND begun.f1 = changed.f1
-        ) AS in_source
+        coalesce(brought_by, 0) AS brought_by,
+        NOT from_list OR brought_by IS NOT NULL OR listed.f0 IS NOT NULL AS in_source
     FROM changed JOIN version_facts USING (there) LEFT JOIN shard_facts USING (here, shard)
+        LEFT JOIN brought USING (there, f0, f1)
+        LEFT JOIN listed ON listed.there = changed.there AND listed.name = version_facts.from_name
+            AND listed.f0 = changed.f0 AND listed.f1 = changed.f1
 ),
 -- The row as it is here, judged by the steps of there.
 judged_steps AS MATERIALIZED (
-    SELECT t.version AS there, t.step, t.kind, t.text, t.score, t.threshold, t.tie_uid,
+    SELECT t.version AS there, t.step, t.kind, t.text, t.score, t.scores, t.set, t.threshold, t.tie_uid,
+        -- A value that other rows had a part in can't be held against the cut of another version.
+        coalesce(len(t.scores) > 1, false) AND (t.value IS DISTINCT FROM h.value OR contains(t.value, '"step'))
+            AS among_others,
         h.threshold AS threshold_here, 'step' || h.step || '_value' AS figure,
         EXISTS (
             FROM steps AS same WHERE same.version = CASE t.version WHEN a THEN b ELSE a END
@@ -121,18 +142,28 @@ judged_steps AS MATERIALIZED (
 ),
 judged AS (
     SELECT p.f0, p.f1, j.*, (p.figures->>j.figure)::DOUBLE AS value,
-        CASE WHEN j.kind = 'where' THEN CASE WHEN same_where THEN true END
-            ELSE value > j.threshold
-                OR (value = j.threshold AND (j.tie_uid IS NULL OR p.uid <= j.tie_uid)) END AS passes
-    FROM placed AS p JOIN judged_steps AS j USING (there) WHERE p.read_there AND p.in_source
+        -- It has none at a step that it never came to, because a later union brought it in.
+        j.kind = 'keep_top' AND threshold_here IS NOT NULL AND value IS NULL AS brought_here,
+        CASE
+            WHEN j.kind = 'union' THEN true
+            WHEN j.kind IN ('within', 'intersect') THEN listed.f0 IS NOT NULL
+            WHEN j.kind = 'except' THEN listed.f0 IS NULL
+            WHEN j.kind = 'where' THEN CASE WHEN same_where THEN true END
+            WHEN NOT among_others THEN value > j.threshold
+                OR (value = j.threshold AND (j.tie_uid IS NULL OR p.uid <= j.tie_uid))
+        END AS passes
+    FROM placed AS p JOIN judged_steps AS j USING (there)
+        LEFT JOIN listed ON listed.there = p.there AND listed.name = j.set AND listed.f0 = p.f0 AND listed.f1 = p.f1
+    WHERE p.read_there AND p.in_source AND j.step > p.brought_by
 ),
 refused AS (
-    SELECT f0, f1, arg_min(judged, step) AS stop FROM judged WHERE passes IS NOT TRUE GROUP BY f0, f1
+    SELECT f0, f1, arg_min(judged, (kind = 'keep_top' AND among_others AND NOT brought_here, step)) AS stop
+    FROM judged WHERE passes IS NOT TRUE GROUP BY f0, f1
 ),
 -- Where no step refuses it, a score that was computed again did, at the only step that ranks such a score.
 rescored AS (
     SELECT p.f0, p.f1, arg_min(j, j.step) AS stop FROM placed AS p JOIN judged AS j USING (f0, f1, there)
-    WHERE list_contains(p.made_again, {asset})
+    WHERE list_has_any(p.made_again, list_transform(coalesce(j.scores, [j.score]), lambda score: {asset}))
     GROUP BY p.f0, p.f1 HAVING count(*) = 1
 ),
 told AS (
@@ -142,6 +173,7 @@ told AS (
         WHEN NOT in_source AND first_other_step = 0 THEN 'recipe changed'
         WHEN NOT in_source THEN 'source changed'
         WHEN refused.stop IS NOT NULL AND refused.stop.step >= first_other_step THEN 'recipe changed'
+        WHEN refused.stop.brought_here OR refused.stop.set IS NOT NULL THEN 'list changed'
         WHEN refused.stop IS NOT NULL THEN 'threshold moved'
         WHEN list_contains(made_again, 'raw_pool') THEN 'shard changed'
         WHEN len(made_again) > 0 THEN 'score changed'
@@ -159,6 +191,9 @@ SELECT change, uid, shard, key, reason,
         missing,
         CASE WHEN stop.passes IS NULL AND reason = 'recipe changed' AND stop IS NOT NULL
             THEN 'this step or a later one: ' || here || ' has no value for it' END,
+        CASE WHEN stop.brought_here THEN 'a later union brought it into ' || here
+            WHEN stop.passes IS NULL AND reason = 'threshold moved'
+            THEN 'this step or a later one: a combined value depends on the other rows' END,
         CASE WHEN reason = 'another copy' THEN 'another row with this uid stood for it' END,
         'made again between the two: ' || nullif(array_to_string(made_again, ', '), '')
     ), '') AS detail
@@ -172,7 +207,7 @@ ORDER BY change, f0, f1
 """
 
 _ASSET = (
-    "regexp_replace(regexp_replace(j.score, '^(norm_sim_2|norm_sim_inf|nearest_target)/', 'norm_sim/'), "
+    "regexp_replace(regexp_replace(score, '^(norm_sim_2|norm_sim_inf|nearest_target)/', 'norm_sim/'), "
     "'^neg_clip_loss_stderr/', 'neg_clip_loss/')"
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ class Manifest:
     Attributes:
         rows: how many there are.
         reader: opens them, sorted by (f0, f1): uid, f0, f1, shard, key, and `step{n}_value` of each ranking.
-        ranks: `step{n}_rank` of each ranking, int64, in the same order.
+        ranks: `step{n}_rank` of each ranking, int64, in the same order; masked where a row has none.
     """
 
     rows: int
@@ -111,7 +112,7 @@ class Versions:
         manifest: Manifest,
         lineage: dict[str, Any],
         examine: Callable[[Version], None],
-        source_uids: pa.Table | None = None,
+        sets: Mapping[str, pa.Table] | None = None,
     ) -> Version:
         """Write the next version.
 
@@ -119,16 +120,16 @@ class Versions:
             manifest: the selected rows.
             lineage: the record; its `version` and `files`, the sha256 of what is written, are set here.
             examine: looks at the files before the record makes a version of them; raises if something is wrong.
-            source_uids: the uids that the recipe began with, where that is not the whole pool: columns f0 and f1.
+            sets: the uids of each recipe and uid list that was read, by its name: columns f0 and f1.
         """
         newest = self.names()
         name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
         version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
         with self.lake.replacing(version.manifest) as path, self.lake.replacing(version.uids) as uids_path:
             version.lineage["files"] = write_selection(manifest, path, uids_path)
-        if source_uids is not None:
-            with self.lake.replacing(f"{version.folder}/source_uids.parquet") as path:
-                pq.write_table(source_uids, path, compression="zstd")
+        for other, listed in (sets or {}).items():
+            with self.lake.replacing(f"{version.folder}/{set_file(other)}") as path:
+                pq.write_table(listed, path, compression="zstd", row_group_size=ROW_GROUP)
         examine(version)
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
@@ -146,12 +147,17 @@ class Versions:
         self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
 
     def read_uids(self, name: str, file: str = "manifest.parquet") -> pa.Table:
-        """Read columns f0 and f1 of a version's manifest, or of its `source_uids.parquet`."""
+        """Read columns f0 and f1 of a version's manifest, or of the uids of a set that it read (`set_file`)."""
         with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:
             return pq.ParquetFile(opened).read(columns=["f0", "f1"])
 
     def _lineage_path(self, name: str) -> str:
         return f"{self.folder}/{name}/lineage.json"
+
+
+def set_file(name: str) -> str:
+    """Name the file of a version that holds the uids of a recipe or uid list that it read."""
+    return f"sets/{quote(name, safe='')}.parquet"
 
 
 def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str, str]:
@@ -175,7 +181,8 @@ def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str
             for rows in _in_row_groups(reader):
                 group = slice(done, done := done + rows.num_rows)
                 for name, ranks in manifest.ranks.items():
-                    rows = rows.append_column(name, pa.array(ranks[group]))
+                    values, absent = np.ma.getdata(ranks[group]), np.ma.getmaskarray(ranks[group])
+                    rows = rows.append_column(name, pa.array(values, mask=absent))
                 writer.write_table(rows.select(schema.names), row_group_size=ROW_GROUP)
                 uids["f0"][group], uids["f1"][group] = rows["f0"].to_numpy(), rows["f1"].to_numpy()
     with open(uids_path, "wb") as file:

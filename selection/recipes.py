@@ -8,7 +8,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from functools import cache
-from typing import Any, NamedTuple, Self
+from math import isfinite
+from typing import Any, Literal, NamedTuple, Self
 
 import duckdb
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -29,16 +30,26 @@ class _Model(BaseModel):
 
 
 class KeepTop(_Model):
-    """Keep the rows with the largest values of a score; exactly one of the limits is given.
+    """Keep the rows with the largest values of one score, or of several combined; exactly one of the limits is given.
 
     Attributes:
         score: The score's name, such as `neg_clip_loss/b32`.
-        fraction: Share of the rows that the recipe began with, above 0 and at most 1.
+        rank_sum: Names of scores whose ranks are added; the smallest sums stay. A rank is 1 + the number of rows that
+            entered the step with a larger value, so equal values have equal ranks.
+        weighted: Names of scores with their weights. Each score is brought to one scale over the rows that entered the
+            step, as `normalise` says, then multiplied and added.
+        normalise: `rank` (n - rank) / (n - 1), `min_max` (x - min) / (max - min), or `z_score` (x - mean) / standard
+            deviation (of the population).
+        fraction: Share of the rows that the recipe began with, or, after a `within`, of the rows within; above 0 and
+            at most 1.
         count: Number of rows.
         threshold: Smallest value that is kept.
     """
 
-    score: str = Field(min_length=1)
+    score: str | None = Field(default=None, min_length=1)
+    rank_sum: tuple[str, ...] | None = None
+    weighted: dict[str, float] | None = None
+    normalise: Literal["rank", "min_max", "z_score"] | None = None
     fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
     count: int | None = Field(default=None, gt=0, strict=True)
     threshold: float | None = Field(default=None, allow_inf_nan=False, strict=True)
@@ -50,6 +61,38 @@ class KeepTop(_Model):
             found = " and ".join(given) or "none"
             raise ValueError(f"keep_top needs exactly one of fraction, count, threshold; found {found}")
         return self
+
+    @model_validator(mode="after")
+    def _one_value(self) -> Self:
+        given = [n for n in ("score", "rank_sum", "weighted") if getattr(self, n) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"keep_top needs exactly one of score, rank_sum, weighted; found {found}")
+        if self.score is None and (len(self.scores) < 2 or len(set(self.scores)) < len(self.scores)):
+            raise ValueError(f"{given[0]} combines two or more different scores")
+        if self.weighted is not None and not all(weight and isfinite(weight) for weight in self.weighted.values()):
+            raise ValueError("weighted: a weight is a finite number other than 0")
+        if (self.weighted is None) != (self.normalise is None):
+            raise ValueError("weighted and normalise (rank, min_max or z_score) are given together or not at all")
+        if self.rank_sum is not None and self.threshold is not None:
+            raise ValueError("a sum of ranks has no threshold that means anything; give fraction or count")
+        return self
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores that are ranked by."""
+        if self.score is not None:
+            return (self.score,)
+        return self.rank_sum if self.rank_sum is not None else tuple(self.weighted or ())
+
+    @property
+    def label(self) -> str:
+        """What is ranked by, in words."""
+        if self.score is not None:
+            return self.score
+        if self.weighted is None:
+            return f"rank_sum of {' and '.join(self.scores)}"
+        return f"{' + '.join(f'{weight!r} {name}' for name, weight in self.weighted.items())} ({self.normalise})"
 
     def wanted(self, pool_rows: int) -> int | None:
         """Tell how many rows the step may keep.
@@ -69,10 +112,27 @@ class KeepTop(_Model):
 
 
 class Step(_Model):
-    """One step: a `where` (a DuckDB predicate) or a `keep_top`."""
+    """One step of exactly one kind.
+
+    Attributes:
+        where: A DuckDB predicate: the rows for which it is true stay.
+        keep_top: The rows with the largest values stay.
+        within: The rows of that set stay, and later fractions count from them, as if the recipe had begun there.
+        union: Rows of the pool that are in that set come (back) in, whatever dropped them.
+        intersect: The rows of that set stay.
+        except_: `except` in YAML: the rows of that set are dropped.
+
+    A set is the name of another recipe, or the path of a uid list.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     where: str | None = None
     keep_top: KeepTop | None = None
+    within: str | None = None
+    union: str | None = None
+    intersect: str | None = None
+    except_: str | None = Field(default=None, alias="except")
 
     @field_validator("where")
     @classmethod
@@ -83,32 +143,64 @@ class Step(_Model):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.where is None) == (self.keep_top is None):
-            raise ValueError("a step is exactly one of where, keep_top")
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a step is exactly one of {', '.join(_KINDS)}; found {' and '.join(given) or 'none'}")
+        if self.set_name in ("", POOL):
+            raise ValueError(f"{self.kind}: name another recipe, or a uid list")
         return self
 
     @property
     def kind(self) -> str:
-        """`where` or `keep_top`."""
-        return "where" if self.where is not None else "keep_top"
+        """The step's name in YAML."""
+        return next(name.rstrip("_") for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def set_name(self) -> str | None:
+        """The other recipe or uid list that the step names, if it is of such a kind."""
+        return next(
+            (name for name in (self.within, self.union, self.intersect, self.except_) if name is not None), None
+        )
 
     @property
     def text(self) -> str:
         """The step in one line, as a person would say it."""
+        return self.said("the pool")
+
+    def said(self, basis: str) -> str:
+        """Say the step in one line, with what a fraction counts from."""
+        if self.set_name is not None:
+            return _SAID[self.kind].format(self.set_name)
         if self.keep_top is None:
             return f"where {self.where}"
         top = self.keep_top
         if top.fraction is not None:
-            return f"keep the top {top.fraction!r} of the pool by {top.score}"
+            return f"keep the top {top.fraction!r} of {basis} by {top.label}"
         if top.count is not None:
-            return f"keep the top {top.count} by {top.score}"
-        return f"keep {top.score} >= {top.threshold!r}"
+            return f"keep the top {top.count} by {top.label}"
+        return f"keep {top.label} >= {top.threshold!r}"
 
     def columns(self) -> frozenset[str]:
         """Name every column that the step reads."""
         if self.keep_top is not None:
-            return frozenset([self.keep_top.score])
-        return predicate_columns(self.where or "")
+            return frozenset(self.keep_top.scores)
+        return predicate_columns(self.where) if self.where is not None else frozenset()
+
+
+_SAID = {
+    "within": "within {}",
+    "union": "add the rows of {}",
+    "intersect": "keep the rows of {}",
+    "except": "drop the rows of {}",
+}
+_KINDS = ("where", "keep_top", *_SAID)
+
+
+def set_kind(name: str) -> str:
+    """Tell what a recipe's `from`, or a step's set, is: `pool`, `uids` (a uid list) or `recipe`."""
+    if name == POOL:
+        return "pool"
+    return "uids" if name.endswith(UID_LIST_ENDINGS) else "recipe"
 
 
 class Recipe(_Model):
@@ -130,9 +222,18 @@ class Recipe(_Model):
     @property
     def source_kind(self) -> str:
         """`pool`, `uids` (a uid list) or `recipe`."""
-        if self.source == POOL:
-            return "pool"
-        return "uids" if self.source.endswith(UID_LIST_ENDINGS) else "recipe"
+        return set_kind(self.source)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Name every recipe and uid list that the recipe reads, `from` first, each once."""
+        named = [self.source, *(step.set_name for step in self.steps)]
+        return tuple(dict.fromkeys(name for name in named if name is not None and name != POOL))
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """Name the recipes that this one rests on."""
+        return tuple(name for name in self.sets if set_kind(name) == "recipe")
 
     def columns(self) -> Columns:
         """Name the columns that the recipe reads; a score is a name with a slash in it."""
@@ -177,25 +278,23 @@ def check_recipes(recipes: Mapping[str, Recipe], *, scores: Collection[str], poo
 
     Raises:
         ValueError: One message with a line for each unknown recipe, score or column, for each circle
-            of recipes that begin with one another, and for each name that stands for something else.
+            of recipes that rest on one another, and for each name that stands for something else.
     """
     problems = []
     for name, recipe in recipes.items():
         if name == POOL or name.endswith(UID_LIST_ENDINGS):
             problems.append(f"recipe {name}: another recipe's from could not name it; call it otherwise")
-        if recipe.source_kind == "recipe" and recipe.source not in recipes:
-            problems.append(
-                f"recipe {name}, from: {_unknown('recipe', recipe.source, [POOL, *recipes])}; "
-                f"the path of a uid list ends in {' or '.join(UID_LIST_ENDINGS)}"
-            )
+        problems += _unknown_set(f"recipe {name}, from", recipe.source, [POOL, *recipes])
         for number, step in enumerate(recipe.steps, start=1):
+            if step.set_name is not None:
+                problems += _unknown_set(f"recipe {name}, step {number} ({step.text})", step.set_name, recipes)
             unknown = step.columns() - set(scores) - set(pool_columns)
             for column in sorted(unknown):
                 known = [*scores, *pool_columns]
                 what = "score" if step.keep_top or "/" in column else "column"
                 problems.append(f"recipe {name}, step {number} ({step.text}): {_unknown(what, column, known)}")
     for circle in _circles(recipes):
-        problems.append(f"recipes begin with one another: {' from '.join(circle)}")
+        problems.append(f"recipes rest on one another: {' on '.join(circle)}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -207,15 +306,26 @@ def _unknown(what: str, name: str, known: Collection[str]) -> str:
     return f"there is no {what} {name!r}; {hint}"
 
 
+def _unknown_set(where: str, name: str, recipes: Collection[str]) -> list[str]:
+    if set_kind(name) != "recipe" or name in recipes:
+        return []
+    ends = f"the path of a uid list ends in {' or '.join(UID_LIST_ENDINGS)}"
+    return [f"{where}: {_unknown('recipe', name, recipes)}; {ends}"]
+
+
 def _circles(recipes: Mapping[str, Recipe]) -> list[tuple[str, ...]]:
     """Find each circle once, from its first name in the alphabet back to that name."""
     circles = set()
+
+    def follow(chain: tuple[str, ...]) -> None:
+        for name in recipes[chain[-1]].recipes:
+            if name == chain[0]:
+                circles.add((*chain, name))
+            elif name in recipes and name > chain[0] and name not in chain:
+                follow((*chain, name))
+
     for start in recipes:
-        chain = [start]
-        while (following := recipes[chain[-1]].source) in recipes and following not in chain:
-            chain.append(following)
-        if following == start and start == min(chain):
-            circles.add((*chain, start))
+        follow((start,))
     return sorted(circles)
 
 

@@ -16,9 +16,9 @@ from assets.subset import manifest
 from resources.catalog import POOL_COLUMNS, build_catalog, read_catalog
 from resources.lake import Lake, LakeError, Provenance, vectors_to_column
 from resources.source import source_relation
-from resources.versions import write_selection
-from selection.recipes import Recipe
-from selection.selecting import select
+from resources.versions import set_file, write_selection
+from selection.recipes import Recipe, set_kind
+from selection.selecting import select, set_column
 from selection.uids import format_uids, subset_array
 
 CLIP, NEAR = "clip_score/b32", "norm_sim_inf/b32/flowers"
@@ -124,7 +124,7 @@ class SmallLake:
         self.lake.write(pa.table(table), Provenance(TARGETS[0], None, "1"))
 
     def add_version(self, name, number, *, listed=None, recipe=None, missing=(), made_again=()):
-        """Choose a subset and write it; give its uids.
+        """Choose a subset and write it; give its uids. `listed` has uid arrays by the names of their files.
 
         `missing` names shards that are left out, `made_again` files (shard, asset) with another fingerprint.
         """
@@ -132,17 +132,20 @@ class SmallLake:
         used = [shard for shard in self.rows if shard not in missing]
         folder = self.root / "subset" / name / version
         folder.mkdir(parents=True)
-        source = {"kind": recipe.source_kind, "name": recipe.source, "version": None}
         with duckdb.connect() as con:
-            if recipe.source_kind == "recipe":
-                source["version"] = max(p.name for p in (self.root / "subset" / recipe.source).iterdir())
-                before = self.root / "subset" / recipe.source / source["version"] / "manifest.parquet"
-                begun = pq.read_table(before, columns=["f0", "f1"])
-            elif recipe.source_kind == "uids":
-                begun = pa.table({name: listed[name].copy() for name in ("f0", "f1")})
-            if recipe.source_kind != "pool":
-                pq.write_table(begun, folder / "source_uids.parquet")
-                con.register("within", begun)
+            sets = {}
+            for other in recipe.sets:
+                if set_kind(other) == "recipe":
+                    newest = max(p.name for p in (self.root / "subset" / other).iterdir())
+                    before = self.root / "subset" / other / newest / "manifest.parquet"
+                    uids = pq.read_table(before, columns=["f0", "f1"])
+                    sets[other] = {"kind": "recipe", "name": other, "version": newest, "file": set_file(other)}
+                else:
+                    uids = pa.table({name: listed[other][name].copy() for name in ("f0", "f1")})
+                    sets[other] = {"kind": "uids", "name": other, "file": set_file(other)}
+                (folder / "sets").mkdir(exist_ok=True)
+                pq.write_table(uids, folder / set_file(other))
+                con.from_arrow(uids).create(f'"uids of {other}"')
 
             def files(asset):
                 return {shard: Path(self.lake.path(asset, shard)) for shard in used}
@@ -156,7 +159,7 @@ class SmallLake:
                     NEAR: ("norm_sim_inf", files("norm_sim/b32/flowers")),
                 },
                 pool_columns=recipe.columns().pool,
-                within=None if recipe.source_kind == "pool" else "within",
+                sets={set_column(other): f"uids of {other}" for other in sets},
             )
             selection = select(con, name, recipe)
             write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
@@ -166,12 +169,17 @@ class SmallLake:
             }
             read = {"raw_pool": "fp", **dict.fromkeys(sorted(scores), "fq")}
             record = {
-                "format": 2,
+                "format": 3,
                 "recipe": name,
                 "version": version,
                 "created": f"2026-01-{number:02d}T00:00:00Z",
                 "definition": recipe.definition(),
-                "source": {**source, "rows": made.rows, "duplicates": made.duplicates},
+                "source": {
+                    **sets.pop(recipe.source, {"kind": "pool", "name": "pool"}),
+                    "rows": selection.source_rows,
+                    "duplicates": made.duplicates,
+                },
+                "sets": sets,
                 "steps": [report.as_dict() for report in selection.steps],
                 "rows": selection.rows,
                 "shards": {
@@ -213,7 +221,7 @@ def lake(tmp_path):
     half = [(row["f0"], row["f1"]) for row in small.rows["00000"][::2] + small.rows["00001"][::2]]
     f0, f1 = np.array(half, dtype=np.uint64).T
     small.listed = set(half)
-    small.members["listed"] = small.add_version("listed", 1, listed=subset_array(f0, f1))
+    small.members["listed"] = small.add_version("listed", 1, listed={"list.npy": subset_array(f0, f1)})
     return small
 
 

@@ -189,8 +189,8 @@ def test_a_uid_list_that_changed_is_the_source(small):
         return np.array([(f0, 2**64 - 1 - f0) for f0 in f0s], dtype="u8,u8")
 
     recipe = {"from": "list.npy", "steps": [keep(CLIP, threshold=0.3)]}
-    small.add_version("listed", 1, listed=listed([3, 4, 8]), recipe=recipe)
-    small.add_version("listed", 2, listed=listed([3, 9, 13]), recipe=recipe)
+    small.add_version("listed", 1, listed={"list.npy": listed([3, 4, 8])}, recipe=recipe)
+    small.add_version("listed", 2, listed={"list.npy": listed([3, 9, 13])}, recipe=recipe)
     told = diff(small, "listed")
     assert {f0: (row["change"], row["step"], row["reason"]) for f0, row in told.items()} == {
         4: ("left", 0, "source changed"),

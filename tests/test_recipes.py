@@ -288,8 +288,8 @@ def test_ranks_are_among_the_rows_that_entered_the_step(con):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({}, "exactly one of where, keep_top"),
-        ({"where": "true", **top(A, count=1)}, "exactly one of where, keep_top"),
+        ({}, "exactly one of where, keep_top, within"),
+        ({"where": "true", **top(A, count=1)}, "exactly one of where, keep_top, within"),
         (top(A), "found none"),
         (top(A, count=1, fraction=0.5), "found fraction and count"),
         (top(A, fraction=0), "greater than 0"),
@@ -401,13 +401,18 @@ def test_unknown_names_are_all_told_at_once_with_close_matches():
         assert [part for part in parts if part not in line] == []
 
 
-def test_recipes_that_begin_with_one_another_are_told_once():
+def test_recipes_that_rest_on_one_another_are_told_once():
     recipes = {name: recipe(**{"from": source}) for name, source in ["ab", "bc", "ca", "da", "ee"]}
-    with pytest.raises(ValueError, match="recipes begin") as error:
+    recipes["f"] = recipe({"union": "g"}, {"except": "a"})
+    recipes["g"] = recipe({"within": "x.npy"}, {"intersect": "f"}, {"within": "h"})
+    recipes["h"] = recipe({"where": "true"}, {"except": "f"})
+    with pytest.raises(ValueError, match="recipes rest") as error:
         check_recipes(recipes, scores=[], pool_columns=[])
     assert str(error.value).splitlines() == [
-        "recipes begin with one another: a from b from c from a",
-        "recipes begin with one another: e from e",
+        "recipes rest on one another: a on b on c on a",
+        "recipes rest on one another: e on e",
+        "recipes rest on one another: f on g on f",
+        "recipes rest on one another: f on g on h on f",
     ]
 
 

@@ -90,12 +90,16 @@ def test_of_equal_uids_the_first_shard_and_row_stays(con, tmp_path):
     ]
 
 
-def test_only_listed_uids_stay(con, tmp_path):
+def test_rows_know_the_sets_that_they_are_in(con, tmp_path):
     con.execute(f"CREATE TABLE listed AS SELECT unnest([2, 3, 8])::UBIGINT AS f0, {2**64 - 1}::UBIGINT AS f1")
+    con.execute(
+        "CREATE TABLE other AS SELECT unnest([2, 1])::UBIGINT AS f0, unnest([0, 18446744073709551615])::UBIGINT AS f1"
+    )
     raw_pool = [pool(tmp_path, "00000", [1, 2, 3]), pool(tmp_path, "00001", [3, 1, 1])]
-    source = source_relation(con, "source", raw_pool=raw_pool, scores={}, within="listed")
-    assert (source.rows, source.duplicates) == (2, 1)
-    assert con.sql("SELECT f0 FROM source ORDER BY f0").fetchall() == [(2,), (3,)]
+    source = source_relation(con, "source", raw_pool=raw_pool, scores={}, sets={"in a": "listed", "in b/c": "other"})
+    assert (source.rows, source.duplicates) == (3, 3)
+    rows = con.sql('SELECT f0, "in a", "in b/c" FROM source ORDER BY f0').fetchall()
+    assert rows == [(1, False, True), (2, True, False), (3, True, False)]
 
 
 def test_two_columns_of_one_file_and_a_folder_with_odd_characters(con, tmp_path):
