@@ -95,15 +95,31 @@ def norm_sim_from_moment(image: Tensor, moment: Tensor) -> Tensor:
             f"moment must be float64 [{d}, {d}] on {image.device}, "
             f"not {moment.dtype} {list(moment.shape)} on {moment.device}"
         )
+    return norm_sim_from_factor(image, moment_factor(moment))
+
+
+def moment_factor(moment: Tensor) -> Tensor:
+    """Give the lower triangular L with L Lᵀ = M, float32 [d, d], of a second moment M, float64 [d, d].
+
+    Raises:
+        ValueError: the moment is not finite.
+    """
     # A second moment is singular when there are fewer targets than dimensions. The shift that makes the
     # factorisation safe adds less to a score than float32 can hold beside the largest score.
     trace = moment.trace()
     if not torch.isfinite(trace):
         raise ValueError("moment holds NaN or infinity")
+    d = len(moment)
     shift = trace.clamp(min=1e-200) * (d * torch.finfo(torch.float64).eps)
     eye = torch.eye(d, dtype=torch.float64, device=moment.device)
-    factor = torch.linalg.cholesky(moment + shift * eye).float()
+    return torch.linalg.cholesky(moment + shift * eye).float()
 
+
+@torch.no_grad()
+def norm_sim_from_factor(image: Tensor, factor: Tensor) -> Tensor:
+    """NormSim_2(i) = |Lᵀ v_i|, given L of `moment_factor`; float32 [n] for image [n, d], as `norm_sim_from_moment`."""
+    _check(image=image)
+    d = image.shape[1]
     # L is lower triangular: block by block of its columns, the zeros above the diagonal are left out.
     width = -(-d // _BLOCKS)
     blocks = [(start, factor[start:, start : start + width]) for start in range(0, d, width)]
@@ -111,7 +127,9 @@ def norm_sim_from_moment(image: Tensor, moment: Tensor) -> Tensor:
 
     def task(tiles: Tiles, at: slice) -> None:
         wide = tiles.rows(image, at).float()
-        squares = sum((wide[:, start:] @ block).square_().sum(1) for start, block in blocks)
+        squares = torch.zeros(tiles.height, device=image.device)
+        for start, block in blocks:
+            squares += (wide[:, start:] @ block).square_().sum(1)
         score[at] = squares[: at.stop - at.start].sqrt()
 
     for_each_tile(len(image), image, task)

@@ -1,0 +1,173 @@
+"""NormSim_2-D against the definition in float64; what a killed run leaves; how a recipe uses it."""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selection.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
+
+CPU = torch.device("cpu")
+
+
+def embeddings(rows: int, width: int = 12, *, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((rows, width)) + 0.5
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def uids(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    words = np.random.default_rng(seed + 1000).integers(0, 2**64, (2, rows), dtype=np.uint64)
+    return words[0], words[1]
+
+
+def parts_of(
+    vectors: np.ndarray, f0: np.ndarray, f1: np.ndarray, cuts: list[int], outside: tuple[int, ...] = ()
+) -> list[Part]:
+    edges = [0, *cuts, len(vectors)]
+    left = np.full(len(vectors), 1, np.int32)
+    left[list(outside)] = 0
+    parts = []
+    for start, stop in pairwise(edges):
+        at = slice(start, stop)
+        parts.append(
+            Part(
+                lambda at=at: vectors[at],
+                lambda at=at: (f0[at], f1[at]),
+                left[at].copy(),
+                np.zeros(stop - start, np.float32),
+            )
+        )
+    return parts
+
+
+def left_in(parts: list[Part]) -> np.ndarray:
+    return np.concatenate([part.left for part in parts])
+
+
+def by_the_definition(vectors: np.ndarray, f0: np.ndarray, f1: np.ndarray, keep: int, rounds: int) -> np.ndarray:
+    """Greedy in float64: the moment is summed anew in every round, rows are sorted, the lowest leave."""
+    wide = vectors.astype(np.float64)
+    left = np.full(len(wide), rounds + 1)
+    step = math.ceil((len(wide) - keep) / rounds)
+    for number in range(1, rounds + 1):
+        rows = np.flatnonzero(left == rounds + 1)
+        moment = wide[rows].T @ wide[rows]
+        scores = np.einsum("nd,de,ne->n", wide[rows], moment, wide[rows])
+        order = np.lexsort((~f1[rows], ~f0[rows], scores))
+        left[rows[order[: min(step, len(rows) - keep)]]] = number
+    return left
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("rows", "keep", "rounds"), [(90, 60, 7), (40, 1, 39), (64, 60, 100), (50, 20, 1)])
+def test_rows_leave_in_the_rounds_of_the_definition(seed: int, rows: int, keep: int, rounds: int) -> None:
+    vectors, words = embeddings(rows, seed=seed), uids(rows, seed)
+    parts = parts_of(vectors, *words, cuts=[rows // 3, rows // 2])
+    done = list(dynamic_rounds(parts, keep=keep, rounds=rounds, device=CPU))
+    np.testing.assert_array_equal(left_in(parts), by_the_definition(vectors, *words, keep, rounds))
+    assert sum(round.left for round in done) == rows - keep
+    assert all(round.left == math.ceil((rows - keep) / rounds) for round in done[:-1])
+
+
+@given(
+    rows=st.integers(2, 80),
+    width=st.integers(1, 40),
+    share=st.floats(0.01, 1),
+    rounds=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_no_row_that_stays_in_a_round_scores_below_one_that_leaves(
+    rows: int, width: int, share: float, rounds: int, seed: int
+) -> None:
+    vectors, words = embeddings(rows, width, seed=seed), uids(rows, seed)
+    keep = max(1, int(rows * share))
+    parts = parts_of(vectors, *words, cuts=[rows // 2])
+    done = list(dynamic_rounds(parts, keep=keep, rounds=rounds, device=CPU))
+    left, wide = left_in(parts), vectors.astype(np.float64)
+    assert (left == rounds + 1).sum() == keep
+    for round in done:
+        inside = wide[left >= round.round]
+        scores = np.linalg.norm(wide @ inside.T, axis=1)
+        goes, stays = left == round.round, left > round.round
+        slack = 3e-6 * math.sqrt(len(inside))
+        assert scores[goes].max() <= scores[stays].min() + slack
+        assert round.threshold == pytest.approx(scores[goes].max(), abs=slack)
+        assert (round.entered, round.left) == (len(inside), goes.sum())
+
+
+def test_scores_are_those_of_the_last_round_that_a_row_took_part_in() -> None:
+    vectors, words = embeddings(60, seed=3), uids(60)
+    parts = parts_of(vectors, *words, cuts=[25], outside=(4, 40))
+    list(dynamic_rounds(parts, keep=30, rounds=5, device=CPU))
+    left, wide = left_in(parts), vectors.astype(np.float64)
+    expected = np.zeros(60)
+    for row in np.flatnonzero(left):
+        expected[row] = np.linalg.norm(wide[left >= left[row]] @ wide[row])
+    np.testing.assert_allclose(np.concatenate([part.score for part in parts]), expected, atol=1e-5)
+    assert left[[4, 40]].tolist() == [0, 0]
+
+
+def test_of_equal_rows_the_larger_uids_leave_first() -> None:
+    rows = 40
+    vectors = np.repeat(embeddings(1), rows, axis=0)
+    f0 = np.repeat(np.arange(5, dtype=np.uint64) << np.uint64(61), 8)
+    f1 = np.random.default_rng(0).permutation(rows).astype(np.uint64)
+    parts = parts_of(vectors, f0, f1, cuts=[7, 21])
+    done = list(dynamic_rounds(parts, keep=11, rounds=3, device=CPU))
+    order = np.lexsort((f1, f0))
+    np.testing.assert_array_equal(left_in(parts)[order], [4] * 11 + [3] * 9 + [2] * 10 + [1] * 10)
+    smallest_gone = order[30]
+    assert (done[0].tie_f0, done[0].tie_f1) == (f0[smallest_gone], f1[smallest_gone])
+
+
+def test_it_does_not_matter_how_rows_are_parted() -> None:
+    vectors, words = embeddings(300, 32, seed=5), uids(300)
+    whole, parted = parts_of(vectors, *words, cuts=[]), parts_of(vectors, *words, cuts=[1, 2, 150, 150])
+    assert list(dynamic_rounds(whole, keep=100, rounds=9, device=CPU)) == list(
+        dynamic_rounds(parted, keep=100, rounds=9, device=CPU)
+    )
+    np.testing.assert_array_equal(left_in(whole), left_in(parted))
+    np.testing.assert_array_equal(whole[0].score, np.concatenate([part.score for part in parted]))
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 4, 9])
+def test_a_run_that_was_cut_short_goes_on_behind_its_last_whole_round(killed_after: int) -> None:
+    vectors, words = embeddings(200, seed=7), uids(200)
+    straight = parts_of(vectors, *words, cuts=[90])
+    wanted = list(dynamic_rounds(straight, keep=50, rounds=10, device=CPU))
+
+    parts = parts_of(vectors, *words, cuts=[90])
+    run = dynamic_rounds(parts, keep=50, rounds=10, device=CPU)
+    done = [next(run) for _ in range(killed_after)]
+    for part in parts:  # the next round had begun, and was not finished
+        part.left[part.left > killed_after] = np.where(
+            np.arange((part.left > killed_after).sum()) % 3, 11, killed_after + 1
+        )
+    again: list[Round] = list(dynamic_rounds(parts, keep=50, rounds=10, device=CPU, done=done))
+    assert done + again == wanted
+    np.testing.assert_array_equal(left_in(parts), left_in(straight))
+
+
+def test_the_moment_is_exact_and_subtracting_rows_leaves_no_trace() -> None:
+    vectors = np.concatenate([embeddings(300, 5), np.float16([[1, -1, 6e-8, -6e-8, 0.333]])])
+    moment = ExactMoment(5, CPU)
+    moment.add(torch.from_numpy(vectors))
+    for row, column in [(0, 0), (0, 3), (2, 3), (4, 1)]:
+        exact = sum(Fraction(float(v[row])) * Fraction(float(v[column])) for v in vectors)
+        assert moment.value()[row, column].item() == pytest.approx(float(exact), rel=1e-15, abs=0)
+    moment.add(torch.from_numpy(vectors[100:]), sign=-1)
+    others = ExactMoment(5, CPU)
+    others.add(torch.from_numpy(vectors[:100][::-1].copy()))
+    assert torch.equal(moment.value(), others.value())
+
+
+def test_fewer_rows_than_shall_stay_are_refused() -> None:
+    parts = parts_of(embeddings(10), *uids(10), cuts=[], outside=(0,))
+    with pytest.raises(ValueError, match="begins with 9 rows, fewer than the 10"):
+        next(dynamic_rounds(parts, keep=10, rounds=2, device=CPU))
