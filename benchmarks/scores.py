@@ -1,9 +1,10 @@
 """How fast the scores run beside a bare matrix product of the same shapes, and how much memory they take.
 
-    python -m benchmarks.scores [--json PATH]
+    python -m benchmarks.scores [--whole] [--json PATH]
+    python -m benchmarks.scores --device cuda [--tune] [--json PATH]
 
 Each call of a score follows a call of the product, and the median of their ratios is told, so that other work on
-the machine slows both alike.
+the machine slows both alike. On a GPU this needs torch, triton and the folders `selection` and `benchmarks` alone.
 """
 
 import argparse
@@ -23,74 +24,203 @@ import torch
 from selection import (
     nearest_target,
     neg_clip_loss,
+    neg_clip_loss_in_batches,
     norm_sim_from_moment,
     second_moment,
 )
-from selection.reduction import PowerSum, Tiles, for_each_tile
+from selection.reduction import LogSumExp, PowerSum, Tiles, for_each_tile
 
 WIDTH = 768
 BATCH = 32768
-ROWS = 1920  # of each timed call
+ROWS = 960 * torch.get_num_threads()  # of each timed call
 MEMORY_ROWS = 4800
 REPEATS = 5
+PLAIN = 16384  # rows and columns of the plain way in the short form
+TEMPERATURE = 0.01
 
 
-def measure(repeats: int = REPEATS) -> dict[str, Any]:
-    """Time the scores and find their peak memory.
+def measure(repeats: int = REPEATS, plain: int = PLAIN) -> dict[str, Any]:
+    """Time the scores on CPU and find their peak memory.
 
     Args:
         repeats: pairs of a product and a score that are timed.
+        plain: rows and columns of the similarities that the plain way holds as a whole.
 
     Returns:
-        The machine, the shapes, and one figure each by name; fractions are the product's time over the score's.
+        The machine, the shapes, and one figure each by name; fractions are the product's time over the score's,
+        bfloat16's are float32's time over its own, and the plain way's are its time or memory over ours.
     """
     image, text = _embeddings(ROWS, seed=1), _embeddings(ROWS, seed=2)
     batch_image, batch_text = _embeddings(BATCH, seed=3), _embeddings(BATCH, seed=4)
     draw = batch_image.half()[None], batch_text.half()[None]
     wide_draw = batch_image[None], batch_text[None]
     half_image, half_text = image.half(), text.half()
-    products = torch.empty(ROWS, BATCH)
     moment = second_moment(batch_image)
     many = half_image.repeat(10, 1)
 
-    def two_products() -> None:
-        torch.mm(image, batch_text.T, out=products)
-        torch.mm(text, batch_image.T, out=products)
+    def two_products(product: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[], Any]:
+        return lambda: (product(image, batch_text), product(text, batch_image))
 
-    def seconds(task: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        task()
-        return time.perf_counter() - start
+    def loss(**settings: Any) -> Callable[[], Any]:
+        return lambda: neg_clip_loss(half_image, half_text, *draw, temperature=TEMPERATURE, **settings)
 
-    def compare(task: Callable[[], Any]) -> tuple[float, float]:
-        """Median seconds of the task, and median of the two products' seconds over the task's."""
-        task()
-        pairs = [(seconds(two_products), seconds(task)) for _ in range(repeats)]
-        product_seconds.extend(product for product, _ in pairs)
-        return median(own for _, own in pairs), median(product / own for product, own in pairs)
+    def nearest(**settings: Any) -> Callable[[], Any]:
+        return lambda: nearest_target(half_image, draw[0][0], **settings)
 
-    product_seconds: list[float] = []
-    two_products()
-    loss, loss_ratio = compare(lambda: neg_clip_loss(half_image, half_text, *draw, temperature=0.01))
-    _, wide_ratio = compare(lambda: neg_clip_loss(image, text, *wide_draw, temperature=0.01))
-    nearest, nearest_ratio = compare(lambda: nearest_target(half_image, draw[0][0]))
-    by_moment, _ = compare(lambda: norm_sim_from_moment(many, moment))
-    by_force, _ = compare(lambda: _brute_force(half_image, draw[0][0]))
-    return {
+    bare = two_products(_product)
+    loss_seconds, loss_ratio = _beside(bare, loss(), repeats)
+    _, wide_ratio = _beside(bare, lambda: neg_clip_loss(image, text, *wide_draw, temperature=TEMPERATURE), repeats)
+    nearest_seconds, nearest_ratio = _beside(bare, nearest(), repeats)
+    product_seconds, own_product = _beside(two_products(_by_torch_mm), bare, repeats)
+    by_moment, _ = _beside(bare, lambda: norm_sim_from_moment(many, moment), 1)
+    by_force, _ = _beside(bare, lambda: _brute_force(half_image, draw[0][0]), 1)
+    found: dict[str, Any] = {
         "machine": machine(),
-        "shapes": {"rows": ROWS, "batch": BATCH, "targets": BATCH, "width": WIDTH, "draws": 1},
-        "product_gflops": 4 * ROWS * BATCH * WIDTH / median(product_seconds) / 1e9,
+        "shapes": {"rows": ROWS, "batch": BATCH, "targets": BATCH, "width": WIDTH, "draws": 1, "plain": plain},
+        "product_gflops": 4 * ROWS * BATCH * WIDTH / product_seconds / 1e9,
+        "product_of_torch_mm": own_product,
+        "product_of_numpy": _beside(_numpy_products(image, text, batch_image, batch_text), bare, repeats)[1],
         "neg_clip_loss_of_product": loss_ratio,
         "neg_clip_loss_float32_of_product": wide_ratio,
-        "neg_clip_loss_rows_per_second": ROWS / loss,
+        "neg_clip_loss_rows_per_second": ROWS / loss_seconds,
         "norm_sim_inf_of_product": nearest_ratio / 2,
-        "norm_sim_inf_rows_per_second": ROWS / nearest,
+        "norm_sim_inf_rows_per_second": ROWS / nearest_seconds,
         "norm_sim_2_rows_per_second": len(many) / by_moment,
         "norm_sim_2_brute_force_rows_per_second": ROWS / by_force,
-        "neg_clip_loss_peak_mb": _peak_of("neg_clip_loss"),
-        "norm_sim_inf_peak_mb": _peak_of("norm_sim_inf"),
-        "norm_sim_2_peak_mb": _peak_of("norm_sim_2"),
     }
+    if has_bfloat16():
+        found["neg_clip_loss_bfloat16_of_float32"] = _beside(loss(), loss(arithmetic="bfloat16"), repeats)[1]
+        found["norm_sim_inf_bfloat16_of_float32"] = _beside(nearest(), nearest(arithmetic="bfloat16"), repeats)[1]
+    both = _embeddings(plain, seed=5).half(), _embeddings(plain, seed=6).half()
+    found["plain_of_time"] = _beside(lambda: _plain(*both), lambda: _in_one_batch(*both), 2)[1]
+    ours, whole = _peak_of("in_one_batch", plain), _peak_of("plain", plain)
+    found |= {"plain_of_memory": whole / ours, "plain_peak_mb": whole, "in_one_batch_peak_mb": ours}
+    return found | {
+        f"{score}_peak_mb": _peak_of(score, plain) for score in ("neg_clip_loss", "norm_sim_inf", "norm_sim_2")
+    }
+
+
+def measure_cuda(device: torch.device, *, size: int = BATCH, tune: bool = False) -> dict[str, Any]:
+    """Time the reductions on a GPU, in float16 and in TFLOP/s of the products they contain.
+
+    Args:
+        device: a CUDA device.
+        size: rows and columns.
+        tune: also time the kernels' alternative sizes.
+
+    Returns:
+        The machine, the shapes, and TFLOP/s by name; `*_of_product` is the bare product's time over the reduction's;
+        `*_error` is the largest difference from the tiles.
+    """
+    from selection.reduction import largest, log_sum_exp, log_sum_exp_both
+
+    rows, columns = (_embeddings(size, seed).half().to(device) for seed in (1, 2))
+    none = torch.full((size,), -math.inf, device=device)
+    tasks: dict[str, Callable[[], Any]] = {
+        "product": lambda: torch.mm(rows, columns.T),
+        "log_sum_exp": lambda: log_sum_exp(rows, columns, none, temperature=TEMPERATURE),
+        "log_sum_exp_both": lambda: log_sum_exp_both(rows, columns, temperature=TEMPERATURE),
+        "log_sum_exp_both_fixed_shift": lambda: log_sum_exp_both(rows, columns, temperature=0.05),
+        "largest": lambda: largest(rows, columns),
+        "tiles": lambda: _in_tiles(rows, columns),
+        "neg_clip_loss": lambda: neg_clip_loss(rows, columns, rows[None], columns[None], temperature=TEMPERATURE),
+    }
+    if tune:
+        from selection import triton_reduction as kernels
+
+        for sizes in kernels.ALTERNATIVES:
+            cut = "-".join(map(str, sizes))
+            tasks[f"log_sum_exp {cut}"] = lambda s=sizes: kernels.log_sum_exp(
+                rows, columns, temperature=TEMPERATURE, sizes=s
+            )
+            tasks[f"log_sum_exp_both {cut}"] = lambda s=sizes: kernels.log_sum_exp_both(
+                rows, columns, temperature=TEMPERATURE, sizes=s
+            )
+            tasks[f"largest {cut}"] = lambda s=sizes: kernels.largest(rows, columns, sizes=s)
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[str, Any] = {
+        "machine": {"gpu": properties.name, "torch": torch.__version__, "python": platform.python_version()},
+        "shapes": {"rows": size, "columns": size, "width": WIDTH},
+    }
+    seconds = {name: _cuda_seconds(task) for name, task in tasks.items()}
+    for name, taken in seconds.items():
+        products = 2 if name == "neg_clip_loss" else 1
+        found[f"{name}_tflops"] = products * 2 * size * size * WIDTH / taken / 1e12
+        found[f"{name}_of_product"] = products * seconds["product"] / taken
+    found["log_sum_exp_error"] = float((tasks["log_sum_exp"]() - tasks["tiles"]()).abs().max())
+    return found
+
+
+def has_bfloat16() -> bool:
+    """Tell whether the CPU multiplies bfloat16 by instructions of its own."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+def _beside(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median seconds of the second task, and median of the first one's seconds over the second's."""
+    first()
+    second()
+    pairs = [(_seconds(first), _seconds(second)) for _ in range(repeats)]
+    return median(own for _, own in pairs), median(other / own for other, own in pairs)
+
+
+def _seconds(task: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(task: Callable[[], Any], repeats: int = 10) -> float:
+    for _ in range(3):
+        task()
+    torch.cuda.synchronize()
+    taken = _seconds(lambda: ([task() for _ in range(repeats)], torch.cuda.synchronize()))
+    return taken / repeats
+
+
+def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The bare product, by the library that `selection` takes: the fastest of those measured here."""
+    if torch.backends.mkldnn.is_available():
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
+        return product
+    return rows @ columns.T
+
+
+def _by_torch_mm(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return rows @ columns.T
+
+
+def _numpy_products(*matrices: torch.Tensor) -> Callable[[], Any]:
+    image, text, batch_image, batch_text = (matrix.numpy() for matrix in matrices)
+    return lambda: (image @ batch_text.T, text @ batch_image.T)
+
+
+def _plain(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """NegCLIPLoss of all rows as one batch: the whole matrix, its exponentials in its place, and their sums."""
+    s = image.float() @ text.float().T
+    own = s.diag().clone()
+    terms = s.div_(TEMPERATURE).exp_()
+    return own - TEMPERATURE / 2 * (terms.sum(1).log() + terms.sum(0).log())
+
+
+def _in_one_batch(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return neg_clip_loss_in_batches(image, text, temperature=TEMPERATURE, batch_size=len(image), draws=1, seed=0)
+
+
+def _in_tiles(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """τ · log Σ exp(s/τ) of each row, by unfused operations of torch on tiles, whatever the device."""
+    result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        none = torch.full((tiles.height,), -math.inf, device=rows.device)
+        sums = LogSumExp(none, TEMPERATURE, 1, tiles.products)
+        for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+            sums.update(similarities)
+        result[at] = sums.value()[: at.stop - at.start]
+
+    for_each_tile(len(rows), rows, task)
+    return result
 
 
 def machine() -> dict[str, Any]:
@@ -125,10 +255,10 @@ def _brute_force(image: torch.Tensor, target: torch.Tensor) -> None:
     for_each_tile(len(image), image, task)
 
 
-def _peak_of(score: str) -> float:
+def _peak_of(score: str, plain: int) -> float:
     """Peak memory beyond inputs in MB, outputs included, in a process of its own."""
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scores", "--peak-of", score],
+        [sys.executable, "-m", "benchmarks.scores", "--peak-of", score, "--plain", str(plain)],
         check=True,
         capture_output=True,
         text=True,
@@ -137,12 +267,17 @@ def _peak_of(score: str) -> float:
     return float(child.stdout)
 
 
-def _measure_peak(score: str) -> float:
+def _measure_peak(score: str, plain: int) -> float:
     # Filled in place: random inputs would leave a peak of their own behind.
-    image = torch.full((MEMORY_ROWS, WIDTH), 1 / math.sqrt(WIDTH), dtype=torch.float16)
+    rows = plain if score in ("plain", "in_one_batch") else MEMORY_ROWS
+    image = torch.full((rows, WIDTH), 1 / math.sqrt(WIDTH), dtype=torch.float16)
     batch = torch.full((1, BATCH, WIDTH), 1 / math.sqrt(WIDTH), dtype=torch.float16)
     before = _memory("VmRSS")
-    if score == "neg_clip_loss":
+    if score == "plain":
+        _plain(image, image)
+    elif score == "in_one_batch":
+        _in_one_batch(image, image)
+    elif score == "neg_clip_loss":
         neg_clip_loss(image, image, batch, batch, temperature=0.01)
     elif score == "norm_sim_inf":
         nearest_target(image, batch[0])
@@ -161,12 +296,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="timed pairs (default: %(default)s)")
+    parser.add_argument(
+        "--whole", action="store_true", help=f"the plain way at {BATCH} x {BATCH}: needs 6 GB, takes minutes"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: %(default)s)")
+    parser.add_argument("--tune", action="store_true", help="on CUDA: also time the kernels' other sizes")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
-        print(_measure_peak(arguments.peak_of))
+        print(_measure_peak(arguments.peak_of, arguments.plain))
         return
-    figures = measure(arguments.repeats)
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        figures = measure(arguments.repeats, BATCH if arguments.whole else PLAIN)
+    else:
+        figures = measure_cuda(device, tune=arguments.tune)
     for name, figure in figures.items():
         shown = f"{figure:,.3f}" if isinstance(figure, float) and figure < 10 else figure
         shown = f"{figure:,.0f}" if isinstance(figure, float) and figure >= 10 else shown
