@@ -192,9 +192,21 @@ def _refuse_another_lake(owner: Path, project: Project) -> None:
 
 @contextmanager
 def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
-    """Open the project's Dagster instance."""
+    """Open the project's Dagster instance.
+
+    Raises:
+        LakeError: its folder or its dagster.yaml won't do, or its database does not answer.
+    """
     home = prepare_home(project)
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    try:
+        opened = dg.DagsterInstance.from_config(str(home))
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).partition("Stack Trace:")[0].split()).rstrip(".")
+        raise LakeError(
+            f"{home / 'dagster.yaml'}: Dagster can't open its instance: {reason}. Remedy: correct the file or the "
+            "environment variables that it names; start the database"
+        ) from error
+    with opened as instance:
         yield instance
 
 

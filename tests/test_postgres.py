@@ -19,6 +19,7 @@ from assets.checks import asset_key
 from assets.sharded import DATA_VERSION_TAG, SHARDS_NAME
 from dagster_project import command
 from dagster_project.definitions import build_defs
+from resources.lake import LakeError
 from tests.scenario import SHARDS, Scenario
 
 PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
@@ -89,7 +90,7 @@ def find_programs() -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A DAGSTER_HOME with the project's dagster.yaml and the block that the page tells to add."""
     (block,) = re.findall(r"```yaml\n(storage:\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     ours = Path(dagster_project.__file__).with_name("dagster.yaml").read_text(encoding="utf-8")
@@ -97,6 +98,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     home.mkdir()
     (home / "dagster.yaml").write_text(f"{ours}\n{block}", encoding="utf-8")
     monkeypatch.setenv("DAGSTER_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that answers, and the page's environment variables."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         server.start()
@@ -105,12 +112,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("DAGSTER_PG_USER", "dagster")
         monkeypatch.setenv("DAGSTER_PG_DB", "postgres")
         try:
-            yield home
+            yield server
         finally:
             server.stop()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("server")
 def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
     scenario: Scenario, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,3 +161,24 @@ def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
     assert "nothing was computed" in capsys.readouterr().out
     with dg.DagsterInstance.from_config(str(home)) as instance:
         assert len(instance.get_runs()) == len(runs)
+
+
+@pytest.mark.usefixtures("home")
+def test_settings_that_dagster_can_not_open_are_named_in_one_message(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dagster_postgres", reason="dagster-postgres is not installed (the extra `postgres`)")
+    project = scenario.open()
+    monkeypatch.delenv("DAGSTER_PG_HOST", raising=False)
+    with (
+        pytest.raises(LakeError, match=r"dagster\.yaml: Dagster can't open .*DAGSTER_PG_.* not set.*\. Remedy"),
+        command.open_instance(project),
+    ):
+        pass
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        values = {"HOST": "127.0.0.1", "PORT": str(nobody.getsockname()[1]), "USER": "u", "PASSWORD": "p", "DB": "d"}
+        for name, value in values.items():
+            monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
+        with pytest.raises(LakeError, match=r"refused.* start the database"), command.open_instance(project):
+            pass
