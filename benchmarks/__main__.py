@@ -17,17 +17,21 @@ from benchmarks import discovery, growth, overhead, reading, scores, selecting
 from benchmarks.bars import Compared, compare, read_bars, still_broken
 
 
+def _scores() -> dict[str, Any]:
+    return {"neg_clip_loss_bfloat16_of_float32": None, "norm_sim_inf_bfloat16_of_float32": None} | scores.measure()
+
+
 def _selecting() -> dict[str, Any]:
     found = selecting.measure()
     return found | {"by_hand_of_time": 1 / found["time_of_by_hand"]}
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "scores": scores.measure,
+    "scores": _scores,
     "reading": lambda: reading.measure(embedding=True),
     "selecting": _selecting,
     "framework": overhead.measure,
-    "discovery": lambda: discovery.measure(2_000),
+    "discovery": lambda: discovery.measure(1_000),
     "growth": growth.measure,
 }
 

@@ -54,14 +54,14 @@ def read_bars(path: Path = BARS) -> Bars:
 
 
 def compare(bars: Mapping[str, float], part: str, found: Figures) -> list[Compared]:
-    """Put a benchmark's ratios beside their bars.
+    """Put a benchmark's ratios beside their bars; a figure of None can't be had on this machine.
 
     Raises:
         ValueError: a bar is of a figure that the benchmark does not give.
     """
     if unknown := sorted(bars.keys() - found.keys()):
         raise ValueError(f"{BARS}: {part} gives no {', '.join(unknown)}. Remedy: correct the names, or drop the bars")
-    return [Compared(part, name, found[name], bar) for name, bar in bars.items()]
+    return [Compared(part, name, found[name], bar) for name, bar in bars.items() if found[name] is not None]
 
 
 def still_broken(bars: Mapping[str, float], part: str, found: Figures, again: Callable[[], Figures]) -> list[Compared]:

@@ -51,6 +51,10 @@ def test_a_bar_of_something_that_is_not_measured_is_refused() -> None:
         compare(BARS, "part", {"fast": 1.0})
 
 
+def test_what_a_machine_cannot_measure_has_no_bar_there() -> None:
+    assert compare({"fast": 0.9}, "part", {"fast": None}) == []
+
+
 def test_every_bar_is_a_ratio_of_a_benchmark_that_is_run() -> None:
     from benchmarks.__main__ import PARTS
 
