@@ -25,8 +25,9 @@ Arithmetic = Literal["float32", "bfloat16"]
 """What is multiplied on CPU: the values as stored, or rounded to bfloat16 (see `Tiles`)."""
 
 # Rows and columns of a tile. On CPU its products and their exponentials stay in a core's cache between one pass
-# and the next; on CUDA launches are what costs, so tiles are large.
-TILE = {"cpu": (480, 512), "cuda": (4096, 8192)}
+# and the next, and are taller in bfloat16, where converting the columns costs more beside the product; on CUDA
+# launches are what costs, so tiles are large.
+_TILE = {"float32": (480, 512), "bfloat16": (960, 512), "cuda": (4096, 8192)}
 
 _GROUP = 16  # tiles of rows whose parts of the columns' sums are held at once
 
@@ -89,7 +90,7 @@ def log_sum_exp_both(
         return kernels.log_sum_exp_both(rows, columns, temperature=temperature)
     by_row = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     by_column = torch.full((1, len(columns)), -math.inf, dtype=torch.float64, device=rows.device)
-    height = TILE["cpu" if rows.device.type == "cpu" else "cuda"][0]
+    height, _ = tile_shape(rows, arithmetic)
     for some in spans(len(rows), _GROUP * height):
         # Tiles of rows end in any order; their parts of the columns' sums are added in one.
         parts = by_column.new_full((_GROUP, len(columns)), -math.inf)
@@ -199,6 +200,11 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() * right.float()).sum(dim=1)
 
 
+def tile_shape(like: Tensor, arithmetic: Arithmetic) -> tuple[int, int]:
+    """Rows and columns of every tile of such operands."""
+    return _TILE[arithmetic if like.device.type == "cpu" else "cuda"]
+
+
 class Tiles:
     """Tiles of a matrix and of similarities for one device, dtype and embedding width.
 
@@ -215,7 +221,7 @@ class Tiles:
     def __init__(self, like: Tensor, arithmetic: Arithmetic = "float32") -> None:
         on_cpu = like.device.type == "cpu"
         self.rounds = on_cpu and arithmetic == "bfloat16"
-        self.height, self.width = TILE["cpu" if on_cpu else "cuda"]
+        self.height, self.width = tile_shape(like, arithmetic)
         dtype = torch.float32 if on_cpu else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
         # Scratch of a tile's size, which operations may use.
@@ -278,7 +284,7 @@ def for_each_tile(
         task: works on the rows `at`, with tiles of its own; writes its result where no other row's goes.
         arithmetic: of the tiles.
     """
-    height = TILE["cpu" if like.device.type == "cpu" else "cuda"][0]
+    height, _ = tile_shape(like, arithmetic)
     todo = iter(spans(count, height))
 
     def work() -> None:

@@ -109,10 +109,10 @@ def test_the_second_moment_is_symmetric_and_serves_many_calls():
 @pytest.mark.parametrize(("p", "arithmetic"), [(2, "float32"), (math.inf, "float32"), (math.inf, "bfloat16")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_are_the_same_bits_however_the_rows_are_split(p, arithmetic, dtype):
-    image, target = embeddings(501, 97, seed=1, dtype=dtype), embeddings(1037, 97, seed=2, dtype=dtype)
+    image, target = embeddings(1001, 97, seed=1, dtype=dtype), embeddings(1037, 97, seed=2, dtype=dtype)
     rounds = {"arithmetic": arithmetic}
     whole, (_, nearest) = norm_sim(image, target, p=p, **rounds), nearest_target(image, target, **rounds)
-    bounds = [0, 1, 2, 5, 244, 245, 500, 501]
+    bounds = [0, 1, 2, 5, 484, 965, 1000, 1001]
     for start, stop in pairwise(bounds):
         assert torch.equal(norm_sim(image[start:stop], target, p=p, **rounds), whole[start:stop])
         assert torch.equal(nearest_target(image[start:stop], target, **rounds)[1], nearest[start:stop])
