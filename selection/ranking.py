@@ -71,7 +71,7 @@ def ranked_value(con: duckdb.DuckDBPyConnection, top: KeepTop, column: str, rela
         value = _weighted(con, top, rows, ranges)
     else:
         value, relation = _by_ranks(con, top, column, relation, inside)
-    return Ranked(value, relation, *_range(con, top.label, value, rows), note)
+    return Ranked(value, relation, *_range(con, top.label, value, f"FROM {relation} WHERE {inside}"), note)
 
 
 def score_value(score: str) -> str:

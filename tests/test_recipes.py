@@ -282,6 +282,255 @@ def test_ranks_are_among_the_rows_that_entered_the_step(con):
     assert figures(selection) == [(3.0, 5, -3.0, 1), (5.0, 3, -5.0, 2)]
 
 
+# Sets, and scores that are combined
+
+NAMES = ["other", "lists/dfn.npy"]
+SETS = {name: f"in {name}" for name in NAMES}
+
+
+def make_sets(con, rows):
+    """Give `source` the columns that say which of the two sets a row is in; `rows` have them under the sets' names."""
+    for name, column in SETS.items():
+        listed = ", ".join(f"({row['f0']}, {row['f1']})" for row in rows if row[name])
+        inside = f"(f0, f1) IN ({listed})" if listed else "false"
+        con.execute(f'CREATE OR REPLACE TABLE source AS SELECT *, {inside} AS "{column}" FROM source')
+
+
+def combined(left, top):
+    """Compute what a `keep_top` ranks by the plain way, for each row that entered."""
+    names = top.get("rank_sum") or list(top["weighted"])
+    columns = {name: np.array([row[name] for row in left], dtype=np.float64) for name in names}
+    rank = {name: np.array([1 + int((values > value).sum()) for value in values]) for name, values in columns.items()}
+    if "rank_sum" in top:
+        return [-int(sum(ranks)) for ranks in zip(*rank.values(), strict=True)]
+    total, n = np.zeros(len(left)), len(left)
+    for name, weight in top["weighted"].items():
+        values = columns[name]
+        if values.min() == values.max() and top["normalise"] != "rank":
+            continue
+        scaled = {
+            "rank": lambda name=name: (n - rank[name]) / max(n - 1, 1),
+            "min_max": lambda v=values: (v - v.min()) / (v.max() - v.min()),
+            "z_score": lambda v=values: (v - v.mean()) / v.std(),
+        }[top["normalise"]]()
+        total += weight * scaled
+    return total.tolist()
+
+
+def plain(rows, steps, source="pool"):
+    """Choose rows step by step as sets of places; give the places after each step, and what was ranked at each."""
+    inside = {i for i, row in enumerate(rows) if source == "pool" or row[source]}
+    basis, after, ranked = len(inside), [inside], {}
+    for number, step in enumerate(steps, start=1):
+        ((kind, what),) = step.items()
+        if kind == "keep_top":
+            places = sorted(inside)
+            left = [rows[i] for i in places]
+            values = dict(zip(places, combined(left, what), strict=True))
+            order = sorted(places, key=lambda i: (-values[i], rows[i]["f0"], rows[i]["f1"]))
+            inside = set(order[: int(basis * Fraction(str(what["fraction"])))])
+            ranked[number] = {i: (values[i], rank) for rank, i in enumerate(order, start=1)}
+        else:
+            members = {i for i, row in enumerate(rows) if row[what]}
+            inside = {
+                "within": inside & members,
+                "intersect": inside & members,
+                "except": inside - members,
+                "union": inside | members,
+            }[kind]
+            basis = len(inside) if kind == "within" else basis
+        after.append(inside)
+        if not inside:
+            return None
+    return after, ranked
+
+
+# Few values, far apart once they are combined, so that float64 sums of another order can't swap two rows.
+SET_ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "f0": WORD,
+            "f1": WORD,
+            A: st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, 3.0]),
+            B: st.sampled_from([0.0, 1.0, 7.0]),
+            **dict.fromkeys(NAMES, st.booleans()),
+        }
+    ),
+    min_size=1,
+    max_size=20,
+    unique_by=lambda row: (row["f0"], row["f1"]),
+)
+WEIGHTS = st.dictionaries(st.sampled_from([A, B]), st.sampled_from([1.0, -2.0, 0.5]), min_size=2)
+SET_STEPS = st.lists(
+    st.builds(
+        lambda kind, name: {kind: name},
+        st.sampled_from(["within", "union", "intersect", "except"]),
+        st.sampled_from(NAMES),
+    )
+    | st.builds(lambda f: {"keep_top": {"rank_sum": [A, B], "fraction": f}}, st.sampled_from([0.3, 0.6, 1.0]))
+    | st.builds(
+        lambda w, n, f: {"keep_top": {"weighted": w, "normalise": n, "fraction": f}},
+        WEIGHTS,
+        st.sampled_from(["rank", "min_max"]),
+        st.sampled_from([0.5, 0.8]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=70, deadline=None)
+@given(SET_ROWS, SET_STEPS, st.sampled_from(["pool", *NAMES]))
+def test_sets_and_combined_scores_choose_what_brute_force_chooses(rows, steps, source):
+    with duckdb.connect() as con:
+        rows = make_source(con, rows, "DOUBLE")
+        make_sets(con, rows)
+        found = plain(rows, steps, source) if source == "pool" or any(row[source] for row in rows) else None
+        if found is None:
+            with pytest.raises(ValueError, match="recipe mine"):
+                select(con, "mine", recipe(*steps, **{"from": source}))
+            return
+        after, ranked = found
+        selection = select(con, "mine", recipe(*steps, **{"from": source}))
+        for report, before, now in zip(selection.steps, after, after[1:], strict=False):
+            assert (report.entered, report.kept) == (len(before), len(now))
+            assert (report.joined, report.left) == (len(now - before), len(before - now))
+        chosen = sorted(after[-1], key=lambda i: (rows[i]["f0"], rows[i]["f1"]))
+        assert selection.subset().tolist() == [(rows[i]["f0"], rows[i]["f1"]) for i in chosen]
+        relation, ranks = selection.manifest(), selection.ranks()
+        told = {name: [row[place] for row in relation.fetchall()] for place, name in enumerate(relation.columns)}
+        for number, figures_of in ranked.items():
+            kept = after[number]  # what a later union brought in has no figures
+            values = [figures_of[i][0] if i in kept else None for i in chosen]
+            assert told[f"step{number}_value"] == [None if v is None else pytest.approx(v, abs=1e-12) for v in values]
+            assert ranks[f"step{number}_rank"].tolist() == [figures_of[i][1] if i in kept else None for i in chosen]
+
+
+def random_scores(con, rows=3000, dtype="FLOAT"):
+    con.execute(
+        f"""
+        CREATE OR REPLACE TABLE source AS SELECT hash(i) AS f0, i::UBIGINT AS f1, '' AS shard, '' AS key,
+            (sqrt(i % 97) + 3)::{dtype} AS "{A}", exp((hash(i, 1) % 1000) / 300.0)::{dtype} AS "{B}"
+        FROM range({rows}) t(i)
+        """
+    )
+    return con.execute("FROM source ORDER BY f0, f1").fetchnumpy()
+
+
+@pytest.mark.parametrize("normalise", ["rank", "min_max", "z_score"])
+def test_weighted_values_are_those_of_float64_numpy(con, normalise):
+    table = random_scores(con)
+    weighted = {A: 0.3, B: -1.7}
+    selection = choose(con, {"keep_top": {"weighted": weighted, "normalise": normalise, "fraction": 1.0}})
+    left = [{A: float(a), B: float(b)} for a, b in zip(table[A], table[B], strict=True)]
+    expected = combined(left, {"weighted": weighted, "normalise": normalise})
+    values = [row[5] for row in selection.manifest().fetchall()]
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-9)
+
+
+def test_combined_values_are_the_same_whatever_the_threads_do(con):
+    random_scores(con, 400_000)
+    steps = [
+        {"keep_top": {"weighted": {A: 1.0, B: 1.0}, "normalise": "z_score", "fraction": 0.5}},
+        {"keep_top": {"weighted": {A: 1.0, B: -3.0}, "normalise": "rank", "fraction": 0.4}},
+        {"keep_top": {"rank_sum": [A, B], "fraction": 0.1}},
+    ]
+    told = set()
+    for threads in (1, 2, 3, 4):
+        con.execute(f"SET threads = {threads}")
+        told.add(json.dumps([report.as_dict() for report in choose(con, *steps).steps]))
+    assert len(told) == 1
+
+
+def test_a_score_that_is_the_same_everywhere_is_without_effect_and_the_report_says_so(con):
+    make_source(con, [{"f0": i, "f1": 0, A: float(i), B: 5.0} for i in range(10)])
+    for normalise in ("min_max", "z_score"):
+        step = {"keep_top": {"weighted": {A: 1, B: 100}, "normalise": normalise, "count": 3}}
+        selection = choose(con, step)
+        assert selection.subset()["f0"].tolist() == [7, 8, 9]
+        assert selection.steps[0].note == f"{B}: the same for every row that entered, so without effect"
+
+
+def test_a_value_without_rank_among_combined_scores_names_its_score(con):
+    make_source(con, [{"f0": i, "f1": 0, A: 1.0, B: float("nan") if i == 2 else 0.5} for i in range(4)])
+    with pytest.raises(ValueError, match=rf"recipe mine, step 1 .*{B} is nan for uid {2:016x}"):
+        choose(con, {"keep_top": {"rank_sum": [A, B], "count": 2}})
+
+
+def test_a_fraction_counts_from_what_is_within(con):
+    rows = make_source(con, [{"f0": i, "f1": 0, A: float(i), "other": i < 40, NAMES[1]: False} for i in range(100)])
+    make_sets(con, rows)
+    steps = [{"within": "other"}, top(A, fraction=0.9), top(A, fraction=0.8)]
+    within = choose(con, *steps)
+    assert [report.kept for report in within.steps] == [40, 36, 32]
+    assert within.steps[1].text == f"keep the top 0.9 of what is within other by {A}"
+    intersected = choose(con, {"intersect": "other"}, *steps[1:])
+    assert [report.kept for report in intersected.steps] == [40, 40, 40]
+
+
+def test_a_union_brings_in_rows_that_the_recipe_did_not_begin_with(con):
+    rows = make_source(con, [{"f0": i, "f1": 0, A: float(i), "other": i < 4, NAMES[1]: i in (1, 9)} for i in range(10)])
+    make_sets(con, rows)
+    selection = select(con, "mine", recipe(top(A, count=2), {"union": NAMES[1]}, **{"from": "other"}))
+    assert selection.source_rows == 4
+    assert selection.subset()["f0"].tolist() == [1, 2, 3, 9]
+    report = selection.steps[1]
+    assert (report.entered, report.joined, report.left, report.kept) == (2, 2, 0, 4)
+    assert figures(selection) == [(None, None), (2.0, 2), (3.0, 1), (None, None)]
+
+
+def test_a_set_step_that_keeps_nothing_is_an_error_with_recipe_and_step(con):
+    make_sets(con, make_source(con, [{"f0": 0, "f1": 0, "other": True, NAMES[1]: False}]))
+    for step in ({"except": "other"}, {"within": NAMES[1]}, {"intersect": NAMES[1]}):
+        with pytest.raises(
+            ValueError, match=r"recipe mine, step 1 \(.*\): none of the 1 rows that entered stays.*Remedy"
+        ):
+            choose(con, step)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"keep_top": {"count": 1}}, "exactly one of score, rank_sum, weighted; found none"),
+        ({"keep_top": {"score": A, "rank_sum": [A, B], "count": 1}}, "found score and rank_sum"),
+        ({"keep_top": {"rank_sum": [A], "count": 1}}, "two or more different scores"),
+        ({"keep_top": {"rank_sum": [A, A], "count": 1}}, "two or more different scores"),
+        ({"keep_top": {"rank_sum": [A, B], "threshold": 1.0}}, "no threshold"),
+        ({"keep_top": {"weighted": {A: 1, B: 2}, "count": 1}}, "together or not at all"),
+        ({"keep_top": {"score": A, "normalise": "rank", "count": 1}}, "together or not at all"),
+        ({"keep_top": {"weighted": {A: 1, B: 0}, "normalise": "rank", "count": 1}}, "other than 0"),
+        ({"keep_top": {"weighted": {A: 1, B: float("inf")}, "normalise": "rank", "count": 1}}, "finite number"),
+        ({"keep_top": {"weighted": {A: 1, B: 1}, "normalise": "max", "count": 1}}, "rank"),
+        ({"union": "a", "except": "b"}, "found union and except_"),
+        ({"union": "pool"}, "union: name another recipe, or a uid list"),
+        ({"within": ""}, "within: name another recipe"),
+    ],
+)
+def test_a_set_or_a_combination_that_makes_no_sense_is_refused(step, message):
+    with pytest.raises(ValidationError, match=message):
+        recipe(step)
+
+
+def test_a_recipe_names_the_sets_and_scores_of_all_its_steps():
+    mine = recipe(
+        {"keep_top": {"weighted": {B: 1, A: 2}, "normalise": "z_score", "fraction": 0.5}},
+        {"except": "uids.txt"},
+        {"union": "other"},
+        {"within": "uids.txt"},
+        **{"from": "first"},
+    )
+    assert mine.columns().scores == (A, B)
+    assert mine.sets == ("first", "uids.txt", "other")
+    assert mine.recipes == ("first", "other")
+    assert Recipe.model_validate(json.loads(json.dumps(mine.definition()))) == mine
+
+
+def test_an_unknown_set_is_told_with_recipe_and_step():
+    recipes = {"first": recipe({"where": "true"}, {"union": "frist"}), "frost": recipe()}
+    with pytest.raises(ValueError, match=r"recipe first, step 2 \(add the rows of frist\): there is no recipe 'frist'"):
+        check_recipes(recipes, scores=[], pool_columns=[])
+
+
 # What a recipe may say
 
 
