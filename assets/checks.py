@@ -209,8 +209,8 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def tags(project: Project, asset: str) -> dict[str, str]:
     """Give an asset's tags, by which the UI filters: its encoder and its target set."""
-    encoder, target = [*asset.split("/")[1:], "", ""][:2]
-    if encoder not in project.settings.encoders:
+    kind, encoder, target = [*asset.split("/"), "", ""][:3]
+    if encoder not in project.settings.encoders or kind.startswith("external_"):
         return {}
     return {"encoder": encoder} | ({"target": target} if target else {})
 
@@ -234,6 +234,14 @@ def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
         from assets.drift import drift
 
         return (_draws_complete(asset), _unit_norm(asset, "image", "text"), drift(encoder))
+    if kind in ("external_files", "external_uids"):
+        from assets.coverage import of_pool
+
+        return (of_pool("external_uids" if kind == "external_uids" else "external_scores", rest),)
+    if kind == "external_scores":
+        from assets.coverage import of_shard
+
+        return (_rows_aligned(asset, "raw_pool"), of_shard(rest))
     if kind not in BOUNDS:
         return ()
     checks = [_rows_aligned(asset, "raw_pool", f"embeddings/{encoder}"), _within_bounds(asset)]

@@ -19,10 +19,20 @@ from pydantic import (
     model_validator,
 )
 
+from resources import files
+from resources.catalog import score_names
 from resources.encoders import Encoder
+from resources.external import find
 from resources.lake import Lake
 from resources.pools import RAW_POOL_SCHEMA, Pool, open_pool
-from resources.settings import EncoderSettings, Location, PoolSettings, TargetSettings
+from resources.settings import (
+    EncoderSettings,
+    ExternalScores,
+    ExternalUids,
+    Location,
+    PoolSettings,
+    TargetSettings,
+)
 from resources.targets import Target, open_target
 from selection.recipes import Recipe, check_recipes
 
@@ -95,11 +105,14 @@ class ProjectSettings(BaseModel):
     encoders: dict[Name, EncoderSettings] = Field(min_length=1)
     targets: dict[Name, TargetSettings] = Field(default_factory=dict)
     scores: ScoreSettings = ScoreSettings()
+    external_scores: dict[Name, ExternalScores] = Field(default_factory=dict)
+    external_uids: dict[Name, ExternalUids] = Field(default_factory=dict)
     recipes: dict[Name, Recipe] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "ProjectSettings":
-        for field, names in (("encoders", self.encoders), ("targets", self.targets), ("recipes", self.recipes)):
+        for field in ("encoders", "targets", "external_scores", "external_uids", "recipes"):
+            names = getattr(self, field)
             folded: dict[str, str] = {}
             for name in names:
                 if "__" in name:
@@ -181,15 +194,18 @@ class ProjectSettings(BaseModel):
         for encoder, targets in self.norm_sim.items():
             for target in targets:
                 assets[f"norm_sim/{encoder}/{target}"] = ("norm_sim_2", "norm_sim_inf", "nearest_target")
+        for name, external in self.external_scores.items():
+            assets[f"external_scores/{name}"] = tuple(external.columns)
         return assets
 
     @property
     def score_columns(self) -> dict[str, tuple[str, str]]:
         """Give every score by its name in recipes: the asset that holds it and its column there."""
+        assets = self.score_assets
         return {
-            f"{column}/{asset.split('/', 1)[1]}": (asset, column)
-            for asset, columns in self.score_assets.items()
-            for column in columns
+            name: (asset, column)
+            for asset, names in score_names(assets).items()
+            for name, column in zip(names, assets[asset], strict=True)
         }
 
 
@@ -275,6 +291,7 @@ class Project:
         self._encoders: dict[str, Encoder] = {}
         self._listing: dict[str, str] | None = None
         self._target_fingerprints: dict[tuple[str, str], str] = {}
+        self._files_fingerprints: dict[tuple[str, str], str] = {}
 
     @cached_property
     def pool(self) -> Pool:
@@ -292,9 +309,10 @@ class Project:
         return self._listing
 
     def look_again(self) -> None:
-        """Forget what the pool's folder and the target sets looked like."""
+        """Forget what the pool's folder, the target sets and files from elsewhere looked like."""
         self._listing = None
         self._target_fingerprints = {}
+        self._files_fingerprints = {}
 
     def encoder(self, name: str) -> Encoder:
         """Give an encoder; its model is loaded when it first embeds something."""
@@ -316,6 +334,17 @@ class Project:
         if key not in self._target_fingerprints:
             self._target_fingerprints[key] = self.target(target).fingerprint(encoder)
         return self._target_fingerprints[key]
+
+    def files_fingerprint(self, field: str, name: str) -> str:
+        """Give the fingerprint of files from elsewhere, as last seen; `field` is the YAML's, `name` the name there.
+
+        Raises:
+            ExternalError: a file is missing.
+        """
+        key = (field, name)
+        if key not in self._files_fingerprints:
+            self._files_fingerprints[key] = files.fingerprint(find(getattr(self.settings, field)[name].files))
+        return self._files_fingerprints[key]
 
     def temperature(self, encoder: str) -> float:
         """Give the temperature of an encoder's negCLIPLoss: the score's, else the encoder's own."""

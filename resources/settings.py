@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -234,3 +235,65 @@ class TargetSettings(Settings):
         if self.path is None and not self.features:
             raise ValueError("give `path` to images, or `features` for an encoder")
         return self
+
+
+class ExternalSettings(Settings):
+    """Files from elsewhere with one row a uid."""
+
+    files: tuple[Location, ...] = Field(
+        min_length=1,
+        description=".parquet, .csv, .npy (a structured array with f0 and f1) or, for uids alone, .txt (one a line): "
+        "a file, a pattern such as dfn_*.parquet, a folder, or a list of those.",
+    )
+    uid: str = Field(
+        default="uid",
+        min_length=1,
+        description="Column with uids as text. Files without it may have f0 and f1, as unsigned 64-bit numbers.",
+    )
+    minimum_coverage: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Smallest share of the pool's rows that must be in the files. Below it the files are refused, and "
+        "a shard below it is warned of.",
+    )
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _spell_out(cls, files: object) -> object:
+        """Let a user write one file where a list is meant."""
+        return [files] if isinstance(files, str) else files
+
+
+class ExternalUids(ExternalSettings):
+    """A uid list from elsewhere."""
+
+
+class ExternalScores(ExternalSettings):
+    """Scores from elsewhere."""
+
+    columns: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        min_length=1,
+        description="Columns to read: a name, a list of names, or a mapping of the name that recipes shall use to the "
+        "column's name in the files. Larger shall mean better only where a recipe ranks by it.",
+    )
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _name_columns(cls, columns: object) -> object:
+        """Let a user write names where a mapping is meant."""
+        if isinstance(columns, str):
+            columns = [columns]
+        if isinstance(columns, list):
+            return {str(name): name for name in columns}
+        return columns
+
+    @field_validator("columns")
+    @classmethod
+    def _names_are_free(cls, columns: dict[str, str]) -> dict[str, str]:
+        taken = {"shard", "f0", "f1", "filename", "file_row_number"}
+        for name in columns:
+            if name.casefold() in taken:
+                raise ValueError(f"{name!r} is the name of another column. Remedy: a mapping, such as {{mine: {name}}}")
+            taken.add(name.casefold())
+        return columns
