@@ -61,12 +61,12 @@ def look(project: Project, graph: Graph, instance: dg.DagsterInstance) -> Change
 
 
 def clear(project: Project, graph: Graph, shards: Sequence[str]) -> None:
-    """Remove what the lake holds of shards.
+    """Remove what the lake holds of shards; what was exported of a version stays with that version.
 
     To be done before their partitions are deleted, so that a pass that is killed in between does it again.
     """
     for shard in shards:
-        for node in reversed(_sharded(graph)):
+        for node in (*graph.exports, *reversed(_sharded(graph))):
             project.lake.remove(node.key, shard)
         project.lake.remove("rejects", shard)
 
@@ -124,7 +124,7 @@ def find_due(project: Project, graph: Graph, shards: Sequence[str], tried: Mappi
     due = Due()
     moving: dict[str, set[str | None]] = {}
     for node in graph.nodes:
-        upstream: set[str | None] = set().union(*(moving[dep] for dep in node.deps))
+        upstream: set[str | None] = set().union(*(moving.get(dep, ()) for dep in node.deps))
         moving[node.key] = set(upstream) if isinstance(node, ShardAsset) else set()
         for shard in shards if isinstance(node, ShardAsset) else [None]:
             if shard is not None and (shard in upstream or None in upstream):

@@ -124,6 +124,18 @@ def test_a_version_that_was_not_chosen_from_the_shard_as_it_is_is_refused(scenar
     assert (folder(scenario).parent / "v0001").is_dir()  # every version stays
 
 
+def test_a_shard_that_goes_leaves_the_current_export_and_stays_in_the_versions_own(scenario: Scenario) -> None:
+    scenario.run()
+    assert export(scenario).success
+    before = {path.name: path.read_bytes() for path in folder(scenario).iterdir()}
+    exported, first = folder(scenario), SHARDS[0]
+    assert first in {Path(name).stem for name in before}
+    (scenario.folder / "pool" / f"{first}.tar").unlink()
+    scenario.run()
+    assert scenario.open().lake.shards(EXPORT) == list(SHARDS[1:])
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+
+
 def test_a_pool_without_images_has_no_export(tmp_path: Path) -> None:
     datacomp_shard(tmp_path / "pool")
     (tmp_path / "project.yaml").write_text(
