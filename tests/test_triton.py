@@ -177,3 +177,20 @@ def test_the_fixed_shift_is_taken_only_where_no_term_that_counts_underflows():
         smallest = torch.tensor(-2 / temperature, dtype=torch.float32).exp()
         exact = smallest * 2**-24 >= torch.finfo(torch.float32).tiny
         assert kernels.has_fixed_shift(temperature) == exact
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_gpu_gives_what_the_cpu_gives(dtype):
+    rows, columns = (embeddings(n, 96, seed).to(dtype) for n, seed in ((300, 1), (9001, 2)))
+    first = torch.full((300,), 0.3)
+    for temperature in (0.001, 0.01, 0.07):
+        found = log_sum_exp(rows.cuda(), columns.cuda(), first.cuda(), temperature=temperature).cpu()
+        close(found, log_sum_exp(rows, columns, first, temperature=temperature), temperature)
+        both = log_sum_exp_both(rows.cuda(), columns.cuda(), temperature=temperature)
+        for side, expected in zip(both, log_sum_exp_both(rows, columns, temperature=temperature), strict=True):
+            close(side.cpu(), expected, temperature)
+    value, index = largest(rows.cuda(), columns.cuda())
+    expected_value, expected_index = largest(rows, columns)
+    close(value.cpu(), expected_value, 0)
+    assert (index.cpu() == expected_index).float().mean() > 0.99
