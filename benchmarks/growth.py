@@ -27,7 +27,7 @@ from dagster_project.event_log import kept_open
 from dagster_project.headless import QUIET, materialize
 
 SHARDS = (10, 1000)
-SHORT = (10, 200)
+SHORT = (10, 100)
 RECIPES = {"best": {"steps": [{"keep_top": {"score": "clip_score/b32", "fraction": 0.3}}]}}
 FOLLOW = 6  # ticks; the graph is three steps deep
 
