@@ -31,6 +31,7 @@ CHUNK_ROWS = 16_384
 BOUNDS = {
     "clip_score": "|cosine| ≤ 1.",
     "neg_clip_loss": "negCLIPLoss ≤ 0.",
+    "norm_sim_dynamic": "0 ≤ round of leaving ≤ rounds + 1, and 0 ≤ NormSim_2 ≤ √rows that the rounds began with.",
     "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
 }
 OWN_SCORES = {"b32": "clip_b32_similarity_score", "l14": "clip_l14_similarity_score"}
@@ -372,6 +373,12 @@ def _within_bounds(asset: str) -> Check:
             targets = stored.rows if stored is not None else 0
             bounds["norm_sim_2"] = (0, targets**0.5 * (1 + COSINE_TOLERANCE))
             bounds["nearest_target"] = (0, targets - 1)
+        if kind == "norm_sim_dynamic":
+            rounds = tables.project.settings.norm_sim_dynamic[rest].rounds
+            stored = tables.project.lake.stored(f"dynamic_rounds/{rest}")
+            began = stored.summary["began_with"] if stored is not None else 0
+            bounds["norm_sim_dynamic"] = (0, rounds + 1)
+            bounds["norm_sim_2_last"] = (0, began**0.5 * (1 + COSINE_TOLERANCE))
         figures: dict[str, Any] = {}
         for column, (low, high) in bounds.items():
             if column not in table.column_names:

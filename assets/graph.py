@@ -12,6 +12,7 @@ from assets.external import external_files, external_scores, external_uids
 from assets.neg_clip_loss import neg_clip_loss
 from assets.negatives import negatives
 from assets.norm_sim import norm_sim
+from assets.norm_sim_dynamic import dynamic_rounds, norm_sim_dynamic
 from assets.project import Project
 from assets.raw_pool import raw_pool
 from assets.sharded import ShardAsset
@@ -37,6 +38,22 @@ class Graph:
     subsets: tuple[SubsetAsset, ...]
     exports: tuple[ShardAsset, ...]
     catalog: dg.AssetsDefinition
+
+    @property
+    def in_order(self) -> list[ShardAsset | WholeAsset | SubsetAsset]:
+        """Nodes and subsets, each after all that it reads: a score may begin with a subset."""
+        by_key = {node.key: node for node in (*self.nodes, *self.subsets)}
+        placed: dict[str, ShardAsset | WholeAsset | SubsetAsset] = {}
+
+        def place(key: str) -> None:
+            if key in by_key and key not in placed:
+                for dep in by_key[key].deps:
+                    place(dep)
+                placed[key] = by_key[key]
+
+        for key in by_key:
+            place(key)
+        return list(placed.values())
 
     @property
     def definitions(self) -> list[dg.AssetsDefinition]:
@@ -76,6 +93,12 @@ def build_graph(project: Project) -> Graph:
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
     subsets = [subset(project, recipe, by_key) for recipe in _in_order(project)]
+    by_recipe = {node.recipe: node for node in subsets}
+    for encoder, dynamic in settings.norm_sim_dynamic.items():
+        rounds = dynamic_rounds(project, encoder, by_recipe[dynamic.recipe] if dynamic.recipe else None)
+        score = norm_sim_dynamic(project, encoder, rounds)
+        nodes += [rounds, score]
+        by_key[score.key] = score  # which the subsets look up when they are asked what they read
     with_images = settings.pool.format == "webdataset"
     exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_images else []
     return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(project))

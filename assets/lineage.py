@@ -60,7 +60,7 @@ def lineage_record(
     """
     settings = project.settings
     recipe = settings.recipes[name]
-    scores = sorted({settings.score_columns[score][0] for score in recipe.columns().scores})
+    scores = sorted(_score_assets(settings, name))
     any_shard = next(iter(shards))
     files = {asset: _stored(project, asset, any_shard) for asset in scores}
     read = {name for stored in files.values() for name in stored.provenance.inputs}
@@ -68,7 +68,7 @@ def lineage_record(
     wholes = {
         asset: _stored(project, asset)
         for asset in sorted(read)
-        if asset.split("/")[0] in ("negatives", "target_embeddings", "external_files")
+        if asset.split("/")[0] in ("negatives", "target_embeddings", "external_files", "dynamic_rounds")
     }
     upstream = {asset: _stored(project, asset, any_shard) for asset in ("raw_pool", *_embeddings(encoders))}
     return {
@@ -118,8 +118,13 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
     while waiting:
         recipe = waiting.pop()
         recipes[recipe] = settings.recipes[recipe]
-        waiting += [other for other in recipes[recipe].recipes if other not in recipes]
-    wanted = {settings.score_columns[score][0] for recipe in recipes.values() for score in recipe.columns().scores}
+        begins = [
+            dynamic.recipe
+            for encoder, dynamic in settings.norm_sim_dynamic.items()
+            if dynamic.recipe and f"norm_sim_dynamic/{encoder}" in _score_assets(settings, recipe)
+        ]
+        waiting += [other for other in (*recipes[recipe].recipes, *begins) if other not in recipes]
+    wanted = {asset for recipe in recipes for asset in _score_assets(settings, recipe)}
     norm_sim = {
         encoder: kept
         for encoder, targets in settings.norm_sim.items()
@@ -142,6 +147,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 if f"neg_clip_loss/{encoder}" in wanted
             },
             "norm_sim": norm_sim,
+            "norm_sim_dynamic": {
+                encoder: json_settings(model)
+                for encoder, model in settings.norm_sim_dynamic.items()
+                if f"norm_sim_dynamic/{encoder}" in wanted
+            },
         },
         "external_scores": {
             external: json_settings(model)
@@ -150,6 +160,10 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
         },
         "recipes": {recipe: model.definition() for recipe, model in recipes.items()},
     }
+
+
+def _score_assets(settings: ProjectSettings, recipe: str) -> set[str]:
+    return {settings.score_columns[score][0] for score in settings.recipes[recipe].columns().scores}
 
 
 def _embeddings(encoders: list[str]) -> list[str]:

@@ -83,14 +83,36 @@ class DriftLimits(BaseModel):
     changed: float = Field(default=0.02, ge=0, le=1)
 
 
+class NormSimDynamicSettings(BaseModel):
+    """How one encoder's NormSim_2-D is computed (arXiv 2405.19547; `docs/methods/norm_sim_dynamic.md`).
+
+    Attributes:
+        of: the subset that the rounds begin with, as `subset/<recipe>`; the whole pool where it is left out.
+        keep: share that stays, of the pool or, with `of`, of the rows that its recipe began with.
+        rounds: over how many rounds the others leave; the paper's are 100 to 500.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    of: str | None = Field(default=None, pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$")
+    keep: float = Field(gt=0, le=1, strict=True)
+    rounds: int = Field(default=100, ge=1, le=100_000)
+
+    @property
+    def recipe(self) -> str | None:
+        """Name of the recipe whose subset the rounds begin with."""
+        return self.of.removeprefix("subset/") if self.of is not None else None
+
+
 class ScoreSettings(BaseModel):
-    """Which scores are computed; what is left out is computed for every encoder and target."""
+    """Which scores are computed: by default all that encoders and targets allow, but for `norm_sim_dynamic`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     clip_score: tuple[Name, ...] | None = None
     neg_clip_loss: dict[Name, NegClipLossSettings] | None = None
     norm_sim: dict[Name, tuple[Name, ...]] | None = None
+    norm_sim_dynamic: dict[Name, NormSimDynamicSettings] = Field(default_factory=dict)
     drift: DriftLimits = DriftLimits()
 
 
@@ -131,6 +153,7 @@ class ProjectSettings(BaseModel):
             ("scores.clip_score", scores.clip_score or ()),
             ("scores.neg_clip_loss", scores.neg_clip_loss or ()),
             ("scores.norm_sim", scores.norm_sim or ()),
+            ("scores.norm_sim_dynamic", scores.norm_sim_dynamic),
         ):
             for name in names:
                 if name not in self.encoders:
@@ -162,7 +185,28 @@ class ProjectSettings(BaseModel):
             scores=self.score_columns,
             pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
         )
+        for encoder, dynamic in self.norm_sim_dynamic.items():
+            self._check_begin(f"scores.norm_sim_dynamic.{encoder}.of", f"norm_sim_dynamic/{encoder}", dynamic.recipe)
         return self
+
+    def _check_begin(self, field: str, asset: str, recipe: str | None) -> None:
+        """Refuse a score that begins with an unknown recipe, or with one that rests on the score itself."""
+        if recipe is not None and recipe not in self.recipes:
+            raise ValueError(f"{field}: there is no recipe {recipe!r}. Remedy: one of {sorted(self.recipes)}")
+        waiting, seen = [recipe], {recipe}
+        while waiting:
+            name = waiting.pop()
+            if name is None:
+                continue
+            read = {self.score_columns[score][0] for score in self.recipes[name].columns().scores}
+            if asset in read:
+                raise ValueError(
+                    f"{field}: recipe {name!r}, which it begins with, reads {asset}. Remedy: another recipe"
+                )
+            begins = {d.recipe for e, d in self.norm_sim_dynamic.items() if f"norm_sim_dynamic/{e}" in read}
+            found = {*self.recipes[name].recipes, *begins} - seen
+            waiting.extend(found)
+            seen |= found
 
     @property
     def clip_score(self) -> tuple[str, ...]:
@@ -184,6 +228,11 @@ class ProjectSettings(BaseModel):
         return self.scores.norm_sim
 
     @property
+    def norm_sim_dynamic(self) -> Mapping[str, NormSimDynamicSettings]:
+        """Give the encoders that NormSim_2-D is computed with, and how."""
+        return self.scores.norm_sim_dynamic
+
+    @property
     def score_assets(self) -> dict[str, tuple[str, ...]]:
         """Give the value columns of every score asset, by the asset's key."""
         assets: dict[str, tuple[str, ...]] = {}
@@ -194,6 +243,8 @@ class ProjectSettings(BaseModel):
         for encoder, targets in self.norm_sim.items():
             for target in targets:
                 assets[f"norm_sim/{encoder}/{target}"] = ("norm_sim_2", "norm_sim_inf", "nearest_target")
+        for encoder in self.norm_sim_dynamic:
+            assets[f"norm_sim_dynamic/{encoder}"] = ("norm_sim_dynamic", "norm_sim_2_last")
         for name, external in self.external_scores.items():
             assets[f"external_scores/{name}"] = tuple(external.columns)
         return assets

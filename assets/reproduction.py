@@ -97,10 +97,14 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
         ],
     )
     draws = {
-        f"negatives/{encoder}": record["inputs"][f"negatives/{encoder}"]["provenance"]["inputs"]
-        for encoder in record["encoders"]
-        if f"negatives/{encoder}" in record["inputs"]
+        asset: read["provenance"]["inputs"]
+        for asset, read in record["inputs"].items()
+        if asset.split("/")[0] in ("negatives", "dynamic_rounds")
     }
+    begun = [
+        f"{asset} began with {name}" for asset, read in draws.items() for name in read if name.startswith("subset/")
+    ]
+    _refuse(record, [f"{begin}, which is not made again. Remedy: choose_again, from the scores" for begin in begun])
     project.only = {*record["shards"], *(shard for drawn in draws.values() for shard in drawn)}
     gone = project.only - set(project.listing())
     _refuse(record, [f"the pool has no shard {shard} any more" for shard in sorted(gone)])
@@ -109,7 +113,8 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
         if node.key not in needed:
             continue
         if isinstance(node, ShardAsset):
-            drawn = draws.get(node.key.replace("embeddings/", "negatives/"), {})
+            wholes = (node.key.replace("embeddings", whole) for whole in ("negatives", "dynamic_rounds"))
+            drawn = {shard: read for whole in wholes for shard, read in draws.get(whole, {}).items()}
             shards = project.only if node.key == "raw_pool" else {*record["shards"], *drawn}
             _make_shards(project, node, sorted(shards))
             wanted = {s: {node.key: read[node.key]} for s, read in record["shards"].items() if node.key in read}

@@ -72,12 +72,14 @@ class SubsetAsset:
 
     Attributes:
         key: `subset/<recipe>`.
+        deps: keys of the assets it reads.
         recipe: name of the recipe.
         inputs: gives what the subset would be built from now; raises NotReady.
         definition: the Dagster asset.
     """
 
     key: str
+    deps: tuple[str, ...]
     recipe: str
     model: Recipe
     inputs: Any
@@ -141,7 +143,7 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
             data_version=dg.DataVersion(current.lineage["fingerprint"]),
         )
 
-    return SubsetAsset(key, name, recipe, inputs, body)
+    return SubsetAsset(key, tuple(deps), name, recipe, inputs, body)
 
 
 def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]) -> Inputs:

@@ -18,6 +18,7 @@ from assets.checks import asset_key
 from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS_NAME, ShardAsset
+from assets.subset import SubsetAsset
 from dagster_project.dead_runs import at_work
 from dagster_project.definitions import build_defs
 from dagster_project.event_log import kept_open
@@ -113,9 +114,12 @@ def materialize(
                     found[other.key] = due(other, among)
         return {key: some for key, some in found.items() if some}
 
-    for node in graph.nodes:
+    for node in graph.in_order:
         try:
-            if isinstance(node, ShardAsset):
+            if isinstance(node, SubsetAsset):
+                if not node.is_fresh(project):
+                    run(node.key, None)
+            elif isinstance(node, ShardAsset):
                 for some in neighbours(shards, set(due(node, shards))):
                     run(node.key, some, others=together(node, some))
             else:
@@ -124,12 +128,6 @@ def materialize(
                     run(node.key, None, {"ops": {node.definition.op.name: {"config": {"redraw": again}}}})
         except BAD_INPUT as error:
             outcome.failures[node.key] = str(error)
-    for subset in graph.subsets:
-        try:
-            if not subset.is_fresh(project):
-                run(subset.key, None)
-        except BAD_INPUT as error:
-            outcome.failures[subset.key] = str(error)
     if outcome.computed or not _catalog_is_newest(project, graph):
         run("catalog", None)
     return outcome

@@ -103,7 +103,7 @@ def dynamic_rounds(
     size = sum(int((part.left == within).sum()) for part in parts)
     start = done[0].entered if done else size
     if start < keep:
-        raise ValueError(f"the set begins with {start} rows, fewer than the {keep} that shall stay")
+        raise ValueError(f"the set begins with {start} rows, fewer than the {keep} that shall stay. Remedy: keep fewer")
     moment = ExactMoment(parts[0].vectors().shape[1], device)
     for part in parts:
         for _, image in _chunks(part.vectors(), np.flatnonzero(part.left == within), device):

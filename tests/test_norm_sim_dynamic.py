@@ -4,13 +4,19 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import duckdb
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assets.project import ConfigError
+from dagster_project.headless import Outcome, materialize
+from resources.lake import column_to_vectors
 from selection.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
+from tests.scenario import ROWS, SHARDS, Scenario, keep
 
 CPU = torch.device("cpu")
 
@@ -171,3 +177,157 @@ def test_fewer_rows_than_shall_stay_are_refused() -> None:
     parts = parts_of(embeddings(10), *uids(10), cuts=[], outside=(0,))
     with pytest.raises(ValueError, match="begins with 9 rows, fewer than the 10"):
         next(dynamic_rounds(parts, keep=10, rounds=2, device=CPU))
+
+
+# In the graph
+
+TOLD = "norm_sim_dynamic/tiny"
+
+
+def ask_for(scenario: Scenario, **settings: object) -> None:
+    scenario.set("scores", "norm_sim_dynamic", value={"tiny": {"keep": 0.25, "rounds": 4, **settings}})
+    scenario.set("recipes", "pruned", value={"steps": [keep(TOLD, fraction=0.25)]})
+
+
+def expected(scenario: Scenario, begins: set[str] | None = None, *, stay: int, rounds: int = 4) -> dict[str, int]:
+    """Give each row's round of leaving by the definition, by uid."""
+    lake = scenario.open().lake
+    pool = pl.concat([pl.from_arrow(lake.read("raw_pool", shard, ["uid", "f0", "f1"])) for shard in SHARDS])
+    vectors = np.concatenate([column_to_vectors(lake.read("embeddings/tiny", shard)["image"]) for shard in SHARDS])
+    inside = np.array([begins is None or uid in begins for uid in pool["uid"]])
+    left = np.zeros(len(pool), np.int64)
+    words = pool["f0"].to_numpy()[inside], pool["f1"].to_numpy()[inside]
+    left[inside] = by_the_definition(vectors[inside], *words, stay, rounds)
+    return dict(zip(pool["uid"], left.tolist(), strict=True))
+
+
+def found(scenario: Scenario) -> dict[str, int]:
+    told = scenario.scores(TOLD)
+    return {f"{f0:016x}{f1:016x}": left for f0, f1, left in told.select("f0", "f1", "norm_sim_dynamic").rows()}
+
+
+def test_a_recipe_keeps_the_rows_that_stay(scenario: Scenario) -> None:
+    ask_for(scenario)
+    assert scenario.run().failures == {}
+    wanted = expected(scenario, stay=9)
+    assert found(scenario) == wanted
+    assert set(scenario.manifest("pruned")["uid"]) == {uid for uid, left in wanted.items() if left == 5}
+    assert scenario.subset("pruned").lineage["steps"][0]["threshold"] == 5
+    assert "dynamic_rounds/tiny" in scenario.subset("pruned").lineage["inputs"]
+    told = pl.from_arrow(scenario.open().lake.read("dynamic_rounds/tiny"))
+    assert told.select("round", "entered", "left").rows() == [(1, 36, 7), (2, 29, 7), (3, 22, 7), (4, 15, 6)]
+
+
+def test_it_may_begin_with_what_another_recipe_chose(scenario: Scenario) -> None:
+    ask_for(scenario, of="subset/clip_third", keep=0.2)
+    scenario.set(
+        "recipes",
+        "pruned",
+        value={"steps": [keep("clip_score/tiny", fraction=0.34), keep(TOLD, fraction=0.2)]},
+    )
+    assert scenario.run().failures == {}
+    wanted = expected(scenario, set(scenario.manifest("clip_third")["uid"]), stay=7)
+    assert found(scenario) == wanted
+    assert set(scenario.manifest("pruned")["uid"]) == {uid for uid, left in wanted.items() if left == 5}
+    stored = scenario.open().lake.stored("dynamic_rounds/tiny")
+    assert stored is not None
+    assert {n: stored.summary[n] for n in ("pool_rows", "began_with", "kept")} == {
+        "pool_rows": 36,
+        "began_with": 12,
+        "kept": 7,
+    }
+
+
+def test_explain_says_in_which_round_a_sample_left(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scenario.run()
+    uid, left = next((uid, left) for uid, left in found(scenario).items() if left == 2)
+    with duckdb.connect(str(scenario.folder / "lake/catalog.duckdb"), read_only=True) as con:
+        rows = con.execute("SELECT score, value, threshold, verdict FROM explain(?) WHERE recipe = 'pruned'", [uid])
+        assert rows.fetchall()[1:] == [(TOLD, float(left), 5.0, "dropped")]
+
+
+def test_nothing_is_done_again_when_nothing_changed(scenario: Scenario) -> None:
+    ask_for(scenario, of="subset/clip_third", keep=0.2)
+    scenario.run()
+    before = scenario.files()
+    assert scenario.run().computed == {}
+    assert scenario.files() == before
+
+
+def test_a_new_shard_begins_the_rounds_anew(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scenario.run()
+    scenario.write_shard("00007")
+    outcome = scenario.run()
+    assert outcome.failures == {}
+    assert outcome.computed["dynamic_rounds/tiny"] == []
+    assert outcome.computed[TOLD] == [*SHARDS, "00007"]
+    assert scenario.subset("pruned").lineage["rows"] == 4 * ROWS // 4
+
+
+def test_other_rows_to_begin_with_begin_the_rounds_anew(scenario: Scenario) -> None:
+    ask_for(scenario, of="subset/clip_third", keep=0.2)
+    scenario.run()
+    scenario.set("recipes", "clip_third", value={"steps": [keep("clip_score/tiny", fraction=0.5)]})
+    outcome = scenario.run()
+    assert outcome.failures == {}
+    assert {"subset/clip_third", "dynamic_rounds/tiny", TOLD, "subset/pruned"} <= set(outcome.computed)
+    assert found(scenario) == expected(scenario, set(scenario.manifest("clip_third")["uid"]), stay=7)
+
+
+def test_a_uid_that_is_in_two_shards_counts_once(scenario: Scenario) -> None:
+    scenario.write_shard("00001", meta={"uid": "f" * 32})
+    scenario.write_shard("00002", meta={"uid": "f" * 32})
+    ask_for(scenario)
+    scenario.run()
+    told = scenario.scores(TOLD).filter(pl.col("f0") == 2**64 - 1)
+    assert told["shard"].to_list() == ["00001", "00002"]
+    assert told["norm_sim_dynamic"][0] > 0
+    assert told["norm_sim_dynamic"][1] == 0
+    stored = scenario.open().lake.stored("dynamic_rounds/tiny")
+    assert stored is not None
+    assert (stored.summary["pool_rows"], stored.summary["kept"]) == (35, 8)
+
+
+def test_a_killed_run_goes_on_behind_its_last_whole_round(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scored: list[int] = []
+
+    def run(dies_at: int) -> Outcome:
+        def on_progress(asset: str, _: str, rows: int) -> None:
+            if asset == "dynamic_rounds/tiny":
+                scored.append(rows)
+                if len(scored) == dies_at:
+                    raise RuntimeError("no power")
+
+        project, graph = scenario.open_graph()
+        project.on_progress = on_progress
+        return materialize(project, graph, scenario.instance, notice=lambda *_: None)
+
+    assert "no power" in run(dies_at=2 * len(SHARDS) + 2).failures["dynamic_rounds/tiny"]
+    assert scenario.open().lake.stored("dynamic_rounds/tiny") is None
+    scored.clear()
+    assert run(dies_at=0).failures == {}
+    assert sum(scored) == 22 + 15 + 9  # rounds 3 and 4, and those that stay
+    assert found(scenario) == expected(scenario, stay=9)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("pruned", "recipe 'pruned', which it begins with, reads norm_sim_dynamic/tiny"),
+        ("outer", "recipe 'pruned', which it begins with, reads norm_sim_dynamic/tiny"),
+        ("none", "there is no recipe 'none'"),
+    ],
+)
+def test_rounds_that_begin_with_what_rests_on_them_are_refused(scenario: Scenario, recipe: str, message: str) -> None:
+    ask_for(scenario, of=f"subset/{recipe}")
+    scenario.set("recipes", "outer", value={"from": "pruned", "steps": [keep("clip_score/tiny", count=2)]})
+    with pytest.raises(ConfigError, match=f"scores.norm_sim_dynamic.tiny.of: {message}"):
+        scenario.open()
+
+
+def test_more_rows_to_keep_than_there_are_to_begin_with_are_refused(scenario: Scenario) -> None:
+    ask_for(scenario, of="subset/clip_third", keep=0.9)
+    assert "begins with 12 rows, fewer than the 32 that shall stay" in scenario.run().failures["dynamic_rounds/tiny"]
