@@ -105,7 +105,9 @@ def _with_others(
     parts: dict[tuple[str, ...], list[str]] = {}
     wanted: dict[str, dict[str, Provenance]] = {}
     for name in _others(project, encoder):
-        wanted[name] = {shard: due for shard in shards if (due := _due(project, name, shard)) is not None}
+        due = {shard: found for shard in shards if (found := _due(project, name, shard)) is not None}
+        if due and _loads(project, name):
+            wanted[name] = due
     for shard in shards:
         parts.setdefault(tuple(name for name, due in wanted.items() if shard in due), []).append(shard)
     for names, some in parts.items():
@@ -119,11 +121,16 @@ def _others(project: Project, encoder: str) -> Iterator[str]:
         return
     for name, settings in encoders.items():
         if name != encoder and settings.precomputed is None and _key(name) in project.asked:
-            try:
-                _ = project.encoder(name).loaded
-            except EncoderError:
-                continue  # its own step says why
             yield name
+
+
+def _loads(project: Project, encoder: str) -> bool:
+    """Load an encoder's model, if it can be loaded; if not, its own step says why."""
+    try:
+        _ = project.encoder(encoder).loaded
+    except EncoderError:
+        return False
+    return True
 
 
 def _due(project: Project, encoder: str, shard: str) -> Provenance | None:
@@ -131,7 +138,7 @@ def _due(project: Project, encoder: str, shard: str) -> Provenance | None:
     try:
         provenance = _provenance(project, encoder, shard)
         stored = project.lake.stored(_key(encoder), shard)
-    except (NotReady, LakeError):
+    except (NotReady, LakeError, EncoderError):
         return None  # its own step says why
     return None if stored is not None and stored.is_from(provenance) else provenance
 
