@@ -15,6 +15,7 @@ from assets.sharded import NotReady, Outcome, Result, ShardAsset, input_fingerpr
 from assets.whole import WholeAsset, up_to_date, whole_asset
 from resources.external import ExternalError, Table, find, opened, sha256
 from resources.lake import LakeError, Provenance, digest, sample_digest
+from resources.settings import ExternalUids
 
 CODE_VERSION = "1"
 ROWS_AT_ONCE = 2_000_000  # of the pool, looked up by one pass over the files
@@ -148,18 +149,14 @@ def _result(key: str, shard: str, rows: pa.Table, values: Mapping[str, np.ndarra
 def external_uids(project: Project, name: str) -> WholeAsset:
     """Make the asset `external_uids/<name>`: the different uids of a list, sorted."""
     key = f"external_uids/{name}"
-    settings = project.settings.external_uids[name]
 
     def provenance(redraw: bool) -> Provenance:
         del redraw  # the same files are the same
-        inputs = {"files": _fingerprint(project, "external_uids", name)}
-        parameters = {"uid": settings.uid, "minimum_coverage": settings.minimum_coverage}
-        return Provenance(key, None, CODE_VERSION, parameters, inputs)
+        return _uids_provenance(project, name)
 
     def compute() -> Result:
-        with opened(find(settings.files), uid=settings.uid) as table:
-            uids = table.uids().cast(UIDS)
-            return Result(uids, {"rows_in_files": table.rows}, content=sample_digest(uids))
+        uids = read_uids(project.settings.external_uids[name])
+        return Result(uids, content=sample_digest(uids))
 
     return whole_asset(
         project,
@@ -174,6 +171,35 @@ def external_uids(project: Project, name: str) -> WholeAsset:
         "compared with the pool as it is then.",
         columns=UIDS,
     )
+
+
+def read_uids(settings: ExternalUids) -> pa.Table:
+    """Read the files of a uid list: columns f0 and f1, sorted, without repeats.
+
+    Raises:
+        ExternalError: a file is missing or can't be read.
+    """
+    with opened(find(settings.files), uid=settings.uid) as table:
+        return table.uids().cast(UIDS)
+
+
+def fresh_uids(project: Project, key: str) -> str:
+    """Give the fingerprint of `external_uids/<name>` for a recipe that reads it.
+
+    Raises:
+        NotReady: it is not there, or not what a run would write now.
+    """
+    stored = project.lake.stored(key)
+    if stored is None or not stored.is_from(_uids_provenance(project, key.split("/")[1])):
+        raise NotReady(f"{key} is {'not there yet' if stored is None else 'out of date'}. Remedy: materialize it")
+    return stored.fingerprint
+
+
+def _uids_provenance(project: Project, name: str) -> Provenance:
+    settings = project.settings.external_uids[name]
+    inputs = {"files": _fingerprint(project, "external_uids", name)}
+    parameters = {"uid": settings.uid, "minimum_coverage": settings.minimum_coverage}
+    return Provenance(f"external_uids/{name}", None, CODE_VERSION, parameters, inputs)
 
 
 def _fingerprint(project: Project, field: str, name: str) -> str:

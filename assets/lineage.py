@@ -158,6 +158,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
             for external, model in settings.external_scores.items()
             if f"external_scores/{external}" in wanted
         },
+        "external_uids": {
+            external: json_settings(model)
+            for external, model in settings.external_uids.items()
+            if any(f"external_uids/{external}" in model.sets for model in recipes.values())
+        },
         "recipes": {recipe: model.definition() for recipe, model in recipes.items()},
     }
 

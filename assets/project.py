@@ -184,6 +184,7 @@ class ProjectSettings(BaseModel):
             self.recipes,
             scores=self.score_columns,
             pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
+            uid_lists=[f"external_uids/{name}" for name in self.external_uids],
         )
         for encoder, dynamic in self.norm_sim_dynamic.items():
             self._check_begin(f"scores.norm_sim_dynamic.{encoder}.of", f"norm_sim_dynamic/{encoder}", dynamic.recipe)

@@ -13,14 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from assets.external import read_uids
 from assets.graph import build_graph
 from assets.lineage import FORMAT, packages
 from assets.project import Project, ProjectSettings, load_settings
 from assets.sharded import ShardAsset
 from assets.subset import chosen, manifest, read_uid_list
 from assets.whole import WholeAsset
-from resources.lake import Lake, LakeError
+from resources.lake import Lake, LakeError, sample_digest
+from resources.settings import ExternalUids
 from resources.versions import Versions, set_file, write_selection
+from selection.recipes import UID_LIST_ASSETS, is_uid_list_asset
 
 
 def choose_again(
@@ -84,7 +87,8 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
     _check_format(record)
     folder.mkdir(parents=True, exist_ok=True)
     named = [record["source"], *record["sets"].values()]
-    sets = {read["name"]: _set_again(read, folder) for read in named if read["kind"] != "pool"}
+    lists = record["project"].get("external_uids", {})
+    sets = {read["name"]: _set_again(read, folder, lists) for read in named if read["kind"] != "pool"}
     config = folder / "project.yaml"
     config.write_text(yaml.safe_dump({**record["project"], "lake": str(folder / "lake")}), encoding="utf-8")
     project = _Recorded(load_settings(config), config)
@@ -141,10 +145,15 @@ class _Recorded(Project):
         return found if self.only is None else {shard: found[shard] for shard in found if shard in self.only}
 
 
-def _set_again(read: Mapping[str, Any], folder: Path) -> pa.Table:
+def _set_again(read: Mapping[str, Any], folder: Path, lists: Mapping[str, Any]) -> pa.Table:
     if read["kind"] == "recipe":
         again = rebuild(read["record"], folder / "sets" / read["name"])
         return pq.read_table(again / "manifest.parquet", columns=["f0", "f1"])
+    if is_uid_list_asset(read["name"]):
+        uids = read_uids(ExternalUids.model_validate(lists[read["name"].removeprefix(UID_LIST_ASSETS)]))
+        if sample_digest(uids) != read["fingerprint"]:
+            raise LakeError(f"{read['name']}: its files hold other uids now. Remedy: put the old ones back")
+        return uids
     path = Path(read["path"])
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != read["fingerprint"]:
         raise LakeError(f"{path}: not the uid list that the subset was made with. Remedy: put that list back")

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from assets.checks import CheckFailed, asset_key, results, tell
+from assets.external import fresh_uids
 from assets.lineage import lineage_record
 from assets.project import Project
 from assets.report import report_metadata, write_report
@@ -27,7 +28,7 @@ from resources.lake import Lake, digest
 from resources.source import source_relation
 from resources.versions import Manifest, Version, Versions, set_file
 from selection.ranking import quoted
-from selection.recipes import POOL, Recipe, set_kind
+from selection.recipes import POOL, Recipe, is_uid_list_asset, set_kind
 from selection.selecting import Selection, select, set_column
 from selection.uids import parse_uids, subset_array, subset_words
 
@@ -108,7 +109,8 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
     key = f"subset/{name}"
     scores = {score: project.settings.score_columns[score] for score in recipe.columns().scores}
     score_assets = sorted({asset for asset, _ in scores.values()})
-    deps = ["raw_pool", *score_assets, *(f"subset/{other}" for other in recipe.recipes)]
+    lists = [other for other in recipe.sets if is_uid_list_asset(other)]
+    deps = ["raw_pool", *score_assets, *lists, *(f"subset/{other}" for other in recipe.recipes)]
 
     def inputs() -> Inputs:
         return _inputs(project, recipe, score_assets, sharded)
@@ -191,6 +193,8 @@ def _set(project: Project, name: str) -> dict[str, str]:
             raise NotReady(f"subset/{name} is not there yet. Remedy: materialize it first")
         fingerprint = version.lineage["fingerprint"]
         return {"kind": "recipe", "name": name, "version": version.name, "fingerprint": fingerprint}
+    if is_uid_list_asset(name):
+        return {"kind": "uids", "name": name, "fingerprint": fresh_uids(project, name)}
     path = _uid_list(project, name)
     if not path.is_file():
         raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
@@ -230,6 +234,8 @@ def _choose(
 def _uids(project: Project, read: Mapping[str, str]) -> pa.Table:
     if read["kind"] == "recipe":
         return Versions(project.lake, read["name"]).read_uids(read["version"])
+    if is_uid_list_asset(read["name"]):
+        return project.lake.read(read["name"], columns=["f0", "f1"])
     return read_uid_list(_uid_list(project, read["name"]))
 
 
@@ -240,6 +246,8 @@ def _told(project: Project, read: Mapping[str, str], uids: pa.Table, selection: 
     told: dict[str, Any] = {**read, "uids": uids.num_rows, "in_pool": found, "file": set_file(read["name"])}
     if read["kind"] == "recipe":
         return {**told, "record": Versions(project.lake, read["name"]).read(read["version"]).lineage}
+    if is_uid_list_asset(read["name"]):
+        return told
     return {**told, "path": str(_uid_list(project, read["name"]))}
 
 

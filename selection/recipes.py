@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 POOL = "pool"
 UID_LIST_ENDINGS = (".npy", ".txt")
+UID_LIST_ASSETS = "external_uids/"
 
 
 class Columns(NamedTuple):
@@ -200,7 +201,12 @@ def set_kind(name: str) -> str:
     """Tell what a recipe's `from`, or a step's set, is: `pool`, `uids` (a uid list) or `recipe`."""
     if name == POOL:
         return "pool"
-    return "uids" if name.endswith(UID_LIST_ENDINGS) else "recipe"
+    return "uids" if name.endswith(UID_LIST_ENDINGS) or is_uid_list_asset(name) else "recipe"
+
+
+def is_uid_list_asset(name: str) -> bool:
+    """Tell whether a uid list is named by its asset, `external_uids/<name>`, and not by its path."""
+    return name.startswith(UID_LIST_ASSETS) and not name.endswith(UID_LIST_ENDINGS)
 
 
 class Recipe(_Model):
@@ -268,26 +274,34 @@ def predicate_columns(predicate: str) -> frozenset[str]:
     return frozenset(_walk(predicate, tree, frozenset()))
 
 
-def check_recipes(recipes: Mapping[str, Recipe], *, scores: Collection[str], pool_columns: Collection[str]) -> None:
+def check_recipes(
+    recipes: Mapping[str, Recipe],
+    *,
+    scores: Collection[str],
+    pool_columns: Collection[str],
+    uid_lists: Collection[str] = (),
+) -> None:
     """Check what one recipe alone can't know: other recipes, scores and columns of the pool.
 
     Args:
         recipes: The recipes by name.
         scores: Names of the scores that the project has.
         pool_columns: Names of the columns that the pool has.
+        uid_lists: Names of the uid lists that are assets, such as `external_uids/dfn`.
 
     Raises:
-        ValueError: One message with a line for each unknown recipe, score or column, for each circle
+        ValueError: One message with a line for each unknown recipe, uid list, score or column, for each circle
             of recipes that rest on one another, and for each name that stands for something else.
     """
     problems = []
     for name, recipe in recipes.items():
         if name == POOL or name.endswith(UID_LIST_ENDINGS):
             problems.append(f"recipe {name}: another recipe's from could not name it; call it otherwise")
-        problems += _unknown_set(f"recipe {name}, from", recipe.source, [POOL, *recipes])
+        problems += _unknown_set(f"recipe {name}, from", recipe.source, [POOL, *recipes], uid_lists)
         for number, step in enumerate(recipe.steps, start=1):
             if step.set_name is not None:
-                problems += _unknown_set(f"recipe {name}, step {number} ({step.text})", step.set_name, recipes)
+                where = f"recipe {name}, step {number} ({step.text})"
+                problems += _unknown_set(where, step.set_name, recipes, uid_lists)
             unknown = step.columns() - set(scores) - set(pool_columns)
             for column in sorted(unknown):
                 known = [*scores, *pool_columns]
@@ -306,7 +320,9 @@ def _unknown(what: str, name: str, known: Collection[str]) -> str:
     return f"there is no {what} {name!r}; {hint}"
 
 
-def _unknown_set(where: str, name: str, recipes: Collection[str]) -> list[str]:
+def _unknown_set(where: str, name: str, recipes: Collection[str], uid_lists: Collection[str]) -> list[str]:
+    if is_uid_list_asset(name):
+        return [] if name in uid_lists else [f"{where}: {_unknown('uid list', name, uid_lists)}"]
     if set_kind(name) != "recipe" or name in recipes:
         return []
     ends = f"the path of a uid list ends in {' or '.join(UID_LIST_ENDINGS)}"

@@ -14,7 +14,7 @@ from assets.project import ConfigError
 from assets.reproduction import choose_again, rebuild
 from resources.external import ExternalError, find, opened
 from resources.lake import LakeError
-from selection.uids import parse_uids
+from selection.uids import format_uids, parse_uids, subset_array
 from tests.pool_factory import uid
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -291,4 +291,90 @@ def test_what_scores_of_elsewhere_chose_is_made_again_from_its_record(scenario, 
     rebuild(record, tmp_path / "rebuilt")
     write_parquet(scenario.folder / "given" / "a.parquet", UIDS, dfn=[1.0 for _ in UIDS])
     with pytest.raises(LakeError, match="external_files/given"):
+        rebuild(record, tmp_path / "changed")
+
+
+# Uid lists in the graph
+
+
+def write_list(path: Path, uids: list[str]) -> None:
+    if path.suffix == ".npy":
+        np.save(path, subset_array(*words(uids)))
+    elif path.suffix == ".parquet":
+        write_parquet(path, uids)
+    else:
+        header = ["uid"] if path.suffix == ".csv" else []
+        path.write_text("\n".join([*header, *uids]) + "\n")
+
+
+def listed(scenario: Scenario, name: str, uids: list[str], **settings: object) -> None:
+    """Give the scenario a uid list, a recipe that begins with it and one that leaves it out."""
+    write_list(scenario.folder / name, uids)
+    scenario.document["scores"] = {"clip_score": [], "neg_clip_loss": {}, "norm_sim": {}}
+    scenario.document["external_uids"] = {"dfn": {"files": name, **settings}}
+    scenario.document["recipes"] = {
+        "begun": {"from": "external_uids/dfn", "steps": []},
+        "others": {"steps": [{"except": "external_uids/dfn"}]},
+    }
+
+
+@pytest.mark.parametrize("suffix", ["npy", "txt", "parquet", "csv"])
+def test_a_uid_list_of_every_kind_is_read_alike(tmp_path, suffix):
+    path = tmp_path / f"list.{suffix}"
+    write_list(path, [*UIDS[:3], UIDS[0]])
+    with opened(find([str(path)])) as table:
+        uids = table.uids()
+    assert format_uids(uids["f0"].to_numpy(), uids["f1"].to_numpy()) == sorted(UIDS[:3])
+
+
+def test_a_recipe_names_a_uid_list_by_its_asset(scenario):
+    listed(scenario, "dfn.npy", [*UIDS[3:9], *ELSEWHERE])
+    assert not scenario.run().failures
+    assert scenario.manifest("begun")["uid"].to_list() == sorted(UIDS[3:9])
+    assert scenario.manifest("others")["uid"].to_list() == sorted(set(UIDS) - set(UIDS[3:9]))
+    stored = scenario.open().lake.stored("external_uids/dfn")
+    assert stored is not None
+    figures = stored.summary["checks"]["pool_coverage"]["figures"]
+    assert (figures["covered"], figures["uids_unknown"]) == (6, 5)
+    graph = scenario.open_graph()[1]
+    deps = {node.key: node.deps for node in graph.subsets}
+    assert "external_uids/dfn" in deps["subset/begun"]
+    with duckdb.connect(str(scenario.folder / "lake" / "catalog.duckdb"), read_only=True) as con:
+        told = con.sql(f"SELECT recipe, verdict FROM explain('{UIDS[3]}') ORDER BY recipe, step").fetchall()
+    assert ("begun", "kept") in told
+    assert ("others", "dropped") in told
+
+
+def test_a_uid_list_that_changed_is_read_again_and_a_touched_one_changes_nothing(scenario):
+    listed(scenario, "dfn.txt", UIDS[:4])
+    scenario.run()
+    (scenario.folder / "dfn.txt").touch()
+    assert set(scenario.run().computed) == {"external_uids/dfn", "catalog"}
+    write_list(scenario.folder / "dfn.txt", UIDS[:5])
+    assert not scenario.run().failures
+    assert len(scenario.manifest("begun")) == 5
+
+
+def test_a_uid_list_that_covers_too_little_is_refused(scenario):
+    listed(scenario, "dfn.txt", UIDS[:4], minimum_coverage=0.5)
+    failures = scenario.run().failures
+    assert "external_uids.dfn.minimum_coverage" in failures["external_uids/dfn"]
+    assert "external_uids/dfn is not there yet" in failures["subset/begun"]
+
+
+def test_a_recipe_that_names_an_unknown_list_is_refused(scenario):
+    listed(scenario, "dfn.txt", UIDS[:4])
+    scenario.set("recipes", "begun", "from", value="external_uids/dnf")
+    with pytest.raises(ConfigError, match="no uid list 'external_uids/dnf'; did you mean external_uids/dfn"):
+        scenario.open()
+
+
+def test_what_a_uid_list_chose_is_made_again_from_its_record(scenario, tmp_path):
+    listed(scenario, "dfn.txt", UIDS[:4])
+    scenario.run()
+    record = json.loads((Path(scenario.subset("others").folder) / "lineage.json").read_text())
+    choose_again(scenario.open().lake, record, tmp_path / "chosen")
+    rebuild(record, tmp_path / "rebuilt")
+    write_list(scenario.folder / "dfn.txt", UIDS[:5])
+    with pytest.raises(LakeError, match="external_uids/dfn: its files hold other uids now"):
         rebuild(record, tmp_path / "changed")
