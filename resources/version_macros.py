@@ -110,18 +110,19 @@ version_facts AS MATERIALIZED (
 ),
 -- Whatever refused a row before a union brought it in does not matter.
 brought AS (
-    SELECT changed.there, changed.f0, changed.f1, max(step) AS brought_by
-    FROM changed JOIN steps ON steps.version = changed.there AND steps.kind = 'union'
-        JOIN listed ON listed.there = changed.there AND listed.name = steps.set
+    SELECT steps.version, changed.f0, changed.f1, max(step) AS step
+    FROM changed JOIN steps ON steps.kind = 'union'
+        JOIN listed ON listed.there = steps.version AND listed.name = steps.set
             AND listed.f0 = changed.f0 AND listed.f1 = changed.f1
     GROUP BY ALL
 ),
 placed AS (
     SELECT changed.*, read_there, missing, coalesce(made_again, []) AS made_again, first_other_step,
-        coalesce(brought_by, 0) AS brought_by,
-        NOT from_list OR brought_by IS NOT NULL OR listed.f0 IS NOT NULL AS in_source
+        coalesce(b.step, 0) AS brought_by, h.step AS brought_here_by,
+        NOT from_list OR b.step IS NOT NULL OR listed.f0 IS NOT NULL AS in_source
     FROM changed JOIN version_facts USING (there) LEFT JOIN shard_facts USING (here, shard)
-        LEFT JOIN brought USING (there, f0, f1)
+        LEFT JOIN brought AS b ON b.version = changed.there AND b.f0 = changed.f0 AND b.f1 = changed.f1
+        LEFT JOIN brought AS h ON h.version = changed.here AND h.f0 = changed.f0 AND h.f1 = changed.f1
         LEFT JOIN listed ON listed.there = changed.there AND listed.name = version_facts.from_name
             AND listed.f0 = changed.f0 AND listed.f1 = changed.f1
 ),
@@ -142,8 +143,6 @@ judged_steps AS MATERIALIZED (
 ),
 judged AS (
     SELECT p.f0, p.f1, j.*, (p.figures->>j.figure)::DOUBLE AS value,
-        -- It has none at a step that it never came to, because a later union brought it in.
-        j.kind = 'keep_top' AND threshold_here IS NOT NULL AND value IS NULL AS brought_here,
         CASE
             WHEN j.kind = 'union' THEN true
             WHEN j.kind IN ('within', 'intersect') THEN listed.f0 IS NOT NULL
@@ -157,7 +156,7 @@ judged AS (
     WHERE p.read_there AND p.in_source AND j.step > p.brought_by
 ),
 refused AS (
-    SELECT f0, f1, arg_min(judged, (kind = 'keep_top' AND among_others AND NOT brought_here, step)) AS stop
+    SELECT f0, f1, arg_min(judged, (kind = 'keep_top' AND among_others, step)) AS stop
     FROM judged WHERE passes IS NOT TRUE GROUP BY f0, f1
 ),
 -- Where no step refuses it, a score that was computed again did, at the only step that ranks such a score.
@@ -167,32 +166,41 @@ rescored AS (
     GROUP BY p.f0, p.f1 HAVING count(*) = 1
 ),
 told AS (
-    SELECT p.*, CASE
+    SELECT p.*,
+        -- Here a union brought it in, and nothing but that union's list is missing there.
+        brought_here_by > brought_by AND (NOT in_source OR coalesce(refused.stop.step < brought_here_by, false))
+            AS by_union,
+    CASE
         WHEN NOT read_there AND change = 'entered' THEN 'new shard'
         WHEN NOT read_there THEN 'shard removed'
         WHEN NOT in_source AND first_other_step = 0 THEN 'recipe changed'
+        WHEN by_union AND brought_here_by >= first_other_step THEN 'recipe changed'
+        WHEN by_union THEN 'list changed'
         WHEN NOT in_source THEN 'source changed'
-        WHEN refused.stop IS NOT NULL AND refused.stop.step >= first_other_step THEN 'recipe changed'
-        WHEN refused.stop.brought_here OR refused.stop.set IS NOT NULL THEN 'list changed'
+        WHEN refused.stop.step >= first_other_step THEN 'recipe changed'
+        WHEN refused.stop.set IS NOT NULL THEN 'list changed'
         WHEN refused.stop IS NOT NULL THEN 'threshold moved'
         WHEN list_contains(made_again, 'raw_pool') THEN 'shard changed'
         WHEN len(made_again) > 0 THEN 'score changed'
         ELSE 'another copy'
     END AS reason,
-    CASE reason WHEN 'score changed' THEN rescored.stop WHEN 'shard changed' THEN NULL ELSE refused.stop END AS stop
+    CASE WHEN by_union OR reason = 'shard changed' THEN NULL WHEN reason = 'score changed' THEN rescored.stop
+        ELSE refused.stop END AS stop
     FROM placed AS p LEFT JOIN refused USING (f0, f1) LEFT JOIN rescored USING (f0, f1)
 )
 SELECT change, uid, shard, key, reason,
-    CASE WHEN stop IS NOT NULL THEN stop.step WHEN reason NOT IN ('score changed', 'another copy') THEN 0 END AS step,
-    stop.text AS text, stop.value AS value,
+    CASE WHEN stop IS NOT NULL THEN stop.step WHEN reason = 'list changed' THEN brought_here_by
+        WHEN reason NOT IN ('score changed', 'another copy') THEN 0 END AS step,
+    CASE WHEN stop IS NOT NULL THEN stop.text WHEN reason = 'list changed' THEN (
+        SELECT any_value(u.text) FROM steps AS u WHERE u.version = told.there AND u.step = told.brought_here_by
+    ) END AS text, stop.value AS value,
     CASE change WHEN 'left' THEN stop.threshold_here ELSE stop.threshold END AS threshold_a,
     CASE change WHEN 'left' THEN stop.threshold ELSE stop.threshold_here END AS threshold_b,
     nullif(concat_ws('; ',
         missing,
         CASE WHEN stop.passes IS NULL AND reason = 'recipe changed' AND stop IS NOT NULL
             THEN 'this step or a later one: ' || here || ' has no value for it' END,
-        CASE WHEN stop.brought_here THEN 'a later union brought it into ' || here
-            WHEN stop.passes IS NULL AND reason = 'threshold moved'
+        CASE WHEN stop.passes IS NULL AND reason = 'threshold moved'
             THEN 'this step or a later one: a combined value depends on the other rows' END,
         CASE WHEN reason = 'another copy' THEN 'another row with this uid stood for it' END,
         'made again between the two: ' || nullif(array_to_string(made_again, ', '), '')

@@ -16,7 +16,7 @@ from assets.subset import SHOWN
 from dagster_project.catalog import Catalog, open_catalog
 from resources.lake import LakeError
 from resources.versions import Versions
-from tests.scenario import Scenario, keep
+from tests.scenario import SHARDS, Scenario, keep
 from tests.test_catalog import CLIP, NEAR, SmallLake, fetch
 
 ASSETS = {CLIP: "clip_score/b32", NEAR: "norm_sim/b32/flowers"}
@@ -203,6 +203,38 @@ def test_a_uid_list_that_changed_is_the_source(small):
     assert entered == {"recipe changed"}
 
 
+def uid_list(f0s):
+    """Give the uids of rows of a `SmallLake` as DataComp's array."""
+    return np.array([(f0, 2**64 - 1 - f0) for f0 in f0s], dtype="u8,u8")
+
+
+def test_a_list_that_a_step_names_and_that_changed_is_told_with_that_step(small):
+    recipe = {"steps": [{"except": "a.npy"}, keep(CLIP, threshold=0.35), {"union": "b.npy"}, {"intersect": "c.npy"}]}
+    lists = {"a.npy": uid_list([4]), "b.npy": uid_list([1, 2]), "c.npy": uid_list([1, 2, 3, 4, 9, 14, 19])}
+    assert {f0 for f0, _ in small.add_version("wide", 1, recipe=recipe, listed=lists)} == {1, 2, 9, 14, 19}
+    lists = {"a.npy": uid_list([9]), "b.npy": uid_list([1, 3]), "c.npy": uid_list([1, 2, 3, 4, 9, 14])}
+    assert {f0 for f0, _ in small.add_version("wide", 2, recipe=recipe, listed=lists)} == {1, 3, 4, 14}
+    told = diff(small)
+    assert {f0: (row["change"], row["step"], row["reason"], row["text"]) for f0, row in told.items()} == {
+        2: ("left", 3, "list changed", "add the rows of b.npy"),
+        3: ("entered", 3, "list changed", "add the rows of b.npy"),
+        4: ("entered", 1, "list changed", "drop the rows of a.npy"),
+        9: ("left", 1, "list changed", "drop the rows of a.npy"),
+        19: ("left", 4, "list changed", "keep the rows of c.npy"),
+    }
+
+
+def test_a_combined_value_is_not_held_against_the_cut_of_another_version(small):
+    recipe = {"steps": [{"keep_top": {"rank_sum": [CLIP, NEAR], "count": 3}}]}
+    small.add_version("wide", 1, recipe=recipe)
+    small.add_shard("00001", range(100, 110), clip=lambda _: 0.9, near=lambda _: 0.9)
+    small.add_version("wide", 2, recipe=recipe)
+    told = diff(small)
+    assert reasons(told) == {("entered", 0, "new shard"): 3, ("left", 1, "threshold moved"): 3}
+    detail = "this step or a later one: a combined value depends on the other rows"
+    assert {row["detail"] for row in told.values() if row["change"] == "left"} == {detail}
+
+
 def test_a_row_that_another_row_of_its_uid_stood_for_is_told(small):
     small.add_shard("00001", [5, 6], clip=lambda _: 0.9)
     small.add_version("wide", 1, recipe=top(4), missing=["00000"])
@@ -312,6 +344,100 @@ def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Sce
     (scenario.folder / "pool/00007.tar").unlink()
     with pytest.raises(LakeError, match="the pool has no shard 00007 any more"):
         rebuild(records["paper"], tmp_path / "later")
+
+
+def add_set_recipes(scenario: Scenario) -> None:
+    """Give the project recipes that rest on one another and on a uid list, and rank by several scores."""
+    scenario.set(
+        "recipes",
+        value={
+            "last": {"from": "paper", "steps": [{"except": "mixed"}, {"union": "lists/some.txt"}, {"union": "mixed"}]},
+            "mixed": {
+                "steps": [
+                    {"within": "clip_third"},
+                    {"keep_top": {"rank_sum": ["clip_score/tiny", "neg_clip_loss/tiny"], "fraction": 0.5}},
+                ]
+            },
+            "weighed": {
+                "steps": [
+                    {
+                        "keep_top": {
+                            "weighted": {"clip_score/tiny": 0.5, "norm_sim_2/tiny/pets": 0.5},
+                            "normalise": "min_max",
+                            "count": 6,
+                        }
+                    },
+                    {"intersect": "clip_third"},
+                ]
+            },
+            **{name: scenario.document["recipes"][name] for name in ("clip_third", "paper")},
+        },
+    )
+
+
+def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario: Scenario, tmp_path: Path) -> None:
+    add_set_recipes(scenario)
+    project, graph = scenario.open_graph()
+    order = [subset.recipe for subset in graph.subsets]
+    assert order.index("paper") < order.index("last") > order.index("mixed") > order.index("clip_third")
+    definition = {subset.recipe: subset.definition for subset in graph.subsets}["last"]
+    upstream = definition.asset_deps[AssetKey(["subset", "last"])]
+    assert {AssetKey(["subset", "paper"]), AssetKey(["subset", "mixed"])} <= upstream
+
+    assert "no such uid list" in scenario.run().failures["subset/last"]
+    known = scenario.manifest("clip_third")["uid"].to_list() + scenario.manifest("paper")["uid"].to_list()
+    others = sorted(set(scenario.open().lake.read("raw_pool", "00001", ["uid"])["uid"].to_pylist()) - set(known))
+    (scenario.folder / "lists").mkdir()
+    (scenario.folder / "lists/some.txt").write_text("\n".join([*others[:2], "f" * 32]))
+    outcome = scenario.run()
+    assert outcome.failures == {}
+    assert set(outcome.computed) == {"subset/last", "catalog"}
+    assert scenario.run().computed == {}
+
+    members = {name: set(scenario.manifest(name)["uid"]) for name in scenario.document["recipes"]}
+    assert members["last"] == (members["paper"] - members["mixed"]) | set(others[:2]) | members["mixed"]
+    assert members["weighed"] <= members["clip_third"]
+    assert len(members["mixed"]) == len(members["clip_third"]) // 2
+    lineage = scenario.subset("last").lineage
+    assert lineage["source"]["version"] == "v0001"
+    read = lineage["sets"]["lists/some.txt"]
+    assert (read["kind"], read["uids"], read["in_pool"]) == ("uids", 3, 2)
+    assert lineage["sets"]["mixed"]["record"] == scenario.subset("mixed").lineage
+
+    catalog = open_catalog(scenario.folder / "project.yaml")
+    pool = [uid for shard in SHARDS for uid in project.lake.read("raw_pool", shard, ["uid"])["uid"].to_pylist()]
+    for uid in [*others[:3], *sorted(members["paper"])[:4], *sorted(members["mixed"])[:4], *pool[::6]]:
+        told = catalog.explain(uid)
+        for name, chosen in members.items():
+            verdicts = told.filter(recipe=name)["verdict"].to_list()
+            if name == "last":
+                started, dropped = uid in members["paper"], uid in members["mixed"]
+                by_list, by_mixed = uid in others[:2], uid in members["mixed"]
+                in2 = started and not dropped
+                in3 = in2 or by_list
+                assert verdicts == [
+                    "kept" if started else "dropped",
+                    "not reached" if not started else "dropped" if dropped else "kept",
+                    "kept" if in2 else "brought in" if by_list else "not reached",
+                    "kept" if in3 else "brought in" if by_mixed else "not reached",
+                ]
+            else:
+                assert (verdicts[-1] == "kept") == (uid in chosen)
+                assert "unknown" not in verdicts
+                assert "changed" not in verdicts
+
+    for name in ("last", "weighed"):
+        _same_bytes(scenario, name, choose_again(scenario.open().lake, _record(scenario, name), tmp_path / f"c_{name}"))
+        _same_bytes(scenario, name, rebuild(_record(scenario, name), tmp_path / name))
+    (scenario.folder / "lists/some.txt").write_text("\n".join(others[1:3]))
+    with pytest.raises(LakeError, match=r"lists/some.txt: not the uid list that the subset was made with"):
+        rebuild(_record(scenario, "last"), tmp_path / "later")
+
+    assert set(scenario.run().computed) == {"subset/last", "catalog"}
+    changes = open_catalog(scenario.folder / "project.yaml").diff("last", "v0001", "v0002")
+    assert sorted(changes.select("uid", "change", "reason").iter_rows()) == sorted(
+        [(others[0], "left", "list changed"), (others[2], "entered", "list changed")]
+    )
 
 
 def test_negatives_of_a_pool_smaller_than_a_draw_are_drawn_again_from_the_shards_of_then(
