@@ -323,7 +323,11 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
     The rows found come first and by themselves, so that DuckDB prunes every score's files by their shard and place.
     """
     pool, scored = _numbered(root, scores)
-    ctes = [f"pool_rows AS MATERIALIZED (SELECT * FROM ({pool}) WHERE {_SAMPLE})"]
+    ctes = [
+        f"places AS MATERIALIZED (SELECT shard, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
+        f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "
+        "USING (shard, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
+    ]
     selected, joins = [f"pool_rows.{_quoted(column)}" for column in POOL_COLUMNS], []
     for number, (query, named) in enumerate(scored):
         ctes.append(

@@ -545,6 +545,6 @@ def test_explain_reads_only_the_row_groups_that_may_hold_the_uid(lake):
         plan = con.execute(f"EXPLAIN ANALYZE FROM explain('{f0:016x}{f1:016x}')").fetchall()[0][1]
     scans = [(int(read), int(all_)) for read, all_ in re.findall(r"Row Groups Scanned: (\d+) / (\d+)", plan)]
     one_shard_more = groups["raw_pool/00000"] + 1
-    assert scans.count((1, one_shard_more)) == 2
+    assert scans.count((1, one_shard_more)) == 3
     assert scans.count((1, groups["subset/wide/v0001/manifest"])) == 1
     assert scans.count((1, 2)) == 1  # of two files of NormSim, one row group each, which the sample's shard tells apart
