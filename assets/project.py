@@ -4,7 +4,8 @@ Here: the model of the file, its error messages, and one object that opens what 
 for. Not here: what is computed (the assets), nor how a pool or an encoder works (`resources`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -325,6 +326,7 @@ class Project:
             command draws its progress bar from it.
         asked: keys of all assets that the present run was asked for.
         made_along: fingerprints of files that one asset's step wrote for another that the run was asked for too.
+        answers: within `at_rest`, what was said of assets without partitions, by key; None outside.
     """
 
     def __init__(self, settings: ProjectSettings, config: Path) -> None:
@@ -340,6 +342,7 @@ class Project:
         self.on_progress: Callable[[str, str, int], None] = _no_progress
         self.asked: frozenset[str] = frozenset()
         self.made_along: set[str] = set()
+        self.answers: dict[str, str | Exception] | None = None
         self._encoders: dict[str, Encoder] = {}
         self._listing: dict[str, str] | None = None
         self._target_fingerprints: dict[tuple[str, str], str] = {}
@@ -365,6 +368,19 @@ class Project:
         self._listing = None
         self._target_fingerprints = {}
         self._files_fingerprints = {}
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Say that nothing is written within the block: whether an asset without partitions is fresh is asked once.
+
+        It would be asked for every shard otherwise, and the answer may take a look at every shard.
+        """
+        outer = self.answers
+        self.answers = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self.answers = outer
 
     def encoder(self, name: str) -> Encoder:
         """Give an encoder; its model is loaded when it first embeds something."""

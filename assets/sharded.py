@@ -224,20 +224,21 @@ def _run(context: dg.AssetExecutionContext, project: Project, asset: ShardAsset)
     records: list[_Record] = []
     errors: dict[str, Exception] = {}
     wanted: dict[str, Provenance] = {}
-    for shard in context.partition_keys:
-        try:
-            provenance = asset.provenance(shard)
-            stored = project.lake.stored(asset.key, shard)
-        except Exception as error:  # noqa: BLE001 - raised with all others below
-            errors[shard] = error
-            continue
-        if stored is not None and stored.is_from(provenance):
-            along = stored.fingerprint in project.made_along
-            project.made_along.discard(stored.fingerprint)
-            records.append(_Record(shard, stored, computed=along))
-            project.on_progress(asset.key, shard, stored.rows)
-        else:
-            wanted[shard] = provenance
+    with project.at_rest():
+        for shard in context.partition_keys:
+            try:
+                provenance = asset.provenance(shard)
+                stored = project.lake.stored(asset.key, shard)
+            except Exception as error:  # noqa: BLE001 - raised with all others below
+                errors[shard] = error
+                continue
+            if stored is not None and stored.is_from(provenance):
+                along = stored.fingerprint in project.made_along
+                project.made_along.discard(stored.fingerprint)
+                records.append(_Record(shard, stored, computed=along))
+                project.on_progress(asset.key, shard, stored.rows)
+            else:
+                wanted[shard] = provenance
 
     followed = _is_followed(context, asset)
     log = _EventLog(context, asset)

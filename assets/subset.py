@@ -151,11 +151,12 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
 def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]) -> Inputs:
     shards: dict[str, dict[str, str]] = {}
     missing: dict[str, str] = {}
-    for shard in sorted(project.listing()):
-        try:
-            shards[shard] = _shard_inputs(project, shard, score_assets, sharded)
-        except NotReady as error:
-            missing[shard] = str(error)
+    with project.at_rest():
+        for shard in sorted(project.listing()):
+            try:
+                shards[shard] = _shard_inputs(project, shard, score_assets, sharded)
+            except NotReady as error:
+                missing[shard] = str(error)
     if not shards:
         reasons = "; ".join(sorted(set(missing.values()))[:3])
         raise NotReady(f"no shard has all that the recipe reads: {reasons}")

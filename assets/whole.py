@@ -75,6 +75,20 @@ def up_to_date(project: Project, asset: WholeAsset) -> str:
         NotReady: it is not there, can't be made, or is not what a run would write now: a score must not join
             embeddings of one encoder with targets or negatives of another.
     """
+    if project.answers is None:
+        return _up_to_date(project, asset)
+    if asset.key not in project.answers:
+        try:
+            project.answers[asset.key] = _up_to_date(project, asset)
+        except NotReady as error:
+            project.answers[asset.key] = error
+    answer = project.answers[asset.key]
+    if isinstance(answer, Exception):
+        raise answer.with_traceback(None)
+    return answer
+
+
+def _up_to_date(project: Project, asset: WholeAsset) -> str:
     try:
         wanted = asset.provenance(False)
     except (NotReady, TargetError, EncoderError) as error:

@@ -102,7 +102,8 @@ def materialize(
 
     def due(node: ShardAsset, among: Sequence[str]) -> list[str]:
         tried = outcome.computed.get(node.key, [])
-        return [shard for shard in among if shard not in tried and node.is_due(project, shard)]
+        with project.at_rest():
+            return [shard for shard in among if shard not in tried and node.is_due(project, shard)]
 
     def together(node: ShardAsset, among: Sequence[str]) -> dict[str, list[str]]:
         """Give the other assets that go into a node's run, with their shards: embeddings go with embeddings."""

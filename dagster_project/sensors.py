@@ -153,7 +153,8 @@ def _follow(project: Project, graph: Graph, context: dg.SensorEvaluationContext)
     if memory.quiet and memory.seen == seen:
         return dg.SkipReason(_rest(memory.tried))
     memory.seen = seen
-    due = find_due(project, graph, shards, memory.tried)
+    with project.at_rest():
+        due = find_due(project, graph, shards, memory.tried)
     memory.keep(due.marks())
     runs = due.runs(partitions)
     if not runs:
