@@ -248,7 +248,7 @@ class Tiles:
             products = self.products
             if self.rounds:
                 residuals = torch.mm(rounded, columns.sub_(centre).bfloat16().T)
-                torch.add(residuals, common, out=products)
+                products.copy_(residuals).add_(common)
             elif columns.dtype != torch.float32:  # without out_dtype the product of halves would be rounded to half
                 torch.mm(tile, columns.T, out_dtype=torch.float32, out=products)
             elif columns.is_cpu and _ONEDNN:
