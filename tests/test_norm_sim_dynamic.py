@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assets.project import ConfigError
+from assets.reproduction import choose_again, rebuild
 from dagster_project.headless import Outcome, materialize
-from resources.lake import column_to_vectors
+from resources.lake import LakeError, column_to_vectors
 from selection.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -331,3 +333,23 @@ def test_rounds_that_begin_with_what_rests_on_them_are_refused(scenario: Scenari
 def test_more_rows_to_keep_than_there_are_to_begin_with_are_refused(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third", keep=0.9)
     assert "begins with 12 rows, fewer than the 32 that shall stay" in scenario.run().failures["dynamic_rounds/tiny"]
+
+
+def test_a_version_that_rests_on_rounds_is_made_again_from_its_record(scenario: Scenario, tmp_path: Path) -> None:
+    ask_for(scenario)
+    scenario.run()
+    version = scenario.subset("pruned")
+    folder = rebuild(version.lineage, tmp_path / "again")
+    assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
+
+
+def test_a_version_that_rests_on_rounds_of_a_subset_is_chosen_again_and_not_rebuilt(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    ask_for(scenario, of="subset/clip_third", keep=0.2)
+    scenario.run()
+    version = scenario.subset("pruned")
+    folder = choose_again(scenario.open().lake, version.lineage, tmp_path / "again")
+    assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
+    with pytest.raises(LakeError, match="dynamic_rounds/tiny began with subset/clip_third"):
+        rebuild(version.lineage, tmp_path / "rebuilt")
