@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import dagster as dg
 
 from assets.catalog import catalog
+from assets.choosing import SharedSource
 from assets.clip_score import clip_score
 from assets.embeddings import embeddings
 from assets.export import export
@@ -92,7 +93,8 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(external_uids(project, name) for name in settings.external_uids)
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
-    subsets = [subset(project, recipe, by_key) for recipe in _in_order(project)]
+    shared = SharedSource()
+    subsets = [subset(project, recipe, by_key, shared) for recipe in _in_order(project)]
     by_recipe = {node.recipe: node for node in subsets}
     for encoder, dynamic in settings.norm_sim_dynamic.items():
         rounds = dynamic_rounds(project, encoder, by_recipe[dynamic.recipe] if dynamic.recipe else None)

@@ -18,10 +18,11 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from assets.choosing import MEMORY
 from assets.project import Project
 from assets.scores import device, figures, score_schema, score_table
 from assets.sharded import NotReady, Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
-from assets.subset import MEMORY, SubsetAsset
+from assets.subset import SubsetAsset
 from assets.whole import WholeAsset, up_to_date, whole_asset
 from resources.lake import LakeError, Provenance, column_to_vectors
 from resources.source import source_relation

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from assets.choosing import chosen
 from assets.external import read_uids
 from assets.graph import build_graph
 from assets.lineage import FORMAT, packages
 from assets.project import Project, ProjectSettings, load_settings
 from assets.sharded import ShardAsset
-from assets.subset import chosen, manifest, read_uid_list
+from assets.subset import manifest, read_uid_list
 from assets.whole import WholeAsset
 from resources.lake import Lake, LakeError, sample_digest
 from resources.settings import ExternalUids

@@ -5,35 +5,31 @@ lineage record with the reason.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from assets.checks import CheckFailed, asset_key, results, tell
+from assets.choosing import SharedSource, chosen
 from assets.external import fresh_uids
 from assets.lineage import lineage_record
 from assets.project import Project
 from assets.report import report_metadata, write_report
 from assets.sharded import NotReady, ShardAsset
 from assets.subset_checks import examine_before_the_record, examine_stored, specs
-from resources.lake import Lake, digest
-from resources.source import source_relation
+from resources.lake import digest
 from resources.versions import Manifest, Version, Versions, set_file
 from selection.ranking import quoted
 from selection.recipes import POOL, Recipe, is_uid_list_asset, set_kind
-from selection.selecting import Selection, select, set_column
+from selection.selecting import Selection, set_column
 from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "2"
-MEMORY = "2GB"  # of DuckDB while it chooses; what is larger goes through temporary files
 SHOWN = 150  # files that were read, in the event log, which has room for 256 KB of pictures and tables
 
 
@@ -97,13 +93,14 @@ class SubsetAsset:
             return False
 
 
-def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> SubsetAsset:
+def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset], shared: SharedSource) -> SubsetAsset:
     """Make the asset `subset/<recipe>`.
 
     Args:
         project: the project.
         name: the recipe's name.
         sharded: the project's assets of shards, by key.
+        shared: the rows to choose from, for all recipes of a project.
     """
     recipe = project.settings.recipes[name]
     key = f"subset/{name}"
@@ -135,7 +132,7 @@ def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset]) -> Su
         current = versions.current()
         if current is None or current.lineage["fingerprint"] != found.fingerprint(recipe):
             try:
-                current = _choose(project, name, recipe, scores, found)
+                current = _choose(project, name, recipe, scores, found, shared)
             except CheckFailed as error:
                 tell(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
@@ -207,11 +204,16 @@ def _uid_list(project: Project, name: str) -> Path:
 
 
 def _choose(
-    project: Project, name: str, recipe: Recipe, scores: Mapping[str, tuple[str, str]], inputs: Inputs
+    project: Project,
+    name: str,
+    recipe: Recipe,
+    scores: Mapping[str, tuple[str, str]],
+    inputs: Inputs,
+    shared: SharedSource,
 ) -> Version:
     """Run the recipe and write a new version."""
     sets = {other: _uids(project, read) for other, read in inputs.sets.items()}
-    with chosen(project.lake, name, recipe, scores, inputs.shards, sets) as (selection, duplicates):
+    with chosen(project.lake, name, recipe, scores, inputs.shards, sets, shared) as (selection, duplicates):
         told = {other: _told(project, read, sets[other], selection) for other, read in inputs.sets.items()}
         lineage = lineage_record(
             project,
@@ -250,48 +252,6 @@ def _told(project: Project, read: Mapping[str, str], uids: pa.Table, selection: 
     if is_uid_list_asset(read["name"]):
         return told
     return {**told, "path": str(_uid_list(project, read["name"]))}
-
-
-@contextmanager
-def chosen(
-    lake: Lake,
-    name: str,
-    recipe: Recipe,
-    scores: Mapping[str, tuple[str, str]],
-    shards: Collection[str],
-    sets: Mapping[str, pa.Table],
-) -> Iterator[tuple[Selection, int]]:
-    """Run a recipe over the lake's files.
-
-    Args:
-        lake: where they lie.
-        name: the recipe's name.
-        recipe: the recipe.
-        scores: asset and column of every score that it reads.
-        shards: the shards to choose from.
-        sets: f0 and f1 of each of the recipe's sets, by name.
-
-    Yields:
-        What is chosen, valid within the block, and the number of rows left out because their uid came before.
-    """
-    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
-        con.execute("SET temp_directory = ?", [spill])
-        con.execute("SET memory_limit = ?", [MEMORY])
-        con.execute("SET enable_progress_bar = false")
-        for other, uids in sets.items():
-            con.from_arrow(uids).create(quoted(f"uids of {other}"))
-        source = source_relation(
-            con,
-            "source",
-            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
-            scores={
-                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
-                for score, (asset, column) in scores.items()
-            },
-            pool_columns=recipe.columns().pool,
-            sets={set_column(other): f"uids of {other}" for other in sets},
-        )
-        yield select(con, name, recipe), source.duplicates
 
 
 def manifest(selection: Selection) -> Manifest:

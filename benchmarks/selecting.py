@@ -22,11 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.subset import MEMORY, chosen, manifest
+from assets.choosing import MEMORY, SharedSource, chosen
+from assets.subset import manifest
+from resources.catalog import build_catalog, read_catalog
 from resources.lake import Lake
-from resources.versions import write_selection
+from resources.versions import Versions, write_selection
 from selection.recipes import Recipe
 
+RECIPES = 10
+EXPLAINED = 5
 NEG, NEAR = "neg_clip_loss/b32", "norm_sim_inf/b32/imagenet"
 SCORES = {NEG: ("neg_clip_loss/b32", "neg_clip_loss"), NEAR: ("norm_sim/b32/imagenet", "norm_sim_inf")}
 RECIPE = Recipe.model_validate(
@@ -34,8 +38,8 @@ RECIPE = Recipe.model_validate(
 )
 
 
-def measure(rows: int = 2_000_000, shard_rows: int = 100_000) -> dict[str, Any]:
-    """Time both ways over synthetic rows."""
+def measure(rows: int = 2_000_000, shard_rows: int = 100_000, *, several: bool = True) -> dict[str, Any]:
+    """Time both ways over synthetic rows, and `explain`; where asked, several recipes in one process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _write_lake(root / "lake", rows, shard_rows)
@@ -44,6 +48,9 @@ def measure(rows: int = 2_000_000, shard_rows: int = 100_000) -> dict[str, Any]:
         for file in ("manifest.parquet", "subset.npy"):
             if not _same(root / "hand" / file, root / "ours" / file):
                 raise AssertionError(f"{file}: the two ways chose different rows")
+        many = _apart(_many, root / "lake", root / "many") if several else None
+        _apart(_version, root / "lake", root / "version")
+        explain = _apart(_explain, root / "lake", root / "explain")
     return {
         "rows": rows,
         "shards": -(-rows // shard_rows),
@@ -55,13 +62,61 @@ def measure(rows: int = 2_000_000, shard_rows: int = 100_000) -> dict[str, Any]:
         "peak_gb": ours["gb"],
         "time_of_by_hand": ours["seconds"] / hand["seconds"],
         "cpu_of_by_hand": ours["cpu"] / hand["cpu"],
+        **({f"{RECIPES}_recipes_of_one": many["seconds"] / ours["seconds"]} if many else {}),
+        "explain_s": explain["seconds"] / EXPLAINED,
     }
 
 
 def _ours(lake: Path, out: Path) -> None:
-    shards = sorted(path.stem for path in (lake / "raw_pool").glob("*.parquet"))
-    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, {}) as (selection, _):
+    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, _):
         write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
+
+
+def _many(lake: Path, out: Path) -> None:
+    """Choose by RECIPES recipes one after another, as a run of several subsets does."""
+    shared, shards = SharedSource(), _shards(lake)
+    for _ in range(RECIPES):
+        with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, {}, shared) as (selection, _):
+            write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
+    shared.close()
+
+
+def _version(lake: Path, out: Path) -> None:
+    """Make the selection a version of a subset, and the catalog that tells of it."""
+    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, duplicates):
+        record = {
+            "recipe": "two_stages",
+            "created": "2026-01-01T00:00:00Z",
+            "definition": RECIPE.definition(),
+            "source": {"kind": "pool", "name": "pool", "rows": selection.source_rows, "duplicates": duplicates},
+            "sets": {},
+            "steps": [report.as_dict() for report in selection.steps],
+            "rows": selection.rows,
+            "shards": _shards(lake),
+            "shards_missing": {},
+            "fingerprint": "",
+        }
+        Versions(Lake(str(lake)), "two_stages").write(manifest(selection), record, lambda _: None)
+    columns = {asset: [column] for asset, column in SCORES.values()}
+    build_catalog(lake, out / "catalog.duckdb", scores=columns, targets=[], recipes=["two_stages"])
+
+
+def _explain(lake: Path, out: Path) -> None:
+    """Ask why for EXPLAINED samples, each with the catalog opened anew, as a person's question does."""
+    shards = list(_shards(lake))
+    for number in range(EXPLAINED):
+        file = lake / "raw_pool" / f"{shards[number * len(shards) // EXPLAINED]}.parquet"
+        row = pq.ParquetFile(file).read_row_group(0, columns=["f0", "f1"]).slice(17, 1).to_pylist()[0]
+        with read_catalog(out.with_name("version") / "catalog.duckdb") as con:
+            told = con.execute("FROM explain(?)", [f"{row['f0']:016x}{row['f1']:016x}"]).fetchall()
+        if len(told) != len(RECIPE.steps) + 1:
+            raise AssertionError(told)
+
+
+def _shards(lake: Path) -> dict[str, dict[str, str]]:
+    """Name the shards, with the fingerprints of their files, which are not looked at here."""
+    read = dict.fromkeys(("raw_pool", *(asset for asset, _ in SCORES.values())), "")
+    return {path.stem: read for path in sorted((lake / "raw_pool").glob("*.parquet"))}
 
 
 def _by_hand(lake: Path, out: Path) -> None:
@@ -164,7 +219,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = []
     for rows in arguments.rows:
-        found.append(measure(rows, arguments.shard_rows))
+        found.append(measure(rows, arguments.shard_rows, several=rows <= 30_000_000))
         print("  ".join(f"{name} {round(figure, 3):,}" for name, figure in found[-1].items()), flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -55,8 +55,8 @@ def source_relation(
         raw_pool: Shards and their `raw_pool` files.
         scores: For each score column of the table, where it is found.
         pool_columns: Columns of `raw_pool` to take along besides f0, f1, shard and key.
-        sets: For each boolean column that says whether a row's uid is in a set, the name of a relation in `con` that
-            has the set's uids as columns f0 and f1.
+
+        sets: Boolean columns to add, as for `mark_sets`.
 
     Returns:
         The numbers of rows and of duplicates.
@@ -85,14 +85,25 @@ def source_relation(
             raise ValueError(_which_is_out_of_step(con, shards, scores)) from error
         target = f"INSERT INTO {_quoted(name)}"
     duplicates = _drop_duplicates(con, name)
-    for column, listed in (sets or {}).items():
+    mark_sets(con, name, sets or {})
+    ((rows,),) = con.execute(f"SELECT count(*) FROM {_quoted(name)}").fetchall()
+    return Source(rows=rows, duplicates=duplicates)
+
+
+def mark_sets(con: duckdb.DuckDBPyConnection, name: str, sets: Mapping[str, str]) -> None:
+    """Tell the table's rows which sets their uids are in.
+
+    Args:
+        con: The connection.
+        name: The table's name.
+        sets: For each boolean column that is added, the name of a relation with columns f0 and f1.
+    """
+    for column, listed in sets.items():
         con.execute(f"ALTER TABLE {_quoted(name)} ADD COLUMN {_quoted(column)} BOOLEAN DEFAULT false")
         con.execute(
             f"UPDATE {_quoted(name)} AS row SET {_quoted(column)} = true FROM {_quoted(listed)} AS listed "
             "WHERE row.f0 = listed.f0 AND row.f1 = listed.f1"
         ).fetchall()
-    ((rows,),) = con.execute(f"SELECT count(*) FROM {_quoted(name)}").fetchall()
-    return Source(rows=rows, duplicates=duplicates)
 
 
 _OUT_OF_STEP = "has other rows than"

@@ -15,7 +15,7 @@ import pytest
 from assets.subset import manifest
 from resources.catalog import POOL_COLUMNS, build_catalog, read_catalog
 from resources.lake import Lake, LakeError, Provenance, vectors_to_column
-from resources.source import source_relation
+from resources.source import mark_sets, source_relation
 from resources.versions import set_file, write_selection
 from selection.recipes import Recipe, set_kind
 from selection.selecting import select, set_column
@@ -159,8 +159,8 @@ class SmallLake:
                     NEAR: ("norm_sim_inf", files("norm_sim/b32/flowers")),
                 },
                 pool_columns=recipe.columns().pool,
-                sets={set_column(other): f"uids of {other}" for other in sets},
             )
+            mark_sets(con, "source", {set_column(other): f"uids of {other}" for other in sets})
             selection = select(con, name, recipe)
             write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
             members = selection.subset().tolist()

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from resources.source import source_relation
+from resources.source import mark_sets, source_relation
 
 
 @pytest.fixture
@@ -96,7 +96,8 @@ def test_rows_know_the_sets_that_they_are_in(con, tmp_path):
         "CREATE TABLE other AS SELECT unnest([2, 1])::UBIGINT AS f0, unnest([0, 18446744073709551615])::UBIGINT AS f1"
     )
     raw_pool = [pool(tmp_path, "00000", [1, 2, 3]), pool(tmp_path, "00001", [3, 1, 1])]
-    source = source_relation(con, "source", raw_pool=raw_pool, scores={}, sets={"in a": "listed", "in b/c": "other"})
+    source = source_relation(con, "source", raw_pool=raw_pool, scores={})
+    mark_sets(con, "source", {"in a": "listed", "in b/c": "other"})
     assert (source.rows, source.duplicates) == (3, 3)
     rows = con.sql('SELECT f0, "in a", "in b/c" FROM source ORDER BY f0').fetchall()
     assert rows == [(1, False, True), (2, True, False), (3, True, False)]
