@@ -1,0 +1,129 @@
+"""HYPE's parts, from hyperbolic embeddings (arXiv 2404.17507; entailment cones as in MERU, arXiv 2304.09172).
+
+Here: distances, cones and specificity in the Lorentz model, and the cluster term. Not here: an encoder into that space.
+
+A point is its spatial part x, in R^d; with curvature -c its time part is sqrt(1/c + |x|²). In units of 1/√c its radius
+ρ from the origin has sinh ρ = √c |x|, and everything below is written in radii and in the angle θ between directions:
+
+    cosh d = cosh(ρ_x - ρ_y) + sinh ρ_x sinh ρ_y (1 - cos θ)
+    exterior(x, y) = atan2(sinh ρ_y sin θ, cosh ρ_x sinh ρ_y cos θ - sinh ρ_x cosh ρ_y)
+
+These are the published distance and angle, by the laws of a hyperbolic triangle with one corner in the origin.
+Written so, nothing is divided by a distance and no cosine leaves [-1, 1]: equal points, points at the origin and points
+nearer to it than a cone allows all have finite values. All is computed in float64.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+APEX_RADIUS = 0.1
+"""K of the paper: inside the radius 2K (in units of 1/√c) a point's cone would be wider than everything."""
+
+_PAIRS = 1 << 21  # of a point and a reference, at once
+_ONE_DIRECTION = 1e-14  # of 1 - cos θ: below it rounding alone tells two directions apart
+
+
+def lorentz_distance(x: Tensor, y: Tensor, curvature: float) -> Tensor:
+    """Give the length of the geodesic from each x to its y.
+
+    Args:
+        x: spatial parts [n, d].
+        y: spatial parts [n, d].
+        curvature: c > 0, of a space of curvature -c.
+
+    Returns:
+        d_L, float64 [n], at least 0.
+    """
+    (a, a_way), (b, b_way) = _polar(x, curvature), _polar(y, curvature)
+    between = torch.asinh(a) - torch.asinh(b)
+    # cosh d - 1 as a sum of what is never negative; d is exact to rounding also where it is small
+    excess = 2 * torch.sinh(between / 2) ** 2 + a * b * (a_way - b_way).square().sum(1) / 2
+    return 2 * torch.asinh(torch.sqrt(excess / 2)) / math.sqrt(curvature)
+
+
+def half_aperture(x: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
+    """Give the half-aperture of each point's entailment cone: arcsin(2K / (√c |x|)), and π/2 where that has no value.
+
+    Args:
+        x: spatial parts [n, d].
+        curvature: c.
+        apex_radius: K.
+
+    Returns:
+        Radians, float64 [n], in (0, π/2].
+    """
+    radius, _ = _polar(x, curvature)
+    return torch.asin((2 * apex_radius / radius).clamp(max=1))
+
+
+def exterior_angle(x: Tensor, y: Tensor, curvature: float) -> Tensor:
+    """Give the angle at each x between the way on from the origin and the way to each y.
+
+    Args:
+        x: spatial parts of the cones' apexes [m, d].
+        y: spatial parts [n, d].
+        curvature: c.
+
+    Returns:
+        Radians, float64 [n, m], in [0, π]; 0 where x and y are one point, and the angle at the origin, taken as π/2,
+        where x is the origin.
+    """
+    (a, a_way), (b, b_way) = _polar(x, curvature), _polar(y, curvature)
+    b = b[:, None]
+    cosine = (b_way @ a_way.T).clamp(-1, 1)
+    cosine = torch.where(cosine > 1 - _ONE_DIRECTION, 1.0, cosine)
+    sine = torch.sqrt((1 - cosine) * (1 + cosine))
+    on = torch.sinh(torch.asinh(b) - torch.asinh(a)) - torch.hypot(a, torch.ones_like(a)) * b * (1 - cosine)
+    return torch.atan2(b * sine, on)
+
+
+def specificity(points: Tensor, references: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
+    """Give how far points lie outside the cones of reference points of the other modality.
+
+    Args:
+        points: spatial parts [n, d].
+        references: spatial parts [m, d].
+        curvature: c.
+        apex_radius: K.
+
+    Returns:
+        ε: mean over the references of exterior(reference, point) less the reference's half-aperture, float64 [n], in
+        [-π/2, π]. Something that many references entail has a small one.
+    """
+    total = torch.zeros(len(points), dtype=torch.float64, device=points.device)
+    step = max(1, _PAIRS // max(1, len(points)))
+    for start in range(0, len(references), step):
+        some = references[start : start + step]
+        total += (exterior_angle(some, points, curvature) - half_aperture(some, curvature, apex_radius)).sum(1)
+    return total / len(references)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Give the cosine of each pair's spatial parts, float64 [n]; 0 where one is the origin."""
+    return (_polar(x, 1.0)[1] * _polar(y, 1.0)[1]).sum(1)
+
+
+def nearest_centroid(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """Give the nearest centroid of each vector, by Euclidean distance; of equals the first.
+
+    Args:
+        vectors: [n, d].
+        centroids: [k, d], of any length.
+
+    Returns:
+        Indices, int64 [n].
+    """
+    wide = centroids.float()
+    half_squares = wide.square().sum(1) / 2
+    step = max(1, _PAIRS // max(1, len(centroids)))
+    found = [(part.float() @ wide.T - half_squares).argmax(1) for part in vectors.split(step)]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=vectors.device)
+
+
+def _polar(x: Tensor, curvature: float) -> tuple[Tensor, Tensor]:
+    """Give sinh of the radius [n] and the direction [n, d], which is zero for the origin."""
+    wide = x.double()
+    length = torch.linalg.vector_norm(wide, dim=1)
+    return math.sqrt(curvature) * length, wide / torch.where(length > 0, length, 1)[:, None]
