@@ -34,7 +34,7 @@ WIDTH = 768
 BATCH = 32768
 ROWS = 960 * torch.get_num_threads()  # of each timed call
 MEMORY_ROWS = 4800
-REPEATS = 5
+REPEATS = 3
 PLAIN = 16384  # rows and columns of the plain way in the short form
 TEMPERATURE = 0.01
 

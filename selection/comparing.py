@@ -1,0 +1,137 @@
+"""How scores compare: separation of known faults (AUC with bootstrap), rank correlation, overlap of the best.
+
+Numpy alone. Here: statistics of score columns. Not here: where scores or labels come from, nor what a page says of
+them. A NaN is a row that the score does not have.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CELLS = 4_000_000  # of a resampling that are held at once
+
+
+def auc(better: NDArray[np.floating], worse: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Chance that a row of `better` scores above a row of `worse`, ties counting half; exact, for each score.
+
+    The Mann–Whitney U statistic over the number of pairs (Mann and Whitney 1947).
+
+    Args:
+        better: [n, s] scores of the rows that should be kept.
+        worse: [m, s] scores of the rows that should not.
+
+    Returns:
+        float64 [s]; NaN where a score has no row on one of the sides.
+
+    Raises:
+        ValueError: the two differ in their number of scores.
+    """
+    _check_sides(better, worse)
+    everyone = [np.ones((1, len(side)), np.int64) for side in (better, worse)]
+    return np.array([_weighted(better[:, s], worse[:, s], *everyone)[0] for s in range(better.shape[1])])
+
+
+def bootstrap_auc(
+    better: NDArray[np.floating], worse: NDArray[np.floating], *, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Give `auc` of resamples with replacement, each side resampled by itself.
+
+    All scores of a resample are of the same rows, so differences between columns are paired.
+
+    Args:
+        better: [n, s], as in `auc`.
+        worse: [m, s], likewise.
+        resamples: their number R.
+        seed: fixes them.
+
+    Returns:
+        float64 [R, s]; NaN where a resample has no row of a score on one of the sides.
+
+    Raises:
+        ValueError: as in `auc`, or a side has no rows.
+    """
+    _check_sides(better, worse)
+    if not len(better) or not len(worse):
+        raise ValueError(f"a bootstrap needs rows on both sides, not {len(better)} and {len(worse)}")
+    found = np.empty((resamples, better.shape[1]))
+    generator = np.random.default_rng(seed)
+    step = max(1, _CELLS // (len(better) + len(worse)))
+    for start in range(0, resamples, step):
+        at = slice(start, min(start + step, resamples))
+        counts = [_resampled(generator, at.stop - at.start, len(side)) for side in (better, worse)]
+        for s in range(better.shape[1]):
+            found[at, s] = _weighted(better[:, s], worse[:, s], *counts)
+    return found
+
+
+def spearman(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Spearman's rank correlation of each two scores, over the rows that have both; ties get their mean rank.
+
+    Args:
+        values: [n, s].
+
+    Returns:
+        float64 [s, s]; NaN where fewer than two rows have both, or one is constant over these.
+    """
+    count = values.shape[1]
+    found = np.full((count, count), math.nan)
+    have = ~np.isnan(values)
+    for i in range(count):
+        for j in range(i + 1):
+            both = have[:, i] & have[:, j]
+            ranks = [_ranks(values[both, column]) for column in (i, j)]
+            spread = [r - r.mean() for r in ranks] if both.any() else []
+            scale = math.sqrt(math.prod(float(d @ d) for d in spread)) if spread else 0.0
+            if scale > 0:
+                found[i, j] = found[j, i] = float(spread[0] @ spread[1]) / scale
+    return found
+
+
+def best_overlap(a: NDArray[np.floating], b: NDArray[np.floating], fraction: float) -> float:
+    """Share of the best rows by `a` that are among the best by `b`; both [n], without NaN.
+
+    The best are floor(n·fraction) rows; among equal scores the earlier row is better.
+
+    Raises:
+        ValueError: floor(n·fraction) is 0.
+    """
+    size = math.floor(len(a) * fraction)
+    if not size:
+        raise ValueError(f"{fraction} of {len(a)} rows is no row")
+    best = [np.argsort(-values, kind="stable")[:size] for values in (a, b)]
+    return len(np.intersect1d(*best)) / size
+
+
+def _weighted(
+    better: NDArray[np.floating],
+    worse: NDArray[np.floating],
+    better_counts: NDArray[np.int64],
+    worse_counts: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """AUC of one score with every row counted so many times: counts [R, n] and [R, m] give [R]. Whole numbers, exact."""
+    has = ~np.isnan(better)
+    order = np.argsort(worse, kind="stable")[: np.count_nonzero(~np.isnan(worse))]  # NaN sorts last
+    below, through = (np.searchsorted(worse[order], better[has], side) for side in ("left", "right"))
+    first = better_counts[:, has]
+    cumulated = np.zeros((len(worse_counts), len(order) + 1), np.int64)
+    np.cumsum(worse_counts[:, order], axis=1, out=cumulated[:, 1:])
+    twice = (first * (cumulated[:, below] + cumulated[:, through])).sum(1)
+    pairs = (first.sum(1) * cumulated[:, -1]).astype(float)
+    return np.divide(twice, 2 * pairs, out=np.full(len(pairs), math.nan), where=pairs > 0)
+
+
+def _resampled(generator: np.random.Generator, resamples: int, rows: int) -> NDArray[np.int64]:
+    """How often each row is drawn when as many rows are drawn with replacement as there are: [R, rows]."""
+    drawn = generator.integers(0, rows, (resamples, rows)) + np.arange(resamples)[:, None] * rows
+    return np.bincount(drawn.ravel(), minlength=resamples * rows).reshape(resamples, rows)
+
+
+def _ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def _check_sides(better: NDArray[np.floating], worse: NDArray[np.floating]) -> None:
+    if better.ndim != 2 or worse.ndim != 2 or better.shape[1] != worse.shape[1]:
+        raise ValueError(f"better and worse must be [n, s] and [m, s], not {list(better.shape)}, {list(worse.shape)}")
