@@ -99,8 +99,8 @@ def best_overlap(a: NDArray[np.floating], b: NDArray[np.floating], fraction: flo
     size = math.floor(len(a) * fraction)
     if not size:
         raise ValueError(f"{fraction} of {len(a)} rows is no row")
-    best = [np.argsort(-values, kind="stable")[:size] for values in (a, b)]
-    return len(np.intersect1d(*best)) / size
+    first, second = (set(np.argsort(-values, kind="stable")[:size].tolist()) for values in (a, b))
+    return len(first & second) / size
 
 
 def _weighted(
@@ -109,7 +109,7 @@ def _weighted(
     better_counts: NDArray[np.int64],
     worse_counts: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """AUC of one score with every row counted so many times: counts [R, n] and [R, m] give [R]. Whole numbers, exact."""
+    """AUC of one score with every row counted so many times, in whole numbers: counts [R, n] and [R, m] give [R]."""
     has = ~np.isnan(better)
     order = np.argsort(worse, kind="stable")[: np.count_nonzero(~np.isnan(worse))]  # NaN sorts last
     below, through = (np.searchsorted(worse[order], better[has], side) for side in ("left", "right"))
