@@ -118,7 +118,10 @@ def test_a_shard_without_samples_is_an_error(tmp_path: Path, content: Any) -> No
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"<html>not found</html>" * 100, "this is not a tar"), (gzip.compress(b"x" * 2000), "Decompress it first")],
+    [
+        (b"<html>not found</html>" * 100, "this is not a tar"),
+        (gzip.compress(b"x" * 2000, mtime=0), "Decompress it first"),
+    ],
 )
 def test_a_file_that_is_no_tar_is_an_error_that_names_it(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "00000.tar").write_bytes(content)
