@@ -243,6 +243,8 @@ def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
         from assets.coverage import of_shard
 
         return (_rows_aligned(asset, "raw_pool"), of_shard(rest))
+    if kind == "captions":
+        return (_rows_aligned(asset, "raw_pool"),)
     if kind not in BOUNDS:
         return ()
     checks = [_rows_aligned(asset, "raw_pool", f"embeddings/{encoder}"), _within_bounds(asset)]

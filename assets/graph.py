@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from assets.captions import captions
 from assets.catalog import catalog
 from assets.choosing import SharedSource
 from assets.clip_score import clip_score
@@ -91,6 +92,8 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(read.values())
     nodes.extend(external_scores(project, *pair) for pair in read.items())
     nodes.extend(external_uids(project, name) for name in settings.external_uids)
+    if settings.scores.captions is not None:
+        nodes.append(captions(project))
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
     shared = SharedSource()

@@ -147,6 +147,9 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 if f"neg_clip_loss/{encoder}" in wanted
             },
             "norm_sim": norm_sim,
+            "captions": json_settings(settings.scores.captions)
+            if settings.scores.captions is not None and "captions/facts" in wanted
+            else None,
             "norm_sim_dynamic": {
                 encoder: json_settings(model)
                 for encoder, model in settings.norm_sim_dynamic.items()

