@@ -155,7 +155,7 @@ class Step(_Model):
     def _one_kind(self) -> Self:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a step is exactly one of {', '.join(_KINDS)}; found {' and '.join(given) or 'none'}")
+            raise ValueError(f"a step is exactly one of {', '.join(KINDS)}; found {' and '.join(given) or 'none'}")
         if self.set_name in ("", POOL):
             raise ValueError(f"{self.kind}: name another recipe, or a uid list")
         return self
@@ -205,7 +205,7 @@ _SAID = {
     "intersect": "keep the rows of {}",
     "except": "drop the rows of {}",
 }
-_KINDS = ("where", "keep_top", *_SAID)
+KINDS = ("where", "keep_top", *_SAID)
 
 
 def set_kind(name: str) -> str:

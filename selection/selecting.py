@@ -98,10 +98,10 @@ class Selection:
             uid, f0, f1, shard, key, and for each `keep_top` step n the column `step{n}_value` (float64), NULL for a
             row that a `union` brought in after it.
         """
-        values = [
-            f"CASE WHEN {self.inside[report.step]} THEN {report.value} END AS step{report.step}_value"
-            for report in self._ranked
-        ]
+        values = []
+        for report in self._ranked:
+            entered = "true" if report.step > self._last_union else self.inside[report.step]
+            values.append(f"CASE WHEN {entered} THEN {report.value} END AS step{report.step}_value")
         columns = ["format('{:016x}{:016x}', f0, f1) AS uid", "f0", "f1", "shard", "key", *values]
         return self.con.sql(f"SELECT {', '.join(columns)} FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1")
 
@@ -119,7 +119,9 @@ class Selection:
         columns = [f"{self.inside[-1]} IS TRUE AS chosen"]
         for report in self._ranked:
             columns += [f"{report.value} AS v{report.step}", f"{self.inside[report.step]} IS TRUE AS in{report.step}"]
-        anywhere = " OR ".join([*(self.inside[report.step] for report in self._ranked), self.inside[-1]])
+        anywhere = self.inside[self._ranked[0].step]
+        if self._last_union:
+            anywhere = " OR ".join([*(self.inside[report.step] for report in self._ranked), self.inside[-1]])
         found = self.con.execute(
             f"SELECT {', '.join(columns)} FROM {self.source} WHERE {anywhere} ORDER BY f0, f1"
         ).fetchnumpy()
@@ -138,6 +140,11 @@ class Selection:
         subset = np.empty(self.rows, dtype=SUBSET_DTYPE)
         subset["f0"], subset["f1"] = words["f0"], words["f1"]
         return subset
+
+    @property
+    def _last_union(self) -> int:
+        """The last step that brings rows in; what is chosen has gone through all rankings after it."""
+        return max((report.step for report in self.steps if report.kind == "union"), default=0)
 
     @property
     def _ranked(self) -> list[StepReport]:

@@ -3,15 +3,17 @@
 import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from selection.recipes import KeepTop, Recipe, check_recipes, predicate_columns
+from selection.recipes import KINDS, KeepTop, Recipe, check_recipes, predicate_columns
 from selection.selecting import select
 from selection.uids import SUBSET_DTYPE, format_uids, parse_uids
 
@@ -686,3 +688,37 @@ def test_uids_of_the_manifest_are_the_numbers_as_text(con):
     f0, f1 = parse_uids([row[0] for row in manifest])
     assert [row[1:3] for row in manifest] == list(zip(f0.tolist(), f1.tolist(), strict=True))
     assert [row[0] for row in manifest] == format_uids(f0, f1)
+
+
+PAGE = Path(__file__).parent.parent / "docs/recipes.md"
+PAGE_SCORES = ["clip_score/b32", "neg_clip_loss/b32", "norm_sim_2/b32/imagenet", "norm_sim_inf/b32/imagenet"]
+
+
+def test_the_examples_of_the_page_are_recipes_that_choose_rows(con):
+    recipes = {}
+    for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        recipes |= {name: Recipe.model_validate(text) for name, text in yaml.safe_load(block)["recipes"].items()}
+    check_recipes(recipes, scores=PAGE_SCORES, pool_columns=["width", "height", "caption"])
+    assert {step.kind for mine in recipes.values() for step in mine.steps} == set(KINDS)
+    scores = ", ".join(f'(hash(i, {n}) % 1000) / 999.0 AS "{name}"' for n, name in enumerate(PAGE_SCORES))
+    con.execute(
+        f"""
+        CREATE TABLE source AS SELECT hash(i) AS f0, i::UBIGINT AS f1, '' AS shard, '' AS key, 150 + i % 100 AS width,
+            300 AS height, 'a picture of ' || i AS caption, i % 3 = 0 AS "in lists/dfn.npy",
+            i % 7 = 0 AS "in lists/hype.npy", {scores}
+        FROM range(4000) t(i)
+        """
+    )
+    chosen = {}
+    while recipes:
+        name = next(name for name, mine in recipes.items() if set(mine.recipes) <= chosen.keys())
+        chosen[name] = selection = select(con, name, recipes.pop(name))
+        con.register("listed", dict(zip(("f0", "f1"), map(selection.subset().__getitem__, ("f0", "f1")), strict=True)))
+        con.execute(
+            f"CREATE OR REPLACE TABLE source AS SELECT *, EXISTS (FROM listed AS l WHERE l.f0 = s.f0 AND l.f1 = s.f1) "
+            f'AS "in {name}" FROM source AS s'
+        )
+    rows = {name: selection.rows for name, selection in chosen.items()}
+    assert (rows["paper"], rows["strict"], rows["half_and_half"]) == (800, 400, 800)
+    assert rows["within_a_published_list"] == int(1334 * 0.8)
+    assert rows["union_with_published_lists"] > 1334
