@@ -243,7 +243,7 @@ def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
         from assets.coverage import of_shard
 
         return (_rows_aligned(asset, "raw_pool"), of_shard(rest))
-    if kind == "captions":
+    if kind in ("captions", "clusters"):
         return (_rows_aligned(asset, "raw_pool"),)
     if kind not in BOUNDS:
         return ()

@@ -8,6 +8,7 @@ from assets.captions import captions
 from assets.catalog import catalog
 from assets.choosing import SharedSource
 from assets.clip_score import clip_score
+from assets.clusters import centroids, clusters
 from assets.embeddings import embeddings
 from assets.export import export
 from assets.external import external_files, external_scores, external_uids
@@ -73,11 +74,7 @@ def build_graph(project: Project) -> Graph:
     settings = project.settings
     nodes: list[ShardAsset | WholeAsset] = [raw_pool(project)]
     nodes.extend(embeddings(project, encoder) for encoder in settings.encoders)
-    targets = {
-        (encoder, target): target_embeddings(project, encoder, target)
-        for encoder, names in settings.norm_sim.items()
-        for target in names
-    }
+    targets = {pair: target_embeddings(project, *pair) for pair in settings.embedded_targets}
     draws = {
         encoder: negatives(project, encoder)
         for encoder, score in settings.neg_clip_loss.items()
@@ -87,7 +84,11 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(draws.values())
     nodes.extend(clip_score(project, encoder) for encoder in settings.clip_score)
     nodes.extend(neg_clip_loss(project, encoder, draws.get(encoder)) for encoder in settings.neg_clip_loss)
-    nodes.extend(norm_sim(project, *pair, embedded) for pair, embedded in targets.items())
+    nodes.extend(norm_sim(project, e, t, targets[e, t]) for e, names in settings.norm_sim.items() for t in names)
+    for encoder, settled in settings.scores.clusters.items():
+        found = centroids(project, encoder)
+        nodes.append(found)
+        nodes.extend(clusters(project, encoder, t, found, targets[encoder, t]) for t in settled.targets)
     read = {name: external_files(project, name) for name in settings.external_scores}
     nodes.extend(read.values())
     nodes.extend(external_scores(project, *pair) for pair in read.items())

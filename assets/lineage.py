@@ -68,7 +68,7 @@ def lineage_record(
     wholes = {
         asset: _stored(project, asset)
         for asset in sorted(read)
-        if asset.split("/")[0] in ("negatives", "target_embeddings", "external_files", "dynamic_rounds")
+        if asset.split("/")[0] in ("negatives", "target_embeddings", "external_files", "dynamic_rounds", "centroids")
     }
     upstream = {asset: _stored(project, asset, any_shard) for asset in ("raw_pool", *_embeddings(encoders))}
     return {
@@ -130,6 +130,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
         for encoder, targets in settings.norm_sim.items()
         if (kept := [target for target in targets if f"norm_sim/{encoder}/{target}" in wanted])
     }
+    clusters = {
+        encoder: model
+        for encoder, model in settings.scores.clusters.items()
+        if any(f"clusters/{encoder}/{target}" in wanted for target in model.targets)
+    }
     return {
         "name": settings.name,
         "pool": json_settings(settings.pool),
@@ -138,6 +143,7 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
             target: json_settings(model)
             for target, model in settings.targets.items()
             if any(target in targets for targets in norm_sim.values())
+            or any(target in model.targets for model in clusters.values())
         },
         "scores": {
             "clip_score": [encoder for encoder in settings.clip_score if f"clip_score/{encoder}" in wanted],
@@ -150,6 +156,7 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
             "captions": json_settings(settings.scores.captions)
             if settings.scores.captions is not None and "captions/facts" in wanted
             else None,
+            "clusters": {encoder: json_settings(model) for encoder, model in clusters.items()},
             "norm_sim_dynamic": {
                 encoder: json_settings(model)
                 for encoder, model in settings.norm_sim_dynamic.items()

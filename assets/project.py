@@ -120,6 +120,28 @@ class CaptionSettings(BaseModel):
     language_model: Location | None = None
 
 
+class ClusterSettings(BaseModel):
+    """How one encoder's images are clustered (`docs/methods/datacomp_baselines.md`).
+
+    Attributes:
+        targets: target sets whose images' clusters are told of.
+        centroids: an .npy of centroids `[K, d]`; where it is left out they are k-means of the pool.
+        clusters: K.
+        sample: rows of the pool that k-means sees.
+        iterations: of k-means, at most.
+        seed: chooses the sample.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: tuple[Name, ...] = Field(min_length=1)
+    centroids: Location | None = None
+    clusters: int = Field(default=100_000, ge=1)
+    sample: int = Field(default=1_000_000, ge=1)
+    iterations: int = Field(default=20, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
 class ScoreSettings(BaseModel):
     """Which scores are computed: by default CLIPScore, negCLIPLoss and NormSim for all encoders and targets."""
 
@@ -130,6 +152,7 @@ class ScoreSettings(BaseModel):
     norm_sim: dict[Name, tuple[Name, ...]] | None = None
     norm_sim_dynamic: dict[Name, NormSimDynamicSettings] = Field(default_factory=dict)
     captions: CaptionSettings | None = None
+    clusters: dict[Name, ClusterSettings] = Field(default_factory=dict)
     drift: DriftLimits = DriftLimits()
 
 
@@ -180,32 +203,34 @@ class ProjectSettings(BaseModel):
             ("scores.neg_clip_loss", scores.neg_clip_loss or ()),
             ("scores.norm_sim", scores.norm_sim or ()),
             ("scores.norm_sim_dynamic", scores.norm_sim_dynamic),
+            ("scores.clusters", scores.clusters),
         ):
             for name in names:
                 if name not in self.encoders:
                     raise ValueError(f"{field}: there is no encoder {name!r}. Remedy: one of {sorted(self.encoders)}")
-        for encoder, targets in (scores.norm_sim or {}).items():
+        named = [("norm_sim", encoder, targets) for encoder, targets in (scores.norm_sim or {}).items()]
+        named += [("clusters", encoder, clusters.targets) for encoder, clusters in scores.clusters.items()]
+        for score, encoder, targets in named:
             for target in targets:
                 if target not in self.targets:
                     raise ValueError(
-                        f"scores.norm_sim.{encoder}: there is no target {target!r}. "
+                        f"scores.{score}.{encoder}: there is no target {target!r}. "
                         f"Remedy: one of {sorted(self.targets)}"
                     )
-        for encoder, targets in self.norm_sim.items():
-            for target in targets:
-                settings = self.targets[target]
-                if encoder in settings.features:
-                    continue
-                if settings.path is None:
-                    raise ValueError(
-                        f"targets.{target}: no features for encoder {encoder!r} and no images. Remedy: give "
-                        f"features.{encoder} or path, or leave the pair out of scores.norm_sim"
-                    )
-                if self.encoders[encoder].model is None:
-                    raise ValueError(
-                        f"targets.{target}: encoder {encoder!r} has no model to embed images with. Remedy: give "
-                        f"features.{encoder}, or leave the pair out of scores.norm_sim"
-                    )
+        for encoder, target in self.embedded_targets:
+            settings = self.targets[target]
+            if encoder in settings.features:
+                continue
+            if settings.path is None:
+                raise ValueError(
+                    f"targets.{target}: no features for encoder {encoder!r} and no images. Remedy: give "
+                    f"features.{encoder} or path, or leave the pair out of scores.norm_sim"
+                )
+            if self.encoders[encoder].model is None:
+                raise ValueError(
+                    f"targets.{target}: encoder {encoder!r} has no model to embed images with. Remedy: give "
+                    f"features.{encoder}, or leave the pair out of scores.norm_sim"
+                )
         check_recipes(
             self.recipes,
             scores=self.score_columns,
@@ -255,6 +280,13 @@ class ProjectSettings(BaseModel):
         return self.scores.norm_sim
 
     @property
+    def embedded_targets(self) -> tuple[tuple[str, str], ...]:
+        """Give the encoders and target sets of which a score needs the embeddings, each pair once."""
+        pairs = [(encoder, target) for encoder, targets in self.norm_sim.items() for target in targets]
+        pairs += [(encoder, target) for encoder, c in self.scores.clusters.items() for target in c.targets]
+        return tuple(dict.fromkeys(pairs))
+
+    @property
     def norm_sim_dynamic(self) -> Mapping[str, NormSimDynamicSettings]:
         """Give the encoders that NormSim_2-D is computed with, and how."""
         return self.scores.norm_sim_dynamic
@@ -272,6 +304,9 @@ class ProjectSettings(BaseModel):
                 assets[f"norm_sim/{encoder}/{target}"] = ("norm_sim_2", "norm_sim_inf", "nearest_target")
         for encoder in self.norm_sim_dynamic:
             assets[f"norm_sim_dynamic/{encoder}"] = ("norm_sim_dynamic", "norm_sim_2_last")
+        for encoder, clusters in self.scores.clusters.items():
+            for target in clusters.targets:
+                assets[f"clusters/{encoder}/{target}"] = ("cluster", "in_target_cluster")
         if self.scores.captions is not None:
             assets["captions/facts"] = ("language", "words", "characters")
         for name, external in self.external_scores.items():

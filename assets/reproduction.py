@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from assets.choosing import chosen
+from assets.clusters import GIVEN
 from assets.external import read_uids
 from assets.graph import build_graph
 from assets.lineage import FORMAT, packages
@@ -104,7 +105,7 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
     draws = {
         asset: read["provenance"]["inputs"]
         for asset, read in record["inputs"].items()
-        if asset.split("/")[0] in ("negatives", "dynamic_rounds")
+        if asset.split("/")[0] in _FROM_SHARDS and GIVEN not in read["provenance"]["inputs"]
     }
     begun = [
         f"{asset} began with {name}" for asset, read in draws.items() for name in read if name.startswith("subset/")
@@ -118,7 +119,7 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
         if node.key not in needed:
             continue
         if isinstance(node, ShardAsset):
-            wholes = (node.key.replace("embeddings", whole) for whole in ("negatives", "dynamic_rounds"))
+            wholes = (node.key.replace("embeddings", whole) for whole in _FROM_SHARDS)
             drawn = {shard: read for whole in wholes for shard, read in draws.get(whole, {}).items()}
             shards = project.only if node.key == "raw_pool" else {*record["shards"], *drawn}
             _make_shards(project, node, sorted(shards))
@@ -129,6 +130,10 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
             _make_whole(project, node, draws.get(node.key))
             _refuse(record, _other_files(project.lake, {None: {node.key: record["inputs"][node.key]["fingerprint"]}}))
     return choose_again(project.lake, record, folder, sets)
+
+
+_FROM_SHARDS = ("negatives", "dynamic_rounds", "centroids")
+"""Assets without partitions that are made from embeddings of shards, which their provenance names."""
 
 
 class _Recorded(Project):

@@ -7,14 +7,20 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from assets.project import ConfigError
+from assets.reproduction import rebuild
+from resources.lake import column_to_vectors
 from resources.languages import LanguageError, Languages
+from selection.clustering import nearest_centroid, spherical_k_means
 from selection.recipes import Recipe
 from selection.selecting import select
 from tests.pool_factory import picture, sample, write_shard
-from tests.scenario import Scenario
+from tests.scenario import SHARDS, Scenario
 
 RECIPES = Path(__file__).resolve().parents[1] / "config/recipes"
 
@@ -131,6 +137,99 @@ def test_datacomps_fraction_keeps_all_rows_from_the_value_behind_it_on(fraction:
 def test_a_rule_without_a_fraction_is_refused() -> None:
     with pytest.raises(ValueError, match="rule datacomp says what a fraction keeps"):
         Recipe.model_validate({"steps": [{"keep_top": {"score": "a/b", "count": 3, "rule": "datacomp"}}]})
+
+
+# Clusters
+
+
+def unit(rows: int, width: int, seed: int) -> torch.Tensor:
+    vectors = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+@given(rows=st.integers(1, 700), clusters=st.integers(1, 600), width=st.integers(1, 20))
+@settings(max_examples=15, deadline=None)
+def test_the_nearest_centroid_is_that_of_the_largest_product(rows: int, clusters: int, width: int) -> None:
+    image, centroid = unit(rows, width, 1).half(), 2 * unit(clusters, width, 2)
+    products = image.double() @ centroid.double().T
+    found = nearest_centroid(image, centroid)
+    assert (products.gather(1, found[:, None])[:, 0] >= products.amax(1) - 1e-6).all()
+
+
+def test_of_equally_near_centroids_the_first_is_named() -> None:
+    centroid = unit(600, 8, 1)[[5, 5, 9] + [7] * 590]
+    assert nearest_centroid(centroid[[0, 2, 590]], centroid).tolist() == [0, 2, 3]
+
+
+def test_k_means_finds_clusters_that_are_there() -> None:
+    middles = unit(5, 16, 3)
+    image = torch.nn.functional.normalize(middles.repeat(40, 1) + 0.05 * unit(200, 16, 4), dim=1)
+    found = spherical_k_means(image.half(), clusters=5, iterations=20)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
+    assert (found @ middles.T).amax(1).min() > 0.995
+    assert nearest_centroid(image, found).reshape(40, 5).unique(dim=0).shape == (1, 5)
+    with pytest.raises(ValueError, match="3 rows are fewer than 5 clusters"):
+        spherical_k_means(image[:3], clusters=5, iterations=1)
+
+
+def in_clusters(scenario: Scenario, centroids: np.ndarray) -> list[bool]:
+    """Tell, in float64, which rows share the nearest centroid with a target image."""
+    lake = scenario.open().lake
+    pets = column_to_vectors(lake.read("target_embeddings/tiny/pets")["image"]).astype(np.float64)
+    vectors = np.concatenate([column_to_vectors(lake.read("embeddings/tiny", s)["image"]) for s in SHARDS])
+    hit = set((pets @ centroids.T).argmax(1).tolist())
+    return [c in hit for c in (vectors.astype(np.float64) @ centroids.T).argmax(1).tolist()]
+
+
+def test_the_image_based_filter_keeps_rows_in_a_targets_cluster(scenario: Scenario) -> None:
+    scenario.set("scores", "captions", value={})
+    clusters = {"clusters": 6, "sample": 20, "targets": ["pets"]}
+    scenario.set("scores", "clusters", value={"tiny": clusters})
+    names = {"encoder": "tiny", "target": "pets"}
+    scenario.set("recipes", value={"image": {"steps": [{"where": '"in_target_cluster/tiny/pets"'}]}})
+    assert scenario.run().failures == {}
+    table = scenario.open().lake.read("centroids/tiny")
+    inside = in_clusters(scenario, column_to_vectors(table["centroid"]).astype(np.float64))
+    told = scenario.scores("clusters/tiny/pets")
+    assert told["in_target_cluster"].to_list() == inside
+    assert 0 < sum(inside) < 36
+    assert len(scenario.manifest("image")) == sum(inside)
+
+    # The whole filter asks for an English caption, too; most of the made-up ones are.
+    scenario.set("recipes", "based", value=from_file("datacomp_image_based", **names))
+    scenario.set("recipes", "both", value=from_file("datacomp_image_based_clip_score_30", **names))
+    outcome = scenario.run()
+    assert set(outcome.computed) <= {"subset/based", "subset/both", "catalog"}
+    english = scenario.scores("captions/facts")["language"] == "en"
+    based = set(told.filter(english & told["in_target_cluster"]).select("f0", "f1").rows())
+    assert set(scenario.manifest("based").select("f0", "f1").rows()) == based
+    scores = scenario.scores("clip_score/tiny")
+    above = scores.filter(pl.col("clip_score") >= scores["clip_score"].sort(descending=True)[int(36 * 0.30)])
+    assert set(scenario.manifest("both").select("f0", "f1").rows()) == based & set(above.select("f0", "f1").rows())
+
+
+def test_centroids_of_the_pool_stay_when_a_shard_arrives(scenario: Scenario) -> None:
+    scenario.set("scores", "clusters", value={"tiny": {"clusters": 3, "targets": ["pets"]}})
+    scenario.run()
+    scenario.write_shard("00007")
+    outcome = scenario.run()
+    assert outcome.failures == {}
+    assert "centroids/tiny" not in outcome.computed
+    assert outcome.computed["clusters/tiny/pets"] == ["00007"]
+
+
+def test_centroids_may_be_given(scenario: Scenario, tmp_path: Path) -> None:
+    ready = unit(4, 16, 9).numpy()
+    np.save(scenario.folder / "given.npy", ready)
+    scenario.set("scores", "clusters", value={"tiny": {"centroids": "given.npy", "targets": ["pets"]}})
+    scenario.set("recipes", value={"image": {"steps": [{"where": '"in_target_cluster/tiny/pets"'}]}})
+    assert scenario.run().failures == {}
+    assert scenario.scores("clusters/tiny/pets")["in_target_cluster"].to_list() == in_clusters(scenario, ready)
+    version = scenario.subset("image")
+    again = rebuild(version.lineage, tmp_path / "again")
+    assert (again / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
+    np.save(scenario.folder / "given.npy", ready[:, :5])
+    assert "has 5 dimensions" in scenario.run().failures["clusters/tiny/pets"]
 
 
 # Recipes in files of their own
