@@ -33,6 +33,7 @@ BOUNDS = {
     "neg_clip_loss": "negCLIPLoss ≤ 0.",
     "norm_sim_dynamic": "0 ≤ round of leaving ≤ rounds + 1, and 0 ≤ NormSim_2 ≤ √rows that the rounds began with.",
     "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
+    "hype": "-π/2 ≤ specificity ≤ π, distance ≥ 0, |cosine| ≤ 1, and the cluster term is 0 or 1.",
 }
 OWN_SCORES = {"b32": "clip_b32_similarity_score", "l14": "clip_l14_similarity_score"}
 
@@ -211,7 +212,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
 def tags(project: Project, asset: str) -> dict[str, str]:
     """Give an asset's tags, by which the UI filters: its encoder and its target set."""
     kind, encoder, target = [*asset.split("/"), "", ""][:3]
-    if encoder not in project.settings.encoders or kind.startswith("external_"):
+    if encoder not in project.settings.encoders or kind.startswith(("external_", "hype")):
         return {}
     return {"encoder": encoder} | ({"target": target} if target else {})
 
@@ -243,6 +244,8 @@ def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
         from assets.coverage import of_shard
 
         return (_rows_aligned(asset, "raw_pool"), of_shard(rest))
+    if kind == "hype":
+        return (_rows_aligned(asset, "raw_pool"), _within_bounds(asset))
     if kind in ("captions", "clusters"):
         return (_rows_aligned(asset, "raw_pool"),)
     if kind not in BOUNDS:
@@ -369,6 +372,12 @@ def _within_bounds(asset: str) -> Check:
             "clip_score": (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE),
             "neg_clip_loss": (-np.inf, ZERO_TOLERANCE),
             "norm_sim_inf": (0, 1 + COSINE_TOLERANCE),
+            "hype": (-np.inf, np.inf),
+            "hype_specificity_image": (-np.pi / 2 - ZERO_TOLERANCE, np.pi + ZERO_TOLERANCE),
+            "hype_specificity_text": (-np.pi / 2 - ZERO_TOLERANCE, np.pi + ZERO_TOLERANCE),
+            "hype_distance": (0, np.inf),
+            "hype_cosine": (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE),
+            "hype_cluster": (0, 1),
         }
         if kind == "norm_sim":
             stored = tables.project.lake.stored(f"target_embeddings/{rest}")

@@ -12,6 +12,7 @@ from assets.clusters import centroids, clusters
 from assets.embeddings import embeddings
 from assets.export import export
 from assets.external import external_files, external_scores, external_uids
+from assets.hype import hype
 from assets.neg_clip_loss import neg_clip_loss
 from assets.negatives import negatives
 from assets.norm_sim import norm_sim
@@ -93,6 +94,7 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(read.values())
     nodes.extend(external_scores(project, *pair) for pair in read.items())
     nodes.extend(external_uids(project, name) for name in settings.external_uids)
+    nodes.extend(hype(project, name) for name in settings.hype)
     if settings.scores.captions is not None:
         nodes.append(captions(project))
 

@@ -153,6 +153,7 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 if f"neg_clip_loss/{encoder}" in wanted
             },
             "norm_sim": norm_sim,
+            "hype": {name: json_settings(model) for name, model in settings.hype.items() if f"hype/{name}" in wanted},
             "captions": json_settings(settings.scores.captions)
             if settings.scores.captions is not None and "captions/facts" in wanted
             else None,

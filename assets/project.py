@@ -33,6 +33,7 @@ from resources.settings import (
     EncoderSettings,
     ExternalScores,
     ExternalUids,
+    HypeSettings,
     Location,
     PoolSettings,
     TargetSettings,
@@ -41,6 +42,7 @@ from resources.targets import Target, open_target
 from selection.recipes import Recipe, check_recipes
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+HYPE_COLUMNS = ("hype", "hype_specificity_image", "hype_specificity_text", "hype_distance", "hype_cosine")
 
 
 class ConfigError(Exception):
@@ -150,6 +152,7 @@ class ScoreSettings(BaseModel):
     clip_score: tuple[Name, ...] | None = None
     neg_clip_loss: dict[Name, NegClipLossSettings] | None = None
     norm_sim: dict[Name, tuple[Name, ...]] | None = None
+    hype: dict[Name, HypeSettings] = Field(default_factory=dict)
     norm_sim_dynamic: dict[Name, NormSimDynamicSettings] = Field(default_factory=dict)
     captions: CaptionSettings | None = None
     clusters: dict[Name, ClusterSettings] = Field(default_factory=dict)
@@ -182,7 +185,7 @@ class ProjectSettings(BaseModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "ProjectSettings":
-        for field in ("encoders", "targets", "external_scores", "external_uids", "recipes"):
+        for field in ("encoders", "targets", "external_scores", "external_uids", "hype", "recipes"):
             names = getattr(self, field)
             folded: dict[str, str] = {}
             for name in names:
@@ -202,6 +205,11 @@ class ProjectSettings(BaseModel):
             ("scores.clip_score", scores.clip_score or ()),
             ("scores.neg_clip_loss", scores.neg_clip_loss or ()),
             ("scores.norm_sim", scores.norm_sim or ()),
+            *(
+                (f"scores.hype.{name}.clusters.encoder", (hype.clusters.encoder,))
+                for name, hype in scores.hype.items()
+                if hype.clusters is not None
+            ),
             ("scores.norm_sim_dynamic", scores.norm_sim_dynamic),
             ("scores.clusters", scores.clusters),
         ):
@@ -292,6 +300,11 @@ class ProjectSettings(BaseModel):
         return self.scores.norm_sim_dynamic
 
     @property
+    def hype(self) -> Mapping[str, HypeSettings]:
+        """Give the sets of hyperbolic embeddings that HYPE is computed from."""
+        return self.scores.hype
+
+    @property
     def score_assets(self) -> dict[str, tuple[str, ...]]:
         """Give the value columns of every score asset, by the asset's key."""
         assets: dict[str, tuple[str, ...]] = {}
@@ -309,6 +322,8 @@ class ProjectSettings(BaseModel):
                 assets[f"clusters/{encoder}/{target}"] = ("cluster", "in_target_cluster")
         if self.scores.captions is not None:
             assets["captions/facts"] = ("language", "words", "characters")
+        for name, hype in self.hype.items():
+            assets[f"hype/{name}"] = HYPE_COLUMNS if hype.clusters is None else (*HYPE_COLUMNS, "hype_cluster")
         for name, external in self.external_scores.items():
             assets[f"external_scores/{name}"] = tuple(external.columns)
         return assets

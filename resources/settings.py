@@ -265,6 +265,30 @@ class ExternalSettings(Settings):
         return [files] if isinstance(files, str) else files
 
 
+class ClusterSettings(Settings):
+    """HYPE's cluster term: which images lie in clusters that images of interest are in."""
+
+    encoder: str = Field(description="Encoder whose image embeddings are compared with the centroids.")
+    centroids: Location = Field(
+        description=".npz with centroids [k, d] and hit [k]: 1 where an image of interest has it for its nearest.",
+    )
+
+
+class HypeSettings(Settings):
+    """HYPE from hyperbolic embeddings that somebody has computed (arXiv 2404.17507; `docs/methods/hype.md`)."""
+
+    path: Location = Field(
+        description="Folder with <shard>.npz: spatial parts of image and text [n, d], a row for each sample of the "
+        "shard in its order, or joined by arrays f0 and f1, or uid.",
+    )
+    curvature: float = Field(gt=0, description="c of the encoder's space, whose curvature is -c.")
+    reference: Location = Field(description=".npz with the same two arrays of the reference set, of any lengths.")
+    image: str = Field(default="image", min_length=1, description="Name of the images' array.")
+    text: str = Field(default="text", min_length=1, description="Name of the captions' array.")
+    apex_radius: float = Field(default=0.1, gt=0, description="K: how near to the origin a cone may begin.")
+    clusters: ClusterSettings | None = Field(default=None, description="Left out, HYPE has no cluster term.")
+
+
 class ExternalUids(ExternalSettings):
     """A uid list from elsewhere."""
 
