@@ -309,9 +309,11 @@ def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
     Fingerprints are the data versions of those assets' own events. The table is cut, so that the event stays small.
     """
     files = [(asset, "", read["fingerprint"]) for asset, read in lineage["inputs"].items()]
-    if lineage["source"]["kind"] == "recipe":
-        source = lineage["source"]
-        files.append((f"subset/{source['name']}", source["version"], source["fingerprint"]))
+    for read in (lineage["source"], *lineage["sets"].values()):
+        if read["kind"] == "recipe":
+            files.append((f"subset/{read['name']}", read["version"], read["fingerprint"]))
+        elif is_uid_list_asset(read["name"]):
+            files.append((read["name"], "", read["fingerprint"]))
     files += [(asset, shard, fp) for shard, read in lineage["shards"].items() for asset, fp in read.items()]
     links = {f"read/{asset}": dg.MetadataValue.asset(asset_key(asset)) for asset, _, _ in files}
     table = dg.MetadataValue.table(

@@ -23,8 +23,12 @@ facts AS (
         (SELECT 1 AS part, 'subset' AS what)
     UNION ALL
     SELECT 2, row_number() OVER (), 'source', name, record->'source'->>name
-    FROM asked, (VALUES ('kind'), ('name'), ('version'), ('path'), ('fingerprint'), ('rows'), ('duplicates'))
-        AS names(name)
+    FROM asked, (VALUES ('kind'), ('name'), ('version'), ('path'), ('fingerprint'), ('uids'), ('in_pool'), ('rows'),
+        ('duplicates')) AS names(name)
+    UNION ALL
+    SELECT 2, 100 + row_number() OVER (), 'set', used.key || ' ' || names.name, used.value->>names.name
+    FROM asked, json_each(record->'sets') AS used,
+        (VALUES ('kind'), ('version'), ('path'), ('fingerprint'), ('uids'), ('in_pool')) AS names(name)
     UNION ALL
     SELECT 3, (value->>'step')::BIGINT, 'step', value->>'step', concat(
         value->>'text', ': ', value->>'entered', ' entered, ', value->>'kept', ' kept',

@@ -403,8 +403,14 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
     read = lineage["sets"]["lists/some.txt"]
     assert (read["kind"], read["uids"], read["in_pool"]) == ("uids", 3, 2)
     assert lineage["sets"]["mixed"]["record"] == scenario.subset("mixed").lineage
+    event = scenario.instance.get_latest_materialization_event(AssetKey(["subset", "last"]))
+    assert event is not None
+    assert {"read/subset/paper", "read/subset/mixed"} <= set(event.asset_materialization.metadata)
 
     catalog = open_catalog(scenario.folder / "project.yaml")
+    facts = {(what, name): value for what, name, value in catalog.lineage("last").iter_rows()}
+    assert facts["set", "mixed version"] == "v0001"
+    assert facts["set", "lists/some.txt in_pool"] == "2"
     pool = [uid for shard in SHARDS for uid in project.lake.read("raw_pool", shard, ["uid"])["uid"].to_pylist()]
     for uid in [*others[:3], *sorted(members["paper"])[:4], *sorted(members["mixed"])[:4], *pool[::6]]:
         told = catalog.explain(uid)
