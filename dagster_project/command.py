@@ -28,6 +28,8 @@ from assets.reproduction import rebuild
 from dagster_project.dead_runs import close_dead_runs
 from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
 from dagster_project.headless import Outcome, materialize
+from dagster_project.study import ROWS, StudyError, study
+from dagster_project.study_page import write_page
 from resources.catalog import read_catalog
 from resources.encoders import EncoderError
 from resources.lake import LakeError
@@ -36,7 +38,7 @@ from resources.targets import TargetError
 from resources.versions import Versions
 
 NOTES = 20
-EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError, OSError)
+EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError, StudyError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("explain", "say what every recipe did with a sample"),
         ("reproduce", "make a subset's version again from its lineage record alone, and compare"),
         ("prune", "delete old versions of subsets for good"),
+        ("study", "compare all scores and selections on a page, and with a truth which score finds which fault"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, nargs="?", default=DEMO_CONFIG, help="the project's YAML")
@@ -63,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "prune":
             command.add_argument("--keep", type=_at_least_one, required=True, help="newest versions of each to keep")
             command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+        elif name == "study":
+            command.add_argument("--truth", type=Path, help="parquet of uid and kind: clean, or the name of a fault")
+            command.add_argument("--into", type=Path, required=True, help="folder of the page, index.html")
+            command.add_argument("--rows", type=_at_least_one, default=ROWS, help=f"rows studied at most, else {ROWS}")
         else:
             command.add_argument("--uid", required=True, help="32 hexadecimal characters")
     options = parser.parse_args(arguments)
@@ -79,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "prune":
             return prune(project, options.keep, console, dry_run=options.dry_run)
+        if options.command == "study":
+            page = write_page(study(project, options.truth, rows=options.rows), options.into)
+            console.print(f"The page: {page}", markup=False, soft_wrap=True)
+            return 0
         return ui(project, options.port)
     except EXPECTED_ERRORS as error:
         Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", end="")
@@ -153,7 +164,7 @@ def prune(project: Project, keep: int, console: Console, *, dry_run: bool = Fals
 
 def _at_least_one(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("the newest version of a subset always stays: 1 or more")
+        raise argparse.ArgumentTypeError("must be 1 or more")
     return number
 
 

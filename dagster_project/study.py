@@ -159,6 +159,7 @@ class Study:
         selections: rows of each recipe's newest version.
         overlaps: of each two of these.
         sensitivities: one for each encoder with a negCLIPLoss.
+        resamples: of each bootstrap.
     """
 
     project: str
@@ -174,6 +175,7 @@ class Study:
     selections: dict[str, int]
     overlaps: list[Overlap]
     sensitivities: list[Sensitivity]
+    resamples: int
 
     def figures(self) -> dict[str, Any]:
         """Give all figures as JSON values, rounded to six places; NaN is null."""
@@ -229,6 +231,7 @@ def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resa
             for encoder in project.settings.neg_clip_loss
             if (found := _sensitivity(project, encoder, frame, groups, resamples)) is not None
         ],
+        resamples=resamples,
     )
 
 
@@ -368,7 +371,9 @@ def _sensitivity(
     other = {"reference_negatives": "random_partitions", "random_partitions": "reference_negatives"}[estimator]
     shared = min(size, len(places))  # a batch that both estimators can have
     wanted = [("as configured", tau, size, draws, estimator, 0)]
-    wanted += [("τ", tau * factor, size, draws, estimator, 0) for factor in _TEMPERATURES if 0.001 <= tau * factor <= 10]
+    wanted += [
+        ("τ", tau * factor, size, draws, estimator, 0) for factor in _TEMPERATURES if 0.001 <= tau * factor <= 10
+    ]
     wanted += [("B", tau, size // d, draws, estimator, 0) for d in _SMALLER_BATCHES if size // d >= 2]
     wanted += [("K", tau, size, k, estimator, 0) for k in sorted({1, 2, draws // 2}) if 0 < k < draws]
     wanted += [("seed", tau, size, draws, estimator, 1)]
