@@ -43,6 +43,23 @@ def _resolve(path: str, info: ValidationInfo) -> str:
 Location = Annotated[str, AfterValidator(_resolve)]
 
 
+def _resolve_local_dir(model: str, info: ValidationInfo) -> str:
+    if not model.startswith(LOCAL_DIR):
+        return model
+    return LOCAL_DIR + _resolve(model.removeprefix(LOCAL_DIR), info)
+
+
+def _resolve_weights_file(pretrained: str, info: ValidationInfo) -> str:
+    """A tag has neither a slash nor a file suffix; whatever has one is a path."""
+    if "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors")):
+        return _resolve(pretrained, info)
+    return pretrained
+
+
+ModelName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_resolve_local_dir)]
+Pretrained = Annotated[str, StringConstraints(min_length=1), AfterValidator(_resolve_weights_file)]
+
+
 class Settings(BaseModel):
     """What all settings share: immutable, and an unknown field is an error."""
 
@@ -90,15 +107,13 @@ class PrecomputedKeys(Settings):
 class EncoderSettings(Settings):
     """One CLIP encoder: a model to run, embeddings the pool carries, or both."""
 
-    model: str | None = Field(
+    model: ModelName | None = Field(
         default=None,
-        min_length=1,
         description="open_clip model name (ViT-L-14), hub id (hf-hub:apple/DFN-public) or folder "
         "(local-dir:<path> with open_clip_config.json and open_clip_model.safetensors).",
     )
-    pretrained: str | None = Field(
+    pretrained: Pretrained | None = Field(
         default=None,
-        min_length=1,
         description="open_clip pretrained tag (openai) or a weights file; only for a model name.",
     )
     precomputed: str | PrecomputedKeys | None = Field(
@@ -146,23 +161,6 @@ class EncoderSettings(Settings):
         description="τ of negCLIPLoss. Default: the model's own, 1/exp(logit_scale). Required for "
         "precomputed embeddings without a model.",
     )
-
-    @field_validator("model")
-    @classmethod
-    def _resolve_local_dir(cls, model: str | None, info: ValidationInfo) -> str | None:
-        if model is None or not model.startswith(LOCAL_DIR):
-            return model
-        return LOCAL_DIR + _resolve(model.removeprefix(LOCAL_DIR), info)
-
-    @field_validator("pretrained")
-    @classmethod
-    def _resolve_weights_file(cls, pretrained: str | None, info: ValidationInfo) -> str | None:
-        """A tag has neither a slash nor a file suffix; whatever has one is a path."""
-        if pretrained is None or not (
-            "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
-        ):
-            return pretrained
-        return _resolve(pretrained, info)
 
     @model_validator(mode="after")
     def _consistent(self) -> "EncoderSettings":
@@ -321,3 +319,73 @@ class ExternalScores(ExternalSettings):
                 raise ValueError(f"{name!r} is the name of another column. Remedy: a mapping, such as {{mine: {name}}}")
             taken.add(name.casefold())
         return columns
+
+
+class CaptionerSettings(Settings):
+    """One captioner, for SIEVE (arXiv 2310.02110); the defaults of how it speaks are the paper's."""
+
+    model: ModelName = Field(
+        description="open_clip's name of a CoCa (coca_ViT-L-14), hub id (hf-hub:...) or folder (local-dir:<path>)."
+    )
+    pretrained: Pretrained | None = Field(
+        default=None,
+        description="open_clip pretrained tag (mscoco_finetuned_laion2b_s13b_b90k) or a weights file; only for a name.",
+    )
+    of: str | None = Field(
+        default=None,
+        pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$",
+        description="The subset whose images are described, as subset/<recipe>; the whole pool where it is left out.",
+    )
+    captions: int = Field(default=8, ge=1, description="Captions of each image.")
+    top_p: float = Field(default=0.9, gt=0, le=1, description="Share of the probability that the nucleus has.")
+    min_tokens: int = Field(default=5, ge=0, description="Tokens that a caption has at least.")
+    max_tokens: int = Field(default=20, ge=1, description="Tokens that a caption has at most.")
+    repetition_penalty: float = Field(
+        default=1.1, ge=1, description="By which tokens that were said are made unlikely."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Of the sampling, together with the uid.")
+    precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
+        default="fp32", description="Number format the model runs in, as for an encoder. Part of the provenance."
+    )
+    decode: Literal["exact", "draft"] = Field(default="exact", description="As for an encoder.")
+    batch_size: int = Field(default=32, ge=1, description="Images a forward pass, each with all of its captions.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
+    )
+    workers: int = Field(default_factory=available_cores, ge=0, description="Processes that decode images.")
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "CaptionerSettings":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        return self
+
+    @property
+    def recipe(self) -> str | None:
+        """Name of the recipe whose subset is described."""
+        return self.of.removeprefix("subset/") if self.of is not None else None
+
+
+class TextEncoderSettings(Settings):
+    """What turns masked captions into vectors, for SIEVE: a sentence encoder, or the text tower of an encoder."""
+
+    model: ModelName | None = Field(
+        default=None,
+        description="sentence-transformers model: hub id (sentence-transformers/all-MiniLM-L6-v2, the paper's) or "
+        "folder (local-dir:<path>). Needs the extra `sieve`.",
+    )
+    encoder: str | None = Field(default=None, description="Name of an encoder of the project, whose text tower serves.")
+    batch_size: int = Field(default=256, ge=1, description="Texts a forward pass.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Of a sentence encoder: auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TextEncoderSettings":
+        if (self.model is None) == (self.encoder is None):
+            raise ValueError("give `model` or `encoder`, one of both")
+        return self
