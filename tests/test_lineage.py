@@ -397,6 +397,9 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
     members = {name: set(scenario.manifest(name)["uid"]) for name in scenario.document["recipes"]}
     assert members["last"] == (members["paper"] - members["mixed"]) | set(others[:2]) | members["mixed"]
     assert members["weighed"] <= members["clip_third"]
+    pages = {name: Path(scenario.subset(name).folder, "report/index.html").read_text() for name in members}
+    assert "Best dropped by rank_sum of clip_score/tiny and neg_clip_loss/tiny" in pages["mixed"]
+    assert "add the rows of lists/some.txt" in pages["last"]
     assert len(members["mixed"]) == len(members["clip_third"]) // 2
     lineage = scenario.subset("last").lineage
     assert lineage["source"]["version"] == "v0001"
