@@ -288,7 +288,10 @@ def _groups(frame: pl.DataFrame, labels: pl.DataFrame, truth: Path | None) -> li
     kind = frame["kind"].to_numpy()
     clean = kind == CLEAN
     if not clean.any():
-        raise StudyError(f"{truth}: no studied row is of kind {CLEAN!r}, which faults are told from")
+        raise StudyError(
+            f"{truth}: no studied row is of kind {CLEAN!r}. Remedy: give that kind to rows without a fault, which "
+            "the others are told from"
+        )
     groups = []
     for fault in sorted(set(kind[~clean])):
         groups.append(_Group(fault, None, False, clean, kind == fault))

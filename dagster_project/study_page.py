@@ -75,7 +75,7 @@ def _separated(group: Separation, variants: Sequence[Separation]) -> tuple[str, 
     if others:
         second, ahead = others[0], group.ahead[others[0]]
         overlap = "overlap" if group.auc[second].high >= top.low else "do not overlap"
-        can = "can not" if ahead.holds(0) else "can"
+        can = "cannot" if ahead.holds(0) else "can"
         text += f"; the next is {second} with {_auc(group.auc[second])}. The intervals {overlap}; "
         text += f"the paired difference, {_difference(ahead)}, {can} be told from 0"
     text += "."
