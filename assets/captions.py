@@ -9,11 +9,12 @@ from assets.scores import IDENTITY
 from assets.sharded import Result, ShardAsset, each, input_fingerprint, sharded_asset
 from resources.lake import Provenance
 from resources.languages import Languages
+from resources.wordnet import WordNet, digest, existing, read_synsets
 
 CODE_VERSION = "1"
 KEY = "captions/facts"
 COLUMNS = {"language": pa.string(), "words": pa.int32(), "characters": pa.int32()}
-SCHEMA = pa.schema([*IDENTITY, *(pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items())])
+OF_SYNSETS = {"names_synset": pa.bool_()}
 
 
 def captions(project: Project) -> ShardAsset:
@@ -21,9 +22,15 @@ def captions(project: Project) -> ShardAsset:
     settings = project.settings.scores.captions
     assert settings is not None
     languages = Languages(settings.language_model)
+    wordnet = None if settings.wordnet is None else WordNet(settings.wordnet)
+    told = COLUMNS if wordnet is None else COLUMNS | OF_SYNSETS
+    schema = pa.schema([*IDENTITY, *(pa.field(name, kind, nullable=False) for name, kind in told.items())])
 
     def provenance(shard: str) -> Provenance:
         parameters = {"language_model": languages.digest()}
+        if wordnet is not None and settings.synsets is not None:
+            parameters["wordnet"] = digest(wordnet.files)
+            parameters["synsets"] = digest([existing(settings.synsets)])
         return Provenance(
             KEY, shard, CODE_VERSION, parameters, {"raw_pool": input_fingerprint(project, "raw_pool", shard)}
         )
@@ -36,12 +43,17 @@ def captions(project: Project) -> ShardAsset:
             "words": [len(text.split()) for text in texts],
             "characters": [len(text) for text in texts],
         }
+        if wordnet is not None and settings.synsets is not None:
+            wanted = read_synsets(settings.synsets)
+            found["names_synset"] = [
+                any(wordnet.first_synset(word) in wanted for word in text.split()) for text in texts
+            ]
         columns = [pool[field.name] for field in IDENTITY]
-        columns += [pa.chunked_array([pa.array(found[name], kind)]) for name, kind in COLUMNS.items()]
+        columns += [pa.chunked_array([pa.array(found[name], kind)]) for name, kind in told.items()]
         project.on_progress(KEY, shard, len(texts))
         english = sum(language == "en" for language in found["language"])
         figures = {"english": english, "languages": len(set(found["language"]))}
-        return Result(pa.table(columns, schema=SCHEMA), figures)
+        return Result(pa.table(columns, schema=schema), figures)
 
     return sharded_asset(
         project,
@@ -53,6 +65,7 @@ def captions(project: Project) -> ShardAsset:
         group="captions",
         kinds={"parquet"},
         description="Each caption's language (fastText), words (between white space) and characters, for DataComp's "
-        "baseline filters.",
-        columns=SCHEMA,
+        "baseline filters"
+        + ("; and whether a word of it names one of the synsets asked for." if wordnet is not None else "."),
+        columns=schema,
     )

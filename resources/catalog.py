@@ -506,6 +506,7 @@ _SCORE_TYPES = {
     "cluster": "BIGINT",
     "in_target_cluster": "BOOLEAN",
     "language": "VARCHAR",
+    "names_synset": "BOOLEAN",
     "words": "BIGINT",
     "characters": "BIGINT",
 }

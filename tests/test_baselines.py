@@ -16,6 +16,7 @@ from assets.project import ConfigError
 from assets.reproduction import rebuild
 from resources.lake import column_to_vectors
 from resources.languages import LanguageError, Languages
+from resources.wordnet import WordNet
 from selection.clustering import nearest_centroid, spherical_k_means
 from selection.recipes import Recipe
 from selection.selecting import select
@@ -137,6 +138,77 @@ def test_datacomps_fraction_keeps_all_rows_from_the_value_behind_it_on(fraction:
 def test_a_rule_without_a_fraction_is_refused() -> None:
     with pytest.raises(ValueError, match="rule datacomp says what a fraction keeps"):
         Recipe.model_validate({"steps": [{"keep_top": {"score": "a/b", "count": 3, "rule": "datacomp"}}]})
+
+
+# Synsets
+
+INDEX = {
+    "noun": "  1 a licence\ndog n 2 2 @ ~ 2 1 00000011 00000012\nox n 1 0 1 0 00000013\nrun n 1 0 1 0 00000014\n"
+    "church n 1 1 @ 1 0 00000015\nwolf n 1 0 1 0 00000016\npan n 1 0 1 0 00000018\n",
+    "verb": "run v 1 0 1 0 00000021\nbark v 1 2 @ ~ 1 0 00000022\nhop v 1 0 1 0 00000023\n",
+    "adj": "big a 1 0 1 0 00000031\nlarge a 1 0 1 0 00000032\n",
+    "adv": "soon r 1 0 1 0 00000041\n",
+}
+EXCEPTIONS = {"noun": "oxen ox\n", "verb": "ran run\nhopping hop\n", "adj": "bigger big\n", "adv": ""}
+
+
+def write_wordnet(folder: Path) -> Path:
+    folder.mkdir()
+    for part in INDEX:
+        (folder / f"index.{part}").write_text(INDEX[part])
+        (folder / f"{part}.exc").write_text(EXCEPTIONS[part])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("word", "offset"),
+    [
+        ("dog", 11),  # the first of two
+        ("DOGS", 11),
+        ("run", 14),  # a noun before it is a verb
+        ("ran", 21),  # irregular
+        ("oxen", 13),
+        ("churches", 15),
+        ("wolves", 16),
+        ("barking", 22),
+        ("hopping", 23),
+        ("bigger", 31),
+        ("larger", 32),
+        ("soon", 41),
+        ("pans", 18),
+        ("panses", 18),  # panses, pans, pan: endings are taken off until something is found
+        ("dog,", None),
+        ("zebra", None),
+    ],
+)
+def test_the_first_synset_of_a_word_is_wordnets(tmp_path: Path, word: str, offset: int | None) -> None:
+    assert WordNet(str(write_wordnet(tmp_path / "dict"))).first_synset(word) == offset
+
+
+def test_the_text_based_filter_asks_for_a_word_of_the_synsets(scenario: Scenario) -> None:
+    write_pool(scenario)
+    write_wordnet(scenario.folder / "dict")
+    (scenario.folder / "synsets.txt").write_text("n00000014\nn00000012\nn00000031\n")
+    scenario.set("scores", "captions", value={"wordnet": "dict", "synsets": "synsets.txt"})
+    scenario.set("recipes", value={"text": from_file("datacomp_text_based")})
+    assert scenario.run().failures == {}
+    assert chosen(scenario, "text") == {f"{0:032x}", f"{5:032x}"}  # "runs" and "big", not the second synset of "dog"
+    (scenario.folder / "synsets.txt").write_text("n00000011\n")
+    assert set(scenario.run().computed) == {"captions/facts", "subset/text", "catalog"}
+    assert chosen(scenario, "text") == {f"{0:032x}", f"{3:032x}"}
+
+
+@pytest.mark.parametrize(
+    ("synsets", "message"), [("dog\n", "'dog' is no synset"), ("\n", "this list of synsets is empty")]
+)
+def test_a_list_of_synsets_that_is_none_is_named(scenario: Scenario, synsets: str, message: str) -> None:
+    write_wordnet(scenario.folder / "dict")
+    (scenario.folder / "synsets.txt").write_text(synsets)
+    scenario.set("scores", "captions", value={"wordnet": "dict", "synsets": "synsets.txt"})
+    scenario.set("recipes", value={})
+    assert message in scenario.run().failures["captions/facts"]
+    (scenario.folder / "synsets.txt").unlink()
+    assert "no such list of synsets" in scenario.run().failures["captions/facts"]
 
 
 # Clusters
