@@ -219,7 +219,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = []
     for rows in arguments.rows:
-        found.append(measure(rows, arguments.shard_rows, several=rows <= 30_000_000))
+        found.append(measure(rows, arguments.shard_rows, several=rows <= 10_000_000))
         print("  ".join(f"{name} {round(figure, 3):,}" for name, figure in found[-1].items()), flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

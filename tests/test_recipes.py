@@ -444,6 +444,14 @@ def test_combined_values_are_the_same_whatever_the_threads_do(con):
     assert len(told) == 1
 
 
+def test_equal_values_have_equal_ranks(con):
+    make_source(
+        con, [{"f0": i, "f1": 0, A: float(a), B: float(b)} for i, (a, b) in enumerate([(5, 1), (5, 2), (4, 3)])]
+    )
+    selection = choose(con, {"keep_top": {"rank_sum": [A, B], "count": 3}})
+    assert figures(selection) == [(-4.0, 2), (-3.0, 1), (-4.0, 3)]
+
+
 def test_a_score_that_is_the_same_everywhere_is_without_effect_and_the_report_says_so(con):
     make_source(con, [{"f0": i, "f1": 0, A: float(i), B: 5.0} for i in range(10)])
     for normalise in ("min_max", "z_score"):
