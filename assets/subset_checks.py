@@ -18,7 +18,8 @@ from selection.uids import SUBSET_DTYPE
 
 DESCRIPTIONS = {
     "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
-    "those were fewer; manifest and array have as many rows as the last step kept.",
+    "those were fewer; by DataComp's rule one more, and all that are equal to it. Manifest and array have as many rows "
+    "as the last step kept.",
     "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), without repeats, the manifest's uids.",
     "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
 }
@@ -81,6 +82,8 @@ def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> s
     for step, report in zip(recipe.steps, lineage["steps"], strict=True):
         wanted = step.keep_top.wanted(basis) if step.keep_top is not None else None
         kept = report["kept"] if wanted is None else min(wanted, entered)
+        if step.keep_top is not None and step.keep_top.rule == "datacomp":
+            kept = max(kept, min(report["kept"], entered))  # all that are equal to the last one stay
         if (report["entered"], report["kept"]) != (entered, kept):
             return f"step {report['step']}: {report['kept']} of {report['entered']} rows kept, not {kept} of {entered}"
         entered = kept

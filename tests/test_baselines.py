@@ -135,6 +135,24 @@ def test_datacomps_fraction_keeps_all_rows_from_the_value_behind_it_on(fraction:
     assert len(found) > int(100 * fraction) or fraction == 1.0
 
 
+def test_a_version_may_have_more_rows_than_its_fraction_where_the_rule_keeps_equal_ones(scenario: Scenario) -> None:
+    write_pool(scenario)
+    scenario.set("scores", "captions", value={})
+    step = {"keep_top": {"score": "words/facts", "fraction": 0.4, "rule": "datacomp"}}
+    scenario.set(
+        "recipes",
+        value={"long": {"steps": [step]}, "exact": {"steps": [{"keep_top": {**step["keep_top"], "rule": "exact"}}]}},
+    )
+    assert scenario.run().failures == {}
+    words = [len(text.split()) for text in CAPTIONS]  # 8, 8, 8, 2, 2, 4, 7, 8: the value at place 3 is 8
+    assert len(scenario.manifest("long")) == sum(n >= sorted(words, reverse=True)[3] for n in words) == 4
+    assert len(scenario.manifest("exact")) == 3
+    step["keep_top"]["fraction"] = 0.25
+    assert scenario.run().failures == {}
+    assert scenario.subset("long").name == "v0002"
+    assert len(scenario.manifest("long")) == 4  # int(8 · 0.25) + 1 is 3, and one more is equal
+
+
 def test_a_rule_without_a_fraction_is_refused() -> None:
     with pytest.raises(ValueError, match="rule datacomp says what a fraction keeps"):
         Recipe.model_validate({"steps": [{"keep_top": {"score": "a/b", "count": 3, "rule": "datacomp"}}]})
