@@ -186,8 +186,10 @@ def _bounds(interval: Interval, write: Callable[[float], str]) -> str:
 
 
 def _number(value: float) -> str:
-    """Write with three places; what rounds to 1 but is less says so."""
-    return "> 0.999" if 0.9995 <= value < 1 else f"{value:.3f}".replace("-", "−")
+    """Write with three places, and where it is just below 1 with as many as show that."""
+    missing = 1 - value
+    places = min(9, math.ceil(-math.log10(missing))) if 0 < missing < 0.0005 else 3
+    return f"{value:.{places}f}".replace("-", "−")
 
 
 def _small(value: float) -> str:
@@ -259,7 +261,7 @@ def _separation_section(study: Study) -> str:
     head = "".join(f"<th>{_broken(name)}</th>" for name in ("fault", "rows", *names))
     return (
         _chart(_separation_figure(study), "AUC of every score for every fault")
-        + f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+        + f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
         + _note(
             "AUC: the chance that a clean row scores above a faulty one, ties half; 0.5 is a coin. Exact, by ranks. "
             f"In brackets the 95 % percentile interval of {study.resamples:,} resamples, clean and faulty rows "
@@ -346,7 +348,7 @@ def _sensitivity_section(sensitivity: Sensitivity, resamples: int) -> str:
     titles = "".join(f"<th>{_broken(name)}</th>" for name in head)
     return (
         _chart(_sensitivity_figure(sensitivity), f"{sensitivity.score} under other settings")
-        + f'<table class="dense"><tr>{titles}</tr>{"".join(rows)}</table>'
+        + f'<div class="wide"><table class="dense"><tr>{titles}</tr>{"".join(rows)}</table></div>'
         + _note(text)
     )
 
@@ -496,5 +498,5 @@ th{color:#57606a;font-weight:600}th:first-child,td:first-child{text-align:left}
 tr>th.kind{color:#1c2128}tr>th.variant{font-weight:400;padding-left:1rem}
 td small{display:block;color:#6e7781;font-size:.72rem;white-space:nowrap}
 table.dense{font-size:.8rem}table.dense th,table.dense td{padding-right:.7rem}
-td:nth-child(5){white-space:nowrap}.note{color:#57606a;font-size:.86rem;max-width:60rem}.chart{max-width:100%;height:auto;display:block}
+td:nth-child(5){white-space:nowrap}.wide{overflow-x:auto}.note{color:#57606a;font-size:.86rem;max-width:60rem}.chart{max-width:100%;height:auto;display:block}
 """.replace("\n", "")
