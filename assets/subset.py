@@ -323,11 +323,11 @@ def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def funnel_markdown(lineage: Mapping[str, Any]) -> str:
-    """Give the funnel of a lineage record as a Markdown table."""
-    rows = ["| step | entered | kept | of source | threshold |", "|---|---:|---:|---:|---:|"]
+    """Give the funnel of a lineage record as a Markdown table; numbers come first, where a narrow page shows them."""
+    rows = ["| kept | entered | of source | threshold | step |", "|---:|---:|---:|---:|---|"]
     total = lineage["source"]["rows"]
     for step in lineage["steps"]:
         threshold = "" if step["threshold"] is None else f"{step['threshold']:.6g}"
         text = step["text"].replace("|", "\\|")
-        rows.append(f"| {text} | {step['entered']:,} | {step['kept']:,} | {step['kept'] / total:.1%} | {threshold} |")
+        rows.append(f"| {step['kept']:,} | {step['entered']:,} | {step['kept'] / total:.1%} | {threshold} | {text} |")
     return "\n".join(rows)
