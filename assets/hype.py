@@ -32,7 +32,7 @@ def hype(project: Project, name: str) -> ShardAsset:
             read = {"hyperbolic": shard_file(settings, shard), **fixed_files(settings)}
         except ExternalError as error:
             raise NotReady(str(error)) from error
-        inputs |= {what: files.fingerprint([file]) for what, file in read.items()}
+        inputs |= {f"file/{what}": files.fingerprint([file]) for what, file in read.items()}
         parameters = {
             "image": settings.image,
             "text": settings.text,

@@ -15,10 +15,10 @@ from assets.reproduction import choose_again, rebuild
 from resources.external import ExternalError, find, opened
 from resources.lake import LakeError
 from selection.uids import format_uids, parse_uids, subset_array
-from tests.pool_factory import uid
+from tests.pool_factory import datacomp_shard, uid
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 
-UIDS = [uid(shard, int(shard) * 100 + row) for shard in SHARDS for row in range(ROWS)]
+UIDS = [uid(shard, row) for shard in SHARDS for row in range(ROWS)]
 ELSEWHERE = [uid("elsewhere", number) for number in range(5)]
 
 
@@ -33,10 +33,20 @@ def write_parquet(path: Path, uids: list[str], **columns: list) -> Path:
     return path
 
 
+def without_pictures(scenario: Scenario) -> None:
+    """Give the scenario a pool of metadata, and no score of its own."""
+    for shard in SHARDS:
+        datacomp_shard(scenario.folder / "metadata", shard, ROWS)
+    scenario.document["pool"] = {"path": "metadata", "format": "datacomp"}
+    scenario.document["encoders"] = {"b32": {"precomputed": "b32", "temperature": 0.01}}
+    scenario.document["targets"] = {}
+    scenario.document["scores"] = {"clip_score": [], "neg_clip_loss": {}, "norm_sim": {}}
+
+
 def scored(scenario: Scenario, uids: list[str] = UIDS, **settings: object) -> None:
     """Give the scenario a score from elsewhere, and a recipe that ranks by it."""
     write_parquet(scenario.folder / "given" / "a.parquet", uids, dfn=[value(text) for text in uids])
-    scenario.document["scores"] = {"clip_score": [], "neg_clip_loss": {}, "norm_sim": {}}
+    without_pictures(scenario)
     scenario.document["external_scores"] = {"given": {"files": "given/a.parquet", "columns": "dfn", **settings}}
     scenario.document["recipes"] = {
         "best": {
@@ -177,6 +187,7 @@ def test_a_score_from_elsewhere_is_ranked_by_and_explained(scenario):
 
 def test_several_columns_are_called_by_their_names(scenario):
     columns = {"a": [value(text) for text in UIDS], "b": [-value(text) for text in UIDS]}
+    without_pictures(scenario)
     write_parquet(scenario.folder / "flyt.parquet", UIDS, **columns)
     scenario.document["external_scores"] = {"flyt": {"files": "flyt.parquet", "columns": {"first": "a", "second": "b"}}}
     scenario.document["recipes"] = {
@@ -258,7 +269,7 @@ def test_a_file_that_was_touched_changes_nothing_and_one_that_changed_is_read_ag
 def test_a_new_shard_is_joined_alone(scenario):
     scored(scenario)
     scenario.run()
-    scenario.write_shard("00003")
+    datacomp_shard(scenario.folder / "metadata", "00003", ROWS)
     assert scenario.run().computed["external_scores/given"] == ["00003"]
 
 
@@ -310,7 +321,7 @@ def write_list(path: Path, uids: list[str]) -> None:
 def listed(scenario: Scenario, name: str, uids: list[str], **settings: object) -> None:
     """Give the scenario a uid list, a recipe that begins with it and one that leaves it out."""
     write_list(scenario.folder / name, uids)
-    scenario.document["scores"] = {"clip_score": [], "neg_clip_loss": {}, "norm_sim": {}}
+    without_pictures(scenario)
     scenario.document["external_uids"] = {"dfn": {"files": name, **settings}}
     scenario.document["recipes"] = {
         "begun": {"from": "external_uids/dfn", "steps": []},

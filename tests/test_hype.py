@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -16,7 +15,7 @@ from resources.external import ExternalError
 from resources.hyperbolic import read_shard
 from resources.lake import column_to_vectors
 from resources.settings import HypeSettings
-from tests.pool_factory import uid
+from tests.pool_factory import datacomp_shard, uid, unit_rows
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 from tests.test_hyperbolic import published_aperture, published_distance, published_exterior
 
@@ -33,19 +32,24 @@ def embeddings(shard: str) -> dict[str, np.ndarray]:
     return {side: spatial(10 * int(shard) + number, ROWS) for number, side in enumerate(("image", "text"))}
 
 
-def write_shards(scenario: Scenario, **beside: Any) -> None:
-    folder = scenario.folder / "hyperbolic"
-    folder.mkdir(exist_ok=True)
-    for shard in SHARDS:
-        np.savez(folder / f"{shard}.npz", **embeddings(shard), **beside)
+def write_pool(folder: Path, shard: str) -> dict[str, np.ndarray]:
+    arrays = {"b32_img": unit_rows(int(shard) + 1, ROWS), "b32_txt": unit_rows(int(shard) + 51, ROWS)}
+    datacomp_shard(folder / "metadata", shard, ROWS, arrays=arrays)
+    return arrays
 
 
 @pytest.fixture
 def hyped(scenario: Scenario) -> Scenario:
     """The scenario with hyperbolic embeddings, and a recipe that ranks by HYPE."""
-    write_shards(scenario)
+    (scenario.folder / "hyperbolic").mkdir()
+    for shard in SHARDS:
+        write_pool(scenario.folder, shard)
+        np.savez(scenario.folder / "hyperbolic" / f"{shard}.npz", **embeddings(shard))
     np.savez(scenario.folder / "reference.npz", image=spatial(98, 9), text=spatial(99, 11))
     settings = {"path": "hyperbolic", "reference": "reference.npz", "curvature": CURVATURE}
+    scenario.document["pool"] = {"path": "metadata", "format": "datacomp"}
+    scenario.document["encoders"] = {"b32": {"precomputed": "b32", "temperature": 0.01}}
+    scenario.document["targets"] = {}
     scenario.document["scores"] = {"clip_score": [], "neg_clip_loss": {}, "norm_sim": {}, "hype": {"meru": settings}}
     scenario.document["recipes"] = {"best": {"steps": [keep("hype/meru", fraction=0.25)]}}
     return scenario
@@ -88,7 +92,7 @@ def test_embeddings_in_another_order_are_joined_by_uid(hyped: Scenario, name: st
     wanted = hyped.scores("hype/meru")
     order = np.random.default_rng(0).permutation(ROWS)
     for shard in SHARDS:
-        uids = [uid(shard, int(shard) * 100 + int(row)) for row in order]
+        uids = [uid(shard, int(row)) for row in order]
         words = np.array([[int(text[:16], 16), int(text[16:], 16)] for text in uids], dtype=np.uint64)
         beside = {"uid": np.array(uids)} if name == "texts" else {"f0": words[:, 0], "f1": words[:, 1]}
         shuffled = {side: vectors[order] for side, vectors in embeddings(shard).items()}
@@ -102,7 +106,9 @@ def test_embeddings_in_another_order_are_joined_by_uid(hyped: Scenario, name: st
 def test_rows_keep_their_own_embedding_when_a_sample_is_rejected(hyped: Scenario) -> None:
     hyped.run()
     whole = hyped.scores("hype/meru", ["00001"])
-    hyped.write_shard("00001", image=b"no image")
+    arrays = write_pool(hyped.folder, "00001")
+    arrays["b32_img"][0] = np.nan
+    datacomp_shard(hyped.folder / "metadata", "00001", ROWS, arrays=arrays)
     assert hyped.run().failures == {}
     assert hyped.scores("hype/meru", ["00001"]).equals(whole[1:])
 
@@ -110,11 +116,11 @@ def test_rows_keep_their_own_embedding_when_a_sample_is_rejected(hyped: Scenario
 def test_the_cluster_term_says_whether_the_nearest_centroid_was_hit(hyped: Scenario) -> None:
     hyped.run()
     vectors = np.concatenate(
-        [column_to_vectors(hyped.open().lake.read("embeddings/tiny", shard)["image"]) for shard in SHARDS]
+        [column_to_vectors(hyped.open().lake.read("embeddings/b32", shard)["image"]) for shard in SHARDS]
     ).astype(np.float64)
     centroids, hit = vectors[[0, 7, 20]] * 0.9, np.array([True, False, True])
     np.savez(hyped.folder / "centroids.npz", centroids=centroids.astype(np.float32), hit=hit)
-    hyped.set("scores", "hype", "meru", "clusters", value={"encoder": "tiny", "centroids": "centroids.npz"})
+    hyped.set("scores", "hype", "meru", "clusters", value={"encoder": "b32", "centroids": "centroids.npz"})
     before = hyped.scores("hype/meru")
     assert hyped.run().failures == {}
     after = hyped.scores("hype/meru")
@@ -194,8 +200,8 @@ def test_a_shard_waits_for_its_file(hyped: Scenario) -> None:
 
 
 def test_an_unknown_encoder_of_clusters_is_refused(hyped: Scenario) -> None:
-    hyped.set("scores", "hype", "meru", "clusters", value={"encoder": "b32", "centroids": "c.npz"})
-    with pytest.raises(ConfigError, match=r"scores.hype.meru.clusters.encoder: there is no encoder 'b32'"):
+    hyped.set("scores", "hype", "meru", "clusters", value={"encoder": "l14", "centroids": "c.npz"})
+    with pytest.raises(ConfigError, match=r"scores.hype.meru.clusters.encoder: there is no encoder 'l14'"):
         hyped.open()
 
 
