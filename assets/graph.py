@@ -94,7 +94,8 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(read.values())
     nodes.extend(external_scores(project, *pair) for pair in read.items())
     nodes.extend(external_uids(project, name) for name in settings.external_uids)
-    nodes.extend(hype(project, name) for name in settings.hype)
+    sharded = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
+    nodes.extend(hype(project, name, sharded.get(f"clusters/{it.clusters}")) for name, it in settings.hype.items())
     if settings.scores.captions is not None:
         nodes.append(captions(project))
 

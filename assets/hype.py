@@ -12,24 +12,25 @@ from assets.sharded import NotReady, Outcome, Result, ShardAsset, each, input_fi
 from resources import files
 from resources.arrays import ArrayError
 from resources.external import ExternalError
-from resources.hyperbolic import fixed_files, read_centroids, read_reference, read_shard, shard_file
-from resources.lake import Provenance, column_to_vectors
+from resources.hyperbolic import read_reference, read_shard, reference_file, shard_file
+from resources.lake import Provenance
 
 CODE_VERSION = "1"
 
 
-def hype(project: Project, name: str) -> ShardAsset:
-    """Make the asset `hype/<name>`."""
+def hype(project: Project, name: str, clusters: ShardAsset | None) -> ShardAsset:
+    """Make the asset `hype/<name>`; `clusters` is `clusters/<encoder>/<target>`, where it has a cluster term."""
     key = f"hype/{name}"
     settings = project.settings.hype[name]
-    clusters = settings.clusters
-    embedded = [f"embeddings/{clusters.encoder}"] if clusters is not None else []
+    deps = ("raw_pool",) if clusters is None else ("raw_pool", clusters.key)
     columns = project.settings.score_assets[key]
 
     def provenance(shard: str) -> Provenance:
-        inputs = {source: input_fingerprint(project, source, shard) for source in ("raw_pool", *embedded)}
+        inputs = {source: input_fingerprint(project, source, shard) for source in deps}
+        if clusters is not None and not clusters.is_fresh(project, shard):
+            raise NotReady(f"{clusters.key} of shard {shard} is out of date. Remedy: materialize it first")
         try:
-            read = {"hyperbolic": shard_file(settings, shard), **fixed_files(settings)}
+            read = {"hyperbolic": shard_file(settings, shard), "reference": reference_file(settings)}
         except ExternalError as error:
             raise NotReady(str(error)) from error
         inputs |= {f"file/{what}": files.fingerprint([file]) for what, file in read.items()}
@@ -46,7 +47,6 @@ def hype(project: Project, name: str) -> ShardAsset:
 
         try:
             references = [to_tensor(side) for side in read_reference(settings)]
-            means = read_centroids(clusters.centroids) if clusters is not None else None
         except (ExternalError, ArrayError) as error:
             yield from ((shard, error) for shard in shards)
             return
@@ -83,8 +83,9 @@ def hype(project: Project, name: str) -> ShardAsset:
                 - parts["hype_distance"]
                 + parts["hype_cosine"]
             )
-            if means is not None:
-                parts["hype_cluster"] = _cluster(project, embedded[0], shard, *means)
+            if clusters is not None:
+                inside = project.lake.read(clusters.key, shard, ["in_target_cluster"])["in_target_cluster"]
+                parts["hype_cluster"] = inside.to_numpy().astype(np.float64)
                 parts["hype"] += parts["hype_cluster"]
             singles = {column: parts[column].astype(np.float32) for column in columns}
             summary: dict[str, Any] = {}
@@ -97,29 +98,15 @@ def hype(project: Project, name: str) -> ShardAsset:
     return sharded_asset(
         project,
         key=key,
-        deps=("raw_pool", *embedded),
+        deps=deps,
         provenance=provenance,
         compute=compute,
         code_version=CODE_VERSION,
         group="hype",
         kinds={"pytorch", "parquet"},
         description="HYPE from given hyperbolic embeddings: specificity of image and caption, less their Lorentz "
-        "distance, plus their cosine and, where centroids are given, the cluster term. Larger is better; each part has "
+        "distance, plus their cosine and, where clusters are given, the cluster term. Larger is better; each part has "
         "a column.",
         columns=score_schema(**dict.fromkeys(columns, pa.float32())),
         pool="gpu",
     )
-
-
-def _cluster(project: Project, source: str, shard: str, centroids: np.ndarray, hit: np.ndarray) -> np.ndarray:
-    """Tell of each row whether its image's nearest centroid is one that was hit: 1 or 0, float64 [n]."""
-    from selection import hyperbolic
-
-    vectors = column_to_vectors(project.lake.read(source, shard)["image"])
-    if vectors.shape[1] != centroids.shape[1]:
-        raise ExternalError(
-            f"the centroids have {centroids.shape[1]} dimensions, {source} has {vectors.shape[1]}. Remedy: centroids "
-            "of the same encoder's embeddings"
-        )
-    nearest = hyperbolic.nearest_centroid(to_tensor(vectors), to_tensor(centroids)).cpu().numpy()
-    return hit[nearest].astype(np.float64)

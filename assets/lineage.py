@@ -179,7 +179,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
 
 
 def _score_assets(settings: ProjectSettings, recipe: str) -> set[str]:
-    return {settings.score_columns[score][0] for score in settings.recipes[recipe].columns().scores}
+    """Name the score assets that a recipe reads, and those that they are made from."""
+    read = {settings.score_columns[score][0] for score in settings.recipes[recipe].columns().scores}
+    return read | {
+        f"clusters/{hype.clusters}" for name, hype in settings.hype.items() if f"hype/{name}" in read and hype.clusters
+    }
 
 
 def _embeddings(encoders: list[str]) -> list[str]:

@@ -215,17 +215,19 @@ class ProjectSettings(BaseModel):
             ("scores.clip_score", scores.clip_score or ()),
             ("scores.neg_clip_loss", scores.neg_clip_loss or ()),
             ("scores.norm_sim", scores.norm_sim or ()),
-            *(
-                (f"scores.hype.{name}.clusters.encoder", (hype.clusters.encoder,))
-                for name, hype in scores.hype.items()
-                if hype.clusters is not None
-            ),
             ("scores.norm_sim_dynamic", scores.norm_sim_dynamic),
             ("scores.clusters", scores.clusters),
         ):
             for name in names:
                 if name not in self.encoders:
                     raise ValueError(f"{field}: there is no encoder {name!r}. Remedy: one of {sorted(self.encoders)}")
+        told = [f"{encoder}/{target}" for encoder, clusters in scores.clusters.items() for target in clusters.targets]
+        for name, hype in scores.hype.items():
+            if hype.clusters is not None and hype.clusters not in told:
+                raise ValueError(
+                    f"scores.hype.{name}.clusters: scores.clusters has no {hype.clusters!r}. Remedy: "
+                    f"{f'one of {told}' if told else 'give that pair there, or leave it out here'}"
+                )
         named = [("norm_sim", encoder, targets) for encoder, targets in (scores.norm_sim or {}).items()]
         named += [("clusters", encoder, clusters.targets) for encoder, clusters in scores.clusters.items()]
         for score, encoder, targets in named:

@@ -1,4 +1,4 @@
-"""Hyperbolic embeddings from elsewhere: one .npz a shard, a reference set, and k-means centroids.
+"""Hyperbolic embeddings from elsewhere: one .npz a shard, and a reference set.
 
 Here: reading them, each row of the pool with its own. Not here: what is computed from them.
 """
@@ -26,16 +26,13 @@ def shard_file(settings: HypeSettings, shard: str) -> files.Listed:
     return _stat(f"{settings.path.rstrip('/')}/{shard}.npz")
 
 
-def fixed_files(settings: HypeSettings) -> dict[str, files.Listed]:
-    """Find the files that all shards are compared with: the reference set and, where given, the centroids.
+def reference_file(settings: HypeSettings) -> files.Listed:
+    """Find the reference set's .npz.
 
     Raises:
-        ExternalError: one is not there.
+        ExternalError: it is not there.
     """
-    urls = {"reference": settings.reference}
-    if settings.clusters is not None:
-        urls["centroids"] = settings.clusters.centroids
-    return {name: _stat(url) for name, url in urls.items()}
+    return _stat(settings.reference)
 
 
 def read_shard(settings: HypeSettings, shard: str, pool: Mapping[str, np.ndarray[Any, Any]], samples: int) -> Pair:
@@ -88,22 +85,6 @@ def read_reference(settings: HypeSettings) -> Pair:
         raise ExternalError(f"{settings.reference}: no row. Remedy: some thousands of images and captions")
     _refuse_infinite(settings.reference, image, text)
     return image, text
-
-
-def read_centroids(url: str) -> Pair:
-    """Read centroids [k, d], and which of them the images of interest hit, bool [k].
-
-    Raises:
-        ExternalError: they don't fit one another, or have NaN or infinity.
-        ArrayError: an array is missing or damaged.
-    """
-    centroids, hit = _array(url, "centroids"), _array(url, "hit")
-    if centroids.ndim != 2 or hit.shape != centroids.shape[:1] or hit.dtype.kind not in "bui":
-        raise ExternalError(
-            f"{url}: centroids {centroids.shape} and hit {hit.dtype} {hit.shape}. Remedy: [k, d], and [k] of 0 and 1"
-        )
-    _refuse_infinite(url, centroids)
-    return centroids, hit.astype(bool)
 
 
 def _stat(url: str) -> files.Listed:

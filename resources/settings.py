@@ -263,15 +263,6 @@ class ExternalSettings(Settings):
         return [files] if isinstance(files, str) else files
 
 
-class ClusterSettings(Settings):
-    """HYPE's cluster term: which images lie in clusters that images of interest are in."""
-
-    encoder: str = Field(description="Encoder whose image embeddings are compared with the centroids.")
-    centroids: Location = Field(
-        description=".npz with centroids [k, d] and hit [k]: 1 where an image of interest has it for its nearest.",
-    )
-
-
 class HypeSettings(Settings):
     """HYPE from hyperbolic embeddings that somebody has computed (arXiv 2404.17507; `docs/methods/hype.md`)."""
 
@@ -284,7 +275,12 @@ class HypeSettings(Settings):
     image: str = Field(default="image", min_length=1, description="Name of the images' array.")
     text: str = Field(default="text", min_length=1, description="Name of the captions' array.")
     apex_radius: float = Field(default=0.1, gt=0, description="K: how near to the origin a cone may begin.")
-    clusters: ClusterSettings | None = Field(default=None, description="Left out, HYPE has no cluster term.")
+    clusters: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*/[A-Za-z_][A-Za-z0-9_]*$",
+        description="<encoder>/<target> of scores.clusters: whether an image is in one of the target's clusters is the "
+        "cluster term. Left out, HYPE has none.",
+    )
 
 
 class ExternalUids(ExternalSettings):

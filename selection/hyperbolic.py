@@ -1,6 +1,6 @@
 """HYPE's parts, from hyperbolic embeddings (arXiv 2404.17507; entailment cones as in MERU, arXiv 2304.09172).
 
-Here: distances, cones and specificity in the Lorentz model, and the cluster term. Not here: an encoder into that space.
+Here: distances, cones and specificity in the Lorentz model. Not here: an encoder into that space, nor the cluster term.
 
 A point is its spatial part x, in R^d; with curvature -c its time part is sqrt(1/c + |x|²). In units of 1/√c its radius
 ρ from the origin has sinh ρ = √c |x|, and everything below is written in radii and in the angle θ between directions:
@@ -103,23 +103,6 @@ def specificity(points: Tensor, references: Tensor, curvature: float, apex_radiu
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Give the cosine of each pair's spatial parts, float64 [n]; 0 where one is the origin."""
     return (_polar(x, 1.0)[1] * _polar(y, 1.0)[1]).sum(1)
-
-
-def nearest_centroid(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """Give the nearest centroid of each vector, by Euclidean distance; of equals the first.
-
-    Args:
-        vectors: [n, d].
-        centroids: [k, d], of any length.
-
-    Returns:
-        Indices, int64 [n].
-    """
-    wide = centroids.float()
-    half_squares = wide.square().sum(1) / 2
-    step = max(1, _PAIRS // max(1, len(centroids)))
-    found = [(part.float() @ wide.T - half_squares).argmax(1) for part in vectors.split(step)]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=vectors.device)
 
 
 def _polar(x: Tensor, curvature: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from assets.reproduction import choose_again, rebuild
 from resources.arrays import ArrayError
 from resources.external import ExternalError
 from resources.hyperbolic import read_shard
-from resources.lake import column_to_vectors
 from resources.settings import HypeSettings
 from tests.pool_factory import datacomp_shard, uid, unit_rows
 from tests.scenario import ROWS, SHARDS, Scenario, keep
@@ -113,22 +112,37 @@ def test_rows_keep_their_own_embedding_when_a_sample_is_rejected(hyped: Scenario
     assert hyped.scores("hype/meru", ["00001"]).equals(whole[1:])
 
 
-def test_the_cluster_term_says_whether_the_nearest_centroid_was_hit(hyped: Scenario) -> None:
+def clustered(scenario: Scenario) -> None:
+    """Give HYPE its cluster term: four given centroids, and a target set of two images' features."""
+    images = np.concatenate([unit_rows(int(shard) + 1, ROWS) for shard in SHARDS])
+    np.save(scenario.folder / "centroids.npy", images[[0, 7, 20, 30]].astype(np.float32))
+    np.save(scenario.folder / "features.npy", images[[7, 30]])
+    scenario.document["targets"] = {"liked": {"features": {"b32": "features.npy"}}}
+    scenario.set("scores", "clusters", value={"b32": {"targets": ["liked"], "centroids": "centroids.npy"}})
+    scenario.set("scores", "hype", "meru", "clusters", value="b32/liked")
+
+
+def test_the_cluster_term_says_whether_the_nearest_centroid_is_a_targets_too(hyped: Scenario) -> None:
     hyped.run()
-    vectors = np.concatenate(
-        [column_to_vectors(hyped.open().lake.read("embeddings/b32", shard)["image"]) for shard in SHARDS]
-    ).astype(np.float64)
-    centroids, hit = vectors[[0, 7, 20]] * 0.9, np.array([True, False, True])
-    np.savez(hyped.folder / "centroids.npz", centroids=centroids.astype(np.float32), hit=hit)
-    hyped.set("scores", "hype", "meru", "clusters", value={"encoder": "b32", "centroids": "centroids.npz"})
     before = hyped.scores("hype/meru")
+    clustered(hyped)
     assert hyped.run().failures == {}
     after = hyped.scores("hype/meru")
-    nearest = ((vectors[:, None] - centroids[None]) ** 2).sum(2).argmin(1)
-    assert after["hype_cluster"].to_list() == hit[nearest].astype(float).tolist()
-    assert 0 < after["hype_cluster"].sum() < len(after)
-    difference = (after["hype"] - before["hype"]).to_numpy()
-    np.testing.assert_allclose(difference, hit[nearest], atol=1e-6)
+    images = np.concatenate([unit_rows(int(shard) + 1, ROWS) for shard in SHARDS]).astype(np.float64)
+    inside = np.isin((images @ images[[0, 7, 20, 30]].T).argmax(1), [1, 3])
+    assert 0 < inside.sum() < len(inside)
+    assert after["hype_cluster"].to_list() == inside.astype(float).tolist()
+    np.testing.assert_allclose((after["hype"] - before["hype"]).to_numpy(), inside, atol=1e-6)
+
+
+def test_other_centroids_score_hype_again(hyped: Scenario) -> None:
+    clustered(hyped)
+    hyped.run()
+    np.save(hyped.folder / "centroids.npy", unit_rows(7, 3).astype(np.float32))
+    outcome = hyped.run()
+    assert outcome.failures == {}
+    assert outcome.computed["hype/meru"] == list(SHARDS)
+    assert hyped.run().computed == {}
 
 
 def test_what_the_published_code_calls_nan_has_a_score(hyped: Scenario) -> None:
@@ -199,13 +213,14 @@ def test_a_shard_waits_for_its_file(hyped: Scenario) -> None:
     assert outcome.computed["hype/meru"] == ["00001"]
 
 
-def test_an_unknown_encoder_of_clusters_is_refused(hyped: Scenario) -> None:
-    hyped.set("scores", "hype", "meru", "clusters", value={"encoder": "l14", "centroids": "c.npz"})
-    with pytest.raises(ConfigError, match=r"scores.hype.meru.clusters.encoder: there is no encoder 'l14'"):
+def test_clusters_that_nobody_computes_are_refused(hyped: Scenario) -> None:
+    hyped.set("scores", "hype", "meru", "clusters", value="b32/liked")
+    with pytest.raises(ConfigError, match=r"scores.hype.meru.clusters: scores.clusters has no 'b32/liked'"):
         hyped.open()
 
 
 def test_what_hype_chose_is_made_again_from_its_record(hyped: Scenario, tmp_path: Path) -> None:
+    clustered(hyped)
     hyped.run()
     record = json.loads((Path(hyped.subset("best").folder) / "lineage.json").read_text())
     assert record["scores"]["hype/meru"]["curvature"] == CURVATURE

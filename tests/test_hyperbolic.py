@@ -14,7 +14,6 @@ from selection.hyperbolic import (
     exterior_angle,
     half_aperture,
     lorentz_distance,
-    nearest_centroid,
     specificity,
 )
 
@@ -168,13 +167,3 @@ def test_the_cosine_of_spatial_parts_is_that_of_their_directions():
     x, y = points(30, 5, seed=1), points(30, 5, seed=2)
     expected = torch.nn.functional.cosine_similarity(x, y)
     assert_close(cosine(x, y), expected, atol=1e-14, rtol=0)
-
-
-@given(rows=st.integers(0, 50), centroids=st.integers(1, 30), width=st.integers(1, 10))
-@settings(max_examples=25, deadline=None)
-def test_the_nearest_centroid_is_the_nearest(rows, centroids, width):
-    vectors, means = points(rows, width, seed=1, dtype=torch.float16), points(centroids, width, seed=2)
-    distances = torch.cdist(vectors.double(), means)
-    found = nearest_centroid(vectors, means)
-    assert found.shape == (rows,)
-    assert_close(distances.gather(1, found[:, None])[:, 0], distances.amin(1), atol=1e-5, rtol=0)
