@@ -14,6 +14,7 @@ import dagster as dg
 from assets.graph import Graph
 from assets.project import Project
 from assets.sharded import SHARDS_NAME, NotReady, ShardAsset
+from assets.subset import SubsetAsset
 from assets.whole import WholeAsset
 from resources.encoders import EncoderError
 from resources.external import ExternalError
@@ -125,9 +126,11 @@ def find_due(project: Project, graph: Graph, shards: Sequence[str], tried: Mappi
     """
     due = Due()
     moving: dict[str, set[str | None]] = {}
-    for node in graph.nodes:
+    for node in graph.in_order:
         upstream: set[str | None] = set().union(*(moving.get(dep, ()) for dep in node.deps))
-        moving[node.key] = set(upstream) if isinstance(node, ShardAsset) else set()
+        moving[node.key] = set() if isinstance(node, WholeAsset) else set(upstream)
+        if isinstance(node, SubsetAsset):
+            continue  # chosen when all has come to rest; what begins with it waits for what it reads
         for shard in shards if isinstance(node, ShardAsset) else [None]:
             if shard is not None and (shard in upstream or None in upstream):
                 continue

@@ -19,6 +19,7 @@ from dagster_project.headless import Outcome, materialize
 from resources.lake import LakeError, column_to_vectors
 from selection.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
 from tests.scenario import ROWS, SHARDS, Scenario, keep
+from tests.test_sensors import Automation
 
 CPU = torch.device("cpu")
 
@@ -353,3 +354,21 @@ def test_a_version_that_rests_on_rounds_of_a_subset_is_chosen_again_and_not_rebu
     assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
     with pytest.raises(LakeError, match="dynamic_rounds/tiny began with subset/clip_third"):
         rebuild(version.lineage, tmp_path / "rebuilt")
+
+
+def test_sensors_make_the_rounds_once_after_the_subset_that_they_begin_with(tmp_path: Path) -> None:
+    automation = Automation(tmp_path)
+    automation.document["scores"]["norm_sim_dynamic"] = {"b32": {"of": "subset/best", "keep": 0.25, "rounds": 2}}
+    best = keep("neg_clip_loss/b32", fraction=0.5)
+    automation.document["recipes"]["pruned"] = {"steps": [best, keep("norm_sim_dynamic/b32", fraction=0.25)]}
+    automation.load()
+    for arriving in ([0, 1, 2, 3], [4, 5]):
+        automation.write(*arriving)
+        runs = [key for keys, _ in automation.settle() for key in keys.split() if key != "catalog"]
+        assert runs.count("dynamic_rounds/b32") == 1
+        order = ["subset/best", "dynamic_rounds/b32", "norm_sim_dynamic/b32", "subset/pruned"]
+        assert [key for key in runs if key in order] == order
+        assert automation.subset("pruned").lineage["rows"] == (arriving[-1] + 1) * 2 // 4
+    automation.assert_nothing_is_left()
+    automation.assert_as_headless()
+    automation.instance.dispose()
