@@ -377,11 +377,10 @@ def _sensitivity(
     wanted += [
         ("τ", tau * factor, size, draws, estimator, 0) for factor in _TEMPERATURES if 0.001 <= tau * factor <= 10
     ]
-    wanted += [("B", tau, size // d, draws, estimator, 0) for d in _SMALLER_BATCHES if size // d >= 2]
+    smaller = {size // d for d in _SMALLER_BATCHES if size // d >= 2} | {shared} - {size}
+    wanted += [("B", tau, b, draws, estimator, 0) for b in sorted(smaller)]
     wanted += [("K", tau, size, k, estimator, 0) for k in sorted({1, 2, draws // 2}) if 0 < k < draws]
     wanted += [("seed", tau, size, draws, estimator, 1)]
-    if shared < size:
-        wanted += [("B", tau, shared, draws, estimator, 0)]
     wanted += [("estimator", tau, shared, draws, other, 0)]
     scored = np.stack([scorer.score(*setting) for _, *setting in wanted], axis=1)
     cut = [(g, g.better[places], g.worse[places]) for g in groups if not g.within and not g.wanted]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PAGE_FILE, FIGURES_FILE = "index.html", "figures.json"
 CONFIGURED = "as configured"
-MOST_OVERLAPS = 10  # in words; the plot has all
+TOLD_OVERLAPS = 3  # in words; of more, the largest and the smallest
 _COIN = 0.5
 _COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#d4a72c", "#bf3989")
 _MARKERS = "osD^vPX*"
@@ -117,7 +117,8 @@ def _agreement(study: Study) -> list[tuple[str, str]]:
 
 def _selections(study: Study) -> list[tuple[str, str]]:
     said = []
-    for overlap in study.overlaps[:MOST_OVERLAPS]:
+    told = sorted(study.overlaps, key=lambda overlap: -overlap.jaccard)
+    for overlap in told if len(told) <= TOLD_OVERLAPS else (told[0], told[-1]):
         share_a, share_b = (overlap.rows_both / rows for rows in (overlap.rows_a, overlap.rows_b))
         text = (
             f"{overlap.rows_both:,} rows are in both, {share_a:.1%} of the one (by chance "
@@ -495,7 +496,7 @@ ul{margin:0;padding-left:1.2rem}li{margin:.35rem 0;overflow-wrap:anywhere}
 table{border-collapse:collapse;margin-top:.8rem;font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid #d8dee4;padding:.3rem 1.1rem .3rem 0;text-align:right;vertical-align:top}
 th{color:#57606a;font-weight:600}th:first-child,td:first-child{text-align:left}
-tr>th.kind{color:#1c2128}tr>th.variant{font-weight:400;padding-left:1rem}
+tr>th.kind{color:#1c2128}tr>th:first-child{white-space:nowrap}tr>th.variant{font-weight:400;padding-left:1rem}
 td small{display:block;color:#6e7781;font-size:.72rem;white-space:nowrap}
 table.dense{font-size:.8rem}table.dense th,table.dense td{padding-right:.7rem}
 td:nth-child(5){white-space:nowrap}.wide{overflow-x:auto}.note{color:#57606a;font-size:.86rem;max-width:60rem}.chart{max-width:100%;height:auto;display:block}

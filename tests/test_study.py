@@ -307,6 +307,13 @@ def test_no_more_rows_are_studied_than_asked_for_and_always_the_same(made: Scena
     assert few.sensitivities[0].rows == 20
 
 
+def test_a_single_row_has_no_correlations_and_a_page_all_the_same(made: Scenario, tmp_path: Path) -> None:
+    single = study(made.open(), rows=1)
+    assert single.rows == 1
+    assert np.isnan(single.spearman).all()
+    assert "the pool&#x27;s 36" in write_page(single, tmp_path).read_text()
+
+
 def test_the_papers_estimator_is_studied_beside_reference_negatives(scenario: Scenario) -> None:
     scenario.set(
         "scores", "neg_clip_loss", "tiny", value={"batch_size": 6, "draws": 2, "estimator": "random_partitions"}
