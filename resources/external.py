@@ -169,10 +169,10 @@ class Table:
         self.con.register("wanted", wanted)
         selected = "".join(f", l.{_quoted(column)}" for column in self.columns)
         found = self.con.execute(
-            f"SELECT w.place{selected} FROM wanted AS w JOIN listed AS l ON w.f0 = l.f0 AND w.f1 = l.f1"
+            f'SELECT w.place AS "pool row"{selected} FROM wanted AS w JOIN listed AS l ON w.f0 = l.f0 AND w.f1 = l.f1'
         ).fetchnumpy()
         self.con.unregister("wanted")
-        places = found["place"]
+        places = found["pool row"]  # no name that a user may give a column
         values = {column: np.full(len(f0), np.nan) for column in self.columns}
         differs = np.zeros(len(f0), bool)
         for column, all_rows in values.items():

@@ -309,7 +309,7 @@ class ExternalScores(ExternalSettings):
     @field_validator("columns")
     @classmethod
     def _names_are_free(cls, columns: dict[str, str]) -> dict[str, str]:
-        taken = {"shard", "f0", "f1", "filename", "file_row_number"}
+        taken = {"shard", "uid", "f0", "f1", "filename", "file_row_number"}
         for name in columns:
             if name.casefold() in taken:
                 raise ValueError(f"{name!r} is the name of another column. Remedy: a mapping, such as {{mine: {name}}}")

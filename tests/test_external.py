@@ -120,6 +120,13 @@ def test_a_file_of_floats_of_half_precision_or_of_repeated_texts_is_read(tmp_pat
     assert look_up(str(tmp_path), UIDS[:2], a="a") == {"a": [0.5, 2.0]}
 
 
+def test_a_column_may_have_any_name(tmp_path):
+    names = ["place", "select", "wanted", "w", "l", "listed", "read"]
+    write_parquet(tmp_path / "a.parquet", UIDS[:1], **{name: [float(i)] for i, name in enumerate(names)})
+    found = look_up(str(tmp_path), UIDS[:2], **{name: name for name in names})
+    assert found == {name: [float(i), None] for i, name in enumerate(names)}
+
+
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
@@ -154,6 +161,7 @@ def test_a_damaged_file_a_pickle_and_a_missing_file_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"columns": ["f0"]}, "name of another column"),
+        ({"columns": ["UID"]}, "name of another column"),
         ({"columns": {"a": "x", "A": "y"}}, "name of another column"),
         ({"columns": ["dfn score"]}, "columns.dfn score"),
         ({"columns": []}, "columns"),
