@@ -32,6 +32,7 @@ BOUNDS = {
     "clip_score": "|cosine| ≤ 1.",
     "neg_clip_loss": "negCLIPLoss ≤ 0.",
     "norm_sim_dynamic": "0 ≤ round of leaving ≤ rounds + 1, and 0 ≤ NormSim_2 ≤ √rows that the rounds began with.",
+    "sieve": "|cosine| ≤ 1.",
     "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
     "hype": "-π/2 ≤ specificity ≤ π, distance ≥ 0, |cosine| ≤ 1, and the cluster term is 0 or 1.",
 }
@@ -248,6 +249,8 @@ def checks_of(project: Project, asset: str) -> tuple[Check, ...]:
         return (_rows_aligned(asset, "raw_pool"), _within_bounds(asset))
     if kind in ("captions", "clusters"):
         return (_rows_aligned(asset, "raw_pool"),)
+    if kind == "sieve":
+        return (_rows_aligned(asset, "raw_pool"), _within_bounds(asset))
     if kind not in BOUNDS:
         return ()
     checks = [_rows_aligned(asset, "raw_pool", f"embeddings/{encoder}"), _within_bounds(asset)]
@@ -370,6 +373,7 @@ def _within_bounds(asset: str) -> Check:
         table = tables.read(asset)
         bounds: dict[str, tuple[float, float]] = {
             "clip_score": (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE),
+            "sieve": (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE),
             "neg_clip_loss": (-np.inf, ZERO_TOLERANCE),
             "norm_sim_inf": (0, 1 + COSINE_TOLERANCE),
             "hype": (-np.inf, np.inf),
@@ -394,7 +398,7 @@ def _within_bounds(asset: str) -> Check:
         for column, (low, high) in bounds.items():
             if column not in table.column_names:
                 continue
-            values = table[column].to_numpy()
+            values = table[column].drop_null().to_numpy()  # NULL, where a score has it, is no value
             bad = np.flatnonzero(~(np.isfinite(values) & (values >= low) & (values <= high)))
             if len(bad):
                 why = f"{column}: {len(bad)} rows are not in [{low:g}, {high:g}], the first is row {bad[0]}: "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from assets.captioners import captioned
 from assets.captions import captions
 from assets.catalog import catalog
 from assets.choosing import SharedSource
@@ -20,6 +21,7 @@ from assets.norm_sim_dynamic import dynamic_rounds, norm_sim_dynamic
 from assets.project import Project
 from assets.raw_pool import raw_pool
 from assets.sharded import ShardAsset
+from assets.sieve import sieve
 from assets.subset import SubsetAsset, subset
 from assets.target_embeddings import target_embeddings
 from assets.whole import WholeAsset
@@ -108,6 +110,11 @@ def build_graph(project: Project) -> Graph:
         score = norm_sim_dynamic(project, encoder, rounds)
         nodes += [rounds, score]
         by_key[score.key] = score  # which the subsets look up when they are asked what they read
+    for captioner, described in settings.captioners.items():
+        said = captioned(project, captioner, by_recipe[described.recipe] if described.recipe else None)
+        scores = [sieve(project, name, said) for name in settings.sieve.get(captioner, ())]
+        nodes += [said, *scores]
+        by_key |= {node.key: node for node in (said, *scores)}
     with_images = settings.pool.format == "webdataset"
     exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_images else []
     return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(project))

@@ -4,6 +4,7 @@ Here: what stands in `lineage.json`. Not here: making a subset (`assets.subset`)
 (`assets.reproduction`).
 """
 
+import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ PACKAGES = (
     "pillow",
     "pyarrow",
     "safetensors",
+    "sentence-transformers",
     "timm",
     "torch",
     "torchvision",
@@ -63,6 +65,8 @@ def lineage_record(
     scores = sorted(_score_assets(settings, name))
     any_shard = next(iter(shards))
     files = {asset: _stored(project, asset, any_shard) for asset in scores}
+    for captions in {f"captions/{asset.split('/')[1]}" for asset in scores if asset.startswith("sieve/")}:
+        files[captions] = _stored(project, captions, any_shard)
     read = {name for stored in files.values() for name in stored.provenance.inputs}
     encoders = sorted(name.removeprefix("embeddings/") for name in read if name.startswith("embeddings/"))
     wholes = {
@@ -105,7 +109,10 @@ def lineage_record(
 
 def packages() -> dict[str, str]:
     """Give the versions of Python and of every package that a subset's bytes may depend on."""
-    found = {package: importlib.metadata.version(package) for package in PACKAGES}
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra
+            found[package] = importlib.metadata.version(package)
     return {**found, "python": platform.python_version()}
 
 
@@ -118,11 +125,7 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
     while waiting:
         recipe = waiting.pop()
         recipes[recipe] = settings.recipes[recipe]
-        begins = [
-            dynamic.recipe
-            for encoder, dynamic in settings.norm_sim_dynamic.items()
-            if dynamic.recipe and f"norm_sim_dynamic/{encoder}" in _score_assets(settings, recipe)
-        ]
+        begins = [begin for asset, begin in settings.begins.items() if asset in _score_assets(settings, recipe)]
         waiting += [other for other in (*recipes[recipe].recipes, *begins) if other not in recipes]
     wanted = {asset for recipe in recipes for asset in _score_assets(settings, recipe)}
     norm_sim = {
@@ -134,6 +137,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
         encoder: model
         for encoder, model in settings.scores.clusters.items()
         if any(f"clusters/{encoder}/{target}" in wanted for target in model.targets)
+    }
+    sieve = {
+        captioner: [name for name in names if f"sieve/{captioner}/{name}" in wanted]
+        for captioner, names in settings.sieve.items()
+        if any(f"sieve/{captioner}/{name}" in wanted for name in names)
     }
     return {
         "name": settings.name,
@@ -153,6 +161,7 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 if f"neg_clip_loss/{encoder}" in wanted
             },
             "norm_sim": norm_sim,
+            "sieve": sieve,
             "hype": {name: json_settings(model) for name, model in settings.hype.items() if f"hype/{name}" in wanted},
             "captions": json_settings(settings.scores.captions)
             if settings.scores.captions is not None and "captions/facts" in wanted
@@ -163,6 +172,12 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 for encoder, model in settings.norm_sim_dynamic.items()
                 if f"norm_sim_dynamic/{encoder}" in wanted
             },
+        },
+        "captioners": {captioner: json_settings(settings.captioners[captioner]) for captioner in sieve},
+        "text_encoders": {
+            name: json_settings(model)
+            for name, model in settings.text_encoders.items()
+            if any(name in names for names in sieve.values())
         },
         "external_scores": {
             external: json_settings(model)

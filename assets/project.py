@@ -24,12 +24,15 @@ from pydantic import (
 )
 
 from resources import files
+from resources.captioners import Captioner
 from resources.catalog import score_names
 from resources.encoders import Encoder
 from resources.external import find
 from resources.lake import Lake
 from resources.pools import RAW_POOL_SCHEMA, Pool, open_pool
+from resources.sentences import TextEncoder
 from resources.settings import (
+    CaptionerSettings,
     EncoderSettings,
     ExternalScores,
     ExternalUids,
@@ -37,6 +40,7 @@ from resources.settings import (
     Location,
     PoolSettings,
     TargetSettings,
+    TextEncoderSettings,
 )
 from resources.targets import Target, open_target
 from selection.recipes import Recipe, check_recipes
@@ -166,6 +170,7 @@ class ScoreSettings(BaseModel):
     norm_sim_dynamic: dict[Name, NormSimDynamicSettings] = Field(default_factory=dict)
     captions: CaptionSettings | None = None
     clusters: dict[Name, ClusterSettings] = Field(default_factory=dict)
+    sieve: dict[Name, tuple[Name, ...]] | None = None
     drift: DriftLimits = DriftLimits()
 
 
@@ -179,6 +184,8 @@ class ProjectSettings(BaseModel):
     pool: PoolSettings
     encoders: dict[Name, EncoderSettings] = Field(min_length=1)
     targets: dict[Name, TargetSettings] = Field(default_factory=dict)
+    captioners: dict[Name, CaptionerSettings] = Field(default_factory=dict)
+    text_encoders: dict[Name, TextEncoderSettings] = Field(default_factory=dict)
     scores: ScoreSettings = ScoreSettings()
     external_scores: dict[Name, ExternalScores] = Field(default_factory=dict)
     external_uids: dict[Name, ExternalUids] = Field(default_factory=dict)
@@ -195,7 +202,8 @@ class ProjectSettings(BaseModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "ProjectSettings":
-        for field in ("encoders", "targets", "external_scores", "external_uids", "hype", "recipes"):
+        named = ("encoders", "targets", "captioners", "text_encoders", "external_scores", "external_uids", "hype")
+        for field in (*named, "recipes"):
             names = getattr(self, field)
             folded: dict[str, str] = {}
             for name in names:
@@ -206,6 +214,31 @@ class ProjectSettings(BaseModel):
                         f"{field}: SQL can't tell {folded[name.casefold()]!r} from {name!r}. Remedy: rename one"
                     )
                 folded[name.casefold()] = name
+        return self
+
+    @model_validator(mode="after")
+    def _sieve_has_all_it_needs(self) -> "ProjectSettings":
+        if "facts" in self.captioners:
+            raise ValueError("captioners.facts: this name is taken by captions/facts. Remedy: another name")
+        if self.captioners and self.pool.format != "webdataset":
+            raise ValueError("captioners: the pool has no images to describe. Remedy: a pool of format webdataset")
+        for captioner, names in (self.scores.sieve or {}).items():
+            if captioner not in self.captioners:
+                raise ValueError(
+                    f"scores.sieve: there is no captioner {captioner!r}. Remedy: one of {sorted(self.captioners)}"
+                )
+            for name in names:
+                if name not in self.text_encoders:
+                    raise ValueError(
+                        f"scores.sieve.{captioner}: there is no text encoder {name!r}. "
+                        f"Remedy: one of {sorted(self.text_encoders)}"
+                    )
+        for name, text_encoder in self.text_encoders.items():
+            if text_encoder.encoder is not None and text_encoder.encoder not in self.encoders:
+                raise ValueError(
+                    f"text_encoders.{name}: there is no encoder {text_encoder.encoder!r}. "
+                    f"Remedy: one of {sorted(self.encoders)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -259,6 +292,10 @@ class ProjectSettings(BaseModel):
         )
         for encoder, dynamic in self.norm_sim_dynamic.items():
             self._check_begin(f"scores.norm_sim_dynamic.{encoder}.of", f"norm_sim_dynamic/{encoder}", dynamic.recipe)
+        for captioner, text_encoders in self.sieve.items():
+            for name in text_encoders:
+                of = self.captioners[captioner].recipe
+                self._check_begin(f"captioners.{captioner}.of", f"sieve/{captioner}/{name}", of)
         return self
 
     def _check_begin(self, field: str, asset: str, recipe: str | None) -> None:
@@ -275,7 +312,7 @@ class ProjectSettings(BaseModel):
                 raise ValueError(
                     f"{field}: recipe {name!r}, which it begins with, reads {asset}. Remedy: another recipe"
                 )
-            begins = {d.recipe for e, d in self.norm_sim_dynamic.items() if f"norm_sim_dynamic/{e}" in read}
+            begins = {recipe for score, recipe in self.begins.items() if score in read}
             found = {*self.recipes[name].recipes, *begins} - seen
             waiting.extend(found)
             seen |= found
@@ -312,6 +349,20 @@ class ProjectSettings(BaseModel):
         return self.scores.norm_sim_dynamic
 
     @property
+    def sieve(self) -> Mapping[str, tuple[str, ...]]:
+        """Give the captioners that SIEVE is computed with, and by which text encoders."""
+        if self.scores.sieve is None:
+            return {captioner: tuple(self.text_encoders) for captioner in self.captioners}
+        return self.scores.sieve
+
+    @property
+    def begins(self) -> dict[str, str]:
+        """Give the recipe that a score begins with, for each score asset that has one."""
+        found = {f"norm_sim_dynamic/{e}": dynamic.recipe for e, dynamic in self.norm_sim_dynamic.items()}
+        found |= {f"sieve/{c}/{name}": self.captioners[c].recipe for c, names in self.sieve.items() for name in names}
+        return {asset: recipe for asset, recipe in found.items() if recipe is not None}
+
+    @property
     def hype(self) -> Mapping[str, HypeSettings]:
         """Give the sets of hyperbolic embeddings that HYPE is computed from."""
         return self.scores.hype
@@ -335,6 +386,9 @@ class ProjectSettings(BaseModel):
         if self.scores.captions is not None:
             named = () if self.scores.captions.synsets is None else ("names_synset",)
             assets["captions/facts"] = ("language", "words", "characters", *named)
+        for captioner, names in self.sieve.items():
+            for name in names:
+                assets[f"sieve/{captioner}/{name}"] = ("sieve", "sieve_caption")
         for name, hype in self.hype.items():
             assets[f"hype/{name}"] = HYPE_COLUMNS if hype.clusters is None else (*HYPE_COLUMNS, "hype_cluster")
         for name, external in self.external_scores.items():
@@ -465,6 +519,8 @@ class Project:
         self.made_along: set[str] = set()
         self.answers: dict[str, str | Exception] | None = None
         self._encoders: dict[str, Encoder] = {}
+        self._captioners: dict[str, Captioner] = {}
+        self._text_encoders: dict[str, TextEncoder] = {}
         self._listing: dict[str, str] | None = None
         self._target_fingerprints: dict[tuple[str, str], str] = {}
         self._files_fingerprints: dict[tuple[str, str], str] = {}
@@ -508,6 +564,20 @@ class Project:
         if name not in self._encoders:
             self._encoders[name] = Encoder(name, self.settings.encoders[name])
         return self._encoders[name]
+
+    def captioner(self, name: str) -> Captioner:
+        """Give a captioner; its model is loaded when it first describes something."""
+        if name not in self._captioners:
+            self._captioners[name] = Captioner(name, self.settings.captioners[name])
+        return self._captioners[name]
+
+    def text_encoder(self, name: str) -> TextEncoder:
+        """Give a text encoder; its model is loaded when it first embeds something."""
+        if name not in self._text_encoders:
+            settings = self.settings.text_encoders[name]
+            encoder = self.encoder(settings.encoder) if settings.encoder is not None else None
+            self._text_encoders[name] = TextEncoder(name, settings, encoder)
+        return self._text_encoders[name]
 
     def catalog_path(self) -> Path:
         """Give the path of the catalog, which needs a lake in a local folder."""

@@ -14,7 +14,7 @@ subsets, subset_members, subset_shards, lineage_records, funnel. Macros: explain
 
 import glob
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,7 @@ _EXPLAINED = {
     "nearest_target": "BIGINT",
     "nearest_label": "VARCHAR",
     "nearest_name": "VARCHAR",
+    "best_caption": "VARCHAR",
 }
 
 
@@ -295,11 +296,12 @@ def _explain_macro(
         if "nearest_target" in columns
         for column in columns
     }
+    said = [asset for asset in scores if asset.startswith("sieve/")]
     ctes = _sample_ctes(root, scores)
     steps = []
     for number, record in enumerate(records):
         ctes.append(f"judged{number} AS ({_judged(con, root, record)})")
-        steps += _explained_steps(record, f"judged{number}", nearest)
+        steps += _explained_steps(record, f"judged{number}", nearest, said)
     typed = ", ".join(f"NULL::{kind} AS {name}" for name, kind in _EXPLAINED.items())
     ctes.append(
         "found AS MATERIALIZED ("
@@ -393,7 +395,9 @@ def _sets(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [read for read in (record["source"], *record.get("sets", {}).values()) if read["kind"] != "pool"]
 
 
-def _explained_steps(record: Mapping[str, Any], judged: str, nearest: Mapping[str, str]) -> list[str]:
+def _explained_steps(
+    record: Mapping[str, Any], judged: str, nearest: Mapping[str, str], said: Collection[str]
+) -> list[str]:
     source, last = record["source"], len(record["steps"])
     named = {
         "pool": "from the pool",
@@ -420,6 +424,8 @@ def _explained_steps(record: Mapping[str, Any], judged: str, nearest: Mapping[st
                 "threshold": f"{_text(repr(float(step['threshold'])))}::DOUBLE",
                 "rank": f'"rank {number}"',
             }
+        if step["score"] in said:
+            columns["best_caption"] = _quoted("sieve_caption" + step["score"].removeprefix("sieve"))
         if step["score"] in nearest:
             suffix = nearest[step["score"]]
             index = _quoted(f"nearest_target/{suffix}")
@@ -506,6 +512,7 @@ _SCORE_TYPES = {
     "cluster": "BIGINT",
     "in_target_cluster": "BOOLEAN",
     "language": "VARCHAR",
+    "sieve_caption": "VARCHAR",
     "names_synset": "BOOLEAN",
     "words": "BIGINT",
     "characters": "BIGINT",
