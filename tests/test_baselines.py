@@ -63,7 +63,7 @@ def chosen(scenario: Scenario, recipe: str) -> set[str]:
     return set(scenario.manifest(recipe)["uid"])
 
 
-def test_the_basic_filter_keeps_what_its_words_say(scenario: Scenario) -> None:
+def test_the_basic_filter_keeps_what_its_words_say(scenario: Scenario, tmp_path: Path) -> None:
     pool = write_pool(scenario)
     scenario.set("scores", "captions", value={})
     scenario.set("recipes", value={"basic": from_file("datacomp_basic")})
@@ -79,6 +79,9 @@ def test_the_basic_filter_keeps_what_its_words_say(scenario: Scenario) -> None:
     }
     assert len(wanted) == 3
     assert chosen(scenario, "basic") == wanted
+    version = scenario.subset("basic")
+    again = rebuild(version.lineage, tmp_path / "again")
+    assert (again / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
 
 
 def test_facts_of_captions_are_columns_of_the_catalog(scenario: Scenario) -> None:

@@ -241,6 +241,17 @@ def test_it_may_begin_with_what_another_recipe_chose(scenario: Scenario) -> None
     }
 
 
+def test_the_papers_recipe_is_a_file(scenario: Scenario) -> None:
+    file = Path(__file__).resolve().parents[1] / "config/recipes/neg_clip_loss_30_norm_sim_2d_20.yaml"
+    ask_for(scenario, of="subset/first", keep=0.2)
+    scenario.set("recipes", "first", value={"steps": [keep("neg_clip_loss/tiny", fraction=0.3)]})
+    scenario.set("recipes", "pruned", value={"file": str(file), "names": {"encoder": "tiny"}})
+    assert scenario.run().failures == {}
+    lineage = scenario.subset("pruned").lineage
+    assert [(step["entered"], step["kept"]) for step in lineage["steps"]] == [(36, 10), (10, 7)]
+    assert lineage["steps"][1]["threshold"] == 5  # all that stayed, and no other
+
+
 def test_explain_says_in_which_round_a_sample_left(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
