@@ -381,3 +381,15 @@ def test_the_yaml_says_what_is_wrong_with_it(described, path, value, message):
         del described.document["recipes"]["best"]
     with pytest.raises(ConfigError, match=message):
         described.open()
+
+
+def test_the_papers_fusion_is_a_recipe_file(described):
+    path = Path(__file__).parent.parent / "config" / "recipes" / "sieve_clip_score_20.yaml"
+    names = {"captioner": "coca", "text_encoder": "own", "encoder": "tiny"}
+    described.document["recipes"] = {"fused": {"file": str(path), "names": names}}
+    assert not described.run().failures
+    rows = described.scores("sieve/coca/own").join(described.scores("clip_score/tiny"), on=["f0", "f1"])
+    scaled = [(column - column.min()) / (column.max() - column.min()) for column in (rows["sieve"], rows["clip_score"])]
+    rows = rows.with_columns(fused=scaled[0] + scaled[1]).sort("fused", descending=True)
+    best = rows.head(ROWS * len(SHARDS) // 5)
+    assert set(best["f0"]) == set(described.manifest("fused")["f0"])
