@@ -213,7 +213,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
 def tags(project: Project, asset: str) -> dict[str, str]:
     """Give an asset's tags, by which the UI filters: its encoder and its target set."""
     kind, encoder, target = [*asset.split("/"), "", ""][:3]
-    if encoder not in project.settings.encoders or kind.startswith(("external_", "hype")):
+    if encoder not in project.settings.encoders or kind.startswith(("external_", "hype", "captions", "sieve")):
         return {}
     return {"encoder": encoder} | ({"target": target} if target else {})
 
