@@ -207,6 +207,16 @@ def test_several_columns_are_called_by_their_names(scenario):
     assert scenario.manifest("down")["uid"].to_list() == sorted(ordered[:3])
     assert scenario.manifest("up")["uid"].to_list() == sorted(ordered[-3:])
 
+    columns = {name: [-number for number in numbers] for name, numbers in columns.items()}
+    write_parquet(scenario.folder / "flyt.parquet", UIDS, **columns)
+    assert not scenario.run().failures
+    assert scenario.manifest("up")["uid"].to_list() == sorted(ordered[:3])
+    with duckdb.connect(str(scenario.folder / "lake" / "catalog.duckdb"), read_only=True) as con:
+        told = con.sql(
+            "SELECT DISTINCT step FROM diff('up', 'v0001', 'v0002') WHERE reason = 'score changed'"
+        ).fetchall()
+    assert told == [(1,)]
+
 
 def test_a_uid_that_the_files_lack_has_no_score_and_can_not_be_ranked(scenario):
     scored(scenario, UIDS[: ROWS * 2] + ELSEWHERE)
@@ -379,6 +389,15 @@ def test_a_uid_list_that_covers_too_little_is_refused(scenario):
     failures = scenario.run().failures
     assert "external_uids.dfn.minimum_coverage" in failures["external_uids/dfn"]
     assert "external_uids/dfn is not there yet" in failures["subset/begun"]
+
+
+def test_a_list_that_is_refused_leaves_no_recipe_with_the_old_one(scenario):
+    listed(scenario, "dfn.txt", UIDS[:4], minimum_coverage=0.1)
+    assert not scenario.run().failures
+    write_list(scenario.folder / "dfn.txt", UIDS[:1])
+    failures = scenario.run().failures
+    assert set(failures) == {"external_uids/dfn", "subset/begun", "subset/others"}
+    assert "external_uids/dfn is out of date" in failures["subset/begun"]
 
 
 def test_a_recipe_that_names_an_unknown_list_is_refused(scenario):

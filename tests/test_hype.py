@@ -165,8 +165,15 @@ def test_a_new_reference_or_curvature_scores_all_shards_again_and_a_shards_file_
     assert hyped.run().computed == {}
     np.savez(hyped.folder / "hyperbolic" / "00001.npz", **embeddings("00000"))
     assert hyped.run().computed["hype/meru"] == ["00001"]
+    hyped.set("recipes", "specific", value={"steps": [keep("hype_specificity_image/meru", count=5)]})
+    hyped.run()
     np.savez(hyped.folder / "reference.npz", image=spatial(1, 5), text=spatial(2, 5))
     assert hyped.run().computed["hype/meru"] == list(SHARDS)
+    with duckdb.connect(str(hyped.folder / "lake" / "catalog.duckdb"), read_only=True) as con:
+        told = con.sql(
+            "SELECT DISTINCT step FROM diff('specific', 'v0001', 'v0002') WHERE reason = 'score changed'"
+        ).fetchall()
+    assert told == [(1,)]
     hyped.set("scores", "hype", "meru", "curvature", value=1.0)
     assert hyped.run().computed["hype/meru"] == list(SHARDS)
 
