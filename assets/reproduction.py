@@ -111,7 +111,10 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
         f"{asset} began with {name}" for asset, read in draws.items() for name in read if name.startswith("subset/")
     ]
     begun += [f"{asset} began with {read['of']}" for asset, read in record["scores"].items() if read.get("of")]
-    _refuse(record, [f"{begin}, which is not made again. Remedy: choose_again, from the scores" for begin in begun])
+    _refuse(
+        record,
+        [f"{begin}, which `rebuild` does not make first. Remedy: `choose_again` in its own lake" for begin in begun],
+    )
     project.only = {*record["shards"], *(shard for drawn in draws.values() for shard in drawn)}
     gone = project.only - set(project.listing())
     _refuse(record, [f"the pool has no shard {shard} any more" for shard in sorted(gone)])

@@ -31,7 +31,7 @@ CLEAN = "clean"
 FAULTS = "all faults"
 BEST = 0.3  # share of the rows whose overlap is told of each setting
 SEED = 0
-_NO_METHOD = ("nearest_target", "neg_clip_loss_stderr")
+_NO_METHOD = ("nearest_target", "neg_clip_loss_stderr", "norm_sim_2_last")
 _TEMPERATURES = (1 / 4, 1 / 2, 2, 4)
 _SMALLER_BATCHES = (64, 16, 4)
 
@@ -210,7 +210,9 @@ def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resa
         selections, overlaps = _overlaps(con, list(project.settings.recipes))
     names = frame.columns[frame.columns.index("key") + 1 :]
     names = [name for name in names if labels is None or name not in labels.columns]
-    ranking = [name for name in names if name.split("/")[0] not in _NO_METHOD and frame[name].is_finite().any()]
+    # Facts of captions and clusters are columns to choose by, and nothing that ranks: text, numbers and truth values.
+    numbers = [name for name in names if frame[name].dtype.is_float()]
+    ranking = [name for name in numbers if name.split("/")[0] not in _NO_METHOD and frame[name].is_finite().any()]
     values = frame.select(ranking).cast(pl.Float64).to_numpy()
     groups = [] if labels is None else _groups(frame, labels, truth)
     return Study(

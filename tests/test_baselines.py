@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from assets.project import ConfigError
 from assets.reproduction import rebuild
+from dagster_project.study import study
 from resources.lake import column_to_vectors
 from resources.languages import LanguageError, Languages
 from resources.wordnet import WordNet
@@ -299,6 +300,19 @@ def test_the_image_based_filter_keeps_rows_in_a_targets_cluster(scenario: Scenar
     scores = scenario.scores("clip_score/tiny")
     above = scores.filter(pl.col("clip_score") >= scores["clip_score"].sort(descending=True)[int(36 * 0.30)])
     assert set(scenario.manifest("both").select("f0", "f1").rows()) == based & set(above.select("f0", "f1").rows())
+
+
+def test_a_study_ranks_by_scores_and_not_by_facts(scenario: Scenario) -> None:
+    scenario.set("scores", "captions", value={})
+    scenario.set("scores", "clusters", value={"tiny": {"clusters": 3, "targets": ["pets"]}})
+    scenario.run()
+    found = study(scenario.open(), resamples=10)
+    assert set(found.scores) == {
+        "clip_score/tiny",
+        "neg_clip_loss/tiny",
+        "norm_sim_2/tiny/pets",
+        "norm_sim_inf/tiny/pets",
+    }
 
 
 def test_centroids_of_the_pool_stay_when_a_shard_arrives(scenario: Scenario) -> None:
