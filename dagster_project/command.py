@@ -135,9 +135,10 @@ def explain(project: Project, uid: str, console: Console) -> int:
         table = Table(
             "step", "value", "threshold", "rank", "verdict", title=f"{recipe} {version}", title_justify="left"
         )
-        nearest = None
+        nearest = said = None
         for row in steps:
             nearest = row["nearest_name"] or nearest
+            said = row["best_caption"] or said
             numbers = ("" if row[name] is None else f"{row[name]:.5f}" for name in ("value", "threshold"))
             table.add_row(
                 Text(row["text"]), *numbers, "" if row["rank"] is None else f"{row['rank']:,}", row["verdict"]
@@ -145,6 +146,8 @@ def explain(project: Project, uid: str, console: Console) -> int:
         console.print(table)
         if nearest:
             console.print(f"  nearest target: {nearest}", markup=False, highlight=False)
+        if said:
+            console.print(f"  said of the image: {said}", markup=False, highlight=False)
     return 0
 
 

@@ -424,8 +424,8 @@ def _explained_steps(
                 "threshold": f"{_text(repr(float(step['threshold'])))}::DOUBLE",
                 "rank": f'"rank {number}"',
             }
-        if step["score"] in said:
-            columns["best_caption"] = _quoted("sieve_caption" + step["score"].removeprefix("sieve"))
+        for score in {step["score"], *(step.get("scores") or ())}.intersection(said):
+            columns["best_caption"] = _quoted("sieve_caption" + score.removeprefix("sieve"))
         if step["score"] in nearest:
             suffix = nearest[step["score"]]
             index = _quoted(f"nearest_target/{suffix}")

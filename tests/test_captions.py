@@ -393,3 +393,10 @@ def test_the_papers_fusion_is_a_recipe_file(described):
     rows = rows.with_columns(fused=scaled[0] + scaled[1]).sort("fused", descending=True)
     best = rows.head(ROWS * len(SHARDS) // 5)
     assert set(best["f0"]) == set(described.manifest("fused")["f0"])
+    with duckdb.connect(str(described.folder / "lake" / "catalog.duckdb"), read_only=True) as con:
+        chosen = described.manifest("fused")["uid"][0]
+        ((said, stored),) = con.sql(
+            f"""SELECT e.best_caption, s."sieve_caption/coca/own" FROM explain('{chosen}') AS e, scores AS s
+            WHERE e.step = 1 AND s.uid = '{chosen}'"""
+        ).fetchall()
+        assert said == stored is not None
