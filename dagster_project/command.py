@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ui(project, options.port)
     except EXPECTED_ERRORS as error:
         Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", end="")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 2
 
 
