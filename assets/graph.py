@@ -96,12 +96,14 @@ def build_graph(project: Project) -> Graph:
     nodes.extend(read.values())
     nodes.extend(external_scores(project, *pair) for pair in read.items())
     nodes.extend(external_uids(project, name) for name in settings.external_uids)
-    sharded = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
-    nodes.extend(hype(project, name, sharded.get(f"clusters/{it.clusters}")) for name, it in settings.hype.items())
     if settings.scores.captions is not None:
         nodes.append(captions(project))
 
     by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
+    for name, given in settings.hype.items():
+        score = hype(project, name, by_key.get(f"clusters/{given.clusters}"))
+        nodes.append(score)
+        by_key[score.key] = score
     shared = SharedSource()
     subsets = [subset(project, recipe, by_key, shared) for recipe in _in_order(project)]
     by_recipe = {node.recipe: node for node in subsets}

@@ -10,14 +10,14 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from selection import comparing
+
 SCORES = {"clip_score": "CLIPScore", "neg_clip_loss": "negCLIPLoss", "norm_sim_inf": "NormSim_∞"}
 TARGET_LIKE = "target-like pictures"
 
 
 def auc(better: np.ndarray, worse: np.ndarray) -> float:
     """Chance that a random row of `better` scores higher than one of `worse`; ties count half.
-
-    Exact, from mid-ranks (the Mann-Whitney U statistic over the number of pairs).
 
     Args:
         better: scores [n] of the rows that should be kept, any real dtype.
@@ -29,10 +29,7 @@ def auc(better: np.ndarray, worse: np.ndarray) -> float:
     for name, values in (("better", better), ("worse", worse)):
         if len(values) == 0 or np.isnan(values).any():
             raise ValueError(f"{name} has no rows or has NaN: an AUC needs scores on both sides")
-    _, level, counts = np.unique(np.concatenate([better, worse]), return_inverse=True, return_counts=True)
-    middle_rank = np.cumsum(counts) - (counts - 1) / 2
-    above = middle_rank[level[: len(better)]].sum() - len(better) * (len(better) + 1) / 2
-    return float(above / (len(better) * len(worse)))
+    return float(comparing.auc(better[:, None], worse[:, None])[0])
 
 
 def separation(truth: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
