@@ -14,6 +14,7 @@ from typing import Any
 from assets.checks import SUMMARY_KEY
 from assets.project import Project, ProjectSettings, json_settings
 from resources.lake import Stored
+from resources.versions import step_file
 from selection.selecting import Selection
 
 FORMAT = 3
@@ -83,8 +84,12 @@ def lineage_record(
         "definition": recipe.definition(),
         "source": {**source, "rows": selection.source_rows, "duplicates": duplicates},
         "sets": {other: dict(read) for other, read in sets.items()},
-        "steps": [report.as_dict() for report in selection.steps],
+        "steps": [
+            {**report.as_dict(), "file": step_file(report.step) if report.step in selection.tables else None}
+            for report in selection.steps
+        ],
         "rows": selection.rows,
+        "samples": selection.samples,
         "shards": {shard: dict(read) for shard, read in shards.items()},
         "shards_missing": dict(missing),
         "encoders": {encoder: project.encoder(encoder).identity() for encoder in encoders},

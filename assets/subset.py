@@ -25,8 +25,9 @@ from assets.subset_checks import examine_before_the_record, examine_stored, spec
 from resources.lake import digest
 from resources.versions import Manifest, Version, Versions, set_file
 from selection.ranking import quoted
-from selection.recipes import POOL, Recipe, is_uid_list_asset, set_kind
+from selection.recipes import Recipe, is_uid_list_asset, set_kind
 from selection.selecting import Selection, set_column
+from selection.steps import POOL
 from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "2"
@@ -256,7 +257,13 @@ def _told(project: Project, read: Mapping[str, str], uids: pa.Table, selection: 
 
 def manifest(selection: Selection) -> Manifest:
     """Give a selection as it is written; valid as long as the selection."""
-    return Manifest(selection.rows, selection.manifest().to_arrow_reader, selection.ranks())
+    return Manifest(
+        rows=selection.rows,
+        reader=selection.manifest().to_arrow_reader,
+        ranks=selection.ranks(),
+        samples=selection.samples,
+        tables={number: selection.con.sql(query).to_arrow_reader for number, query in selection.tables.items()},
+    )
 
 
 def read_uid_list(path: Path) -> pa.Table:
@@ -287,6 +294,7 @@ def _metadata(version: Version) -> dict[str, Any]:
     lineage = version.lineage
     metadata: dict[str, Any] = {
         "dagster/row_count": lineage["rows"],
+        "samples": lineage.get("samples", lineage["rows"]),
         "version": version.name,
         "fraction_of_source": lineage["rows"] / lineage["source"]["rows"],
         "funnel": dg.MetadataValue.md(funnel_markdown(lineage)),

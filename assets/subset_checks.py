@@ -18,9 +18,10 @@ from selection.uids import SUBSET_DTYPE
 
 DESCRIPTIONS = {
     "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
-    "those were fewer; by DataComp's rule one more, and all that are equal to it. Manifest and array have as many rows "
-    "as the last step kept.",
-    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), without repeats, the manifest's uids.",
+    "those were fewer; by DataComp's rule one more, and all that are equal to it. The manifest has as many rows as the "
+    "last step kept, and so has the array, or as many as were drawn.",
+    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), the manifest's uids, each once or as often as "
+    "it was drawn.",
     "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
 }
 BLOCKING = ("size", "uids_sorted_and_unique")
@@ -39,7 +40,7 @@ def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndar
 
     Args:
         lineage: the lineage record.
-        manifest: f0 and f1 of the selected rows.
+        manifest: f0 and f1 of the selected rows; where they were drawn, copies.
         uids: DataComp's array.
     """
     duplicates = lineage["source"]["duplicates"]
@@ -72,7 +73,14 @@ def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
     """Look at the checks of a version's files."""
     with lake.fs.open(version.uids) as file:
         uids = np.lib.format.read_array(file, allow_pickle=False)
-    return examine_subset(version.lineage, Versions(lake, version.recipe).read_uids(version.name), uids)
+    columns = ("f0", "f1", "copies") if _drawn(version.lineage) else ("f0", "f1")
+    manifest = Versions(lake, version.recipe).read_uids(version.name, columns=columns)
+    return examine_subset(version.lineage, manifest, uids)
+
+
+def _drawn(lineage: Mapping[str, Any]) -> bool:
+    steps = lineage["steps"]
+    return bool(steps) and steps[-1]["kind"] == "soft_cap_sample"
 
 
 def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> str:
@@ -84,13 +92,21 @@ def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> s
         kept = report["kept"] if wanted is None else min(wanted, entered)
         if step.keep_top is not None and step.keep_top.rule == "datacomp":
             kept = max(kept, min(report["kept"], entered))  # all that are equal to the last one stay
+        if step.stratify is not None:
+            kept = report["wanted"]  # as the sizes of the strata have it
         if (report["entered"], report["kept"]) != (entered, kept):
             return f"step {report['step']}: {report['kept']} of {report['entered']} rows kept, not {kept} of {entered}"
         entered = kept
         if step.kind == "within":
             basis = kept
-    counted = {"record": lineage["rows"], "manifest": manifest.num_rows, "array": len(uids)}
-    wrong = [f"the {what} has {rows} rows, not {entered}" for what, rows in counted.items() if rows != entered]
+    draw = recipe.steps[-1].soft_cap_sample if recipe.steps else None
+    samples = entered if draw is None else draw.wanted(basis)
+    counted = {
+        "record": (lineage["rows"], entered),
+        "manifest": (manifest.num_rows, entered),
+        "array": (len(uids), samples),
+    }
+    wrong = [f"the {what} has {rows} rows, not {right}" for what, (rows, right) in counted.items() if rows != right]
     return ", ".join(wrong)
 
 
@@ -99,10 +115,13 @@ def _order(manifest: pa.Table, uids: np.ndarray) -> str:
     if uids.dtype != SUBSET_DTYPE:
         return f"its dtype is {uids.dtype}, not u8,u8"
     f0, f1 = uids["f0"], uids["f1"]
+    listed = [manifest["f0"].to_numpy(), manifest["f1"].to_numpy()]
     rising = (f0[1:] > f0[:-1]) | ((f0[1:] == f0[:-1]) & (f1[1:] > f1[:-1]))
+    if "copies" in manifest.column_names:
+        rising |= (f0[1:] == f0[:-1]) & (f1[1:] == f1[:-1])
+        listed = [np.repeat(words, manifest["copies"].to_numpy()) for words in listed]
     if not rising.all():
         return f"row {int(np.flatnonzero(~rising)[0]) + 1} is not above the row before it"
-    same = len(uids) == manifest.num_rows
-    if not same or (f0 != manifest["f0"].to_numpy()).any() or (f1 != manifest["f1"].to_numpy()).any():
+    if len(uids) != len(listed[0]) or (f0 != listed[0]).any() or (f1 != listed[1]).any():
         return "its uids are not the manifest's"
     return ""

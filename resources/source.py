@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
-import numpy as np
+
+from selection.grouping import repeated_hashes
 
 ScoreFiles = tuple[str, Mapping[str, Path]]
 """A score's column in its files, and the files by shard."""
 
 _SHARDS_AT_ONCE = 256
-_HASHES_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -147,32 +147,25 @@ def _which_is_out_of_step(
 def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
     """Keep each uid's first row; rows were inserted in the order of (shard, place in the shard).
 
-    Hashes of the uids are sorted, a part at a time, so that memory does not grow with the pool; only rows
-    whose hash is there twice are compared by uid.
+    Only rows whose hash is there twice are compared by uid.
     """
     table = _quoted(name)
     ((rows,),) = con.execute(f"SELECT count(*) FROM {table}").fetchall()
-    parts = rows // _HASHES_AT_ONCE + 1
-    dropped = 0
-    for part in range(parts):
-        found = con.execute(f"SELECT hash(f0, f1) AS h FROM {table} WHERE h % {parts} = {part}").fetchnumpy()["h"]
-        found.sort()
-        twice = {"h": np.unique(found[1:][found[1:] == found[:-1]])}
-        if not len(twice["h"]):
-            continue
-        con.register("twice", twice)
-        ((count,),) = con.execute(
-            f"""
-            DELETE FROM {table} WHERE rowid IN (
-                SELECT rowid FROM (
-                    SELECT rowid, row_number() OVER (PARTITION BY f0, f1 ORDER BY rowid) AS copy
-                    FROM {table} WHERE hash(f0, f1) IN (SELECT h FROM twice))
-                WHERE copy > 1)
-            """
-        ).fetchall()
-        con.unregister("twice")
-        dropped += count
-    return dropped
+    twice = {"h": repeated_hashes(con, "hash(f0, f1)", table, rows)}
+    if not len(twice["h"]):
+        return 0
+    con.register("twice", twice)
+    ((dropped,),) = con.execute(
+        f"""
+        DELETE FROM {table} WHERE rowid IN (
+            SELECT rowid FROM (
+                SELECT rowid, row_number() OVER (PARTITION BY f0, f1 ORDER BY rowid) AS copy
+                FROM {table} WHERE hash(f0, f1) IN (SELECT h FROM twice))
+            WHERE copy > 1)
+        """
+    ).fetchall()
+    con.unregister("twice")
+    return int(dropped)
 
 
 def _quoted(name: str) -> str:

@@ -7,7 +7,7 @@ without it is a run that was killed; its number is used again.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,18 @@ class Manifest:
 
     Attributes:
         rows: how many there are.
-        reader: opens them, sorted by (f0, f1): uid, f0, f1, shard, key, and `step{n}_value` of each ranking.
+        reader: opens them, sorted by (f0, f1): uid, f0, f1, shard, key, `step{n}_value` of each ranking, and `copies`
+            where rows were drawn.
         ranks: `step{n}_rank` of each ranking, int64, in the same order; masked where a row has none.
+        samples: entries of DataComp's array: rows, each as often as it was drawn.
+        tables: opens what explains a step, by its number, where its verdict on a row needs the rows beside it.
     """
 
     rows: int
     reader: Callable[[], pa.RecordBatchReader]
     ranks: Mapping[str, np.ndarray]
+    samples: int
+    tables: Mapping[int, Callable[[], pa.RecordBatchReader]]
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,11 @@ class Versions:
         for other, listed in (sets or {}).items():
             with self.lake.replacing(f"{version.folder}/{set_file(other)}") as path:
                 pq.write_table(listed, path, compression="zstd", row_group_size=ROW_GROUP)
+        for number, table in manifest.tables.items():
+            with self.lake.replacing(f"{version.folder}/{step_file(number)}") as path, table() as reader:
+                with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
+                    for rows in _in_row_groups(reader):
+                        writer.write_table(rows, row_group_size=ROW_GROUP)
         examine(version)
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
@@ -146,10 +156,12 @@ class Versions:
         self.lake.fs.rm_file(self._lineage_path(name))
         self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
 
-    def read_uids(self, name: str, file: str = "manifest.parquet") -> pa.Table:
-        """Read columns f0 and f1 of a version's manifest, or of the uids of a set that it read (`set_file`)."""
+    def read_uids(
+        self, name: str, file: str = "manifest.parquet", *, columns: Sequence[str] = ("f0", "f1")
+    ) -> pa.Table:
+        """Read columns, f0 and f1, of a version's manifest, or of the uids of a set that it read (`set_file`)."""
         with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:
-            return pq.ParquetFile(opened).read(columns=["f0", "f1"])
+            return pq.ParquetFile(opened).read(columns=list(columns))
 
     def _lineage_path(self, name: str) -> str:
         return f"{self.folder}/{name}/lineage.json"
@@ -160,6 +172,11 @@ def set_file(name: str) -> str:
     return f"sets/{quote(name, safe='')}.parquet"
 
 
+def step_file(number: int) -> str:
+    """Name the file of a version that explains a step whose verdict on a row needs the rows beside it."""
+    return f"steps/{number}.parquet"
+
+
 def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str, str]:
     """Write a manifest and DataComp's array; give their sha256 by name. The same rows give the same bytes.
 
@@ -168,23 +185,28 @@ def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str
     Args:
         manifest: the selected rows.
         path: where the manifest is written.
-        uids_path: where the array is written, dtype `u8,u8`, sorted by (f0, f1).
+        uids_path: where the array is written, dtype `u8,u8`, sorted by (f0, f1), each uid as often as it was drawn.
     """
-    uids = np.empty(manifest.rows, dtype=np.dtype("u8,u8"))
+    uids = np.empty(manifest.samples, dtype=np.dtype("u8,u8"))
     with manifest.reader() as reader:
         schema = reader.schema
         for name in manifest.ranks:
             value = schema.get_field_index(name.replace("rank", "value"))
             schema = schema.insert(value + 1, pa.field(name, pa.int64()))
         with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["shard"]) as writer:
-            done = 0
+            done = filled = 0
             for rows in _in_row_groups(reader):
                 group = slice(done, done := done + rows.num_rows)
                 for name, ranks in manifest.ranks.items():
                     values, absent = np.ma.getdata(ranks[group]), np.ma.getmaskarray(ranks[group])
                     rows = rows.append_column(name, pa.array(values, mask=absent))
                 writer.write_table(rows.select(schema.names), row_group_size=ROW_GROUP)
-                uids["f0"][group], uids["f1"][group] = rows["f0"].to_numpy(), rows["f1"].to_numpy()
+                f0, f1 = rows["f0"].to_numpy(), rows["f1"].to_numpy()
+                if "copies" in schema.names:
+                    copies = rows["copies"].to_numpy()
+                    f0, f1 = np.repeat(f0, copies), np.repeat(f1, copies)
+                samples = slice(filled, filled := filled + len(f0))
+                uids["f0"][samples], uids["f1"][samples] = f0, f1
     with open(uids_path, "wb") as file:
         np.save(file, uids, allow_pickle=False)
     return {"manifest.parquet": sha256(path), "subset.npy": sha256(uids_path)}

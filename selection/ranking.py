@@ -1,7 +1,7 @@
 """Ranking rows: by what, and where the cut falls.
 
-Here belongs a `keep_top`'s value, one score or several combined, as SQL over one row, and the value of the last row
-that stays. Which steps there are and what they do to the rows is `selection.selecting`.
+Here belongs the value that a step ranks by, one score or several combined, as SQL over one row, and the value of the
+last row that stays. Which steps there are and what they do to the rows is `selection.selecting`.
 
 Combined values depend on the other rows that entered the step: on their ranks, or on a minimum, a mean. Those figures
 are found first. Minima and means then stand as numbers in the value's SQL, so that it is still one row's affair; ranks
@@ -17,7 +17,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from selection.recipes import KeepTop
+from selection.steps import Ranking
 from selection.uids import format_uids
 
 _BINS = 4096
@@ -48,12 +48,12 @@ class Ranked:
     note: str | None = None
 
 
-def ranked_value(con: duckdb.DuckDBPyConnection, top: KeepTop, column: str, relation: str, inside: str) -> Ranked:
+def ranked_value(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relation: str, inside: str) -> Ranked:
     """Find what a step ranks by.
 
     Args:
         con: The connection that holds the source.
-        top: The step.
+        top: What the step ranks by.
         column: Name of a column to make where the value needs one.
         relation: The source as an SQL identifier.
         inside: SQL over one row: whether it entered the step.
@@ -80,14 +80,24 @@ def score_value(score: str) -> str:
 
 
 def cut(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, keep: int) -> tuple[float, tuple[int, int] | None]:
-    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1).
+    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1)."""
+    threshold, place, equal = nth(con, ranked, inside, keep)
+    if place == equal:
+        return threshold, None
+    tied = f"FROM {ranked.relation} WHERE {inside} AND {ranked.value} = {literal(threshold)}"
+    f0, f1 = one(con, f"SELECT f0, f1 {tied} ORDER BY f0, f1 LIMIT 1 OFFSET {place - 1}")
+    return threshold, (f0, f1)
+
+
+def nth(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, place: int) -> tuple[float, int, int]:
+    """Find the value at a place, from 1, of the values downwards; its place among its equals, and how many they are.
 
     Each pass counts the values in equal bins of [least, most] and goes on with the bin that holds the
     value; a bin that is small, or that can't be divided further, is sorted. So the rows never are.
     """
     value, least, most = ranked.value, ranked.least, ranked.most
     rows = f"FROM {ranked.relation} WHERE {inside}"
-    within, size, place = rows, float("inf"), keep
+    within, size = rows, float("inf")
     while least != most and size > _SORTABLE:
         bins = con.execute(
             f"""
@@ -107,15 +117,11 @@ def cut(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, keep: int) 
             break
     counted = con.execute(f"SELECT {value}, count(*) {within} GROUP BY 1 ORDER BY 1 DESC").fetchall()
     for group in counted:
-        threshold, equal = group
+        found, equal = group
         if place <= equal:
             break
         place -= equal
-    if place == equal:
-        return threshold, None
-    tied = f"{rows} AND {value} = {literal(threshold)}"
-    f0, f1 = one(con, f"SELECT f0, f1 {tied} ORDER BY f0, f1 LIMIT 1 OFFSET {place - 1}")
-    return threshold, (f0, f1)
+    return found, place, equal
 
 
 def keep_predicate(value: str, threshold: float, tie: tuple[int, int] | None) -> str:
@@ -201,7 +207,7 @@ def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) ->
     return least, most
 
 
-def _weighted(con: duckdb.DuckDBPyConnection, top: KeepTop, rows: str, ranges: dict[str, tuple[float, float]]) -> str:
+def _weighted(con: duckdb.DuckDBPyConnection, top: Ranking, rows: str, ranges: dict[str, tuple[float, float]]) -> str:
     """Write the weighted sum of scores brought to one scale; a score that is the same everywhere adds nothing."""
     assert top.weighted is not None
     terms = []
@@ -230,7 +236,7 @@ def _mean_and_deviation(
     return least + float(Fraction(int(total), int(n))) * unit, math.sqrt(variance) * unit
 
 
-def _by_ranks(con: duckdb.DuckDBPyConnection, top: KeepTop, column: str, relation: str, inside: str) -> tuple[str, str]:
+def _by_ranks(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relation: str, inside: str) -> tuple[str, str]:
     """Make a view of the source with the sum of ranks as a column; NULL for rows that did not enter."""
     selected = [f"{score_value(score)} AS s{number}" for number, score in enumerate(top.scores)]
     found = con.execute(f"SELECT {inside} IS TRUE AS entered, {', '.join(selected)} FROM {relation}").fetchnumpy()
@@ -255,7 +261,7 @@ def with_column(con: duckdb.DuckDBPyConnection, relation: str, column: str, valu
         con: The connection that holds the relation.
         relation: As an SQL identifier.
         column: The new column's name.
-        values: float64 or bool of shape [n]; NaN becomes NULL.
+        values: float64, int64 or bool of shape [n]; NaN becomes NULL.
     """
     beside = {"value": values}
     con.register("beside", beside)

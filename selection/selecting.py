@@ -6,18 +6,35 @@ comes from, and where the result goes, does not.
 A step is a predicate over one row. `where` is one as it stands, a set is a column of the relation, and
 `keep_top` becomes one when the value of the last row that stays is known: `score > t OR (score = t AND
 uid <= u)`. So nothing is sorted to choose, no intermediate table is written, and the predicate that chose
-a row later explains it.
+a row later explains it. Steps whose verdict on a row needs the rows beside it (`selection.grouping`,
+`selection.sampling`) put it into a column of the relation; what explains it later is a table of its own.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from selection.ranking import StepError, cut, keep_predicate, one, places, quoted, ranked_value
-from selection.recipes import POOL, KeepTop, Recipe, Step
+from selection.grouping import Grouped, best_of_equals, top_of_strata
+from selection.ranking import (
+    StepError,
+    cut,
+    keep_predicate,
+    literal,
+    one,
+    places,
+    quoted,
+    ranked_value,
+    score_value,
+    with_column,
+)
+from selection.recipes import Recipe
+from selection.sampling import soft_cap_sample
+from selection.steps import POOL, KeepTop, Ranking, SoftCapSample, Step
+from selection.summaries import summarise
 from selection.uids import SUBSET_DTYPE, format_uids
 
 
@@ -38,9 +55,14 @@ class StepReport:
         scores: The scores that were ranked by.
         value: What was ranked, as SQL over one row's columns: a finite float64.
         wanted: Rows that a fraction or a count asked for.
-        threshold: Smallest value that was kept; for `threshold`, the value that was asked for.
+        threshold: Smallest value that was kept; for `threshold`, the value that was asked for; for `above`, the
+            largest that was kept.
         tie_uid: Where some rows at the threshold stayed and others not, the largest uid that stayed.
+        by: What `deduplicate` or `stratify` goes by.
+        groups: Number of strata, or of sets of equals with more than one row.
+        samples: Number of draws of `soft_cap_sample`.
         note: What a reader should know besides.
+        summary: What the step's `report` asked for, as rows of a table (`selection.summaries`).
     """
 
     step: int
@@ -57,7 +79,11 @@ class StepReport:
     wanted: int | None = None
     threshold: float | None = None
     tie_uid: str | None = None
+    by: str | None = None
+    groups: int | None = None
+    samples: int | None = None
     note: str | None = None
+    summary: tuple[dict[str, Any], ...] = ()
 
     @property
     def left(self) -> int:
@@ -66,7 +92,7 @@ class StepReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Give the report as JSON values; floats read back as the same floats."""
-        return {**asdict(self), "scores": list(self.scores), "left": self.left}
+        return {**asdict(self), "scores": list(self.scores), "summary": list(self.summary), "left": self.left}
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,7 @@ class Selection:
         con: The connection that holds the source.
         source: The source as an SQL identifier, with the columns that the steps' predicates read.
         inside: SQL over one row: whether the recipe began with it, and whether it was in after step 1, 2, ...
+        tables: By the number of a step whose verdict on a row needs the rows beside it, the query that explains it.
     """
 
     recipe: str
@@ -90,18 +117,30 @@ class Selection:
     con: duckdb.DuckDBPyConnection
     source: str
     inside: tuple[str, ...]
+    tables: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Entries of DataComp's array: rows, and where samples were drawn, draws."""
+        return (self.steps[-1].samples if self.steps else None) or self.rows
 
     def manifest(self) -> duckdb.DuckDBPyRelation:
         """Give the chosen rows, sorted by (f0, f1).
 
         Returns:
-            uid, f0, f1, shard, key, and for each `keep_top` step n the column `step{n}_value` (float64), NULL for a
-            row that a `union` brought in after it.
+            uid, f0, f1, shard, key, and for each step n that ranks the column `step{n}_value` (float64), NULL for a
+            row that a `union` brought in after it; for a `stratify` also `step{n}_rank` (int64) among the rows of its
+            stratum; and at last, where samples were drawn, `copies` (int64).
         """
         values = []
         for report in self._ranked:
             entered = "true" if report.step > self._last_union else self.inside[report.step]
             values.append(f"CASE WHEN {entered} THEN {report.value} END AS step{report.step}_value")
+            if report.kind == "stratify":
+                rank = quoted(f"step{report.step}_rank")
+                values.append(f"CASE WHEN {entered} THEN {rank} END::BIGINT AS {rank}")
+        if self.steps and self.steps[-1].samples is not None:
+            values.append(f"{quoted(_copies(self.steps[-1].step))} AS copies")
         columns = ["format('{:016x}{:016x}', f0, f1) AS uid", "f0", "f1", "shard", "key", *values]
         return self.con.sql(f"SELECT {', '.join(columns)} FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1")
 
@@ -109,24 +148,25 @@ class Selection:
         """Give what the manifest leaves out, because sorting arrays takes a fraction of a window function's time.
 
         Returns:
-            For each `keep_top` step n `step{n}_rank`, in the manifest's order: from 1, among the rows that entered
-            the step, by value downwards and uid upwards; masked for a row that a `union` brought in after it. The
-            rows that a step keeps are the first of those that entered, so their ranks among the kept are their ranks
-            among the entered.
+            For each `keep_top` and `soft_cap_sample` step n `step{n}_rank`, in the manifest's order: from 1, among the
+            rows that entered the step, by value downwards and uid upwards; masked for a row that a `union` brought in
+            after it. The rows that a `keep_top` keeps are the first of those that entered, so their ranks among the
+            kept are their ranks among the entered.
         """
-        if not self._ranked:
+        ranked = [report for report in self._ranked if report.kind != "stratify"]
+        if not ranked:
             return {}
         columns = [f"{self.inside[-1]} IS TRUE AS chosen"]
-        for report in self._ranked:
+        for report in ranked:
             columns += [f"{report.value} AS v{report.step}", f"{self.inside[report.step]} IS TRUE AS in{report.step}"]
-        anywhere = self.inside[self._ranked[0].step]
+        anywhere = self.inside[ranked[0].step]
         if self._last_union:
-            anywhere = " OR ".join([*(self.inside[report.step] for report in self._ranked), self.inside[-1]])
+            anywhere = " OR ".join([*(self.inside[report.step] for report in ranked), self.inside[-1]])
         found = self.con.execute(
             f"SELECT {', '.join(columns)} FROM {self.source} WHERE {anywhere} ORDER BY f0, f1"
         ).fetchnumpy()
         ranks, chosen = {}, found["chosen"]
-        for report in self._ranked:
+        for report in ranked:
             inside = found.pop(f"in{report.step}")
             placed = np.zeros(len(chosen), np.int64)
             placed[inside] = places(np.ma.getdata(found.pop(f"v{report.step}"))[inside])
@@ -134,7 +174,7 @@ class Selection:
         return ranks
 
     def subset(self) -> NDArray[np.void]:
-        """Give the chosen uids as DataComp's array, sorted by (f0, f1)."""
+        """Give the chosen uids, each once, in DataComp's dtype, sorted by (f0, f1)."""
         query = f"SELECT f0, f1 FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1"
         words = self.con.execute(query).fetchnumpy()
         subset = np.empty(self.rows, dtype=SUBSET_DTYPE)
@@ -175,14 +215,28 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
     if not total:
         raise ValueError(f"recipe {name}: its source has no rows, so there is nothing to choose from.")
     reports: list[StepReport] = []
-    entered, basis, basis_name = total, total, "the pool"
+    tables: dict[int, str] = {}
+    entered, basis, basis_name, counted = total, total, "the pool", inside[0]
     for number, step in enumerate(recipe.steps, start=1):
         text = step.said(basis_name)
+        start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")
         try:
-            if step.keep_top is None:
-                report = _filter(con, step, number, text, relation, inside[-1], entered)
+            if step.keep_top is not None:
+                report, relation = _keep_top(con, step.keep_top, start, relation, inside[-1], basis)
+            elif step.soft_cap_sample is not None:
+                report, relation = _draw(con, step.soft_cap_sample, start, relation, inside[-1], basis)
+            elif step.stratify is not None:
+                found = top_of_strata(con, step.stratify, f"step{number}", relation, inside[-1], counted)
+                report, relation, tables[number] = _grouped(start, step, found), found.relation, found.table
+            elif (
+                step.deduplicate is not None and step.deduplicate.column is not None and step.deduplicate.above is None
+            ):
+                found = best_of_equals(con, step.deduplicate, f"step{number}", relation, inside[-1], entered)
+                report, relation, tables[number] = _grouped(start, step, found), found.relation, found.table
             else:
-                report, relation = _keep_top(con, step.keep_top, number, text, relation, inside[-1], entered, basis)
+                report = _filter(con, step, start, relation, inside[-1])
+            after = combine(inside[-1], step.kind, report.predicate)
+            report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
         except (duckdb.Error, StepError) as error:
             what = str(error).split("\n", 1)[0]  # DuckDB adds every signature that it knows
             raise ValueError(f"recipe {name}, step {number} ({text}): {what}") from error
@@ -192,10 +246,10 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
                 f"{report.note or ''}, and an empty subset can't be trained on. Remedy: loosen this step."
             )
         reports.append(report)
-        inside.append(combine(inside[-1], step.kind, report.predicate))
+        inside.append(after)
         entered = report.kept
         if step.kind == "within":
-            basis, basis_name = entered, f"what is within {step.set_name}"
+            basis, basis_name, counted = entered, f"what is within {step.set_name}", after
     return Selection(
         recipe=name,
         source_rows=total,
@@ -204,6 +258,7 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         con=con,
         source=relation,
         inside=tuple(inside),
+        tables=tables,
     )
 
 
@@ -217,48 +272,103 @@ def combine(inside: str, kind: str, predicate: str) -> str:
     return f"({inside} {'OR' if kind == 'union' else 'AND'} ({predicate}))"
 
 
-def _filter(
-    con: duckdb.DuckDBPyConnection, step: Step, number: int, text: str, relation: str, inside: str, entered: int
-) -> StepReport:
+def _filter(con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, relation: str, inside: str) -> StepReport:
     """Carry out a step that a row passes by itself."""
-    if step.set_name is None:
-        predicate = f"({step.where}\n)"
-    else:
+    if step.set_name is not None:
         column = quoted(set_column(step.set_name))
         predicate = f"NOT {column}" if step.kind == "except" else column
+        report = replace(report, set=step.set_name)
+    elif step.where is not None:
+        predicate = f"({step.where}\n)"
+    else:
+        predicate, report = _no_more_alike(con, step, report, relation, inside)
     kept = one(con, f"SELECT count(*) FROM {relation} WHERE {combine(inside, step.kind, predicate)}")[0]
-    joined = kept - entered if step.kind == "union" else 0
-    return StepReport(
-        step=number,
-        kind=step.kind,
-        text=text,
-        entered=entered,
-        kept=kept,
-        predicate=predicate,
-        joined=joined,
-        set=step.set_name,
-        note="it adds no row" if step.kind == "union" and not joined else None,
+    report = replace(report, kept=kept, predicate=predicate)
+    if step.kind == "union":
+        joined = kept - report.entered
+        report = replace(report, joined=joined, note=None if joined else "it adds no row")
+    return report
+
+
+def _no_more_alike(
+    con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, relation: str, inside: str
+) -> tuple[str, StepReport]:
+    """Write "no better row is so much like it" over one row; of a uid there is but one row."""
+    assert step.deduplicate is not None
+    by, above = step.deduplicate.by, step.deduplicate.above
+    report = replace(report, by=by)
+    if above is None:
+        return "true", replace(report, note="a uid is in the pool once: of its copies the first stayed")
+    ranked_value(con, Ranking(score=by), "", relation, inside)  # which refuses a row without a value
+    return f"{score_value(by)} <= {literal(above)}", replace(report, scores=(by,), threshold=above)
+
+
+def _grouped(report: StepReport, step: Step, found: Grouped) -> StepReport:
+    """Tell what a step did that looked at a row among those it shares a value with."""
+    ranking, like = step.stratify, step.deduplicate
+    report = replace(
+        report, kept=found.kept, predicate=found.predicate, groups=found.groups, wanted=found.wanted, note=found.note
+    )
+    if ranking is not None:
+        return replace(report, by=ranking.by, score=ranking.label, scores=ranking.scores, value=found.value)
+    assert like is not None
+    return replace(report, by=like.by, scores=() if like.best is None else (like.best,))
+
+
+def _draw(
+    con: duckdb.DuckDBPyConnection, draw: SoftCapSample, report: StepReport, relation: str, inside: str, basis: int
+) -> tuple[StepReport, str]:
+    """Draw samples; give the relation with the column that tells how often each row was drawn."""
+    wanted = draw.wanted(basis)
+    if not wanted:
+        raise _less_than_one(draw.fraction, basis)
+    ranked = ranked_value(con, draw, f"step{report.step}_value", relation, inside)
+    rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {ranked.value} AS value, {inside} AS entered"
+    found = con.execute(f"SELECT * FROM ({rows} FROM {ranked.relation}) WHERE entered").fetchnumpy()
+    copies = np.zeros(one(con, f"SELECT count(*) FROM {ranked.relation}")[0], np.int64)
+    copies[found["place"]] = soft_cap_sample(
+        found["value"],
+        found["f0"],
+        found["f1"],
+        samples=wanted,
+        batch=draw.batch,
+        penalty=draw.penalty,
+        temperature=draw.temperature,
+        seed=draw.seed,
+    )
+    report = replace(
+        report,
+        kept=int(np.count_nonzero(copies)),
+        predicate=f"{quoted(_copies(report.step))} > 0",
+        score=draw.label,
+        scores=draw.scores,
+        value=ranked.value,
+        wanted=wanted,
+        samples=wanted,
+        note=ranked.note,
+    )
+    return report, with_column(con, ranked.relation, _copies(report.step), copies)
+
+
+def _copies(step: int) -> str:
+    return f"step{step}_copies"
+
+
+def _less_than_one(fraction: float | None, basis: int) -> StepError:
+    return StepError(
+        f"fraction {fraction!r} of the {basis} rows that it counts from is less than one row, "
+        f"so nothing would be kept. Remedy: a fraction of at least 1/{basis}, or a larger pool."
     )
 
 
 def _keep_top(
-    con: duckdb.DuckDBPyConnection,
-    top: KeepTop,
-    number: int,
-    text: str,
-    relation: str,
-    inside: str,
-    entered: int,
-    basis: int,
+    con: duckdb.DuckDBPyConnection, top: KeepTop, report: StepReport, relation: str, inside: str, basis: int
 ) -> tuple[StepReport, str]:
     """Rank and cut; give the relation with the column that the value may need."""
-    wanted = top.wanted(basis)
+    wanted, entered = top.wanted(basis), report.entered
     if wanted == 0:
-        raise StepError(
-            f"fraction {top.fraction!r} of the {basis} rows that it counts from is less than one row, "
-            f"so nothing would be kept. Remedy: a fraction of at least 1/{basis}, or a larger pool."
-        )
-    ranked = ranked_value(con, top, f"step{number}_value", relation, inside)
+        raise _less_than_one(top.fraction, basis)
+    ranked = ranked_value(con, top, f"step{report.step}_value", relation, inside)
     note, threshold, tie = ranked.note, top.threshold, None
     if wanted is not None:
         if wanted > entered:
@@ -273,11 +383,8 @@ def _keep_top(
             note = f" (the largest value is {ranked.most!r})"
     else:
         kept = min(wanted, entered)
-    report = StepReport(
-        step=number,
-        kind="keep_top",
-        text=text,
-        entered=entered,
+    report = replace(
+        report,
         kept=kept,
         predicate=predicate,
         score=top.label,

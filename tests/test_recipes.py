@@ -13,8 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from selection.recipes import KINDS, KeepTop, Recipe, check_recipes, predicate_columns
+from selection.predicates import predicate_columns
+from selection.recipes import Recipe, check_recipes
 from selection.selecting import select
+from selection.steps import KINDS, KeepTop
 from selection.uids import SUBSET_DTYPE, format_uids, parse_uids
 
 A, B = "clip_score/b32", "norm_sim_inf/b32/imagenet"

@@ -1,0 +1,193 @@
+"""Steps that look at a row among those it shares a value with: the best of equals, and the top of each stratum.
+
+Here belongs which rows of each group stay, and what is kept of it so that it can be said later why. A row's verdict
+becomes a column beside the source, because no predicate over the row alone could give it.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from selection.ranking import StepError, one, quoted, ranked_value, with_column
+from selection.steps import Deduplicate, Ranking, Stratify
+from selection.uids import format_uids
+
+_HASHES_AT_ONCE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """What a step did to the groups.
+
+    Attributes:
+        relation: A view of the source with one more column, as an SQL identifier.
+        predicate: "It stays" as SQL over one row of it.
+        kept: Rows that stay.
+        table: A query that says why: for duplicates, the dropped rows (f0, f1), each with the one that stayed
+            (kept_f0, kept_f1); for strata, `stratum`, the rows that its fraction counts from (`basis`), `entered`,
+            `wanted`, `kept`, and value (`threshold`) and uid (tie_f0, tie_f1) of the last row that stays.
+        value: What was ranked, as SQL over one row, if anything was.
+        wanted: Rows that strata asked for, as far as they had them.
+        groups: Number of strata, or of sets of equals with more than one row.
+        note: What a reader should know besides.
+    """
+
+    relation: str
+    predicate: str
+    kept: int
+    table: str
+    value: str | None = None
+    wanted: int | None = None
+    groups: int = 0
+    note: str | None = None
+
+
+def best_of_equals(
+    con: duckdb.DuckDBPyConnection, step: Deduplicate, column: str, relation: str, inside: str, entered: int
+) -> Grouped:
+    """Keep the best row of those that are equal in a column.
+
+    Args:
+        con: The connection that holds the source.
+        step: The step, which names a column.
+        column: Beginning of the names of what is made.
+        relation: The source as an SQL identifier.
+        inside: SQL over one row: whether it entered the step.
+        entered: Number of those rows.
+
+    Raises:
+        StepError: A row that entered has no value to compare, or none to rank it by.
+    """
+    assert step.column is not None
+    by = quoted(step.column)
+    absent, f0, f1 = one(
+        con, f"SELECT count(*), min(f0), arg_min(f1, (f0, f1)) FROM {relation} WHERE {inside} AND {by} IS NULL"
+    )
+    if absent:
+        raise StepError(
+            f"{step.column} is NULL for uid {_uid(f0, f1)} ({absent} such rows in all), so it can't be compared. "
+            f"Remedy: drop such rows first with where: '{by} IS NOT NULL', or compare another column."
+        )
+    best = "0.0"
+    if step.best is not None:
+        best = ranked_value(con, Ranking(score=step.best), f"{column}_best", relation, inside).value
+    rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {by} AS alike, {best} AS best, {inside} AS entered"
+    twice = {"h": repeated_hashes(con, f"hash({by})", f"{relation} WHERE {inside}", entered)}
+    con.register("twice", twice)
+    table = quoted(f"{column}_copies")
+    con.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE {table} AS
+        SELECT place, f0, f1, first_value(f0) OVER ranked AS kept_f0, first_value(f1) OVER ranked AS kept_f1
+        FROM ({rows} FROM {relation}) WHERE entered AND hash(alike) IN (SELECT h FROM twice)
+        WINDOW ranked AS (PARTITION BY alike ORDER BY best DESC, f0, f1)
+        QUALIFY row_number() OVER ranked > 1 ORDER BY f0, f1
+        """
+    ).fetchall()
+    con.unregister("twice")
+    stays = np.ones(one(con, f"SELECT count(*) FROM {relation}")[0], bool)
+    dropped = con.execute(f"SELECT place FROM {table}").fetchnumpy()["place"]
+    stays[dropped] = False
+    groups = one(con, f"SELECT count(DISTINCT (kept_f0, kept_f1)) FROM {table}")[0]
+    return Grouped(
+        relation=with_column(con, relation, f"{column}_kept", stays),
+        predicate=quoted(f"{column}_kept"),
+        kept=entered - len(dropped),
+        table=f"SELECT f0, f1, kept_f0, kept_f1 FROM {table}",
+        groups=groups,
+    )
+
+
+def top_of_strata(
+    con: duckdb.DuckDBPyConnection, step: Stratify, column: str, relation: str, inside: str, basis: str
+) -> Grouped:
+    """Keep the best rows of each stratum, as many as its fraction or the count allows.
+
+    Args:
+        con: The connection that holds the source.
+        step: The step.
+        column: Beginning of the names of what is made.
+        relation: The source as an SQL identifier.
+        inside: SQL over one row: whether it entered the step.
+        basis: The same: whether a fraction counts it.
+
+    Raises:
+        StepError: A score is NaN, NULL or infinite for a row that entered.
+    """
+    ranked = ranked_value(con, step, f"{column}_value", relation, inside)
+    by, wanted = quoted(step.by), str(step.count)
+    if step.fraction is not None:
+        part = Fraction(repr(step.fraction))
+        wanted = f"(basis::HUGEINT * {part.numerator} // {part.denominator})::BIGINT"
+    sizes, ranks = quoted(f"{column}_sizes"), quoted(f"{column}_ranks")
+    con.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE {sizes} AS
+        SELECT *, {wanted} AS wanted FROM (
+            SELECT {by} AS stratum, count(*) FILTER (WHERE {basis}) AS basis,
+                count(*) FILTER (WHERE {inside}) AS entered
+            FROM {ranked.relation} GROUP BY ALL)
+        WHERE basis > 0 OR entered > 0
+        """
+    ).fetchall()
+    con.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE {ranks} AS
+        SELECT place, f0, f1, r.stratum, value, rank FROM (
+            SELECT *, row_number() OVER (PARTITION BY stratum ORDER BY value DESC, f0, f1) AS rank FROM (
+                SELECT row_number() OVER () - 1 AS place, f0, f1, {by} AS stratum, {ranked.value} AS value,
+                    {inside} AS entered
+                FROM {ranked.relation})
+            WHERE entered) AS r JOIN {sizes} AS s ON r.stratum IS NOT DISTINCT FROM s.stratum
+        WHERE rank <= wanted
+        """
+    ).fetchall()
+    placed = con.execute(f"SELECT place, rank FROM {ranks}").fetchnumpy()
+    values = np.full(one(con, f"SELECT count(*) FROM {ranked.relation}")[0], np.nan)
+    values[placed["place"]] = placed["rank"]
+    strata, expected = one(con, f"SELECT count(*), sum(least(wanted, entered))::BIGINT FROM {sizes}")
+    return Grouped(
+        relation=with_column(con, ranked.relation, f"{column}_rank", values),
+        predicate=f"{quoted(f'{column}_rank')} IS NOT NULL",
+        kept=len(placed["place"]),
+        table=f"""
+            SELECT s.stratum, basis, s.entered, wanted, coalesce(kept, 0) AS kept, threshold, tie_f0, tie_f1
+            FROM {sizes} AS s LEFT JOIN (
+                SELECT stratum, count(*) AS kept, arg_max(value, rank) AS threshold, arg_max(f0, rank) AS tie_f0,
+                    arg_max(f1, rank) AS tie_f1
+                FROM {ranks} GROUP BY stratum) AS k ON s.stratum IS NOT DISTINCT FROM k.stratum
+            ORDER BY s.entered DESC, s.stratum""",
+        value=ranked.value,
+        wanted=expected,
+        groups=strata,
+        note=ranked.note,
+    )
+
+
+def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count: int) -> NDArray[np.uint64]:
+    """Find the hashes that several rows have, by sorting them a part at a time, so that memory does not grow with them.
+
+    Args:
+        con: A connection.
+        hash_: A hash of a row, as SQL.
+        rows: What follows FROM.
+        count: About how many rows there are.
+
+    Returns:
+        uint64, ascending, each once.
+    """
+    parts = count // _HASHES_AT_ONCE + 1
+    found = []
+    for part in range(parts):
+        some = con.execute(f"SELECT h FROM (SELECT {hash_} AS h FROM {rows}) WHERE h % {parts} = {part}")
+        hashes = some.fetchnumpy()["h"]
+        hashes.sort()
+        found.append(np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
+    return np.sort(np.concatenate(found))
+
+
+def _uid(f0: int, f1: int) -> str:
+    return format_uids(np.array([f0], np.uint64), np.array([f1], np.uint64))[0]
