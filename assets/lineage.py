@@ -85,7 +85,10 @@ def lineage_record(
         "source": {**source, "rows": selection.source_rows, "duplicates": duplicates},
         "sets": {other: dict(read) for other, read in sets.items()},
         "steps": [
-            {**report.as_dict(), "file": step_file(report.step) if report.step in selection.tables else None}
+            {
+                **report.as_dict(),
+                "file": step_file(report.step, report.kind) if report.step in selection.tables else None,
+            }
             for report in selection.steps
         ],
         "rows": selection.rows,
@@ -110,6 +113,14 @@ def lineage_record(
         },
         "packages": packages(),
     }
+
+
+def told_steps(selection: Selection) -> list[dict[str, Any]]:
+    """Give what a record says of each step: its report, and the file of the version that explains it, if one does."""
+    return [
+        {**report.as_dict(), "file": step_file(report.step, report.kind) if report.step in selection.tables else None}
+        for report in selection.steps
+    ]
 
 
 def packages() -> dict[str, str]:

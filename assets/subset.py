@@ -23,7 +23,7 @@ from assets.report import report_metadata, write_report
 from assets.sharded import NotReady, ShardAsset
 from assets.subset_checks import examine_before_the_record, examine_stored, specs
 from resources.lake import digest
-from resources.versions import Manifest, Version, Versions, set_file
+from resources.versions import Manifest, Version, Versions, set_file, step_file
 from selection.ranking import quoted
 from selection.recipes import Recipe, is_uid_list_asset, set_kind
 from selection.selecting import Selection, set_column
@@ -262,7 +262,10 @@ def manifest(selection: Selection) -> Manifest:
         reader=selection.manifest().to_arrow_reader,
         ranks=selection.ranks(),
         samples=selection.samples,
-        tables={number: selection.con.sql(query).to_arrow_reader for number, query in selection.tables.items()},
+        tables={
+            step_file(number, selection.steps[number - 1].kind): selection.con.sql(query).to_arrow_reader
+            for number, query in selection.tables.items()
+        },
     )
 
 

@@ -20,8 +20,8 @@ DESCRIPTIONS = {
     "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
     "those were fewer; by DataComp's rule one more, and all that are equal to it. The manifest has as many rows as the "
     "last step kept, and so has the array, or as many as were drawn.",
-    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), the manifest's uids, each once or as often as "
-    "it was drawn.",
+    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), the manifest's uids, each once, or as often "
+    "as it was drawn.",
     "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
 }
 BLOCKING = ("size", "uids_sorted_and_unique")

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from assets.choosing import MEMORY, SharedSource, chosen
+from assets.lineage import told_steps
 from assets.subset import manifest
 from resources.catalog import build_catalog, read_catalog
 from resources.lake import Lake
@@ -90,7 +91,7 @@ def _version(lake: Path, out: Path) -> None:
             "definition": RECIPE.definition(),
             "source": {"kind": "pool", "name": "pool", "rows": selection.source_rows, "duplicates": duplicates},
             "sets": {},
-            "steps": [report.as_dict() for report in selection.steps],
+            "steps": told_steps(selection),
             "rows": selection.rows,
             "shards": _shards(lake),
             "shards_missing": {},

@@ -7,9 +7,9 @@ when the catalog was built, because a step's predicate has to be part of a macro
 The file is built under a temporary name and swapped in, and it is only ever opened read-only: DuckDB
 lets one process write and then no other read.
 
-Views: pool, rejects, shards, scores, pool_scores, targets, one for each score asset under its key,
-subsets, subset_members, subset_shards, lineage_records, funnel. Macros: explain(uid), overlap(a, b), and those of
-`resources.version_macros`.
+Views: pool, rejects, shards, scores, pool_scores, targets, one for each score asset under its key, subsets,
+subset_members, subset_shards, lineage_records, funnel, step_reports. Macros: explain(uid), overlap(a, b), and those
+of `resources.version_macros`.
 """
 
 import glob
@@ -197,7 +197,11 @@ def _subset_views(root: Path) -> dict[str, str]:
                 "value": "VARCHAR",
                 "threshold": "DOUBLE",
                 "tie_uid": "VARCHAR",
+                "by": "VARCHAR",
+                "groups": "BIGINT",
+                "samples": "BIGINT",
                 "note": "VARCHAR",
+                "file": "VARCHAR",
             }
         ]
     )
@@ -211,7 +215,9 @@ def _subset_views(root: Path) -> dict[str, str]:
                 SELECT * FROM read_text({record}, allow_empty=true))""",
         "subsets": """
             SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
-                (record->>'rows')::BIGINT AS rows, record->'source'->>'kind' AS source_kind,
+                (record->>'rows')::BIGINT AS rows,
+                coalesce((record->>'samples')::BIGINT, (record->>'rows')::BIGINT) AS samples,
+                record->'source'->>'kind' AS source_kind,
                 record->'source'->>'name' AS source_name, record->'source'->>'version' AS source_version,
                 (record->'source'->>'rows')::BIGINT AS source_rows,
                 len(json_keys(record->'shards')) AS shards, len(json_keys(record->'shards_missing')) AS shards_missing,
@@ -223,6 +229,12 @@ def _subset_views(root: Path) -> dict[str, str]:
                 SELECT recipe, version, unnest(json_transform(record->'steps', '{steps}'), recursive := true)
                 FROM lineage_records)
             ORDER BY recipe, length(version), version, step""",
+        "step_reports": """
+            SELECT recipe, version, (step.value->>'step')::INTEGER AS step, told.value->>'name' AS name,
+                told.value->>'what' AS what, (told.value->>'entered')::DOUBLE AS entered,
+                (told.value->>'kept')::DOUBLE AS kept, (told.value->>'dropped')::DOUBLE AS dropped
+            FROM lineage_records, json_each(record->'steps') AS step, json_each(step.value->'summary') AS told
+            ORDER BY recipe, length(version), version, step, told.id""",
         "subset_shards": """
             SELECT recipe, version, used.key AS shard, input.key AS input, input.value->>'$' AS fingerprint,
                 NULL::VARCHAR AS missing
@@ -273,6 +285,8 @@ _EXPLAINED = {
     "nearest_label": "VARCHAR",
     "nearest_name": "VARCHAR",
     "best_caption": "VARCHAR",
+    "in_favour_of": "VARCHAR",
+    "copies": "BIGINT",
 }
 
 
@@ -297,11 +311,17 @@ def _explain_macro(
         for column in columns
     }
     said = [asset for asset in scores if asset.startswith("sieve/")]
+    likest = {
+        name: name.replace("near_duplicate/", "near_duplicate_of/", 1)
+        for names in score_names(scores).values()
+        for name in names
+        if name.startswith("near_duplicate/")
+    }
     ctes = _sample_ctes(root, scores)
     steps = []
     for number, record in enumerate(records):
         ctes.append(f"judged{number} AS ({_judged(con, root, record)})")
-        steps += _explained_steps(record, f"judged{number}", nearest, said)
+        steps += _explained_steps(record, f"judged{number}", nearest, said, likest)
     typed = ", ".join(f"NULL::{kind} AS {name}" for name, kind in _EXPLAINED.items())
     ctes.append(
         "found AS MATERIALIZED ("
@@ -349,6 +369,8 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
     recipe, version, steps = record["recipe"], record["version"], record["steps"]
     ranked = [step["step"] for step in steps if step["score"] is not None]
     figures = "".join(f', step{n}_value AS "value {n}", step{n}_rank AS "rank {n}"' for n in ranked)
+    if steps and steps[-1]["kind"] == "soft_cap_sample":
+        figures += ", copies"
     folder = f"subset/{glob.escape(recipe)}/{version}"
     member = (
         f'SELECT true AS "member"{figures} FROM read_parquet({_pattern(root, f"{folder}/manifest.parquet")}) '
@@ -363,18 +385,28 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
     passes = [f'f0 IS NOT NULL AND {"true" if source["kind"] == "pool" else in_set(source["name"])} AS "pass 0"']
     states, state = ['"pass 0" AS "in 0"'], '"pass 0"'
     for step in steps:
-        number = step["step"]
+        number, value = step["step"], _value(step)
+        binds = value is not None and _binds(con, value)
         if step.get("set") is not None:
             said = f"f0 IS NOT NULL AND {'NOT ' if step['kind'] == 'except' else ''}{in_set(step['set'])}"
+        elif step.get("file") is not None:
+            table = f"read_parquet({_pattern(root, '/'.join([folder, step['file']]))})"
+            if step["kind"] == "deduplicate":
+                said = f"f0 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM {table} WHERE {_SAMPLE})"
+                instead = f"SELECT format('{{:016x}}{{:016x}}', kept_f0, kept_f1) FROM {table} WHERE {_SAMPLE}"
+                passes.append(f'({instead}) AS "instead {number}"')
+            else:
+                binds = binds and _binds(con, _quoted(step["by"]))
+                said, threshold = _in_stratum(step, table) if binds else ("NULL::BOOLEAN", "NULL::DOUBLE")
+                passes.append(f'{threshold} AS "threshold {number}"')
         else:
-            binds = _binds(con, step["predicate"])
-            said = f"coalesce(({step['predicate']}\n), false)" if binds else "NULL::BOOLEAN"
+            known = _binds(con, step["predicate"])
+            said = f"coalesce(({step['predicate']}\n), false)" if known else "NULL::BOOLEAN"
         passes.append(f'{said} AS "pass {number}"')
         state = f'({state} {"OR" if step["kind"] == "union" else "AND"} "pass {number}")'
         states.append(f'{state} AS "in {number}"')
-        if step["score"] is not None:
-            value = (step.get("value") or _quoted(step["score"])) if binds else "NULL"
-            passes.append(f'{value}::DOUBLE AS "score {number}"')
+        if value is not None:
+            passes.append(f'{value if binds else "NULL"}::DOUBLE AS "score {number}"')
     return f"""
         SELECT *, {", ".join(states)} FROM (
             SELECT *, {", ".join(passes)}
@@ -387,6 +419,20 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
             WHERE "member" OR EXISTS (FROM sample_rows))"""
 
 
+def _value(step: Mapping[str, Any]) -> str | None:
+    """Give what a step compares of a row, as SQL, if it compares a number."""
+    if step["score"] is not None:
+        return str(step.get("value") or _quoted(step["score"]))
+    return _quoted(step["by"]) if step["kind"] == "deduplicate" and step["threshold"] is not None else None
+
+
+def _in_stratum(step: Mapping[str, Any], table: str) -> tuple[str, str]:
+    """Write whether a row is in the top of its stratum, and the stratum's threshold, from the strata as they were."""
+    value, of_row = step["value"], f"FROM {table} AS s WHERE s.stratum IS NOT DISTINCT FROM {_quoted(step['by'])}"
+    stays = f"{value} > threshold OR ({value} = threshold AND (f0 < tie_f0 OR (f0 = tie_f0 AND f1 <= tie_f1)))"
+    return f"coalesce((SELECT {stays} {of_row}), false)", f"(SELECT threshold {of_row})"
+
+
 _SAMPLE = "f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17)"
 
 
@@ -396,7 +442,7 @@ def _sets(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _explained_steps(
-    record: Mapping[str, Any], judged: str, nearest: Mapping[str, str], said: Collection[str]
+    record: Mapping[str, Any], judged: str, nearest: Mapping[str, str], said: Collection[str], likest: Mapping[str, str]
 ) -> list[str]:
     source, last = record["source"], len(record["steps"])
     named = {
@@ -416,14 +462,25 @@ def _explained_steps(
             "step": str(number),
             "text": _text(step["text"]),
         }
+        if step["threshold"] is not None:
+            columns["threshold"] = f"{_text(repr(float(step['threshold'])))}::DOUBLE"
         if step["score"] is not None:
             unknown += f' OR "score {number}" IS NULL'
             columns |= {
                 "score": _text(step["score"]),
                 "value": f'coalesce("value {number}", "score {number}")',
-                "threshold": f"{_text(repr(float(step['threshold'])))}::DOUBLE",
                 "rank": f'"rank {number}"',
             }
+        if step["kind"] == "stratify":
+            columns["threshold"] = f'"threshold {number}"'
+        if step["kind"] == "soft_cap_sample":
+            columns["copies"] = "copies"
+        if step["kind"] == "deduplicate" and step.get("file") is not None:
+            columns["in_favour_of"] = f'"instead {number}"'
+        elif step["kind"] == "deduplicate" and step["threshold"] is not None:
+            columns |= {"score": _text(step["by"]), "value": f'"score {number}"'}
+            if step["by"] in likest:
+                columns["in_favour_of"] = f'CASE WHEN NOT "pass {number}" THEN {_quoted(likest[step["by"]])} END'
         for score in {step["score"], *(step.get("scores") or ())}.intersection(said):
             columns["best_caption"] = _quoted("sieve_caption" + score.removeprefix("sieve"))
         if step["score"] in nearest:

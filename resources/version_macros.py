@@ -54,7 +54,7 @@ SELECT what, name, value FROM facts WHERE value IS NOT NULL ORDER BY part, place
 DIFF = r"""
 CREATE MACRO diff(subset, a, b) AS TABLE
 WITH steps AS MATERIALIZED (
-    SELECT version, step, kind, text, score, scores, value, set, threshold, tie_uid FROM funnel
+    SELECT version, step, kind, text, score, scores, value, set, threshold, tie_uid, file FROM funnel
     WHERE recipe = subset AND version IN (a, b)
 ),
 sources AS MATERIALIZED (
@@ -90,6 +90,17 @@ listed AS (
         UNION ALL BY NAME SELECT b AS there, * FROM read_parquet(
             {folder} || subset || '/' || b || '/sets/[!.]*.parquet', allow_empty = true, filename = true)
     ) JOIN set_files ON there = version AND ends_with(filename, '/' || file)
+),
+-- The rows that a version dropped because a better one was like them, with the uid of that one.
+alike AS (
+    SELECT there, step, f0, f1, format('{:016x}{:016x}', kept_f0, kept_f1) AS in_favour_of FROM (
+        SELECT NULL::VARCHAR AS there, NULL::VARCHAR AS filename, NULL::UBIGINT AS f0, NULL::UBIGINT AS f1,
+            NULL::UBIGINT AS kept_f0, NULL::UBIGINT AS kept_f1 WHERE false
+        UNION ALL BY NAME SELECT a AS there, * FROM read_parquet(
+            {folder} || subset || '/' || a || '/steps/[!.]*_deduplicate.parquet', allow_empty = true, filename = true)
+        UNION ALL BY NAME SELECT b AS there, * FROM read_parquet(
+            {folder} || subset || '/' || b || '/steps/[!.]*_deduplicate.parquet', allow_empty = true, filename = true)
+    ) JOIN steps ON there = version AND ends_with(filename, '/' || file)
 ),
 read_files AS (
     SELECT version, shard, any_value(missing) AS missing,
@@ -132,35 +143,38 @@ placed AS (
 ),
 -- The row as it is here, judged by the steps of there.
 judged_steps AS MATERIALIZED (
-    SELECT t.version AS there, t.step, t.kind, t.text, t.score, t.scores, t.set, t.threshold, t.tie_uid,
+    SELECT t.version AS there, t.step, t.kind, t.text, t.score, t.scores, t.set, t.threshold, t.tie_uid, t.file,
         -- A value that other rows had a part in can't be held against the cut of another version.
         coalesce(len(t.scores) > 1, false) AND (t.value IS DISTINCT FROM h.value OR contains(t.value, '"step'))
             AS among_others,
         h.threshold AS threshold_here, 'step' || h.step || '_value' AS figure,
         EXISTS (
             FROM steps AS same WHERE same.version = CASE t.version WHEN a THEN b ELSE a END
-            AND same.kind = 'where' AND same.text = t.text
-        ) AS same_where
+            AND same.kind = t.kind AND same.text = t.text
+        ) AS same_there_and_here
     FROM steps AS t LEFT JOIN steps AS h
         ON h.version = CASE t.version WHEN a THEN b ELSE a END AND h.score = t.score
     QUALIFY row_number() OVER (PARTITION BY t.version, t.step ORDER BY abs(h.step - t.step)) = 1
 ),
 judged AS (
-    SELECT p.f0, p.f1, j.*, (p.figures->>j.figure)::DOUBLE AS value,
+    SELECT p.f0, p.f1, j.*, (p.figures->>j.figure)::DOUBLE AS value, alike.in_favour_of,
         CASE
             WHEN j.kind = 'union' THEN true
             WHEN j.kind IN ('within', 'intersect') THEN listed.f0 IS NOT NULL
             WHEN j.kind = 'except' THEN listed.f0 IS NULL
-            WHEN j.kind = 'where' THEN CASE WHEN same_where THEN true END
+            WHEN j.file IS NOT NULL AND j.kind = 'deduplicate' THEN alike.f0 IS NULL
+            WHEN j.kind IN ('where', 'deduplicate') THEN CASE WHEN same_there_and_here THEN true END
             WHEN NOT among_others THEN value > j.threshold
                 OR (value = j.threshold AND (j.tie_uid IS NULL OR p.uid <= j.tie_uid))
         END AS passes
     FROM placed AS p JOIN judged_steps AS j USING (there)
         LEFT JOIN listed ON listed.there = p.there AND listed.name = j.set AND listed.f0 = p.f0 AND listed.f1 = p.f1
+        LEFT JOIN alike ON alike.there = p.there AND alike.step = j.step AND alike.f0 = p.f0 AND alike.f1 = p.f1
     WHERE p.read_there AND p.in_source AND j.step > p.brought_by
 ),
 refused AS (
-    SELECT f0, f1, arg_min(judged, (kind = 'keep_top' AND among_others, step)) AS stop
+    SELECT f0, f1, arg_min(
+        judged, (kind IN ('stratify', 'soft_cap_sample') OR (kind = 'keep_top' AND among_others), step)) AS stop
     FROM judged WHERE passes IS NOT TRUE GROUP BY f0, f1
 ),
 -- Where no step refuses it, a score that was computed again did, at the only step that ranks such a score.
@@ -183,6 +197,8 @@ told AS (
         WHEN NOT in_source THEN 'source changed'
         WHEN refused.stop.step >= first_other_step THEN 'recipe changed'
         WHEN refused.stop.set IS NOT NULL THEN 'list changed'
+        WHEN refused.stop.kind = 'deduplicate' THEN 'duplicate'
+        WHEN refused.stop.kind = 'soft_cap_sample' THEN 'not drawn'
         WHEN refused.stop IS NOT NULL THEN 'threshold moved'
         WHEN list_contains(made_again, 'raw_pool') THEN 'shard changed'
         WHEN len(made_again) > 0 THEN 'score changed'
@@ -204,8 +220,11 @@ SELECT change, uid, shard, key, reason,
         missing,
         CASE WHEN stop.passes IS NULL AND reason = 'recipe changed' AND stop IS NOT NULL
             THEN 'this step or a later one: ' || here || ' has no value for it' END,
-        CASE WHEN stop.passes IS NULL AND reason = 'threshold moved'
-            THEN 'this step or a later one: a combined value depends on the other rows' END,
+        CASE WHEN stop.passes IS NULL AND reason IN ('threshold moved', 'not drawn')
+            THEN 'this step or a later one: ' || CASE stop.kind WHEN 'stratify' THEN 'the cut of its stratum'
+                WHEN 'soft_cap_sample' THEN 'what is drawn' ELSE 'a combined value' END || ' depends on the other rows'
+            END,
+        'in favour of ' || stop.in_favour_of,
         CASE WHEN reason = 'another copy' THEN 'another row with this uid stood for it' END,
         'made again between the two: ' || nullif(array_to_string(made_again, ', '), '')
     ), '') AS detail

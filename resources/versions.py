@@ -33,14 +33,14 @@ class Manifest:
             where rows were drawn.
         ranks: `step{n}_rank` of each ranking, int64, in the same order; masked where a row has none.
         samples: entries of DataComp's array: rows, each as often as it was drawn.
-        tables: opens what explains a step, by its number, where its verdict on a row needs the rows beside it.
+        tables: opens what explains a step, by the name of its file, where its verdict on a row needs others beside it.
     """
 
     rows: int
     reader: Callable[[], pa.RecordBatchReader]
     ranks: Mapping[str, np.ndarray]
     samples: int
-    tables: Mapping[int, Callable[[], pa.RecordBatchReader]]
+    tables: Mapping[str, Callable[[], pa.RecordBatchReader]]
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,14 @@ class Versions:
         for other, listed in (sets or {}).items():
             with self.lake.replacing(f"{version.folder}/{set_file(other)}") as path:
                 pq.write_table(listed, path, compression="zstd", row_group_size=ROW_GROUP)
-        for number, table in manifest.tables.items():
-            with self.lake.replacing(f"{version.folder}/{step_file(number)}") as path, table() as reader:
-                with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
-                    for rows in _in_row_groups(reader):
-                        writer.write_table(rows, row_group_size=ROW_GROUP)
+        for file, table in manifest.tables.items():
+            with (
+                self.lake.replacing(f"{version.folder}/{file}") as path,
+                table() as reader,
+                pq.ParquetWriter(path, reader.schema, compression="zstd") as writer,
+            ):
+                for rows in _in_row_groups(reader):
+                    writer.write_table(rows, row_group_size=ROW_GROUP)
         examine(version)
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
@@ -172,9 +175,9 @@ def set_file(name: str) -> str:
     return f"sets/{quote(name, safe='')}.parquet"
 
 
-def step_file(number: int) -> str:
+def step_file(number: int, kind: str) -> str:
     """Name the file of a version that explains a step whose verdict on a row needs the rows beside it."""
-    return f"steps/{number}.parquet"
+    return f"steps/{number}_{kind}.parquet"
 
 
 def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str, str]:

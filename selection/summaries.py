@@ -36,7 +36,7 @@ def summarise(
         after: The same: whether it is in after the step.
 
     Returns:
-        Rows of a table: `column`, `what`, and a figure for each of `entered`, `kept`, `dropped`, None where a group
+        Rows of a table: `name` (the column), `what`, and a figure for each of `entered`, `kept`, `dropped`, None where a group
         has none.
     """
     groups = (before, after, f"({before} AND NOT {after})")
@@ -45,7 +45,7 @@ def summarise(
         kind = str(con.sql(f"SELECT {quoted(column)} FROM {relation} LIMIT 0").types[0])
         figures = _numbers if kind in _NUMBERS else _values
         rows += [
-            {"column": column, "what": what, **dict(zip(_GROUPS, found, strict=True))}
+            {"name": column, "what": what, **dict(zip(_GROUPS, found, strict=True))}
             for what, found in figures(con, column, relation, groups)
         ]
     return tuple(rows)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from assets.lineage import told_steps
 from assets.subset import manifest
 from resources.catalog import POOL_COLUMNS, build_catalog, read_catalog
 from resources.lake import Lake, LakeError, Provenance, vectors_to_column
@@ -162,7 +163,12 @@ class SmallLake:
             )
             mark_sets(con, "source", {set_column(other): f"uids of {other}" for other in sets})
             selection = select(con, name, recipe)
-            write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
+            written = manifest(selection)
+            write_selection(written, folder / "manifest.parquet", folder / "subset.npy")
+            for file, table in written.tables.items():
+                (folder / file).parent.mkdir(exist_ok=True)
+                with table() as reader:
+                    pq.write_table(reader.read_all(), folder / file)
             members = selection.subset().tolist()
             scores = {"clip_score/b32", "norm_sim/b32/flowers"} & {
                 score.replace("norm_sim_inf", "norm_sim") for score in recipe.columns().scores
@@ -180,8 +186,9 @@ class SmallLake:
                     "duplicates": made.duplicates,
                 },
                 "sets": sets,
-                "steps": [report.as_dict() for report in selection.steps],
+                "steps": told_steps(selection),
                 "rows": selection.rows,
+                "samples": selection.samples,
                 "shards": {
                     shard: {
                         asset: f"{fingerprint}{number}" if (shard, asset) in made_again else fingerprint

@@ -369,7 +369,7 @@ def test_less_than_one_draw_is_an_error(con):
 
 
 def told(report):
-    return {(row["column"], row["what"]): (row["entered"], row["kept"], row["dropped"]) for row in report.summary}
+    return {(row["name"], row["what"]): (row["entered"], row["kept"], row["dropped"]) for row in report.summary}
 
 
 def test_a_report_gives_quartiles_of_numbers_and_counts_of_values(con):
@@ -401,7 +401,7 @@ def test_a_report_names_the_commonest_values_and_counts_the_others(con):
     make_source(con, rows)
     summary = choose(con, {"where": "f1 > 0", "report": [LANGUAGE]}).steps[0].summary
     assert [row["what"] for row in summary] == [*(f"l{i:02}" for i in range(10)), "all others"]
-    assert summary[-1] == {"column": LANGUAGE, "what": "all others", "entered": 5, "kept": 3, "dropped": 2}
+    assert summary[-1] == {"name": LANGUAGE, "what": "all others", "entered": 5, "kept": 3, "dropped": 2}
 
 
 @settings(max_examples=50, deadline=None)
