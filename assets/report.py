@@ -19,7 +19,7 @@ from assets.project import Project
 from resources import files
 from resources.images import ImageError
 from resources.pools import PoolError
-from resources.sheets import Sheet, Tile, data_url, html_page, image_path, markdown, small_jpeg
+from resources.sheets import Sheet, Tile, data_url, escaped, html_page, image_path, markdown, small_jpeg
 from resources.versions import Version
 from selection.negatives import keyed_hash
 from selection.ranking import quoted
@@ -50,8 +50,11 @@ def report_metadata(project: Project, version: Version) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         f"threshold/step{step['step']} {step['score']}": step["threshold"]
         for step in version.lineage["steps"]
-        if step["threshold"] is not None
+        if step["threshold"] is not None and step["score"] is not None
     }
+    for title, (head, *rows) in _summaries(version.lineage).items():
+        lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+        metadata[title] = dg.MetadataValue.md("\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines))
     if fs.exists(f"{folder}/{PAGE_FILE}"):
         chart = data_url(fs.cat_file(f"{folder}/{CHART_FILE}"), "png")
         metadata["score_distributions"] = dg.MetadataValue.md(f"![Scores before and after]({chart})")
@@ -62,12 +65,13 @@ def report_metadata(project: Project, version: Version) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Samples to show: a title, a sentence, and the SQL condition and order that choose them."""
+    """Samples to show: a title, a sentence, the SQL condition and order that choose them, and what is said of each."""
 
     title: str
     text: str
     where: str
     order: str
+    verdict: str | None = None
 
 
 def _write_report(project: Project, version: Version, selection: Selection) -> None:
@@ -80,9 +84,7 @@ def _write_report(project: Project, version: Version, selection: Selection) -> N
             dg.get_dagster_logger().warning(f"{folder}: {sample.problem}")
     sheets = []
     for group, rows in zip(groups, picked, strict=True):
-        tiles = [
-            replace(samples[row["f0"], row["f1"]], facts=_facts(row, selection)) for row in rows.iter_rows(named=True)
-        ]
+        tiles = [replace(samples[row["f0"], row["f1"]], facts=_facts(row)) for row in rows.iter_rows(named=True)]
         sheets.append(Sheet(group.title, group.text, tiles))
 
     fs.makedirs(f"{folder}/images", exist_ok=True)
@@ -96,12 +98,13 @@ def _write_report(project: Project, version: Version, selection: Selection) -> N
         f"subset/{version.recipe} {version.name}",
         {
             "selected": f"{lineage['rows']:,} of {lineage['source']['rows']:,} rows "
-            f"({lineage['rows'] / lineage['source']['rows']:.1%})",
+            f"({lineage['rows'] / lineage['source']['rows']:.1%})"
+            + (f", {version.samples:,} samples" if version.samples != lineage["rows"] else ""),
             "made": lineage["created"],
             "shards": f"{len(lineage['shards']):,}, and {len(lineage['shards_missing']):,} left out",
             "fingerprint": lineage["fingerprint"],
         },
-        _funnel(lineage),
+        {"Funnel": _funnel(lineage)} | _summaries(lineage),
         CHART_FILE,
         sheets,
     )
@@ -139,6 +142,9 @@ def _groups(selection: Selection) -> Iterator[_Group]:
             yield _random(selection)
     if not ranked:
         yield _random(selection)
+    for report in selection.steps:
+        if report.kind == "deduplicate" and report.kept < report.entered:
+            yield _alike(selection, report)
 
 
 def _random(selection: Selection) -> _Group:
@@ -146,17 +152,46 @@ def _random(selection: Selection) -> _Group:
     uids = selection.subset()
     hashes = keyed_hash(0, 0, uids["f0"].copy(), uids["f1"].copy())
     chosen = uids[np.argsort(hashes, kind="stable")[:PAGE_TILES]]
-    listed = ", ".join(f"({f0}::UBIGINT, {f1}::UBIGINT)" for f0, f1 in chosen.tolist())
     return _Group(
         "A random handful of the subset",
         "Chosen by a keyed hash of the uid, so that nobody has picked them.",
-        f"(f0, f1) IN ({listed})",
+        f"(f0, f1) IN ({_listed(chosen.tolist())})",
         "f0, f1",
     )
 
 
+def _alike(selection: Selection, report: StepReport) -> _Group:
+    """Show what was dropped for being like another row: beside the one that stayed, where that is on record."""
+    if report.step not in selection.tables:
+        return _Group(
+            f"Dropped by {report.by}",
+            f"Step {report.step}, {report.text}: the lowest of what was dropped, just above the limit.",
+            f"{selection.inside[report.step - 1]} AND NOT ({report.predicate})",
+            f"{quoted(str(report.by))}, f0, f1",
+        )
+    pairs = selection.con.execute(
+        f"SELECT kept_f0, kept_f1, f0, f1 FROM ({selection.tables[report.step]}) ORDER BY ALL LIMIT {PAGE_TILES // 2}"
+    ).fetchall()
+    uids = list(dict.fromkeys(uid for pair in pairs for uid in (pair[:2], pair[2:])))
+    return _Group(
+        f"Alike by {report.by}",
+        f"Step {report.step}, {report.text}: each row that stayed, followed by those that were dropped in its favour.",
+        f"(f0, f1) IN ({_listed(uids)})",
+        f"list_position([{_listed(uids)}], (f0, f1))",
+        f"CASE WHEN {report.predicate} THEN 'stayed' ELSE 'dropped' END",
+    )
+
+
+def _listed(uids: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"({f0}::UBIGINT, {f1}::UBIGINT)" for f0, f1 in uids)
+
+
 def _pick(selection: Selection, group: _Group) -> pl.DataFrame:
     shown = [f"{value} AS {quoted(label)}" for label, value in _values(selection).items()]
+    if group.verdict is not None:
+        shown.append(f"{group.verdict} AS verdict")
+    if selection.copies is not None:
+        shown.append(f"{selection.copies} AS copies")
     columns = ", ".join(["f0", "f1", "shard", *shown])
     query = f"SELECT {columns} FROM {selection.source} WHERE {group.where} ORDER BY {group.order} LIMIT {PAGE_TILES}"
     return selection.con.sql(query).pl()
@@ -271,9 +306,30 @@ def _values(selection: Selection) -> dict[str, str]:
     return {str(report.score): str(report.value) for report in _ranked(selection)}
 
 
-def _facts(row: Mapping[str, Any], selection: Selection) -> dict[str, str]:
-    """Write a sample's values; it has none of a combination that it was not ranked by."""
-    return {label: "" if row[label] is None else f"{row[label]:.4f}" for label in _values(selection)}
+def _facts(row: Mapping[str, Any]) -> dict[str, str]:
+    """Write what is known of a sample; it has no value of a combination that it was not ranked by."""
+    known = {label: value for label, value in row.items() if label not in ("f0", "f1", "shard")}
+    return {
+        label: "" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
+        for label, value in known.items()
+    }
+
+
+def _summaries(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Give what each step's `report` told as a table, by its title."""
+
+    def written(figure: float | None) -> str:
+        return "" if figure is None else f"{figure:,}" if isinstance(figure, int) else f"{figure:.6g}"
+
+    head = ["column", "", "entered", "kept", "dropped"]
+    return {
+        f"Step {step['step']}, {step['text']}": [
+            head,
+            *([row["name"], row["what"], *(written(row[group]) for group in head[2:])] for row in step["summary"]),
+        ]
+        for step in lineage["steps"]
+        if step.get("summary")
+    }
 
 
 def _funnel(lineage: Mapping[str, Any]) -> list[list[str]]:

@@ -297,7 +297,7 @@ def _metadata(version: Version) -> dict[str, Any]:
     lineage = version.lineage
     metadata: dict[str, Any] = {
         "dagster/row_count": lineage["rows"],
-        "samples": lineage.get("samples", lineage["rows"]),
+        "samples": version.samples,
         "version": version.name,
         "fraction_of_source": lineage["rows"] / lineage["source"]["rows"],
         "funnel": dg.MetadataValue.md(funnel_markdown(lineage)),

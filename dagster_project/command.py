@@ -135,10 +135,12 @@ def explain(project: Project, uid: str, console: Console) -> int:
         table = Table(
             "step", "value", "threshold", "rank", "verdict", title=f"{recipe} {version}", title_justify="left"
         )
-        nearest = said = None
+        nearest = said = instead = copies = None
         for row in steps:
             nearest = row["nearest_name"] or nearest
             said = row["best_caption"] or said
+            instead = row["in_favour_of"] or instead
+            copies = row["copies"] or copies
             numbers = ("" if row[name] is None else f"{row[name]:.5f}" for name in ("value", "threshold"))
             table.add_row(
                 Text(row["text"]), *numbers, "" if row["rank"] is None else f"{row['rank']:,}", row["verdict"]
@@ -148,6 +150,10 @@ def explain(project: Project, uid: str, console: Console) -> int:
             console.print(f"  nearest target: {nearest}", markup=False, highlight=False)
         if said:
             console.print(f"  said of the image: {said}", markup=False, highlight=False)
+        if instead:
+            console.print(f"  dropped in favour of: {instead}", markup=False, highlight=False)
+        if copies:
+            console.print(f"  copies in the subset: {copies}", markup=False, highlight=False)
     return 0
 
 
@@ -312,6 +318,8 @@ def print_outcome(project: Project, graph: Graph, outcome: Outcome, console: Con
             share = f"{step['kept'] / lineage['source']['rows']:.1%}"
             table.add_row(Text(step["text"]), f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
         console.print(table)
+        if version.samples != lineage["rows"]:
+            console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)
         for shard, reason in lineage["shards_missing"].items():
             console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
         if lineage["source"]["duplicates"]:

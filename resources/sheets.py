@@ -77,13 +77,13 @@ def small_jpeg(data: bytes, side: int, *, max_pixels: int | None = None, most_by
 
 def markdown(sheet: Sheet, columns: int = 4, caption_characters: int = 100) -> str:
     """Lay a sheet out as a Markdown table, pictures inside it; without any picture as a list of captions."""
-    lines = [f"**{_md(sheet.title)}** · {_md(sheet.text)}", ""]
+    lines = [f"**{escaped(sheet.title)}** · {escaped(sheet.text)}", ""]
     if not any(tile.image or tile.problem for tile in sheet.tiles):
         names = list(dict.fromkeys(name for tile in sheet.tiles for name in tile.facts))
-        lines += [f"| caption | {' | '.join(map(_md, names))} |", f"|---|{'---:|' * len(names)}"]
+        lines += [f"| caption | {' | '.join(map(escaped, names))} |", f"|---|{'---:|' * len(names)}"]
         for tile in sheet.tiles:
-            facts = " | ".join(_md(tile.facts.get(name, "")) for name in names)
-            lines.append(f"| {_md(_cut(tile.caption, caption_characters))} | {facts} |")
+            facts = " | ".join(escaped(tile.facts.get(name, "")) for name in names)
+            lines.append(f"| {escaped(_cut(tile.caption, caption_characters))} | {facts} |")
         return "\n".join(lines)
     names = list(dict.fromkeys(name for tile in sheet.tiles for name in tile.facts))
     lines += [f"|{' |' * (columns + 1)}", f"|{'---|' * (columns + 1)}"]
@@ -91,31 +91,32 @@ def markdown(sheet: Sheet, columns: int = 4, caption_characters: int = 100) -> s
         row = sheet.tiles[start : start + columns]
         for label, cells in (
             ("", [_md_image(tile) for tile in row]),
-            ("", [_md(_cut(tile.caption, caption_characters)) for tile in row]),
-            *((_md(name), [f"**{_md(tile.facts.get(name, ''))}**" for tile in row]) for name in names),
+            ("", [escaped(_cut(tile.caption, caption_characters)) for tile in row]),
+            *((escaped(name), [f"**{escaped(tile.facts.get(name, ''))}**" for tile in row]) for name in names),
         ):
             lines.append(f"| {' | '.join([label, *cells, *[''] * (columns - len(cells))])} |")
     return "\n".join(lines)
 
 
 def html_page(
-    title: str, facts: Mapping[str, str], funnel: Sequence[Sequence[str]], chart: str, sheets: Sequence[Sheet]
+    title: str,
+    facts: Mapping[str, str],
+    tables: Mapping[str, Sequence[Sequence[str]]],
+    chart: str,
+    sheets: Sequence[Sheet],
 ) -> str:
     """Lay sheets out as an HTML page that needs nothing but the pictures beside it.
 
     Args:
         title: of the page.
         facts: about the subset, by name.
-        funnel: rows of a table, the first of them its head.
+        tables: rows of each table, the first of them its head, by its title.
         chart: path of a picture, relative to the page.
         sheets: their pictures are at `images/<uid>.jpg`, relative to the page.
     """
     escape = html.escape
     about = "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in facts.items())
-    head, *body = funnel
-    table = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" + "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body
-    )
+    shown = "".join(f"<h2>{escape(name)}</h2>{_html_table(rows)}" for name, rows in tables.items())
     contents = "".join(f'<a href="#sheet{i}">{escape(sheet.title)}</a>' for i, sheet in enumerate(sheets))
     sections = "".join(
         f'<section id="sheet{i}"><h2>{escape(sheet.title)}</h2><p>{escape(sheet.text)}</p>'
@@ -126,10 +127,17 @@ def html_page(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><dl>{about}</dl>"
-        f"<h2>Funnel</h2><table>{table}</table>"
+        f"{shown}"
         f'<h2>Scores before and after</h2><img class="chart" src="{escape(chart)}" alt="Histograms of the scores">'
         f"<nav>{contents}</nav>{sections}</body></html>\n"
     )
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def image_path(tile: Tile) -> str:
@@ -163,7 +171,7 @@ def _html_facts(tile: Tile) -> str:
 
 def _md_image(tile: Tile) -> str:
     if tile.image is None:
-        return f"_{_md(_cut(tile.problem, 200))}_" if tile.problem else ""
+        return f"_{escaped(_cut(tile.problem, 200))}_" if tile.problem else ""
     return f"![]({data_url(tile.image, 'jpeg')})"
 
 
@@ -172,7 +180,7 @@ def data_url(image: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def _md(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape what Markdown or HTML would read as something else."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:])", r"\\\1", html.escape(flat, quote=False))

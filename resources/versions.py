@@ -69,6 +69,11 @@ class Version:
         """Path of DataComp's `.npy`."""
         return f"{self.folder}/subset.npy"
 
+    @property
+    def samples(self) -> int:
+        """Entries of DataComp's `.npy`; a record from before samples could be drawn has one for each row."""
+        return int(self.lineage.get("samples", self.lineage["rows"]))
+
 
 class Versions:
     """The versions of one recipe's subset.

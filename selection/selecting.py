@@ -124,6 +124,12 @@ class Selection:
         """Entries of DataComp's array: rows, and where samples were drawn, draws."""
         return (self.steps[-1].samples if self.steps else None) or self.rows
 
+    @property
+    def copies(self) -> str | None:
+        """How often a row was drawn, as SQL over one row, where samples were drawn."""
+        drawn = bool(self.steps) and self.steps[-1].samples is not None
+        return quoted(_copies(self.steps[-1].step)) if drawn else None
+
     def manifest(self) -> duckdb.DuckDBPyRelation:
         """Give the chosen rows, sorted by (f0, f1).
 
@@ -139,8 +145,8 @@ class Selection:
             if report.kind == "stratify":
                 rank = quoted(f"step{report.step}_rank")
                 values.append(f"CASE WHEN {entered} THEN {rank} END::BIGINT AS {rank}")
-        if self.steps and self.steps[-1].samples is not None:
-            values.append(f"{quoted(_copies(self.steps[-1].step))} AS copies")
+        if self.copies is not None:
+            values.append(f"{self.copies} AS copies")
         columns = ["format('{:016x}{:016x}', f0, f1) AS uid", "f0", "f1", "shard", "key", *values]
         return self.con.sql(f"SELECT {', '.join(columns)} FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1")
 

@@ -36,8 +36,8 @@ def summarise(
         after: The same: whether it is in after the step.
 
     Returns:
-        Rows of a table: `name` (the column), `what`, and a figure for each of `entered`, `kept`, `dropped`, None where a group
-        has none.
+        Rows of a table: `name` (the column), `what`, and a figure for each of `entered`, `kept`, `dropped`, None where
+        a group has none.
     """
     groups = (before, after, f"({before} AND NOT {after})")
     rows: list[dict[str, Any]] = []

@@ -135,7 +135,7 @@ def test_a_page_refers_to_files_beside_it_and_to_nothing_else(made: Scenario) ->
 
 def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
     text = (folder(made, "everything") / "index.html").read_text()
-    shown = html_page("t", {}, [["step"]], "scores.png", [Sheet("s", "", [Tile("0" * 32, HOSTILE)])])
+    shown = html_page("t", {}, {"Funnel": [["step"]]}, "scores.png", [Sheet("s", "", [Tile("0" * 32, HOSTILE)])])
     assert "script" not in Page(text).tags + Page(shown).tags
     assert HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;") in shown
     table = markdown(Sheet("s", "", [Tile("0" * 32, HOSTILE, {}, small_jpeg(picture(), 16))]))
