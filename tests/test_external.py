@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from assets.project import ConfigError
 from assets.reproduction import choose_again, rebuild
@@ -18,6 +19,7 @@ from selection.uids import format_uids, parse_uids, subset_array
 from tests.pool_factory import datacomp_shard, uid
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples/flyt.yaml"
 UIDS = [uid(shard, row) for shard in SHARDS for row in range(ROWS)]
 ELSEWHERE = [uid("elsewhere", number) for number in range(5)]
 
@@ -216,6 +218,41 @@ def test_several_columns_are_called_by_their_names(scenario):
             "SELECT DISTINCT step FROM diff('up', 'v0001', 'v0002') WHERE reason = 'score changed'"
         ).fetchall()
     assert told == [(1,)]
+
+
+M_FLYT = {  # columns and weights as the authors' notebook prints them
+    "vit-b-32": 0.08,
+    "vit-l-14": 0.21,
+    "DFN-Base": 0.60,
+    "DFN-FT": 0.80,
+    "CC2M-Classifier": 0.17,
+    "IN1K-Classifier": 0.36,
+    "FLYT": 0.65,
+    "normsim_inf": 0.55,
+    "negCLIPLoss": 0.51,
+    "hype_lorentzian_distance": 0.45,
+    "hype_image_specificity": -0.05,
+    "hype_text_specificity": 0.02,
+}
+
+
+def test_the_flyt_example_keeps_the_largest_weighted_sums_of_its_twelve_columns(scenario):
+    known, rng = UIDS[5:], np.random.default_rng(0)
+    table = {name: rng.normal(10 * n, 10.0 ** (n - 6), len(known)) for n, name in enumerate(M_FLYT)}
+    for number, rows in enumerate((slice(0, 9), slice(9, None))):
+        columns = {name: values[rows] for name, values in table.items()}
+        write_parquet(scenario.folder / f"table/train-0000{number}.parquet", known[rows], **columns)
+    unknown = {name: [1e9] for name in M_FLYT}
+    write_parquet(scenario.folder / "table/train-00002.parquet", ELSEWHERE[:1], **unknown)
+    without_pictures(scenario)
+    example = yaml.safe_load(EXAMPLE.read_text())
+    flyt = example["external_scores"]["flyt"] | {"files": "table/*.parquet"}
+    scenario.document |= {"external_scores": {"flyt": flyt}, "recipes": example["recipes"]}
+    assert scenario.run().failures == {}
+    value = sum(weight * (table[name] - table[name].mean()) / table[name].std() for name, weight in M_FLYT.items())
+    best = dict(sorted(zip(known, value, strict=True), key=lambda pair: -pair[1])[: len(UIDS) // 5])
+    chosen = dict(scenario.manifest("flyt_20").select("uid", "step2_value").rows())
+    assert chosen == pytest.approx(best, abs=1e-9)
 
 
 def test_a_uid_that_the_files_lack_has_no_score_and_can_not_be_ranked(scenario):
