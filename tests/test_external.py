@@ -15,6 +15,7 @@ from assets.project import ConfigError
 from assets.reproduction import choose_again, rebuild
 from resources.external import ExternalError, find, opened
 from resources.lake import LakeError
+from selection.sampling import soft_cap_sample
 from selection.uids import format_uids, parse_uids, subset_array
 from tests.pool_factory import datacomp_shard, uid
 from tests.scenario import ROWS, SHARDS, Scenario, keep
@@ -253,6 +254,9 @@ def test_the_flyt_example_keeps_the_largest_weighted_sums_of_its_twelve_columns(
     best = dict(sorted(zip(known, value, strict=True), key=lambda pair: -pair[1])[: len(UIDS) // 5])
     chosen = dict(scenario.manifest("flyt_20").select("uid", "step2_value").rows())
     assert chosen == pytest.approx(best, abs=1e-9)
+    drawn = soft_cap_sample(value, *words(known), samples=len(UIDS) // 5, batch=100_000, penalty=0.15)
+    found = dict(scenario.manifest("flyt_soft_cap").select("uid", "copies").rows())
+    assert found == {text: times for text, times in zip(known, drawn.tolist(), strict=True) if times}
 
 
 def test_a_uid_that_the_files_lack_has_no_score_and_can_not_be_ranked(scenario):

@@ -26,6 +26,7 @@ from resources.versions import Versions
 from selection.uids import format_uids, parse_uids, subset_array
 from tests.pool_factory import Sample, uid, write_shard, write_tar
 from tests.test_baselines import write_wordnet
+from tests.test_steps import brute_force as plain_draws
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "config/recipes"
@@ -63,6 +64,14 @@ class Rows:
     def begin_with(self, uids: Collection[str]) -> "Rows":
         """Keep the rows of a list, and count from them."""
         return Rows([row for row in self.rows if row["uid"] in uids])
+
+    def drawn(self, one: str, other: str, share: str) -> "Rows":
+        """Draw by the sum of two scores' z-scores, in one round, which has room for all draws."""
+        scores = [np.array([row[name] for row in self.rows], np.float64) for name in (one, other)]
+        values = sum((score - score.mean()) / score.std() for score in scores)
+        uids = parse_uids([row["uid"] for row in self.rows])
+        copies = plain_draws(values, *uids, int(self.of * Fraction(share)), 100_000, 0.15, 1.0, 0)
+        return Rows([row for row, times in zip(self.rows, copies, strict=True) for _ in range(times)], self.of)
 
     def halves(self, one: str, other: str) -> Callable[[Row], float]:
         """Give the mean of two scores, each from 0 to 1 over these rows."""
@@ -140,6 +149,7 @@ CASES = {
         {**ALL, "uids": "hype"},
         lambda pool: pool.begin_with(listed("hype")).top(LOSS, "0.9").top(NEAR_ALL, "0.8"),
     ),
+    "soft_cap_sample": Case("soft_cap_sample_weighted", ONE, lambda pool: pool.drawn(LOSS, NEAR, "0.2")),
     "sieve_clip_score_20": Case(
         "sieve_clip_score_20",
         {**TINY, "captioner": "tiny", "text_encoder": "tower"},

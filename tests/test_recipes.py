@@ -702,20 +702,21 @@ def test_uids_of_the_manifest_are_the_numbers_as_text(con):
 
 PAGE = Path(__file__).parent.parent / "docs/recipes.md"
 PAGE_SCORES = ["clip_score/b32", "neg_clip_loss/b32", "norm_sim_2/b32/imagenet", "norm_sim_inf/b32/imagenet"]
+PAGE_SCORES += ["near_duplicate/b32", "cluster/b32/imagenet", "language/facts"]
 
 
 def test_the_examples_of_the_page_are_recipes_that_choose_rows(con):
     recipes = {}
     for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL):
         recipes |= {name: Recipe.model_validate(text) for name, text in yaml.safe_load(block)["recipes"].items()}
-    check_recipes(recipes, scores=PAGE_SCORES, pool_columns=["width", "height", "caption"])
+    check_recipes(recipes, scores=PAGE_SCORES, pool_columns=["width", "height", "caption", "sha256"])
     assert {step.kind for mine in recipes.values() for step in mine.steps} == set(KINDS)
     scores = ", ".join(f'(hash(i, {n}) % 1000) / 999.0 AS "{name}"' for n, name in enumerate(PAGE_SCORES))
     con.execute(
         f"""
         CREATE TABLE source AS SELECT hash(i) AS f0, i::UBIGINT AS f1, '' AS shard, '' AS key, 150 + i % 100 AS width,
-            300 AS height, 'a picture of ' || i AS caption, i % 3 = 0 AS "in lists/dfn.npy",
-            i % 7 = 0 AS "in lists/hype.npy", {scores}
+            300 AS height, 'a picture of ' || i AS caption, (i % 3900)::VARCHAR AS sha256,
+            i % 3 = 0 AS "in lists/dfn.npy", i % 7 = 0 AS "in lists/hype.npy", {scores}
         FROM range(4000) t(i)
         """
     )
@@ -732,3 +733,4 @@ def test_the_examples_of_the_page_are_recipes_that_choose_rows(con):
     assert (rows["paper"], rows["strict"], rows["half_and_half"]) == (800, 400, 800)
     assert rows["within_a_published_list"] == int(1334 * 0.8)
     assert rows["union_with_published_lists"] > 1334
+    assert (rows["one_of_each_image"], chosen["drawn"].samples) == (3900, 800)
