@@ -7,6 +7,7 @@ written after the version; where it can't be made the version stays, and the run
 
 import hashlib
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -271,7 +272,7 @@ def _chart(selection: Selection) -> bytes:
         for report in selection.steps:
             if report.score == label and report.threshold is not None:
                 axes.axvline(report.threshold, color="#cf222e", linewidth=1, label=f"threshold {report.threshold:.4g}")
-        axes.set_xlabel(label)
+        axes.set_xlabel(textwrap.fill(label, 48))
         axes.set_ylabel("rows")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -325,7 +326,10 @@ def _summaries(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     return {
         f"Step {step['step']}, {step['text']}": [
             head,
-            *([row["name"], row["what"], *(written(row[group]) for group in head[2:])] for row in step["summary"]),
+            *(
+                ["" if row["name"] == before else row["name"], row["what"], *(written(row[g]) for g in head[2:])]
+                for before, row in zip([None, *(r["name"] for r in step["summary"])], step["summary"], strict=False)
+            ),
         ]
         for step in lineage["steps"]
         if step.get("summary")

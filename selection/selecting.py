@@ -33,7 +33,7 @@ from selection.ranking import (
 )
 from selection.recipes import Recipe
 from selection.sampling import soft_cap_sample
-from selection.steps import POOL, KeepTop, Ranking, SoftCapSample, Step
+from selection.steps import BASIS, POOL, KeepTop, Ranking, SoftCapSample, Step
 from selection.summaries import summarise
 from selection.uids import SUBSET_DTYPE, format_uids
 
@@ -222,7 +222,7 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         raise ValueError(f"recipe {name}: its source has no rows, so there is nothing to choose from.")
     reports: list[StepReport] = []
     tables: dict[int, str] = {}
-    entered, basis, basis_name, counted = total, total, "the pool", inside[0]
+    entered, basis, basis_name, counted = total, total, BASIS, inside[0]
     for number, step in enumerate(recipe.steps, start=1):
         text = step.said(basis_name)
         start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")

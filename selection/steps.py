@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from selection.predicates import predicate_columns
 
 POOL = "pool"
+BASIS = "the pool"  # what fractions count from, in words, before a `within`
 UID, IMAGE, DIGEST = "uid", "image", "sha256"
 
 
@@ -161,8 +162,9 @@ class Stratify(Ranking):
 
     def said(self, basis: str) -> str:
         """Say the step in one line."""
-        limit = self.count if self.fraction is None else f"{self.fraction!r} of {basis}"
-        return f"keep the top {limit} of each {self.by} by {self.label}"
+        limit = self.count if self.fraction is None else repr(self.fraction)
+        counted = f", counted from {basis}" if self.fraction is not None and basis != BASIS else ""
+        return f"keep the top {limit} of each {self.by} by {self.label}{counted}"
 
 
 class Deduplicate(Model):
@@ -304,7 +306,7 @@ class Step(Model):
     @property
     def text(self) -> str:
         """The step in one line, as a person would say it."""
-        return self.said("the pool")
+        return self.said(BASIS)
 
     def said(self, basis: str) -> str:
         """Say the step in one line, with what a fraction counts from."""

@@ -206,7 +206,7 @@ def test_after_a_within_strata_count_from_what_is_within(con):
     con.execute('UPDATE source SET "in lists/dfn.npy" = f0 < 8')
     selection = choose(con, {"within": "lists/dfn.npy"}, {"stratify": {"by": "width", "score": A, "fraction": 0.5}})
     assert chosen(selection) == [(4, 0), (5, 0), (6, 0), (7, 0)]
-    assert "of what is within lists/dfn.npy" in selection.steps[1].text
+    assert "counted from what is within lists/dfn.npy" in selection.steps[1].text
 
 
 def test_later_steps_rank_what_the_grouped_steps_left(con):
