@@ -32,7 +32,7 @@ def test_importing_selection_needs_nothing_but_python():
 
 
 def test_the_tensor_part_needs_torch_alone():
-    tensors = imported_by("import selection.clip_loss, selection.target_similarity, selection.streaming")
+    tensors = imported_by("import selection.clip_loss, selection.target_similarity, selection.near_duplicates")
     assert "torch" in tensors
     others = {"dagster", "open_clip", "pyarrow", "duckdb", "polars", "pydantic", "yaml", "pandas"}
     assert not tensors & others
