@@ -33,7 +33,7 @@ BOUNDS = {
     "neg_clip_loss": "negCLIPLoss ≤ 0.",
     "norm_sim_dynamic": "0 ≤ round of leaving ≤ rounds + 1, and 0 ≤ NormSim_2 ≤ √rows that the rounds began with.",
     "sieve": "|cosine| ≤ 1.",
-    "near_duplicates": f"|cosine| ≤ {(1 + NORM_TOLERANCE) ** 2:.4f}, the product of two norms that are at most as long.",
+    "near_duplicates": f"|cosine| ≤ {(1 + NORM_TOLERANCE) ** 2:.4f}: both norms may exceed 1 by {NORM_TOLERANCE}.",
     "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
     "hype": "-π/2 ≤ specificity ≤ π, distance ≥ 0, |cosine| ≤ 1, and the cluster term is 0 or 1.",
 }

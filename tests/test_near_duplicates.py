@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assets.checks import Tables, checks_of, examine
 from assets.graph import build_graph
 from assets.project import ConfigError, Project, open_project
 from assets.reproduction import choose_again, rebuild
@@ -24,6 +25,7 @@ from selection.near_duplicates import CHUNK_ROWS, nearest_before
 from tests.pool_factory import datacomp_shard, picture, unit_rows
 from tests.pool_factory import uid as uid_of
 from tests.scenario import ROWS, SHARDS, Scenario, keep
+from tests.test_checks import put, swapped
 from tests.test_sensors import Automation
 
 CPU = torch.device("cpu")
@@ -469,3 +471,22 @@ def test_sensors_search_once_after_the_score_and_the_subset(tmp_path: Path) -> N
     automation.assert_nothing_is_left()
     automation.assert_as_headless()
     automation.instance.dispose()
+
+
+def test_a_table_with_other_rows_or_an_impossible_cosine_is_refused(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scenario.run()
+    project = scenario.open()
+    table = project.lake.read(TOLD, "00000")
+    for spoil, why in (
+        (lambda table: table, {""}),
+        (
+            put("near_duplicate", 2, 1.25),
+            {"", "near_duplicate: 1 rows are not in [-1.0201, 1.0201], the first is row 2: 1.25"},
+        ),
+        (put("near_duplicate", 2, None), {""}),
+        (swapped, {"", "row 0 is another sample than in raw_pool"}),
+    ):
+        found = examine(checks_of(project, TOLD), Tables(project, "00000", {TOLD: spoil(table)}))
+        assert list(found) == ["rows_aligned", "within_bounds"]
+        assert {finding["why"] for finding in found.values()} == why
