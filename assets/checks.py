@@ -33,6 +33,7 @@ BOUNDS = {
     "neg_clip_loss": "negCLIPLoss ≤ 0.",
     "norm_sim_dynamic": "0 ≤ round of leaving ≤ rounds + 1, and 0 ≤ NormSim_2 ≤ √rows that the rounds began with.",
     "sieve": "|cosine| ≤ 1.",
+    "near_duplicates": f"|cosine| ≤ {(1 + NORM_TOLERANCE) ** 2:.4f}: both norms may exceed 1 by {NORM_TOLERANCE}.",
     "norm_sim": "0 ≤ NormSim_∞ ≤ 1, 0 ≤ NormSim_2 ≤ √targets, and the nearest target is one of them.",
     "hype": "-π/2 ≤ specificity ≤ π, distance ≥ 0, |cosine| ≤ 1, and the cluster term is 0 or 1.",
 }
@@ -374,6 +375,7 @@ def _within_bounds(asset: str) -> Check:
         bounds: dict[str, tuple[float, float]] = {
             "clip_score": (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE),
             "sieve": (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE),
+            "near_duplicate": (-((1 + NORM_TOLERANCE) ** 2), (1 + NORM_TOLERANCE) ** 2),
             "neg_clip_loss": (-np.inf, ZERO_TOLERANCE),
             "norm_sim_inf": (0, 1 + COSINE_TOLERANCE),
             "hype": (-np.inf, np.inf),

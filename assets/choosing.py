@@ -73,11 +73,8 @@ class SharedSource:
 
     def _make(self, lake: Lake, scores: Mapping[str, _Mark], columns: set[str], shards: list[str]) -> None:
         spill = tempfile.mkdtemp(prefix="selection-")
-        self._con = duckdb.connect()
+        self._con = _connect(spill)
         self._finalizer = weakref.finalize(self, _close, self._con, spill)
-        self._con.execute("SET temp_directory = ?", [spill])
-        self._con.execute("SET memory_limit = ?", [MEMORY])
-        self._con.execute("SET enable_progress_bar = false")
         self._source = source_relation(
             self._con,
             "source",
@@ -128,6 +125,52 @@ def chosen(
             con.execute(f"ALTER TABLE source DROP COLUMN IF EXISTS {quoted(column)}")
         if shared is None:
             table.close()
+
+
+@contextmanager
+def rows_of(
+    lake: Lake,
+    shards: Collection[str],
+    manifest: str | None,
+    scores: Mapping[str, tuple[str, str]],
+    pool_columns: Collection[str],
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, Source]]:
+    """Give a connection with the rows of some shards, for an asset that looks at all of them together.
+
+    Args:
+        lake: where the files lie.
+        shards: the shards.
+        manifest: path of a subset's manifest, whose rows are wanted; None for all.
+        scores: asset and column of every score.
+        pool_columns: as `source_relation` takes them.
+
+    Yields:
+        The connection, valid within the block, with a view `wanted` of the rows, each uid once; and what `shards` hold.
+    """
+    with tempfile.TemporaryDirectory() as spill, _connect(spill) as con:
+        if manifest is not None:
+            con.execute("CREATE TEMP TABLE listed AS SELECT f0, f1 FROM read_parquet(?)", [manifest])
+        found = source_relation(
+            con,
+            "source",
+            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
+            scores={
+                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
+                for score, (asset, column) in scores.items()
+            },
+            pool_columns=pool_columns,
+            sets={} if manifest is None else {"listed": "listed"},
+        )
+        con.execute(f"CREATE TEMP VIEW wanted AS FROM source {'' if manifest is None else 'WHERE listed'}")
+        yield con, found
+
+
+def _connect(spill: str) -> duckdb.DuckDBPyConnection:
+    con = duckdb.connect()
+    con.execute("SET temp_directory = ?", [spill])
+    con.execute("SET memory_limit = ?", [MEMORY])
+    con.execute("SET enable_progress_bar = false")
+    return con
 
 
 def _is_there(lake: Lake, mark: _Mark, shards: Collection[str]) -> bool:

@@ -14,6 +14,7 @@ from assets.embeddings import embeddings
 from assets.export import export
 from assets.external import external_files, external_scores, external_uids
 from assets.hype import hype
+from assets.near_duplicates import duplicate_search, near_duplicates
 from assets.neg_clip_loss import neg_clip_loss
 from assets.negatives import negatives
 from assets.norm_sim import norm_sim
@@ -117,6 +118,12 @@ def build_graph(project: Project) -> Graph:
         scores = [sieve(project, name, said) for name in settings.sieve.get(captioner, ())]
         nodes += [said, *scores]
         by_key |= {node.key: node for node in (said, *scores)}
+    for encoder, near in settings.near_duplicates.items():
+        best = by_key[settings.score_columns[near.best][0]]
+        search = duplicate_search(project, encoder, by_recipe[near.recipe] if near.recipe else None, best, by_key)
+        score = near_duplicates(project, encoder, search)
+        nodes += [search, score]
+        by_key[score.key] = score
     with_images = settings.pool.format == "webdataset"
     exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_images else []
     return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(project))

@@ -18,6 +18,8 @@ from resources.versions import step_file
 from selection.selecting import Selection
 
 FORMAT = 3
+FROM_SHARDS = ("negatives", "dynamic_rounds", "duplicate_search", "centroids")
+"""Assets without partitions that are made from embeddings of shards, which their provenance names."""
 PACKAGES = (
     "clip-data-selection",
     "dagster",
@@ -63,7 +65,7 @@ def lineage_record(
     """
     settings = project.settings
     recipe = settings.recipes[name]
-    scores = sorted(_score_assets(settings, name))
+    scores = sorted(settings.assets_of(name))
     any_shard = next(iter(shards))
     files = {asset: _stored(project, asset, any_shard) for asset in scores}
     for captions in {f"captions/{asset.split('/')[1]}" for asset in scores if asset.startswith("sieve/")}:
@@ -73,7 +75,7 @@ def lineage_record(
     wholes = {
         asset: _stored(project, asset)
         for asset in sorted(read)
-        if asset.split("/")[0] in ("negatives", "target_embeddings", "external_files", "dynamic_rounds", "centroids")
+        if asset.split("/")[0] in ("target_embeddings", "external_files", *FROM_SHARDS)
     }
     upstream = {asset: _stored(project, asset, any_shard) for asset in ("raw_pool", *_embeddings(encoders))}
     return {
@@ -141,9 +143,9 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
     while waiting:
         recipe = waiting.pop()
         recipes[recipe] = settings.recipes[recipe]
-        begins = [begin for asset, begin in settings.begins.items() if asset in _score_assets(settings, recipe)]
+        begins = [begin for asset, begin in settings.begins.items() if asset in settings.assets_of(recipe)]
         waiting += [other for other in (*recipes[recipe].recipes, *begins) if other not in recipes]
-    wanted = {asset for recipe in recipes for asset in _score_assets(settings, recipe)}
+    wanted = {asset for recipe in recipes for asset in settings.assets_of(recipe)}
     norm_sim = {
         encoder: kept
         for encoder, targets in settings.norm_sim.items()
@@ -188,6 +190,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
                 for encoder, model in settings.norm_sim_dynamic.items()
                 if f"norm_sim_dynamic/{encoder}" in wanted
             },
+            "near_duplicates": {
+                encoder: json_settings(model)
+                for encoder, model in settings.near_duplicates.items()
+                if f"near_duplicates/{encoder}" in wanted
+            },
         },
         "captioners": {captioner: json_settings(settings.captioners[captioner]) for captioner in sieve},
         "text_encoders": {
@@ -206,14 +213,6 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
             if any(f"external_uids/{external}" in model.sets for model in recipes.values())
         },
         "recipes": {recipe: model.definition() for recipe, model in recipes.items()},
-    }
-
-
-def _score_assets(settings: ProjectSettings, recipe: str) -> set[str]:
-    """Name the score assets that a recipe reads, and those that they are made from."""
-    read = {settings.score_columns[score][0] for score in settings.recipes[recipe].columns().scores}
-    return read | {
-        f"clusters/{hype.clusters}" for name, hype in settings.hype.items() if f"hype/{name}" in read and hype.clusters
     }
 
 

@@ -8,24 +8,20 @@ which is replaced after every round. A run that is killed goes on behind the las
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
-from assets.choosing import MEMORY
+from assets.choosing import rows_of
 from assets.project import Project
 from assets.scores import device, figures, score_schema, score_table
 from assets.sharded import NotReady, Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
 from assets.subset import SubsetAsset
 from assets.whole import WholeAsset, up_to_date, whole_asset
 from resources.lake import LakeError, Provenance, column_to_vectors
-from resources.source import source_relation
 from resources.versions import Versions
 
 CODE_VERSION = "1"
@@ -199,34 +195,17 @@ class _Work:
         for name in ("left.int32", "score.float32"):
             with open(self.folder / name, "wb") as file:
                 file.truncate(4 * max(place, 1))
-        with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
-            con.execute("SET temp_directory = ?", [spill])
-            con.execute("SET memory_limit = ?", [MEMORY])
-            con.execute("SET enable_progress_bar = false")
-            sets = {}
-            rows_of_recipe = None
-            if of is not None:
-                current = Versions(self.project.lake, of.recipe).current()
-                assert current is not None
-                rows_of_recipe = current.lineage["source"]["rows"]
-                con.execute("CREATE TEMP TABLE listed AS SELECT f0, f1 FROM read_parquet(?)", [current.manifest])
-                sets = {"begins": "listed"}
-            found = source_relation(
-                con,
-                "source",
-                raw_pool=[(shard, Path(self.project.lake.path("raw_pool", shard))) for shard in shards],
-                scores={},
-                pool_columns=["source_row"],
-                sets=sets,
-            )
+        current = Versions(self.project.lake, of.recipe).current() if of is not None else None
+        manifest = current.manifest if current is not None else None
+        with rows_of(self.project.lake, shards, manifest, {}, ["source_row"]) as (con, found):
             for shard in shards:
-                begins = con.execute(
-                    f"SELECT source_row FROM source WHERE shard = ? AND {'begins' if sets else 'true'}", [shard]
-                ).fetchnumpy()["source_row"]
+                begins = con.execute("SELECT source_row FROM wanted WHERE shard = ?", [shard]).fetchnumpy()[
+                    "source_row"
+                ]
                 rows = self.project.lake.read("raw_pool", shard, ["source_row"])["source_row"].to_numpy()
                 left, _ = self.rows(shard)
                 left[:] = np.isin(rows, begins)
-        self.state["pool_rows"] = rows_of_recipe or found.rows
+        self.state["pool_rows"] = found.rows if current is None else current.lineage["source"]["rows"]
         self.state["began_with"] = sum(int(self.rows(shard)[0].sum()) for shard in shards)
         self.state["keep"] = int(self.state["pool_rows"] * Fraction(repr(self.settings.keep)))
         self._write()

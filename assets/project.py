@@ -25,7 +25,7 @@ from pydantic import (
 
 from resources import files
 from resources.captioners import Captioner
-from resources.catalog import score_names
+from resources.catalog import score_names, score_type
 from resources.encoders import Encoder
 from resources.external import find
 from resources.lake import Lake
@@ -93,25 +93,43 @@ class DriftLimits(BaseModel):
     changed: float = Field(default=0.02, ge=0, le=1)
 
 
-class NormSimDynamicSettings(BaseModel):
-    """How one encoder's NormSim_2-D is computed (arXiv 2405.19547; `docs/methods/norm_sim_dynamic.md`).
+class OfSubset(BaseModel):
+    """A score that looks at many rows together.
 
     Attributes:
-        of: the subset that the rounds begin with, as `subset/<recipe>`; the whole pool where it is left out.
-        keep: share that stays, of the pool or, with `of`, of the rows that its recipe began with.
-        rounds: over how many rounds the others leave; the paper's are 100 to 500.
+        of: the subset whose rows these are, as `subset/<recipe>`; the whole pool where it is left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     of: str | None = Field(default=None, pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$")
-    keep: float = Field(gt=0, le=1, strict=True)
-    rounds: int = Field(default=100, ge=1, le=100_000)
 
     @property
     def recipe(self) -> str | None:
-        """Name of the recipe whose subset the rounds begin with."""
+        """Name of the recipe whose subset it is."""
         return self.of.removeprefix("subset/") if self.of is not None else None
+
+
+class NormSimDynamicSettings(OfSubset):
+    """How one encoder's NormSim_2-D is computed (arXiv 2405.19547; `docs/methods/norm_sim_dynamic.md`).
+
+    Attributes:
+        keep: share that stays, of the pool or, with `of`, of the rows that its recipe began with.
+        rounds: over how many rounds the others leave; the paper's are 100 to 500.
+    """
+
+    keep: float = Field(gt=0, le=1, strict=True)
+    rounds: int = Field(default=100, ge=1, le=100_000)
+
+
+class NearDuplicateSettings(OfSubset):
+    """How one encoder's near duplicates are found (`docs/methods/near_duplicates.md`).
+
+    Attributes:
+        best: the score, named as in recipes, that says which of two rows is the better: the one with more of it.
+    """
+
+    best: str
 
 
 class CaptionSettings(BaseModel):
@@ -168,6 +186,7 @@ class ScoreSettings(BaseModel):
     norm_sim: dict[Name, tuple[Name, ...]] | None = None
     hype: dict[Name, HypeSettings] = Field(default_factory=dict)
     norm_sim_dynamic: dict[Name, NormSimDynamicSettings] = Field(default_factory=dict)
+    near_duplicates: dict[Name, NearDuplicateSettings] = Field(default_factory=dict)
     captions: CaptionSettings | None = None
     clusters: dict[Name, ClusterSettings] = Field(default_factory=dict)
     sieve: dict[Name, tuple[Name, ...]] | None = None
@@ -249,6 +268,7 @@ class ProjectSettings(BaseModel):
             ("scores.neg_clip_loss", scores.neg_clip_loss or ()),
             ("scores.norm_sim", scores.norm_sim or ()),
             ("scores.norm_sim_dynamic", scores.norm_sim_dynamic),
+            ("scores.near_duplicates", scores.near_duplicates),
             ("scores.clusters", scores.clusters),
         ):
             for name in names:
@@ -290,13 +310,30 @@ class ProjectSettings(BaseModel):
             pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
             uid_lists=[f"external_uids/{name}" for name in self.external_uids],
         )
+        for encoder, near in self.near_duplicates.items():
+            self._check_best(f"scores.near_duplicates.{encoder}.best", near.best)
         for encoder, dynamic in self.norm_sim_dynamic.items():
             self._check_begin(f"scores.norm_sim_dynamic.{encoder}.of", f"norm_sim_dynamic/{encoder}", dynamic.recipe)
+        for encoder, near in self.near_duplicates.items():
+            field, asset = f"scores.near_duplicates.{encoder}", f"near_duplicates/{encoder}"
+            self._check_begin(f"{field}.of", asset, near.recipe)
+            for made_from in self.with_what_they_are_made_from({self.score_columns[near.best][0]}):
+                self._check_begin(f"{field}.best", asset, self.begins.get(made_from))
         for captioner, text_encoders in self.sieve.items():
             for name in text_encoders:
                 of = self.captioners[captioner].recipe
                 self._check_begin(f"captioners.{captioner}.of", f"sieve/{captioner}/{name}", of)
         return self
+
+    def _check_best(self, field: str, best: str) -> None:
+        """Refuse a score that can't say which of two rows is the better."""
+        numbers = [
+            score
+            for score, (asset, column) in self.score_columns.items()
+            if score_type(column) != "VARCHAR" and not asset.startswith("near_duplicates/")
+        ]
+        if best not in numbers:
+            raise ValueError(f"{field}: there is no such score to order rows by. Remedy: one of {numbers}")
 
     def _check_begin(self, field: str, asset: str, recipe: str | None) -> None:
         """Refuse a score that begins with an unknown recipe, or with one that rests on the score itself."""
@@ -307,7 +344,7 @@ class ProjectSettings(BaseModel):
             name = waiting.pop()
             if name is None:
                 continue
-            read = {self.score_columns[score][0] for score in self.recipes[name].columns().scores}
+            read = self.assets_of(name)
             if asset in read:
                 raise ValueError(
                     f"{field}: recipe {name!r}, which it begins with, reads {asset}. Remedy: another recipe"
@@ -316,6 +353,18 @@ class ProjectSettings(BaseModel):
             found = {*self.recipes[name].recipes, *begins} - seen
             waiting.extend(found)
             seen |= found
+
+    def assets_of(self, recipe: str) -> set[str]:
+        """Name the score assets that a recipe reads, and those that they are made from."""
+        scores = self.recipes[recipe].columns().scores
+        return self.with_what_they_are_made_from({self.score_columns[score][0] for score in scores})
+
+    def with_what_they_are_made_from(self, assets: set[str]) -> set[str]:
+        """Add the score assets that some score assets are made from."""
+        made_from = {f"hype/{n}": f"clusters/{hype.clusters}" for n, hype in self.hype.items() if hype.clusters}
+        made_from |= {f"near_duplicates/{e}": self.score_columns[n.best][0] for e, n in self.near_duplicates.items()}
+        found = assets | {made_from[asset] for asset in assets if asset in made_from}
+        return found if found == assets else self.with_what_they_are_made_from(found)
 
     @property
     def clip_score(self) -> tuple[str, ...]:
@@ -349,6 +398,11 @@ class ProjectSettings(BaseModel):
         return self.scores.norm_sim_dynamic
 
     @property
+    def near_duplicates(self) -> Mapping[str, NearDuplicateSettings]:
+        """Give the encoders by which near duplicates are found, and how."""
+        return self.scores.near_duplicates
+
+    @property
     def sieve(self) -> Mapping[str, tuple[str, ...]]:
         """Give the captioners that SIEVE is computed with, and by which text encoders."""
         if self.scores.sieve is None:
@@ -359,6 +413,7 @@ class ProjectSettings(BaseModel):
     def begins(self) -> dict[str, str]:
         """Give the recipe that a score begins with, for each score asset that has one."""
         found = {f"norm_sim_dynamic/{e}": dynamic.recipe for e, dynamic in self.norm_sim_dynamic.items()}
+        found |= {f"near_duplicates/{encoder}": near.recipe for encoder, near in self.near_duplicates.items()}
         found |= {f"sieve/{c}/{name}": self.captioners[c].recipe for c, names in self.sieve.items() for name in names}
         return {asset: recipe for asset, recipe in found.items() if recipe is not None}
 
@@ -380,6 +435,8 @@ class ProjectSettings(BaseModel):
                 assets[f"norm_sim/{encoder}/{target}"] = ("norm_sim_2", "norm_sim_inf", "nearest_target")
         for encoder in self.norm_sim_dynamic:
             assets[f"norm_sim_dynamic/{encoder}"] = ("norm_sim_dynamic", "norm_sim_2_last")
+        for encoder in self.near_duplicates:
+            assets[f"near_duplicates/{encoder}"] = ("near_duplicate", "near_duplicate_of")
         for encoder, clusters in self.scores.clusters.items():
             for target in clusters.targets:
                 assets[f"clusters/{encoder}/{target}"] = ("cluster", "in_target_cluster")

@@ -17,7 +17,7 @@ from assets.choosing import chosen
 from assets.clusters import GIVEN
 from assets.external import read_uids
 from assets.graph import build_graph
-from assets.lineage import FORMAT, packages
+from assets.lineage import FORMAT, FROM_SHARDS, packages
 from assets.project import Project, ProjectSettings, load_settings
 from assets.sharded import ShardAsset
 from assets.subset import manifest, read_uid_list
@@ -102,30 +102,34 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
             if project.encoder(name).identity() != identity
         ],
     )
-    draws = {
+    made_from = {
         asset: read["provenance"]["inputs"]
         for asset, read in record["inputs"].items()
-        if asset.split("/")[0] in _FROM_SHARDS and GIVEN not in read["provenance"]["inputs"]
+        if asset.split("/")[0] in FROM_SHARDS and GIVEN not in read["provenance"]["inputs"]
     }
     begun = [
-        f"{asset} began with {name}" for asset, read in draws.items() for name in read if name.startswith("subset/")
+        f"{asset} began with {name}" for asset, read in made_from.items() for name in read if name.startswith("subset/")
     ]
     begun += [f"{asset} began with {read['of']}" for asset, read in record["scores"].items() if read.get("of")]
     _refuse(
         record,
         [f"{begin}, which `rebuild` does not make first. Remedy: `choose_again` in its own lake" for begin in begun],
     )
+    draws = {asset: {shard: read[shard] for shard in read if "/" not in shard} for asset, read in made_from.items()}
     project.only = {*record["shards"], *(shard for drawn in draws.values() for shard in drawn)}
     gone = project.only - set(project.listing())
     _refuse(record, [f"the pool has no shard {shard} any more" for shard in sorted(gone)])
     needed = {"raw_pool", *record["inputs"], *record["scores"], *(f"embeddings/{e}" for e in record["encoders"])}
-    for node in build_graph(project).nodes:
+    nodes = {node.key: node for node in build_graph(project).nodes}
+    for node in nodes.values():
         if node.key not in needed:
             continue
         if isinstance(node, ShardAsset):
-            wholes = (node.key.replace("embeddings", whole) for whole in _FROM_SHARDS)
+            wholes = (node.key.replace("embeddings", whole) for whole in FROM_SHARDS)
             drawn = {shard: read for whole in wholes for shard, read in draws.get(whole, {}).items()}
-            shards = project.only if node.key == "raw_pool" else {*record["shards"], *drawn}
+            searches = [key for key in draws if key.startswith("duplicate_search/") and _reads(nodes, key, node.key)]
+            searched = {shard for key in searches for shard in draws[key]}
+            shards = project.only if node.key == "raw_pool" else {*record["shards"], *drawn, *searched}
             _make_shards(project, node, sorted(shards))
             wanted = {s: {node.key: read[node.key]} for s, read in record["shards"].items() if node.key in read}
             of_draws = {shard: {node.key: fingerprint} for shard, fingerprint in drawn.items()}
@@ -136,8 +140,9 @@ def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
     return choose_again(project.lake, record, folder, sets)
 
 
-_FROM_SHARDS = ("negatives", "dynamic_rounds", "centroids")
-"""Assets without partitions that are made from embeddings of shards, which their provenance names."""
+def _reads(nodes: Mapping[str, ShardAsset | WholeAsset], key: str, other: str) -> bool:
+    """Tell whether an asset is made from another one, or from what is made from it."""
+    return key in nodes and any(dep == other or _reads(nodes, dep, other) for dep in nodes[key].deps)
 
 
 class _Recorded(Project):

@@ -152,7 +152,7 @@ def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], shard
     with project.at_rest():
         for shard in sorted(project.listing()):
             try:
-                shards[shard] = _shard_inputs(project, shard, score_assets, sharded)
+                shards[shard] = shard_inputs(project, shard, score_assets, sharded)
             except NotReady as error:
                 missing[shard] = str(error)
     if not shards:
@@ -162,9 +162,20 @@ def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], shard
     return Inputs(shards, missing, sets.get(recipe.source, {"kind": "pool", "name": POOL}), sets)
 
 
-def _shard_inputs(
+def shard_inputs(
     project: Project, shard: str, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]
 ) -> dict[str, str]:
+    """Give the fingerprints of what is read of a shard, by asset.
+
+    Args:
+        project: the project.
+        shard: the shard.
+        score_assets: keys of the assets that are read besides `raw_pool`.
+        sharded: the project's assets of shards, by key.
+
+    Raises:
+        NotReady: one of them, or the embeddings that it is made from, is not there or out of date.
+    """
     read = {}
     pool = project.lake.stored("raw_pool", shard)
     if pool is None:

@@ -31,7 +31,7 @@ CLEAN = "clean"
 FAULTS = "all faults"
 BEST = 0.3  # share of the rows whose overlap is told of each setting
 SEED = 0
-_NO_METHOD = ("nearest_target", "neg_clip_loss_stderr", "norm_sim_2_last")
+_NO_METHOD = ("nearest_target", "neg_clip_loss_stderr", "norm_sim_2_last", "near_duplicate")
 _TEMPERATURES = (1 / 4, 1 / 2, 2, 4)
 _SMALLER_BATCHES = (64, 16, 4)
 

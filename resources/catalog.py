@@ -129,7 +129,7 @@ def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
         "targets": _files(root, "catalog/targets.parquet", _TARGET_COLUMNS),
     }
     for asset, columns in scores.items():
-        values = {column: _score_type(column) for column in columns}
+        values = {column: score_type(column) for column in columns}
         views[asset] = _files(root, f"{asset}/{_VISIBLE}.parquet", _ROW | values)
     views["pool_scores"] = _pool_scores(root, scores)
     names = [_quoted(name) for names in score_names(scores).values() for name in names]
@@ -161,7 +161,7 @@ def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, lis
     pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=options)
     scored = []
     for asset, names in score_names(scores).items():
-        typed = _ROW | place | {column: _score_type(column) for column in scores[asset]}
+        typed = _ROW | place | {column: score_type(column) for column in scores[asset]}
         query = _files(root, f"{asset}/{_VISIBLE}.parquet", typed, options=options)
         scored.append((query, list(zip(scores[asset], names, strict=True))))
     return pool, scored
@@ -570,13 +570,15 @@ _SCORE_TYPES = {
     "in_target_cluster": "BOOLEAN",
     "language": "VARCHAR",
     "sieve_caption": "VARCHAR",
+    "near_duplicate_of": "VARCHAR",
     "names_synset": "BOOLEAN",
     "words": "BIGINT",
     "characters": "BIGINT",
 }
 
 
-def _score_type(column: str) -> str:
+def score_type(column: str) -> str:
+    """Give the DuckDB type by which the catalog tells a score's column."""
     return _SCORE_TYPES.get(column, "FLOAT")
 
 

@@ -54,7 +54,8 @@ def source_relation(
         name: The table's name; a table of that name is replaced.
         raw_pool: Shards and their `raw_pool` files.
         scores: For each score column of the table, where it is found.
-        pool_columns: Columns of `raw_pool` to take along besides f0, f1, shard and key.
+        pool_columns: Columns of `raw_pool` to take along besides f0, f1, shard and key; `file_row_number` is the
+            row's place in its file.
 
         sets: Boolean columns to add, as for `mark_sets`.
 

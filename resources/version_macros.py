@@ -238,9 +238,10 @@ ORDER BY change, f0, f1
 """
 
 _ASSET = (
-    "regexp_replace(regexp_replace(regexp_replace(regexp_replace(score, "
+    "regexp_replace(regexp_replace(regexp_replace(regexp_replace(regexp_replace(score, "
     "'^(norm_sim_2|norm_sim_inf|nearest_target)/', 'norm_sim/'), "
     "'^neg_clip_loss_stderr/', 'neg_clip_loss/'), "
+    "'^near_duplicate(_of)?/', 'near_duplicates/'), "
     "'^(external_scores/[^/]+)/.*', '\\1'), "
     "'^hype_[a-z_]+/', 'hype/')"
 )

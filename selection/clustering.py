@@ -6,7 +6,7 @@ Here: the nearest centroid of each row, and k-means on the sphere. Which rows ar
 import torch
 from torch import Tensor
 
-from selection.reduction import Tiles, check_matrices, for_each_tile
+from selection.reduction import check_matrices, largest
 
 
 @torch.no_grad()
@@ -25,19 +25,7 @@ def nearest_centroid(image: Tensor, centroid: Tensor) -> Tensor:
     """
     wide = image.float()
     check_matrices(image=wide, centroid=centroid)
-    nearest = torch.empty(len(image), dtype=torch.int64, device=image.device)
-
-    def task(tiles: Tiles, at: slice) -> None:
-        best = torch.full((tiles.height,), -torch.inf, device=image.device)
-        index = torch.zeros(tiles.height, dtype=torch.int64, device=image.device)
-        for where, similarities in tiles.similarities(tiles.rows(wide, at), centroid):
-            value, column = similarities.max(1)
-            better = value > best
-            best[better], index[better] = value[better], column[better] + where.start
-        nearest[at] = index[: at.stop - at.start]
-
-    for_each_tile(len(image), wide, task)
-    return nearest
+    return largest(wide, centroid, signed=True)[1]
 
 
 @torch.no_grad()

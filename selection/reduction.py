@@ -111,8 +111,15 @@ def log_sum_exp_both(
     return by_row, by_column[0]
 
 
-def largest(rows: Tensor, columns: Tensor, *, arithmetic: Arithmetic = "float32") -> tuple[Tensor, Tensor]:
-    """max_j |s_ij| for every row i, and the j that attains it, the lowest of equals.
+def largest(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    arithmetic: Arithmetic = "float32",
+    signed: bool = False,
+    before: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """max_j |s_ij|, or max_j s_ij, for every row i, and the j that attains it, the lowest of equals.
 
     In bfloat16 arithmetic j is the largest by rounded similarities; the value is its own similarity in float32.
 
@@ -120,22 +127,32 @@ def largest(rows: Tensor, columns: Tensor, *, arithmetic: Arithmetic = "float32"
         rows: [n, d] float16, bfloat16 or float32.
         columns: [m, d], likewise, not empty.
         arithmetic: as `Tiles` says.
+        signed: the largest s and not the largest |s|.
+        before: with `signed`, row i sees the columns j < before + i alone; None for all. A row that sees none has
+            value -inf and j = 0.
 
     Returns:
         The values float32 [n], and j int64 [n].
     """
+    if before is not None and not signed:
+        raise ValueError("before needs signed similarities")
     if kernels := _kernels(rows, arithmetic):
-        return kernels.largest(rows, columns)
+        return kernels.largest(rows, columns, signed=signed, before=before)
     value = torch.empty(len(rows), device=rows.device)
     index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
 
     def task(tiles: Tiles, at: slice) -> None:
-        best = MaxAbs(tiles.height, rows.device)
+        best = Largest(tiles.height, rows.device, signed=signed)
         tile = tiles.rows(rows, at)
-        for where, similarities in tiles.similarities(tile, columns):
+        seen = columns if before is None else columns[: max(before + at.stop - 1, 0)]
+        for where, similarities in tiles.similarities(tile, seen):
+            if before is not None and where.stop > before + at.start:
+                unseen = torch.ones_like(similarities, dtype=torch.bool).triu_(before + at.start - where.start)
+                similarities.masked_fill_(unseen, -math.inf)
             best.update(similarities, where)
         if tiles.rounds:
-            best.value = row_dots(tile, columns[best.index]).abs()
+            found = row_dots(tile, columns[best.index])
+            best.value = torch.where(best.value == -math.inf, best.value, found if signed else found.abs())
         value[at] = best.value[: at.stop - at.start]
         index[at] = best.index[: at.stop - at.start]
 
@@ -348,25 +365,28 @@ class LogSumExp:
         return self._top.double() + self._total.log2() / self._scale
 
 
-class MaxAbs:
-    """max |s| and its column, for each row of the similarities; of equal ones the lowest column.
+class Largest:
+    """max |s|, or max s, and its column, for each row of the similarities; of equal ones the lowest column.
 
     Args:
         rows: number of rows m of a tile.
         device: of the tiles.
+        signed: max s and not max |s|.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.value = torch.full((rows,), -1.0, device=device)
+    def __init__(self, rows: int, device: torch.device, *, signed: bool = False) -> None:
+        self.value = torch.full((rows,), -math.inf, device=device)
         self.index = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._signed = signed
 
     def update(self, tile: Tensor, at: slice) -> None:
         """Take in a tile of similarities [m, columns at]."""
-        value = torch.maximum(tile.amax(1), tile.amin(1).neg_())
+        value = tile.amax(1) if self._signed else torch.maximum(tile.amax(1), tile.amin(1).neg_())
         better = (value > self.value).nonzero().squeeze(1)
         if len(better):  # few after the first tiles, so the search for the column is rare
             self.value[better] = value[better]
-            self.index[better] = tile[better].abs_().argmax(1) + at.start
+            found = tile[better] if self._signed else tile[better].abs_()
+            self.index[better] = found.argmax(1) + at.start
 
 
 class PowerSum:

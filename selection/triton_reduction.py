@@ -72,8 +72,10 @@ def log_sum_exp_both(
     return by_row, by_column
 
 
-def largest(rows: Tensor, columns: Tensor, *, sizes: Sizes = SIZES) -> tuple[Tensor, Tensor]:
-    """max_j |s_ij| float32 [n], and its j int64 [n], the lowest of equals."""
+def largest(
+    rows: Tensor, columns: Tensor, *, signed: bool = False, before: int | None = None, sizes: Sizes = SIZES
+) -> tuple[Tensor, Tensor]:
+    """max_j |s_ij|, or max_j s_ij, float32 [n], and its j int64 [n], the lowest of equals."""
     value = torch.empty(len(rows), device=rows.device)
     index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     for start in range(0, len(rows), _ROWS):
@@ -82,7 +84,9 @@ def largest(rows: Tensor, columns: Tensor, *, sizes: Sizes = SIZES) -> tuple[Ten
         parts = -(-len(columns) // _SPAN), len(some)
         values = torch.empty(parts, device=rows.device)
         indices = torch.empty(parts, dtype=torch.int32, device=rows.device)
-        _launch(_largest_kernel, some, columns, sizes, values, indices)
+        # Row i of a launch sees the columns below `first` + i.
+        first = len(columns) if before is None else before + start
+        _launch(_largest_kernel, some, columns, sizes, values, indices, first=first, SIGNED=signed)
         value[at] = values.amax(0)
         last = torch.iinfo(torch.int32).max
         index[at] = torch.where(values == value[at], indices, last).amin(0).long()
@@ -207,7 +211,7 @@ def _sum_kernel(
     tl.store(row_total + at, total, row < n)
 
 
-@triton.jit(do_not_specialize=["n", "m", "d"])
+@triton.jit(do_not_specialize=["n", "m", "d", "first"])
 def _largest_kernel(
     rows,
     columns,
@@ -216,6 +220,8 @@ def _largest_kernel(
     n,
     m,
     d,
+    first,
+    SIGNED: tl.constexpr,
     SPAN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -225,15 +231,18 @@ def _largest_kernel(
     block = tl.program_id(0) % blocks
     span = tl.program_id(0) // blocks
     row = block * BM + tl.arange(0, BM)
-    best = tl.full((BM,), -1.0, tl.float32)
+    best = tl.full((BM,), -float("inf"), tl.float32)
     where = tl.zeros((BM,), tl.int32)
-    for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, m), BN):
-        s = tl.abs(_similarities(rows, columns, block * BM, start, d, BM, BN, BK))
+    seen = tl.minimum(m, first + block * BM + BM - 1)
+    for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, seen), BN):
+        s = _similarities(rows, columns, block * BM, start, d, BM, BN, BK)
+        if not SIGNED:
+            s = tl.abs(s)
         column = start + tl.arange(0, BN)
-        if start + BN > m:
-            s = tl.where((column < m)[None, :], s, -1.0)
+        if start + BN > tl.minimum(m, first + block * BM):
+            s = tl.where((column < m)[None, :] & (column[None, :] < first + row[:, None]), s, -float("inf"))
         value = tl.max(s, 1)
-        if tl.max(value - best, 0) > 0:  # seldom after the first blocks, so the search for the column is rare
+        if tl.max((value > best).to(tl.int32), 0) > 0:  # seldom after the first blocks, so the search is rare
             place = tl.min(tl.where(s == value[:, None], column[None, :], 0x7FFFFFFF), 1)
             where = tl.where(value > best, place, where)
             best = tl.maximum(best, value)

@@ -124,3 +124,29 @@ def test_a_damaged_shard_is_used_as_far_as_it_goes(tmp_path: Path, instance: dg.
     assert {"image_truncated", "duplicate_key", "unsafe_path", "shard_truncated"} <= set(rejects["reason"])
     lineage = json.loads((tmp_path / "photographs/subset/clip_score_30/v0001/lineage.json").read_text())
     assert (lineage["source"]["rows"], lineage["rows"]) == (30, 9)
+
+
+def test_the_photographs_that_are_there_twice_are_found_and_the_better_caption_stays(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    settings = {"neg_clip_loss": {}, "norm_sim": {}, "near_duplicates": {"b32": {"best": "clip_score/b32"}}}
+    apart = {"steps": [{"where": '"near_duplicate/b32" <= 0.99'}]}
+    datacomp = example("datacomp.yaml", tmp_path, scores=settings, recipes={"apart": apart})
+    assert run(datacomp, instance).failures == {}
+    lake = open_project(datacomp).lake
+    uids = pl.concat([pl.from_arrow(lake.read("raw_pool", s, ["uid", "f0", "f1"])) for s in lake.shards("raw_pool")])
+    truth = pl.read_parquet(DATA / "pools/real_truth.parquet").select("uid", "source_image")
+    rows = scores(datacomp, "near_duplicates/b32").join(uids, on=["f0", "f1"]).join(truth, on="uid")
+    rows = rows.join(scores(datacomp, "clip_score/b32"), on=["f0", "f1"])
+    better = rows.select("uid", "source_image", "clip_score")
+    named = rows.join(better, left_on="near_duplicate_of", right_on="uid", suffix="_of")
+    assert len(named) == len(rows) - 1
+    assert (named["clip_score_of"] >= named["clip_score"]).all()
+    copies = rows.sort("clip_score", "uid", descending=[True, False]).filter(
+        pl.int_range(pl.len()).over("source_image") > 0
+    )
+    assert len(copies) > 300
+    assert copies["near_duplicate"].min() > 0.999
+    same = named.filter(pl.col("source_image") == pl.col("source_image_of"))
+    assert set(copies["uid"]) <= set(same["uid"])
+    assert len(array(datacomp, "apart")) <= len(rows) - len(copies)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from selection.reduction import LogSumExp, MaxAbs, Tiles, for_each_tile, largest, log_sum_exp, log_sum_exp_both, spans
+from selection.reduction import Largest, LogSumExp, Tiles, for_each_tile, largest, log_sum_exp, log_sum_exp_both, spans
 from selection.streaming import resident
 
 
@@ -32,7 +32,7 @@ def test_importing_selection_needs_nothing_but_python():
 
 
 def test_the_tensor_part_needs_torch_alone():
-    tensors = imported_by("import selection.clip_loss, selection.target_similarity, selection.streaming")
+    tensors = imported_by("import selection.clip_loss, selection.target_similarity, selection.near_duplicates")
     assert "torch" in tensors
     others = {"dagster", "open_clip", "pyarrow", "duckdb", "polars", "pydantic", "yaml", "pandas"}
     assert not tensors & others
@@ -195,12 +195,40 @@ def test_log_sum_exp_counts_its_first_term():
     assert_close(sums.value(), expected, atol=1e-7, rtol=0)
 
 
-def test_max_abs_keeps_the_first_of_equal_values_within_and_across_tiles():
-    best = MaxAbs(2, torch.device("cpu"))
+def test_the_largest_keeps_the_first_of_equal_values_within_and_across_tiles():
+    best = Largest(2, torch.device("cpu"))
     best.update(torch.tensor([[0.1, -0.7, 0.7], [0.0, 0.0, 0.0]]), slice(0, 3))
     best.update(torch.tensor([[0.7, -0.7], [0.0, -0.5]]), slice(3, 5))
     assert best.index.tolist() == [1, 4]
     assert_close(best.value, torch.tensor([0.7, 0.5]))
+
+
+@given(
+    rows=st.integers(1, 600),
+    columns=st.integers(1, 1100),
+    before=st.integers(-20, 700) | st.none(),
+    arithmetic=st.sampled_from(["float32", "bfloat16"]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_row_finds_the_largest_signed_similarity_among_the_columns_that_it_sees(
+    rows, columns, before, arithmetic, seed
+):
+    """Whole numbers are multiplied without rounding, and many of them are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randint(-2, 3, (n, 3), generator=generator).half() for n in (rows, columns))
+    exact = left.float() @ right.float().T
+    if before is not None:
+        exact[torch.arange(columns) >= before + torch.arange(rows)[:, None]] = -math.inf
+    value, index = largest(left, right, arithmetic=arithmetic, signed=True, before=before)
+    assert torch.equal(value, exact.amax(1))
+    if arithmetic == "float32":
+        assert torch.equal(index, exact.argmax(1))
+
+
+def test_only_signed_similarities_are_looked_at_in_part():
+    with pytest.raises(ValueError, match="before needs signed similarities"):
+        largest(torch.ones(1, 1), torch.ones(1, 1), before=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

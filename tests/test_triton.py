@@ -41,6 +41,8 @@ for case in range(cases):
         "rows": kernels.log_sum_exp(rows, columns, temperature=temperature),
         "both": kernels.log_sum_exp_both(rows, columns, temperature=temperature),
         "largest": kernels.largest(rows, columns),
+        "signed": kernels.largest(rows, columns, signed=True),
+        "before": [kernels.largest(rows, columns, signed=True, before=before) for before in (-2, 0, 130)],
         "first": kernels.log_sum_exp(rows[:1], columns, temperature=temperature),
     }
     kernels._COLUMN_PARTS = 1  # one block of rows at a time
@@ -121,6 +123,18 @@ def test_the_largest_similarity_is_that_of_float64_and_of_the_tiles(results, cas
     assert torch.equal(index, largest(rows, columns)[1])
 
 
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_largest_signed_similarity_to_earlier_columns_is_that_of_float64_and_of_the_tiles(results, case):
+    rows, columns, _, found = results[case]
+    exact = rows.double() @ columns.double().T
+    seen = torch.arange(len(columns)) - torch.arange(len(rows))[:, None]
+    for before, (value, index) in zip((len(columns), -2, 0, 130), [found["signed"], *found["before"]], strict=True):
+        expected = exact.masked_fill(seen >= before, -math.inf)
+        assert_close(value.double(), expected.amax(1), atol=5e-7, rtol=0)
+        assert torch.equal(index, expected.argmax(1))
+        assert torch.equal(index, largest(rows, columns, signed=True, before=before)[1])
+
+
 def test_the_lowest_of_equally_large_columns_is_named(results):
     rows, _, _, found = results[TIED]
     value, index = found["largest"]
@@ -142,7 +156,7 @@ from selection import triton_reduction as kernels
 
 def build(kernel, sizes, **constants):
     constants |= {"SPAN": 8192, "BM": sizes.rows, "BN": sizes.columns, "BK": sizes.width}
-    types = {"n": "i32", "m": "i32", "d": "i32", "scale": "fp32", "indices": "*i32"}
+    types = {"n": "i32", "m": "i32", "d": "i32", "first": "i32", "scale": "fp32", "indices": "*i32"}
     types |= {"rows": f"tensordesc<fp16[{sizes.rows}, {sizes.width}]>"}
     types |= {"columns": f"tensordesc<fp16[{sizes.columns}, {sizes.width}]>"}
     types |= {name: "constexpr" for name in constants}
@@ -156,7 +170,8 @@ print(json.dumps([
     build(kernels._sum_kernel, kernels.SIZES, FIXED=True, BOTH=False),
     build(kernels._sum_kernel, kernels.SIZES_BOTH, FIXED=False, BOTH=True),
     build(kernels._sum_kernel, kernels.SIZES_BOTH, FIXED=True, BOTH=True),
-    build(kernels._largest_kernel, kernels.SIZES),
+    build(kernels._largest_kernel, kernels.SIZES, SIGNED=False),
+    build(kernels._largest_kernel, kernels.SIZES, SIGNED=True),
     kernels.SHARED_MEMORY,
 ]))
 """
@@ -164,7 +179,7 @@ print(json.dumps([
 
 def test_kernels_compile_for_an_h100_to_its_tensor_cores_within_its_shared_memory(tmp_path):
     *built, most = json.loads(in_a_process(COMPILE, TRITON_CACHE_DIR=str(tmp_path)))
-    assert len(built) == 5
+    assert len(built) == 6
     for kernel in built:
         assert kernel["tensor cores"]
         assert kernel["shared"] <= most
@@ -192,5 +207,9 @@ def test_a_gpu_gives_what_the_cpu_gives(dtype):
             close(side.cpu(), expected, temperature)
     value, index = largest(rows.cuda(), columns.cuda())
     expected_value, expected_index = largest(rows, columns)
+    close(value.cpu(), expected_value, 0)
+    assert (index.cpu() == expected_index).float().mean() > 0.99
+    value, index = largest(rows.cuda(), columns.cuda(), signed=True, before=5)
+    expected_value, expected_index = largest(rows, columns, signed=True, before=5)
     close(value.cpu(), expected_value, 0)
     assert (index.cpu() == expected_index).float().mean() > 0.99
