@@ -30,6 +30,7 @@ PACKAGES = (
     "timm",
     "torch",
     "torchvision",
+    "transformers",
 )
 
 
