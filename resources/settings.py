@@ -350,8 +350,8 @@ class CaptionerSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Of the sampling, together with the uid.")
     precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
         default="fp32",
-        description="Number format the model runs in, as for an encoder; but bf16 and fp16 are all of a BLIP's "
-        "weights, those of its layer norms too. Part of the provenance.",
+        description="Number format the model runs in, as for an encoder; but bf16 and fp16 are for a BLIP alone, and "
+        "are all of its weights, those of the layer norms too. Part of the provenance.",
     )
     decode: Literal["exact", "draft"] = Field(default="exact", description="As for an encoder.")
     batch_size: int = Field(default=32, ge=1, description="Images a forward pass, each with all of its captions.")

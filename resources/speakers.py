@@ -88,8 +88,13 @@ class Coca:
         """Load it.
 
         Raises:
-            EncoderError: it cannot be loaded, or does not describe images.
+            EncoderError: it cannot be loaded, does not describe images, or not in this precision.
         """
+        if self.settings.precision in ("bf16", "fp16"):  # some of its weights stay in single, and products fail
+            raise EncoderError(
+                f"captioner {self.name}: open_clip's CoCa does not run in {self.settings.precision}. Remedy: precision "
+                f"amp_{self.settings.precision}"
+            )
         loaded = self._encoder.loaded
         model, tokenizer = loaded.model, loaded.tokenizer
         if not hasattr(model, "text_decoder") or not hasattr(tokenizer, "eot_token_id"):

@@ -162,6 +162,18 @@ def test_captions_follow_the_uid_whatever_the_batch_and_the_order(tiny_blip):
     assert captioner(tiny_blip).describe(images.flip(0), UIDS) != together
 
 
+def test_batches_have_one_shape_so_that_no_sum_depends_on_the_rows_beside(tiny_blip):
+    shapes = set()
+    chosen = captioner(tiny_blip)
+    chosen.loaded.model.text_decoder.register_forward_pre_hook(
+        lambda _, __, given: shapes.add((len(given["input_ids"]), *given["encoder_hidden_states"].shape)),
+        with_kwargs=True,
+    )
+    for rows in (1, 3, 4):
+        assert len(chosen.describe(pixels(4)[:rows], UIDS[:rows])) == rows
+    assert shapes == {(4, 4, 17, 16), (4 * 3, 4, 17, 16)}
+
+
 def test_a_caption_has_at_least_and_at_most_so_many_tokens(tiny_blip):
     def lengths(least: int) -> set[int]:
         chosen = captioner(tiny_blip, min_tokens=least, max_tokens=6, captions=40)
