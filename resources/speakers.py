@@ -194,7 +194,8 @@ class Blip:
         self._check_size(look, side)
         tokenizer = processor.tokenizer
         if tokenizer.sep_token_id != text.sep_token_id or not 0 <= text.vocab_size - len(tokenizer) <= _NAMELESS:
-            raise self._wrong(f"its tokenizer knows {len(tokenizer)} of {text.vocab_size} tokens")  # or makes one up
+            # transformers makes one up where its files are missing
+            raise self._wrong(f"its tokenizer, of {len(tokenizer)} tokens, is not that of its {text.vocab_size}")
         wordless = {text.bos_token_id, text.pad_token_id, *range(len(tokenizer), text.vocab_size)}
         unsaid = sorted((wordless | set(tokenizer.all_special_ids)) - {text.sep_token_id})
         return Speaker(
