@@ -33,6 +33,7 @@ PACKAGES = (
     "timm",
     "torch",
     "torchvision",
+    "transformers",
 )
 
 

@@ -1,8 +1,9 @@
-"""Captioners through open_clip's CoCa: several captions of each image, by nucleus sampling, seeded by the uid.
+"""Captioners: several captions of each image, by nucleus sampling, seeded by the uid.
 
-open_clip's own `generate` draws from one generator for a whole batch, so that a caption would depend on the rows
-beside it, and it needs classes that transformers has dropped. So the sampling is written here; the model, its
-preprocessing and its tokenizer are open_clip's. torch is imported inside functions, so that this module loads at once.
+The libraries' own `generate` draws from one generator for a whole batch, so that a caption would depend on the rows
+beside it (and open_clip's needs classes that transformers has dropped). So the sampling is written here, for any model
+that gives the logits of the next token (`resources.speakers`). torch is imported inside functions, so that this module
+loads at once.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ import pyarrow as pa
 
 from resources import decoding
 from resources.decoding import EncoderError
-from resources.encoders import Encoder, LoadedModel
 from resources.pools import Pool
-from resources.settings import CaptionerSettings, EncoderSettings
+from resources.settings import CaptionerSettings
+from resources.speakers import Blip, Coca, Speaker
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,7 @@ class Captioner:
     def __init__(self, name: str, settings: CaptionerSettings) -> None:
         self.name = name
         self.settings = settings
-        shared = ("model", "pretrained", "precision", "decode", "batch_size", "device", "workers")
-        self._encoder = Encoder(
-            f"captions/{name}", EncoderSettings(**{field: getattr(settings, field) for field in shared})
-        )
+        self._model = Blip(name, settings) if settings.library == "transformers" else Coca(name, settings)
 
     def identity(self) -> dict[str, Any]:
         """What decides the captions of an image besides its pixels and uid, as JSON values; the model is not loaded.
@@ -49,26 +47,20 @@ class Captioner:
             EncoderError: there is no such model, or its files are missing.
         """
         speech = ("captions", "top_p", "min_tokens", "max_tokens", "repetition_penalty", "seed")
-        return {**self._encoder.identity(), **{field: getattr(self.settings, field) for field in speech}}
+        return {**self._model.identity(), **{field: getattr(self.settings, field) for field in speech}}
 
     @cached_property
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> Speaker:
         """The model, loaded once.
 
         Raises:
             EncoderError: it cannot be loaded, does not describe images, or not at such length.
         """
-        loaded = self._encoder.loaded
-        if not hasattr(loaded.model, "text_decoder") or not hasattr(loaded.tokenizer, "eot_token_id"):
+        loaded = self._model.load()
+        if self.settings.max_tokens >= loaded.longest:
             raise EncoderError(
-                f"captioner {self.name}: {self.settings.model} does not describe images. Remedy: a CoCa with "
-                "open_clip's own tokenizer, such as coca_ViT-L-14 with pretrained mscoco_finetuned_laion2b_s13b_b90k"
-            )
-        longest = loaded.model.text_decoder.context_length
-        if self.settings.max_tokens >= longest:
-            raise EncoderError(
-                f"captioner {self.name}: max_tokens is {self.settings.max_tokens}, and the model takes {longest} with "
-                f"the start token. Remedy: max_tokens up to {longest - 1}"
+                f"captioner {self.name}: max_tokens is {self.settings.max_tokens}, and the model takes "
+                f"{loaded.longest} with the start token. Remedy: max_tokens up to {loaded.longest - 1}"
             )
         return loaded
 
@@ -145,51 +137,38 @@ class Captioner:
         return [[self._words(caption) for caption in of_image] for of_image in tokens]
 
     def _words(self, tokens: list[int]) -> str:
-        tokenizer = self.loaded.tokenizer
-        end = tokens.index(tokenizer.eot_token_id) if tokenizer.eot_token_id in tokens else len(tokens)
-        return " ".join(tokenizer.decode(tokens[:end]).split())
+        loaded = self.loaded
+        end = tokens.index(loaded.end) if loaded.end in tokens else len(tokens)
+        return " ".join(loaded.tokenizer.decode(tokens[:end]).split())
 
     def _sample(self, images: "torch.Tensor", draws: np.ndarray) -> "torch.Tensor":
         """Sample captions: int64 `[n, captions, max_tokens]`, of which what follows the end token means nothing."""
         import torch
 
         loaded, settings = self.loaded, self.settings
-        model, tokenizer = loaded.model, loaded.tokenizer
         n, k, longest = draws.shape
         layout = torch.channels_last if loaded.channels_last else torch.contiguous_format
         products = torch.autocast(loaded.device.type, loaded.autocast, enabled=loaded.autocast is not None)
         uniform = torch.from_numpy(draws.reshape(n * k, longest)).to(loaded.device)
-        said = torch.full((n * k, 1), tokenizer.sot_token_id, dtype=torch.int64, device=loaded.device)
+        said = torch.full((n * k, 1), loaded.start, dtype=torch.int64, device=loaded.device)
         ended = torch.zeros(n * k, dtype=torch.bool, device=loaded.device)
-        unsaid = [tokenizer.sot_token_id, model.pad_id]  # which no caption was trained to hold
         with torch.inference_mode(), products:
             pixels = images.to(loaded.device, loaded.dtype, non_blocking=True, memory_format=layout)
-            seen = model._encode_image(pixels)[1].repeat_interleave(k, dim=0)
+            next_logits = loaded.begin(pixels, k)
             for place in range(longest):
-                logits = _next_logits(model, seen, said)
+                logits = next_logits(said)
                 if place:
                     logits = penalised(logits, said[:, 1:], settings.repetition_penalty)
-                logits[:, unsaid] = -torch.inf
+                logits[:, loaded.unsaid] = -torch.inf
                 if place < settings.min_tokens:
-                    logits[:, tokenizer.eot_token_id] = -torch.inf
+                    logits[:, loaded.end] = -torch.inf
                 token = choose(logits, uniform[:, place], settings.top_p)
-                token[ended] = tokenizer.eot_token_id
+                token[ended] = loaded.end
                 said = torch.cat([said, token[:, None]], dim=1)
-                ended |= token == tokenizer.eot_token_id
+                ended |= token == loaded.end
                 if ended.all():
                     break
         return said[:, 1:].reshape(n, k, -1).cpu()
-
-
-def _next_logits(model: Any, seen: "torch.Tensor", said: "torch.Tensor") -> "torch.Tensor":
-    """Give the logits of the next token, float32 `[rows, vocabulary]`; those of all others would be thrown away."""
-    decoder = model.text_decoder
-    projection, decoder.text_projection = decoder.text_projection, None
-    try:
-        hidden = decoder(seen, model._encode_text(said)[1])[:, -1]
-    finally:
-        decoder.text_projection = projection
-    return (hidden @ projection).float()
 
 
 def uniforms(seed: int, uid: str, captions: int, tokens: int) -> np.ndarray:

@@ -148,7 +148,7 @@ class Look:
     """How an encoder sees a picture.
 
     Attributes:
-        transform: open_clip's own, from a picture to float32 [3, height, width].
+        transform: the model's own, from a picture to float32 [3, height, width].
         draft: see `images.picture`.
     """
 
@@ -179,7 +179,7 @@ class Prepare:
         try:
             return [look.transform(pictures[look.draft]) for look in self.looks]
         except Exception as error:  # hostile bytes raise almost anything in Pillow
-            words = f"open_clip's preprocessing: {type(error).__name__}: {error}"
+            words = f"the model's preprocessing: {type(error).__name__}: {error}"
             raise images.ImageError("image_undecodable", words) from error
 
     def _images(self, item: ImagesItem) -> Batch:

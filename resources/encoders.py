@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from resources import decoding
 from resources.decoding import EncoderError
+from resources.model_folders import digests, sha256
 from resources.pools import Pool, PoolError
 from resources.settings import HF_HUB, LOCAL_DIR, EncoderSettings
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Embeddings", "Encoder", "EncoderError", "ImageEmbeddings", "embed_together"]
 
 _CONFIG = "open_clip_config.json"
-_AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
+AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 _log = logging.getLogger(__name__)
 
 
@@ -159,14 +160,7 @@ class Encoder:
         model = self.settings.model
         assert model is not None
         if model.startswith(LOCAL_DIR):
-            folder = self._local_folder()
-            return {
-                "files": {
-                    str(path.relative_to(folder)): _sha256(path)
-                    for path in sorted(folder.rglob("*"))
-                    if path.is_file() and not path.name.startswith(".")
-                }
-            }
+            return {"files": digests(self._local_folder())}
         if model.startswith(HF_HUB):
             return {"model": model, "files": self._hub_files()}
         import open_clip
@@ -175,7 +169,7 @@ class Encoder:
         tag = self.settings.pretrained
         assert tag is not None
         if Path(tag).is_file():
-            return {"model": model, "files": {"weights": _sha256(Path(tag))}}
+            return {"model": model, "files": {"weights": sha256(Path(tag))}}
         config = open_clip.get_pretrained_cfg(_plain(model), tag)
         preprocess = {
             key: config[key] for key in ("mean", "std", "interpolation", "resize_mode", "quick_gelu") if key in config
@@ -401,9 +395,9 @@ class Encoder:
                 # open_clip only warns when a tag needs another activation than the model's name
                 # says (ViT-B-32 with openai), and the embeddings would be subtly wrong
                 options["force_quick_gelu"] = True
-        device = self._device()
+        device = torch_device(f"encoder {self.name}", self.settings.device)
         precision: str = self.settings.precision
-        autocast = getattr(torch, _AUTOCAST[precision]) if precision in _AUTOCAST else None
+        autocast = getattr(torch, AUTOCAST[precision]) if precision in AUTOCAST else None
         if autocast is not None:
             precision = "fp32"  # of the weights
         try:
@@ -442,20 +436,6 @@ class Encoder:
             autocast,
             channels_last,
         )
-
-    def _device(self) -> "torch.device":
-        import torch
-
-        wanted = self.settings.device
-        if wanted == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(wanted)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise EncoderError(
-                f"encoder {self.name}: the device {wanted} is not there (torch sees "
-                f"{torch.cuda.device_count()} CUDA devices). Set device to auto or cpu."
-            )
-        return device
 
     def _local_folder(self) -> Path:
         assert self.settings.model is not None
@@ -513,7 +493,7 @@ class Encoder:
             ]
         except Exception as error:
             raise self._cannot_load(error) from error
-        return {path.name: path.resolve().name if "blobs" in path.resolve().parts else _sha256(path) for path in paths}
+        return {path.name: path.resolve().name if "blobs" in path.resolve().parts else sha256(path) for path in paths}
 
     def _cannot_load(self, error: Exception) -> EncoderError:
         model, tag = self.settings.model, self.settings.pretrained
@@ -528,6 +508,25 @@ class Encoder:
                 f"{LOCAL_DIR}<folder>."
             )
         return EncoderError(f"encoder {self.name}: cannot load {which}: {first}. {remedy}")
+
+
+def torch_device(owner: str, wanted: str) -> "torch.device":
+    """Give the device that the settings name; `owner` begins the error.
+
+    Raises:
+        EncoderError: it is not there.
+    """
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EncoderError(
+            f"{owner}: the device {wanted} is not there (torch sees {torch.cuda.device_count()} CUDA devices). Set "
+            "device to auto or cpu."
+        )
+    return device
 
 
 def embed_together(
@@ -676,8 +675,3 @@ def _unit(embeddings: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     return torch.nn.functional.normalize(embeddings.float(), dim=-1).half()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

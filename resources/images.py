@@ -1,7 +1,8 @@
 """Bytes to a picture, or to the reason why not. One way to open images for pools and encoders.
 
 EXIF orientation is not applied, as open_clip does not apply it; width and height are those stored.
-What is not RGB is converted by open_clip's own `convert("RGB")`, which drops an alpha channel.
+What is not RGB is converted by a model's own preprocessing: open_clip's `convert("RGB")` drops an
+alpha channel, transformers' puts white behind it.
 `LOAD_TRUNCATED_IMAGES` stays off.
 """
 
@@ -93,7 +94,7 @@ def check(data: bytes, max_pixels: int) -> ImageFacts:
 
 
 def picture(data: bytes, max_pixels: int | None = None, draft: int | None = None) -> ImageFile.ImageFile:
-    """A decoded image, ready for open_clip's transform.
+    """A decoded image, ready for a model's transform.
 
     Args:
         data: the image's bytes.

@@ -3,19 +3,16 @@
 Not here: which texts. sentence-transformers (the extra `sieve`) is imported inside functions.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from resources.decoding import EncoderError
 from resources.encoders import Encoder
-from resources.settings import LOCAL_DIR, TextEncoderSettings
-
-_OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "coreml/*"]
+from resources.model_folders import ModelFolder
+from resources.settings import TextEncoderSettings
 
 
 class TextEncoder:
@@ -32,30 +29,15 @@ class TextEncoder:
         self.settings = settings
         self._encoder = encoder
 
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        if self._encoder is not None:
-            return {"encoder": self._encoder.identity()}
-        model = self.settings.model
-        assert model is not None
-        folder = self._folder
-        if not model.startswith(LOCAL_DIR):
-            return {"model": model, "revision": folder.name}  # the hub's cache names the folder by the commit
-        return {
-            "files": {
-                str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and not path.name.startswith(".")
-            }
-        }
-
     def identity(self) -> dict[str, Any]:
         """What decides the vectors besides the texts, as JSON values; the model is not loaded.
 
         Raises:
             EncoderError: its files are missing.
         """
-        return self._identity
+        if self._encoder is not None:
+            return {"encoder": self._encoder.identity()}
+        return self._folder.weights
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embed texts.
@@ -91,23 +73,10 @@ class TextEncoder:
         return np.concatenate(parts)
 
     @cached_property
-    def _folder(self) -> Path:
+    def _folder(self) -> ModelFolder:
         model = self.settings.model
         assert model is not None
-        if model.startswith(LOCAL_DIR):
-            folder = Path(model.removeprefix(LOCAL_DIR))
-            if not (folder / "modules.json").is_file():
-                raise EncoderError(
-                    f"text encoder {self.name}: {folder} has no modules.json. Remedy: the folder of a "
-                    "sentence-transformers model; a relative path starts at the config file"
-                )
-            return folder
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(model, ignore_patterns=_OTHER_FORMATS))
-        except Exception as error:
-            raise self._cannot_load(error) from error
+        return ModelFolder(f"text encoder {self.name}", model, "modules.json", "a sentence-transformers model")
 
     @cached_property
     def _model(self) -> Any:
@@ -119,15 +88,8 @@ class TextEncoder:
                 "'clip-data-selection[sieve]', or name an `encoder` whose text tower serves"
             ) from error
         device = None if self.settings.device == "auto" else self.settings.device
-        folder = self._folder
+        folder = self._folder.path
         try:
             return SentenceTransformer(str(folder), device=device)
         except Exception as error:
-            raise self._cannot_load(error) from error
-
-    def _cannot_load(self, error: Exception) -> EncoderError:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return EncoderError(
-            f"text encoder {self.name}: cannot load {self.settings.model}: {first}. Remedy: check the name and the "
-            f"connection, or use {LOCAL_DIR}<folder>"
-        )
+            raise self._folder.cannot_load(error) from error

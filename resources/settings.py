@@ -320,12 +320,20 @@ class ExternalScores(ExternalSettings):
 class CaptionerSettings(Settings):
     """One captioner, for SIEVE (arXiv 2310.02110); the defaults of how it speaks are the paper's."""
 
+    library: Literal["open_clip", "transformers"] = Field(
+        default="open_clip",
+        description="open_clip: the model is a CoCa. transformers: it is a BLIP, the paper's captioner, and needs the "
+        "extra `blip`. Said rather than guessed, because a name or a folder could be meant for either.",
+    )
     model: ModelName = Field(
-        description="open_clip's name of a CoCa (coca_ViT-L-14), hub id (hf-hub:...) or folder (local-dir:<path>)."
+        description="open_clip's name of a CoCa (coca_ViT-L-14), hub id (hf-hub:...) or folder (local-dir:<path>). Of "
+        "a BLIP the hub id as it stands (Salesforce/blip-image-captioning-base), or the folder that transformers' "
+        "save_pretrained wrote for model and processor (local-dir:<path>)."
     )
     pretrained: Pretrained | None = Field(
         default=None,
-        description="open_clip pretrained tag (mscoco_finetuned_laion2b_s13b_b90k) or a weights file; only for a name.",
+        description="open_clip pretrained tag (mscoco_finetuned_laion2b_s13b_b90k) or a weights file; only for a "
+        "CoCa's name.",
     )
     of: str | None = Field(
         default=None,
@@ -341,7 +349,9 @@ class CaptionerSettings(Settings):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Of the sampling, together with the uid.")
     precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
-        default="fp32", description="Number format the model runs in, as for an encoder. Part of the provenance."
+        default="fp32",
+        description="Number format the model runs in, as for an encoder; but bf16 and fp16 are for a BLIP alone, and "
+        "are all of its weights, those of the layer norms too. Part of the provenance.",
     )
     decode: Literal["exact", "draft"] = Field(default="exact", description="As for an encoder.")
     batch_size: int = Field(default=32, ge=1, description="Images a forward pass, each with all of its captions.")
@@ -351,6 +361,18 @@ class CaptionerSettings(Settings):
         description="auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
     )
     workers: int = Field(default_factory=available_cores, ge=0, description="Processes that decode images.")
+
+    @model_validator(mode="after")
+    def _fits_the_library(self) -> "CaptionerSettings":
+        if self.library == "transformers":
+            if self.pretrained is not None:
+                raise ValueError(
+                    "`pretrained` is for the name of a CoCa: a BLIP brings its weights. Remedy: leave it out"
+                )
+            if self.model.startswith(HF_HUB):
+                plain = self.model.removeprefix(HF_HUB)
+                raise ValueError(f"{HF_HUB} is open_clip's. Remedy: the hub id as it stands, `model: {plain}`")
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "CaptionerSettings":

@@ -191,6 +191,14 @@ def test_a_model_that_does_not_describe_is_refused(tiny_clip, tiny_coca, tmp_pat
         captioner(tmp_path / "gone").identity()
 
 
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_a_coca_runs_in_mixed_precision_and_not_in_half(tiny_coca, half):
+    with pytest.raises(EncoderError, match=rf"CoCa does not run in {half}. Remedy: precision amp_{half}"):
+        _ = captioner(tiny_coca, precision=half).loaded
+    said = captioner(tiny_coca, precision=f"amp_{half}").describe(pixels(4), UIDS)
+    assert all(caption for of_image in said for caption in of_image)
+
+
 def test_what_decides_a_caption_is_in_its_identity_and_nothing_else(tiny_coca):
     base = captioner(tiny_coca).identity()
     assert base == captioner(tiny_coca, batch_size=9, workers=1).identity()
