@@ -235,6 +235,31 @@ def test_the_catalog_and_explain_know_the_better_row(scenario: Scenario) -> None
     assert verdicts == [("kept",), ("dropped",)]
 
 
+def test_the_step_drops_the_same_rows_and_each_names_the_better_one(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scenario.set("recipes", "unlike", value={"steps": [{"deduplicate": {"by": SCORE, "above": 0.9999}}]})
+    assert scenario.run().failures == {}
+    assert scenario.manifest("unlike")["uid"].to_list() == scenario.manifest("apart")["uid"].to_list()
+    with duckdb.connect(str(scenario.folder / "lake/catalog.duckdb"), read_only=True) as con:
+        for uid, row in told(scenario.open()).items():
+            assert row is not None
+            answer = con.execute(
+                "SELECT verdict, value, threshold, in_favour_of FROM explain(?) WHERE recipe = 'unlike' AND step = 1",
+                [uid],
+            ).fetchall()
+            value, better = row
+            verdict = ("kept", value, 0.9999, None) if value <= 0.9999 else ("dropped", value, 0.9999, better)
+            assert answer == [verdict]
+
+
+def test_a_row_that_was_not_compared_can_not_be_judged_by_the_step(scenario: Scenario) -> None:
+    ask_for(scenario, of="subset/clip_third")
+    scenario.set("recipes", "unlike", value={"steps": [{"deduplicate": {"by": SCORE, "above": 0.9999}}]})
+    failures = scenario.run().failures
+    assert set(failures) == {"subset/unlike"}
+    assert "near_duplicate/tiny is NULL for uid" in failures["subset/unlike"]
+
+
 def test_nothing_is_done_again_when_nothing_changed(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third")
     scenario.run()
