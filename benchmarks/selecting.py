@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from assets.choosing import MEMORY, SharedSource, chosen
 from assets.subset import manifest
 from resources.catalog import build_catalog, read_catalog
-from resources.lake import Lake
+from resources.lake import LOOKED_UP, Lake, write_parquet
 from resources.versions import Versions, write_selection
 from selection.recipes import Recipe
 
@@ -167,14 +167,14 @@ def _write_lake(lake: Path, rows: int, shard_rows: int) -> None:
         f0, f1 = generator.integers(0, 2**64, (2, n), dtype=np.uint64)
         identity = {"shard": pa.array([shard] * n), "f0": f0, "f1": f1}
         keys = {"key": [f"{shard}{place:04d}" for place in range(n)]}
-        _write(lake / "raw_pool" / f"{shard}.parquet", identity | keys)
+        _write(lake, "raw_pool", shard, identity | keys)
         for asset, column in SCORES.values():
             scores = generator.standard_normal(n, dtype=np.float32)
-            _write(lake / asset / f"{shard}.parquet", identity | {column: scores})
+            _write(lake, asset, shard, identity | {column: scores})
 
 
-def _write(path: Path, columns: dict[str, Any]) -> None:
-    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=1 << 17)
+def _write(lake: Path, asset: str, shard: str, columns: dict[str, Any]) -> None:
+    write_parquet(pa.table(columns), lake / asset / f"{shard}.parquet", looked_up=LOOKED_UP.get(asset))
 
 
 def _same(a: Path, b: Path) -> bool:
