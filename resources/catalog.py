@@ -329,8 +329,7 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
     """
     pool, scored = _numbered(root, scores)
     ctes = [
-        "places AS MATERIALIZED "
-        f"(SELECT filename, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
+        f"places AS MATERIALIZED (SELECT filename, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
         f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "
         "USING (filename, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
     ]
