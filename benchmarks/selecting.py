@@ -160,7 +160,7 @@ def _by_hand(lake: Path, out: Path) -> None:
 
 
 def _write_lake(lake: Path, rows: int, shard_rows: int) -> None:
-    """Write uids that are random, as sha256 makes them, and scores that follow no order; the other columns are empty."""
+    """Write uids that are random, as sha256 makes them, and scores that follow no order; other columns are empty."""
     generator = np.random.default_rng(0)
     for folder in ("raw_pool", "rejects", *(asset for asset, _ in SCORES.values())):
         (lake / folder).mkdir(parents=True)

@@ -153,9 +153,7 @@ def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str
 
 
 def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
-    """Write the queries of the pool and of each score asset with every row's file and place in it.
-
-    Of the score assets come also the columns and their names.
+    """Write the queries of the pool and of each score asset with the place of every row, the latter with its columns.
 
     By place and uid a repeated uid meets its own score.
     """
@@ -324,8 +322,8 @@ def _explain_macro(
 def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
     """Write the sample's rows of `pool_scores` as CTEs.
 
-    Every pool file is looked into for f0 alone, by its Bloom filters where it has them. The files, shards and places
-    found come first and by themselves, so that of all else DuckDB opens those shards' files and reads one row group.
+    All files of the pool are looked into for f0 alone, and only where their Bloom filters let it be. What is found
+    comes first and by itself, so that of every asset DuckDB opens that shard's file and reads one row group.
     """
     pool, scored = _numbered(root, scores)
     ctes = [
@@ -334,7 +332,8 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
         "USING (filename, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
     ]
     selected, joins = [f"pool_rows.{_quoted(column)}" for column in POOL_COLUMNS], []
-    for number, (asset, (query, named)) in enumerate(zip(score_names(scores), scored, strict=True)):
+    for number, (asset, (query, named)) in enumerate(zip(scores, scored, strict=True)):
+        # From the pool's file, since DuckDB may spell the root in another way than we do.
         file = f"regexp_replace(filename, 'raw_pool(/[^/]*)$', {_text(asset)} || '\\1')"
         ctes.append(
             f"score_rows{number} AS MATERIALIZED (SELECT s.* FROM ({query}) AS s "

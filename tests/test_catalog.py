@@ -572,6 +572,14 @@ def test_explain_opens_no_file_of_another_shard(lake):
             con.execute("SELECT count(*) FROM scores").fetchall()
 
 
+def test_explain_finds_the_scores_however_the_lakes_path_is_written(lake):
+    row = lake.rows["00001"][0]
+    root = lake.root / ".." / lake.root.name
+    build_catalog(root, lake.catalog, scores=SCORES, targets=TARGETS, recipes=["wide"])
+    with read_catalog(lake.catalog) as con:
+        assert fetch(con, "FROM explain(?)", f"{row['f0']:016x}{row['f1']:016x}")[2]["value"] == row[CLIP]
+
+
 def test_the_pools_filters_tell_in_which_shard_a_uid_may_be(lake):
     for number in range(3):
         lake.add_shard(f"1000{number}", [f0 << 40 for f0 in range(number, 3000, 3)], scored=False)
