@@ -307,7 +307,7 @@ def _explain_macro(
         "found AS MATERIALIZED ("
         + " UNION ALL BY NAME ".join([f"SELECT {typed} WHERE false", *steps])
         + " UNION ALL BY NAME SELECT 'rejected: ' || reason AS verdict, detail AS text FROM rejects "
-        "WHERE key = sample)"
+        "WHERE key = (SELECT sample WHERE NOT EXISTS (FROM sample_rows)))"  # in the pool: DuckDB opens few files
     )
     return (
         f"CREATE MACRO explain(sample) AS TABLE WITH {', '.join(ctes)} SELECT * FROM found "
