@@ -26,7 +26,8 @@ from assets.choosing import MEMORY, SharedSource, chosen
 from assets.lineage import told_steps
 from assets.subset import manifest
 from resources.catalog import build_catalog, read_catalog
-from resources.lake import Lake
+from resources.lake import LOOKED_UP, Lake, write_parquet
+from resources.pools import RAW_POOL_SCHEMA, REJECTS_SCHEMA
 from resources.versions import Versions, write_selection
 from selection.recipes import Recipe
 
@@ -65,6 +66,7 @@ def measure(rows: int = 2_000_000, shard_rows: int = 100_000, *, several: bool =
         "cpu_of_by_hand": ours["cpu"] / hand["cpu"],
         **({f"{RECIPES}_recipes_of_one": many["seconds"] / ours["seconds"]} if many else {}),
         "explain_s": explain["seconds"] / EXPLAINED,
+        "explain_cpu_s": explain["cpu"] / EXPLAINED,
     }
 
 
@@ -159,23 +161,29 @@ def _by_hand(lake: Path, out: Path) -> None:
 
 
 def _write_lake(lake: Path, rows: int, shard_rows: int) -> None:
-    """Write uids that are random, as sha256 makes them, and scores that follow no order."""
+    """Write uids that are random, as sha256 makes them, and scores that follow no order; other columns are empty."""
     generator = np.random.default_rng(0)
-    for folder in ("raw_pool", *(asset for asset, _ in SCORES.values())):
+    for folder in ("raw_pool", "rejects", *(asset for asset, _ in SCORES.values())):
         (lake / folder).mkdir(parents=True)
     for number, start in enumerate(range(0, rows, shard_rows)):
         n, shard = min(shard_rows, rows - start), f"{number:08d}"
         f0, f1 = generator.integers(0, 2**64, (2, n), dtype=np.uint64)
         identity = {"shard": pa.array([shard] * n), "f0": f0, "f1": f1}
         keys = {"key": [f"{shard}{place:04d}" for place in range(n)]}
-        _write(lake / "raw_pool" / f"{shard}.parquet", identity | keys)
+        _write(lake, "raw_pool", shard, _with_nulls(RAW_POOL_SCHEMA, identity | keys))
+        _write(lake, "rejects", shard, _with_nulls(REJECTS_SCHEMA, {"shard": [shard], "key": [f"{shard}{n:04d}"]}))
         for asset, column in SCORES.values():
             scores = generator.standard_normal(n, dtype=np.float32)
-            _write(lake / asset / f"{shard}.parquet", identity | {column: scores})
+            _write(lake, asset, shard, identity | {column: scores})
 
 
-def _write(path: Path, columns: dict[str, Any]) -> None:
-    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=1 << 17)
+def _with_nulls(schema: pa.Schema, columns: dict[str, Any]) -> dict[str, Any]:
+    rows = len(columns["shard"])
+    return {field.name: columns.get(field.name, pa.nulls(rows, field.type)) for field in schema}
+
+
+def _write(lake: Path, asset: str, shard: str, columns: dict[str, Any]) -> None:
+    write_parquet(pa.table(columns), lake / asset / f"{shard}.parquet", looked_up=LOOKED_UP.get(asset))
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -205,10 +213,11 @@ def _apart(work: Callable[[Path, Path], None], lake: Path, out: Path) -> dict[st
 def _timed(work: Callable[[Path, Path], None], lake: Path, out: Path, told: Any) -> None:
     with duckdb.connect() as con:  # a first connection sets DuckDB up
         con.execute("SELECT 1").fetchall()
-    started = time.perf_counter()
+    started, cpu_before = time.perf_counter(), time.process_time()
     work(lake, out)
-    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-    told.send({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "gb": used.ru_maxrss / 1e6})
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told.send({"seconds": seconds, "cpu": cpu, "gb": peak / 1e6})
 
 
 def main() -> None:

@@ -153,11 +153,11 @@ def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str
 
 
 def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
-    """Write the queries of the pool and of each score asset with every row's place; the latter with columns and names.
+    """Write the queries of the pool and of each score asset with the place of every row, the latter with its columns.
 
     By place and uid a repeated uid meets its own score.
     """
-    place, options = {"file_row_number": "BIGINT"}, ", file_row_number=true"
+    place, options = {"filename": "VARCHAR", "file_row_number": "BIGINT"}, ", filename=true, file_row_number=true"
     pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=options)
     scored = []
     for asset, names in score_names(scores).items():
@@ -327,7 +327,7 @@ def _explain_macro(
         "found AS MATERIALIZED ("
         + " UNION ALL BY NAME ".join([f"SELECT {typed} WHERE false", *steps])
         + " UNION ALL BY NAME SELECT 'rejected: ' || reason AS verdict, detail AS text FROM rejects "
-        "WHERE key = sample)"
+        "WHERE key = (SELECT sample WHERE NOT EXISTS (FROM sample_rows)))"  # in the pool: DuckDB opens few files
     )
     return (
         f"CREATE MACRO explain(sample) AS TABLE WITH {', '.join(ctes)} SELECT * FROM found "
@@ -340,21 +340,25 @@ def _explain_macro(
 
 
 def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
-    """Write the sample's rows of `pool_scores` as CTEs: the pool's f0 are read for it, and of scores one row group.
+    """Write the sample's rows of `pool_scores` as CTEs.
 
-    The rows found come first and by themselves, so that DuckDB prunes every score's files by their shard and place.
+    All files of the pool are looked into for f0 alone, and only where their Bloom filters let it be. What is found
+    comes first and by itself, so that of every asset DuckDB opens that shard's file and reads one row group.
     """
     pool, scored = _numbered(root, scores)
     ctes = [
-        f"places AS MATERIALIZED (SELECT shard, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
+        f"places AS MATERIALIZED (SELECT filename, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
         f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "
-        "USING (shard, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
+        "USING (filename, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
     ]
     selected, joins = [f"pool_rows.{_quoted(column)}" for column in POOL_COLUMNS], []
-    for number, (query, named) in enumerate(scored):
+    for number, (asset, (query, named)) in enumerate(zip(scores, scored, strict=True)):
+        # From the pool's file, since DuckDB may spell the root in another way than we do.
+        file = f"regexp_replace(filename, 'raw_pool(/[^/]*)$', {_text(asset)} || '\\1')"
         ctes.append(
             f"score_rows{number} AS MATERIALIZED (SELECT s.* FROM ({query}) AS s "
-            "JOIN pool_rows USING (shard, file_row_number, f0, f1))"
+            f"JOIN (SELECT * REPLACE ({file} AS filename) FROM pool_rows) "
+            "USING (filename, shard, file_row_number, f0, f1))"
         )
         joins.append(f"LEFT JOIN score_rows{number} USING (shard, file_row_number)")
         selected += [f"score_rows{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in named]
@@ -412,8 +416,8 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
             SELECT *, {", ".join(passes)}
             FROM (SELECT 1) LEFT JOIN (
                 SELECT * FROM sample_rows WHERE shard IN (
-                    SELECT shard FROM subset_shards
-                    WHERE recipe = {_text(recipe)} AND version = {_text(version)} AND missing IS NULL)
+                    SELECT unnest(json_keys(content::JSON->'shards'))
+                    FROM read_text({_pattern(root, f"{folder}/lineage.json")}))
                 ORDER BY shard, source_row LIMIT 1
             ) ON true LEFT JOIN ({member}) ON true
             WHERE "member" OR EXISTS (FROM sample_rows))"""

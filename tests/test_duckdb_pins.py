@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 
@@ -282,6 +284,28 @@ def test_a_uid_in_a_macro_reaches_the_files_as_a_filter(con, tmp_path):
     plan = rows(con, f"EXPLAIN ANALYZE FROM find('{7 << 64:032x}')")[0][1]
     assert rows(con, f"FROM find('{7 << 64:032x}')") == [(7, 0)]
     assert "Row Groups Scanned: 1 / 10" in plan
+
+
+def test_an_equality_skips_row_groups_by_bloom_filters_of_arrow(con, tmp_path):
+    path = tmp_path / "a.parquet"
+    numbers = pa.table({"f0": pa.array(range(0, 20_000, 2), pa.uint64())})
+    pq.write_table(numbers, path, row_group_size=1000, bloom_filter_options={"f0": {"ndv": 1000, "fpp": 0.001}})
+    for number, groups in ((7777, 0), (7778, 1)):
+        plan = rows(con, f"EXPLAIN ANALYZE SELECT * FROM '{path}' WHERE f0 = {number}")[0][1]
+        assert f"Row Groups Scanned: {groups} / 10" in plan
+
+
+def test_a_files_name_that_a_join_finds_opens_only_that_file(con, tmp_path):
+    for name in ("a", "b", "c"):
+        rows(con, f"COPY (SELECT '{name}' AS name) TO '{tmp_path}/{name}.parquet'")
+    (tmp_path / "c.parquet").write_bytes(b"not parquet")
+    sql = (
+        "WITH found AS MATERIALIZED (SELECT '{}' AS filename WHERE random() >= 0) "
+        f"SELECT name FROM read_parquet('{tmp_path}/*.parquet', filename=true) JOIN found USING (filename)"
+    )
+    assert rows(con, sql.format(tmp_path / "b.parquet")) == [("b",)]
+    with pytest.raises(duckdb.InvalidInputException, match=r"c\.parquet"):
+        rows(con, sql.format(tmp_path / "c.parquet"))
 
 
 def test_a_filter_on_a_folders_name_opens_only_its_files(con, tmp_path):

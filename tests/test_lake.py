@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -104,6 +105,24 @@ def test_writing_the_same_again_gives_the_same_bytes(lake: Lake) -> None:
         first = path.read_bytes()
         lake.write(pa.table({"x": [1.5, 2.5]}), given)
         assert path.read_bytes() == first
+
+
+def test_a_pools_file_tells_by_filters_that_it_has_no_such_row(lake: Lake) -> None:
+    """And others have no filters, which would be as large as a score itself."""
+    numbers = np.random.default_rng(0).integers(0, 2**64, 150_000, dtype=np.uint64)
+    written, others = numbers[:140_000], numbers[140_000:]  # two row groups
+    for asset in ("raw_pool", "clip_score/b32"):
+        lake.write(pa.table({"f0": written, "f1": written}), provenance(asset=asset))
+    probe = "SELECT count(*) FILTER (NOT bloom_filter_excludes) FROM parquet_bloom_probe(?, ?, ?::UBIGINT)"
+
+    def groups_left(asset: str, column: str, value: int) -> int:
+        (count,) = duckdb.execute(probe, [lake.path(asset, "00000"), column, value]).fetchone() or ()
+        return int(count)
+
+    assert all(groups_left("raw_pool", "f0", int(value)) >= 1 for value in written[::10_000])
+    assert sum(groups_left("raw_pool", "f0", int(value)) for value in others[:1000]) < 40  # 2000 at one in a hundred
+    assert groups_left("raw_pool", "f1", int(others[0])) == 2
+    assert groups_left("clip_score/b32", "f0", int(others[0])) == 2
 
 
 def test_embeddings_are_mapped_and_not_copied(lake: Lake) -> None:
