@@ -77,7 +77,7 @@ def best_of_equals(
     rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {by} AS alike, {best} AS best, {inside} AS entered"
     twice = {"h": repeated_hashes(con, f"hash({by})", f"{relation} WHERE {inside}", entered)}
     con.register("twice", twice)
-    table = quoted(f"{column}_copies")
+    table = quoted(f"{column}_alike")
     con.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE {table} AS
