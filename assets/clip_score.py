@@ -1,7 +1,5 @@
 """`clip_score/<encoder>`: the cosine of each image and its own caption. With a DFN encoder, the DFN score."""
 
-from functools import partial
-
 import numpy as np
 import pyarrow as pa
 
@@ -35,7 +33,7 @@ def clip_score(project: Project, encoder: str) -> ShardAsset:
         key=key,
         deps=(source,),
         provenance=provenance,
-        compute=each(score, ahead=partial(project.lake.fetch, source)),
+        compute=each(score),
         code_version=CODE_VERSION,
         group="clip_score",
         kinds={"pytorch", "parquet"},

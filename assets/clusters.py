@@ -5,7 +5,6 @@ negatives, centroids that were computed from the pool stay while shards arrive.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +129,7 @@ def clusters(project: Project, encoder: str, target: str, found: WholeAsset, tar
             assigned = pa.table([*columns, pa.array(cluster), pa.array(inside)], schema=SCHEMA)
             return Result(assigned, {"in_target_cluster": int(inside.sum()), "clusters_hit": int(hit.sum())})
 
-        yield from each(assign, ahead=partial(project.lake.fetch, source))(shards)
+        yield from each(assign)(shards)
 
     return sharded_asset(
         project,

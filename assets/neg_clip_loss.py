@@ -1,7 +1,6 @@
 """`neg_clip_loss/<encoder>`: each pair's score against a batch of other pairs (arXiv 2405.19547)."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def _by_reference_negatives(project: Project, encoder: str, settings: NegClipLos
                 scores[rows], stderr[rows] = (f.cpu().numpy() for f in found)
             return _result(shard, embeddings, scores, stderr, uids.shape, temperature)
 
-        yield from each(score, ahead=partial(project.lake.fetch, f"embeddings/{encoder}"))(shards)
+        yield from each(score)(shards)
 
     return compute
 
@@ -128,7 +127,7 @@ def _by_random_partitions(project: Project, encoder: str, settings: NegClipLossS
         shape = (settings.draws, min(settings.batch_size, len(order)))
         return _result(shard, embeddings, scores, np.full_like(scores, np.nan), shape, temperature)
 
-    return each(score, ahead=partial(project.lake.fetch, f"embeddings/{encoder}"))
+    return each(score)
 
 
 def _result(

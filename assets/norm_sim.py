@@ -1,7 +1,6 @@
 """`norm_sim/<encoder>/<target>`: how near each image is to a target set (arXiv 2405.19547, section 3.2)."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +44,7 @@ def norm_sim(project: Project, encoder: str, target: str, targets: WholeAsset) -
             table = score_table(shard, embeddings, norm_sim_2=euclidean, norm_sim_inf=nearest, nearest_target=index)
             return Result(table, figures("norm_sim_2", euclidean) | figures("norm_sim_inf", nearest))
 
-        yield from each(score, ahead=partial(project.lake.fetch, source))(shards)
+        yield from each(score)(shards)
 
     return sharded_asset(
         project,

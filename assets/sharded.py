@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,23 +107,15 @@ class ShardAsset:
             return False
 
 
-def each(function: Callable[[str], Result], *, ahead: Callable[[str], None] | None = None) -> Compute:
-    """Turn a function of one shard into a `Compute`; an error stays with its shard.
-
-    Args:
-        function: computes a shard.
-        ahead: lets the disk fetch what a shard needs; called from another thread while the shard before it is computed.
-    """
+def each(function: Callable[[str], Result]) -> Compute:
+    """Turn a function of one shard into a `Compute`; an error stays with its shard."""
 
     def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        with ThreadPoolExecutor(1) as thread:
-            for shard, following in zip(shards, [*shards[1:], None], strict=True):
-                if ahead is not None and following is not None:
-                    thread.submit(ahead, following)  # what goes wrong there goes wrong again, and is told, in its turn
-                try:
-                    yield shard, function(shard)
-                except Exception as error:  # noqa: BLE001 - raised with all others when the shards are through
-                    yield shard, error
+        for shard in shards:
+            try:
+                yield shard, function(shard)
+            except Exception as error:  # noqa: BLE001 - raised with all others when the shards are through
+                yield shard, error
 
     return compute
 

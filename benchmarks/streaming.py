@@ -1,22 +1,18 @@
 """How scoring grows with the rows: they lie in a file, pass through once, and all draws and targets meet them there.
 
     python -m benchmarks.streaming [--device cuda] [--rows N ...] [--draws K] [--negatives B] [--targets N]
-    python -m benchmarks.streaming --cold
 
-Rows, negatives and targets are synthetic. Not here: how fast one score is (`scores`). The disk is left out, since the
-file is written beforehand and small ones stay in the page cache; `--cold` tells what fetching the next shard is worth
-when nothing is in that cache.
+Rows, negatives and targets are synthetic. Not here: how fast one score is (`scores`), and the disk: the file is written
+beforehand and small ones stay in the page cache.
 """
 
 import argparse
 import json
-import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,6 @@ import torch
 
 from benchmarks.scores import TEMPERATURE, WIDTH, machine
 from selection import nearest_target, neg_clip_loss, norm_sim_from_moment, second_moment
-from selection.reduction import spans
 from selection.streaming import resident
 
 ROWS = (25_000, 50_000, 100_000)
@@ -78,53 +73,6 @@ def measure(
     found["time_for_linear"] = (rows[-1] / rows[0]) / (taken[-1] / taken[1])
     found["memory_growth_mb"] = peaks[-1] - peaks[1]
     return found
-
-
-def cold(shards: int = 8, rows: int = 100_000) -> dict[str, float]:
-    """Compute NormSim_2 of shards that lie on the disk alone, with and without fetching the next one meanwhile.
-
-    Returns:
-        `fetching_ahead_speedup`, the median over rounds that alternate, with seconds and megabytes a second.
-    """
-    import numpy as np
-    import pyarrow as pa
-
-    from assets.sharded import Result, each  # what a bare GPU machine has not
-    from resources.lake import Lake, Provenance, column_to_vectors, vectors_to_column
-
-    moment = second_moment(_unit(TARGETS, seed=3))
-    with tempfile.TemporaryDirectory() as folder:
-        lake, names = Lake(folder), [f"{number:05d}" for number in range(shards)]
-        for number, shard in enumerate(names):
-            image = vectors_to_column(_unit(rows, seed=number + 4).numpy())
-            lake.write(pa.table({"image": image}), Provenance("embeddings/b32", shard, "1"))
-        os.sync()
-
-        def score(shard: str) -> Result:
-            vectors = column_to_vectors(lake.read("embeddings/b32", shard)["image"])
-            for at in spans(rows, CHUNK):
-                norm_sim_from_moment(torch.from_numpy(np.array(vectors[at])), moment)
-            return Result(pa.table({}), {})
-
-        def seconds(ahead: Callable[[str], None] | None) -> float:
-            for shard in names:
-                with open(lake.path("embeddings/b32", shard), "rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            start = time.perf_counter()
-            for _, outcome in each(score, ahead=ahead)(names):
-                if isinstance(outcome, Exception):
-                    raise outcome
-            return time.perf_counter() - start
-
-        taken = [(seconds(None), seconds(partial(lake.fetch, "embeddings/b32"))) for _ in range(5)]
-    without, fetching = (sorted(way)[len(taken) // 2] for way in zip(*taken, strict=True))
-    megabytes = shards * rows * WIDTH * 2 / 1e6
-    return {
-        "fetching_ahead_speedup": sorted(plain / ahead for plain, ahead in taken)[len(taken) // 2],
-        "seconds_without": without,
-        "seconds_fetching": fetching,
-        "mb_per_second_fetching": megabytes / fetching,
-    }
 
 
 def _score_all(
@@ -192,18 +140,13 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, default=NEGATIVES)
     parser.add_argument("--targets", type=int, default=TARGETS)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
-    parser.add_argument("--cold", action="store_true", help="what fetching the next shard from the disk is worth")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = (
-        cold()
-        if arguments.cold
-        else measure(
-            arguments.rows,
-            draws=arguments.draws,
-            negatives=arguments.negatives,
-            targets=arguments.targets,
-            device=arguments.device,
-        )
+    figures = measure(
+        arguments.rows,
+        draws=arguments.draws,
+        negatives=arguments.negatives,
+        targets=arguments.targets,
+        device=arguments.device,
     )
     for name, figure in figures.items():
         print(f"{name:32} {f'{figure:,.2f}' if isinstance(figure, float) else figure}")

@@ -243,16 +243,6 @@ class Lake:
             table = reader.read_all()
         return table.select(columns) if columns else table
 
-    def fetch(self, asset: str, shard: str | None = None) -> None:
-        """Let the disk bring a file of a local lake into memory; returns when that is under way.
-
-        Raises:
-            OSError: there is no such file.
-        """
-        if self.is_local and hasattr(os, "posix_fadvise"):  # which macOS has not
-            with open(self.path(asset, shard), "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
     def write(
         self,
         table: pa.Table,
