@@ -120,11 +120,24 @@ def chosen(
         mark_sets(con, "source", columns)
         yield select(con, name, recipe), source.duplicates
     finally:
-        for column, listed in columns.items():
-            con.unregister(listed)
-            con.execute(f"ALTER TABLE source DROP COLUMN IF EXISTS {quoted(column)}")
         if shared is None:
             table.close()
+        else:
+            _tidy(con, columns)
+
+
+def _tidy(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str]) -> None:
+    """Remove what one recipe has put beside the rows: its steps' columns and tables, and its sets."""
+    made = con.execute(
+        "SELECT 'VIEW', view_name FROM duckdb_views() WHERE temporary AND NOT internal UNION ALL "
+        "SELECT 'TABLE', table_name FROM duckdb_tables() WHERE temporary AND NOT internal AND table_name <> 'source'"
+    ).fetchall()
+    for listed in sets.values():
+        con.unregister(listed)
+    for kind, name in made:
+        con.execute(f"DROP {kind} IF EXISTS {quoted(name)}")
+    for column in sets:
+        con.execute(f"ALTER TABLE source DROP COLUMN IF EXISTS {quoted(column)}")
 
 
 @contextmanager

@@ -87,13 +87,7 @@ def lineage_record(
         "definition": recipe.definition(),
         "source": {**source, "rows": selection.source_rows, "duplicates": duplicates},
         "sets": {other: dict(read) for other, read in sets.items()},
-        "steps": [
-            {
-                **report.as_dict(),
-                "file": step_file(report.step, report.kind) if report.step in selection.tables else None,
-            }
-            for report in selection.steps
-        ],
+        "steps": told_steps(selection),
         "rows": selection.rows,
         "samples": selection.samples,
         "shards": {shard: dict(read) for shard, read in shards.items()},

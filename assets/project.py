@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 import yaml
 from pydantic import (
     BaseModel,
@@ -308,6 +309,10 @@ class ProjectSettings(BaseModel):
             self.recipes,
             scores=self.score_columns,
             pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
+            texts=[
+                *(score for score, (_, column) in self.score_columns.items() if score_type(column) == "VARCHAR"),
+                *(field.name for field in RAW_POOL_SCHEMA if pa.types.is_string(field.type)),
+            ],
             uid_lists=[f"external_uids/{name}" for name in self.external_uids],
         )
         for encoder, near in self.near_duplicates.items():

@@ -132,6 +132,7 @@ def _groups(selection: Selection) -> Iterator[_Group]:
         ):
             verdict = "kept" if kept else "dropped"
             near = {("worst", True): ", just above the threshold", ("best", False): ", just below the threshold"}
+            near = near if report.threshold is not None else {}  # strata have many, and draws have none
             highest = "highest" if end == "best" else "lowest"
             yield _Group(
                 f"{end.capitalize()} {verdict} by {report.score}",
@@ -327,7 +328,11 @@ def _summaries(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
         f"Step {step['step']}, {step['text']}": [
             head,
             *(
-                ["" if row["name"] == before else row["name"], row["what"], *(written(row[g]) for g in head[2:])]
+                [
+                    "" if row["name"] == before else row["name"],
+                    textwrap.shorten(row["what"], 80),
+                    *(written(row[g]) for g in head[2:]),
+                ]
                 for before, row in zip([None, *(r["name"] for r in step["summary"])], step["summary"], strict=False)
             ),
         ]

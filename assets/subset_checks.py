@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from assets.checks import CheckFailed, asset_key
 from resources.lake import Lake
@@ -18,8 +19,8 @@ from selection.uids import SUBSET_DTYPE
 
 DESCRIPTIONS = {
     "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
-    "those were fewer; by DataComp's rule one more, and all that are equal to it. The manifest has as many rows as the "
-    "last step kept, and so has the array, or as many as were drawn.",
+    "those were fewer; `stratify` that of each stratum; by DataComp's rule one more, and all that are equal to it. The "
+    "manifest has as many rows as the last step kept, and so has the array, or as many as were drawn.",
     "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), the manifest's uids, each once, or as often "
     "as it was drawn.",
     "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
@@ -35,17 +36,20 @@ def specs(key: str) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def examine_subset(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> dict[str, dict[str, Any]]:
+def examine_subset(
+    lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, strata: Mapping[int, pa.Table]
+) -> dict[str, dict[str, Any]]:
     """Look at the checks; give the findings as JSON values, by the check's name.
 
     Args:
         lineage: the lineage record.
         manifest: f0 and f1 of the selected rows; where they were drawn, copies.
         uids: DataComp's array.
+        strata: for each `stratify` step, by its number, the version's table of them.
     """
     duplicates = lineage["source"]["duplicates"]
     found = {
-        "size": ({"rows": lineage["rows"]}, _size(lineage, manifest, uids)),
+        "size": ({"rows": lineage["rows"]}, _size(lineage, manifest, uids, strata)),
         "uids_sorted_and_unique": ({"rows": len(uids)}, _order(manifest, uids)),
         "uids_unique_across_shards": (
             {"duplicates_left_out": duplicates},
@@ -75,7 +79,12 @@ def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
         uids = np.lib.format.read_array(file, allow_pickle=False)
     columns = ("f0", "f1", "copies") if _drawn(version.lineage) else ("f0", "f1")
     manifest = Versions(lake, version.recipe).read_uids(version.name, columns=columns)
-    return examine_subset(version.lineage, manifest, uids)
+    strata = {}
+    for step in version.lineage["steps"]:
+        if step["kind"] == "stratify":
+            with lake.fs.open(f"{version.folder}/{step['file']}") as file:
+                strata[step["step"]] = pq.ParquetFile(file).read(columns=["basis", "entered"])
+    return examine_subset(version.lineage, manifest, uids, strata)
 
 
 def _drawn(lineage: Mapping[str, Any]) -> bool:
@@ -83,7 +92,7 @@ def _drawn(lineage: Mapping[str, Any]) -> bool:
     return bool(steps) and steps[-1]["kind"] == "soft_cap_sample"
 
 
-def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> str:
+def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, strata: Mapping[int, pa.Table]) -> str:
     """Tell what is wrong with the numbers of rows, if anything is."""
     basis = entered = lineage["source"]["rows"]
     recipe = Recipe.model_validate(lineage["definition"])
@@ -93,7 +102,8 @@ def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray) -> s
         if step.keep_top is not None and step.keep_top.rule == "datacomp":
             kept = max(kept, min(report["kept"], entered))  # all that are equal to the last one stay
         if step.stratify is not None:
-            kept = report["wanted"]  # as the sizes of the strata have it
+            sizes = strata[report["step"]].to_pylist()
+            kept = sum(min(step.stratify.wanted(size["basis"]), size["entered"]) for size in sizes)
         if (report["entered"], report["kept"]) != (entered, kept):
             return f"step {report['step']}: {report['kept']} of {report['entered']} rows kept, not {kept} of {entered}"
         entered = kept

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from resources.lake import Lake
 from resources.version_macros import version_macros
 from resources.versions import Versions
+from selection.ranking import quoted
 
 POOL_COLUMNS = {
     "uid": "VARCHAR",
@@ -95,7 +96,7 @@ def build_catalog(
     records = [version.lineage for version in newest if version is not None]
     with lake.replacing(str(path.absolute())) as temporary, duckdb.connect(str(temporary)) as con:
         for name, query in _views(root, scores).items():
-            con.execute(f"CREATE VIEW {_quoted(name)} AS {query}").fetchall()
+            con.execute(f"CREATE VIEW {quoted(name)} AS {query}").fetchall()
         for macro in (
             _UID_WORDS,
             _OVERLAP,
@@ -132,7 +133,7 @@ def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
         values = {column: score_type(column) for column in columns}
         views[asset] = _files(root, f"{asset}/{_VISIBLE}.parquet", _ROW | values)
     views["pool_scores"] = _pool_scores(root, scores)
-    names = [_quoted(name) for names in score_names(scores).values() for name in names]
+    names = [quoted(name) for names in score_names(scores).values() for name in names]
     views["scores"] = f"SELECT {', '.join(['uid, f0, f1, shard, key', *names])} FROM pool_scores"
     views["shards"] = """
         SELECT coalesce(p.shard, r.shard) AS shard, coalesce(p.n, 0) AS rows, coalesce(r.n, 0) AS rejected
@@ -144,8 +145,8 @@ def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
     """Write a query over files that may not be there yet: typed columns, and no rows without files."""
-    typed = ", ".join(f"NULL::{kind} AS {_quoted(name)}" for name, kind in columns.items())
-    names = ", ".join(_quoted(name) for name in columns)
+    typed = ", ".join(f"NULL::{kind} AS {quoted(name)}" for name, kind in columns.items())
+    names = ", ".join(quoted(name) for name in columns)
     return (
         f"SELECT {names} FROM (SELECT {typed} WHERE false UNION ALL BY NAME "
         f"SELECT * FROM read_parquet({_pattern(root, pattern)}, allow_empty=true{options}))"
@@ -170,10 +171,10 @@ def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, lis
 def _pool_scores(root: Path, scores: Mapping[str, Sequence[str]]) -> str:
     """Join the scores to the pool."""
     pool, scored = _numbered(root, scores)
-    selected, joins = [f"pool.{_quoted(column)}" for column in POOL_COLUMNS], []
+    selected, joins = [f"pool.{quoted(column)}" for column in POOL_COLUMNS], []
     for number, (query, named) in enumerate(scored):
         joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
-        selected += [f"s{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in named]
+        selected += [f"s{number}.{quoted(column)} AS {quoted(name)}" for column, name in named]
     return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
 
 
@@ -351,7 +352,7 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
         f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "
         "USING (filename, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
     ]
-    selected, joins = [f"pool_rows.{_quoted(column)}" for column in POOL_COLUMNS], []
+    selected, joins = [f"pool_rows.{quoted(column)}" for column in POOL_COLUMNS], []
     for number, (asset, (query, named)) in enumerate(zip(scores, scored, strict=True)):
         # From the pool's file, since DuckDB may spell the root in another way than we do.
         file = f"regexp_replace(filename, 'raw_pool(/[^/]*)$', {_text(asset)} || '\\1')"
@@ -361,7 +362,7 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
             "USING (filename, shard, file_row_number, f0, f1))"
         )
         joins.append(f"LEFT JOIN score_rows{number} USING (shard, file_row_number)")
-        selected += [f"score_rows{number}.{_quoted(column)} AS {_quoted(name)}" for column, name in named]
+        selected += [f"score_rows{number}.{quoted(column)} AS {quoted(name)}" for column, name in named]
     return [*ctes, f"sample_rows AS MATERIALIZED (SELECT {', '.join(selected)} FROM pool_rows {' '.join(joins)})"]
 
 
@@ -400,7 +401,7 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
                 instead = f"SELECT format('{{:016x}}{{:016x}}', kept_f0, kept_f1) FROM {table} WHERE {_SAMPLE}"
                 passes.append(f'({instead}) AS "instead {number}"')
             else:
-                binds = binds and _binds(con, _quoted(step["by"]))
+                binds = binds and _binds(con, quoted(step["by"]))
                 said, threshold = _in_stratum(step, table) if binds else ("NULL::BOOLEAN", "NULL::DOUBLE")
                 passes.append(f'{threshold} AS "threshold {number}"')
         else:
@@ -426,13 +427,13 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
 def _value(step: Mapping[str, Any]) -> str | None:
     """Give what a step compares of a row, as SQL, if it compares a number."""
     if step["score"] is not None:
-        return str(step.get("value") or _quoted(step["score"]))
-    return _quoted(step["by"]) if step["kind"] == "deduplicate" and step["threshold"] is not None else None
+        return str(step.get("value") or quoted(step["score"]))
+    return quoted(step["by"]) if step["kind"] == "deduplicate" and step["threshold"] is not None else None
 
 
 def _in_stratum(step: Mapping[str, Any], table: str) -> tuple[str, str]:
     """Write whether a row is in the top of its stratum, and the stratum's threshold, from the strata as they were."""
-    value, of_row = step["value"], f"FROM {table} AS s WHERE s.stratum IS NOT DISTINCT FROM {_quoted(step['by'])}"
+    value, of_row = step["value"], f"FROM {table} AS s WHERE s.stratum IS NOT DISTINCT FROM {quoted(step['by'])}"
     stays = f"{value} > threshold OR ({value} = threshold AND (f0 < tie_f0 OR (f0 = tie_f0 AND f1 <= tie_f1)))"
     return f"coalesce((SELECT {stays} {of_row}), false)", f"(SELECT threshold {of_row})"
 
@@ -479,17 +480,18 @@ def _explained_steps(
             columns["threshold"] = f'"threshold {number}"'
         if step["kind"] == "soft_cap_sample":
             columns["copies"] = "copies"
+        instead = None
         if step["kind"] == "deduplicate" and step.get("file") is not None:
-            columns["in_favour_of"] = f'"instead {number}"'
+            instead = f'"instead {number}"'
         elif step["kind"] == "deduplicate" and step["threshold"] is not None:
+            unknown += f' OR "score {number}" IS NULL'
             columns |= {"score": _text(step["by"]), "value": f'"score {number}"'}
-            if step["by"] in likest:
-                columns["in_favour_of"] = f'CASE WHEN NOT "pass {number}" THEN {_quoted(likest[step["by"]])} END'
+            instead = quoted(likest[step["by"]]) if step["by"] in likest else None
         for score in {step["score"], *(step.get("scores") or ())}.intersection(said):
-            columns["best_caption"] = _quoted("sieve_caption" + score.removeprefix("sieve"))
+            columns["best_caption"] = quoted("sieve_caption" + score.removeprefix("sieve"))
         if step["score"] in nearest:
             suffix = nearest[step["score"]]
-            index = _quoted(f"nearest_target/{suffix}")
+            index = quoted(f"nearest_target/{suffix}")
             of_target = f"FROM targets WHERE asset = {_text(f'target_embeddings/{suffix}')} AND target_index = {index}"
             columns |= {
                 "nearest_target": index,
@@ -509,6 +511,8 @@ def _explained_steps(
         # A member has passed all steps after the last that could bring it in, whatever the scores of now would say.
         kept = "WHEN \"member\" THEN 'kept' " if number > last_union or not last_union else ""
         columns["verdict"] = f"CASE {kept}{verdict} END"
+        if instead is not None:
+            columns["in_favour_of"] = f"CASE WHEN ({columns['verdict']}) = 'dropped' THEN {instead} END"
         selected = ", ".join(f"{value} AS {name}" for name, value in columns.items())
         queries.append(f"SELECT {selected} FROM {judged}")
     return queries
@@ -588,10 +592,6 @@ def score_type(column: str) -> str:
 
 def _pattern(root: Path, pattern: str) -> str:
     return _text(f"{glob.escape(str(root))}/{pattern}")
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _text(value: str) -> str:

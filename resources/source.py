@@ -16,6 +16,7 @@ from pathlib import Path
 import duckdb
 
 from selection.grouping import repeated_hashes
+from selection.ranking import quoted
 
 ScoreFiles = tuple[str, Mapping[str, Path]]
 """A score's column in its files, and the files by shard."""
@@ -71,10 +72,10 @@ def source_relation(
         for shard, _ in raw_pool:
             if shard not in paths:
                 raise ValueError(f"Shard {shard} has no file of {score}. Remedy: materialize it for this shard.")
-    con.execute(f"DROP TABLE IF EXISTS {_quoted(name)}")
+    con.execute(f"DROP TABLE IF EXISTS {quoted(name)}")
     columns = ["f0", "f1", "shard", "key"]
     columns += [column for column in pool_columns if column not in columns]
-    target = f"CREATE TEMP TABLE {_quoted(name)} AS"
+    target = f"CREATE TEMP TABLE {quoted(name)} AS"
     in_order = sorted(raw_pool)
     for start in range(0, len(in_order), _SHARDS_AT_ONCE):
         shards = in_order[start : start + _SHARDS_AT_ONCE]
@@ -84,10 +85,10 @@ def source_relation(
             if _OUT_OF_STEP not in str(error):
                 raise
             raise ValueError(_which_is_out_of_step(con, shards, scores)) from error
-        target = f"INSERT INTO {_quoted(name)}"
+        target = f"INSERT INTO {quoted(name)}"
     duplicates = _drop_duplicates(con, name)
     mark_sets(con, name, sets or {})
-    ((rows,),) = con.execute(f"SELECT count(*) FROM {_quoted(name)}").fetchall()
+    ((rows,),) = con.execute(f"SELECT count(*) FROM {quoted(name)}").fetchall()
     return Source(rows=rows, duplicates=duplicates)
 
 
@@ -100,9 +101,9 @@ def mark_sets(con: duckdb.DuckDBPyConnection, name: str, sets: Mapping[str, str]
         sets: For each boolean column that is added, the name of a relation with columns f0 and f1.
     """
     for column, listed in sets.items():
-        con.execute(f"ALTER TABLE {_quoted(name)} ADD COLUMN {_quoted(column)} BOOLEAN DEFAULT false")
+        con.execute(f"ALTER TABLE {quoted(name)} ADD COLUMN {quoted(column)} BOOLEAN DEFAULT false")
         con.execute(
-            f"UPDATE {_quoted(name)} AS row SET {_quoted(column)} = true FROM {_quoted(listed)} AS listed "
+            f"UPDATE {quoted(name)} AS row SET {quoted(column)} = true FROM {quoted(listed)} AS listed "
             "WHERE row.f0 = listed.f0 AND row.f1 = listed.f1"
         ).fetchall()
 
@@ -113,10 +114,10 @@ _OUT_OF_STEP = "has other rows than"
 def _query(shards: Sequence[tuple[str, Path]], scores: Mapping[str, ScoreFiles], columns: Sequence[str]) -> str:
     """Write the query of some shards' rows; it fails with `_OUT_OF_STEP` where a score file has others."""
     aliases: dict[tuple[Path, ...], str] = {}
-    selected = [f"pool.{_quoted(column)}" for column in columns]
+    selected = [f"pool.{quoted(column)}" for column in columns]
     for score, (column, paths) in scores.items():
         alias = aliases.setdefault(tuple(paths[shard] for shard, _ in shards), f"score{len(aliases)}")
-        selected.append(f"{alias}.{_quoted(column)} AS {_quoted(score)}")
+        selected.append(f"{alias}.{quoted(column)} AS {quoted(score)}")
     joins, checks = [], ["true"]
     for files, alias in aliases.items():
         joins.append(f"POSITIONAL JOIN {_files(files)} AS {alias}")
@@ -150,27 +151,23 @@ def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
 
     Only rows whose hash is there twice are compared by uid.
     """
-    table = _quoted(name)
+    table = quoted(name)
     ((rows,),) = con.execute(f"SELECT count(*) FROM {table}").fetchall()
-    twice = {"h": repeated_hashes(con, "hash(f0, f1)", table, rows)}
-    if not len(twice["h"]):
-        return 0
-    con.register("twice", twice)
-    ((dropped,),) = con.execute(
-        f"""
-        DELETE FROM {table} WHERE rowid IN (
-            SELECT rowid FROM (
-                SELECT rowid, row_number() OVER (PARTITION BY f0, f1 ORDER BY rowid) AS copy
-                FROM {table} WHERE hash(f0, f1) IN (SELECT h FROM twice))
-            WHERE copy > 1)
-        """
-    ).fetchall()
-    con.unregister("twice")
-    return int(dropped)
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    dropped = 0
+    for twice in repeated_hashes(con, "hash(f0, f1)", table, rows):
+        con.register("twice", {"h": twice})
+        ((count,),) = con.execute(
+            f"""
+            DELETE FROM {table} WHERE rowid IN (
+                SELECT rowid FROM (
+                    SELECT rowid, row_number() OVER (PARTITION BY f0, f1 ORDER BY rowid) AS copy
+                    FROM {table} WHERE hash(f0, f1) IN (SELECT h FROM twice))
+                WHERE copy > 1)
+            """
+        ).fetchall()
+        con.unregister("twice")
+        dropped += count
+    return dropped
 
 
 def _text(value: object) -> str:

@@ -4,6 +4,7 @@ Here belongs which rows of each group stay, and what is kept of it so that it ca
 becomes a column beside the source, because no predicate over the row alone could give it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from selection.ranking import StepError, one, quoted, ranked_value, with_column
 from selection.steps import Deduplicate, Ranking, Stratify
-from selection.uids import format_uids
+from selection.uids import format_uid
 
 _HASHES_AT_ONCE = 1 << 25
 
@@ -63,31 +64,35 @@ def best_of_equals(
     """
     assert step.column is not None
     by = quoted(step.column)
-    absent, f0, f1 = one(
-        con, f"SELECT count(*), min(f0), arg_min(f1, (f0, f1)) FROM {relation} WHERE {inside} AND {by} IS NULL"
-    )
+    kind = str(con.sql(f"SELECT {by} FROM {relation} LIMIT 0").types[0])
+    there = f"{by} IS NOT NULL" + (f" AND NOT isnan({by})" if kind in ("FLOAT", "DOUBLE") else "")
+    unlike = f"FROM {relation} WHERE {inside} AND NOT ({there})"
+    absent, f0, f1 = one(con, f"SELECT count(*), min(f0), arg_min(f1, (f0, f1)) {unlike}")
     if absent:
         raise StepError(
-            f"{step.column} is NULL for uid {_uid(f0, f1)} ({absent} such rows in all), so it can't be compared. "
-            f"Remedy: drop such rows first with where: '{by} IS NOT NULL', or compare another column."
+            f"{step.column} has no value for uid {format_uid(f0, f1)} ({absent} such rows in all), so it can't be "
+            f"compared. Remedy: drop such rows first with where: '{there}', or compare another column."
         )
     best = "0.0"
     if step.best is not None:
         best = ranked_value(con, Ranking(score=step.best), f"{column}_best", relation, inside).value
     rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {by} AS alike, {best} AS best, {inside} AS entered"
-    twice = {"h": repeated_hashes(con, f"hash({by})", f"{relation} WHERE {inside}", entered)}
-    con.register("twice", twice)
     table = quoted(f"{column}_alike")
     con.execute(
-        f"""
-        CREATE OR REPLACE TEMP TABLE {table} AS
-        SELECT place, f0, f1, first_value(f0) OVER ranked AS kept_f0, first_value(f1) OVER ranked AS kept_f1
-        FROM ({rows} FROM {relation}) WHERE entered AND hash(alike) IN (SELECT h FROM twice)
-        WINDOW ranked AS (PARTITION BY alike ORDER BY best DESC, f0, f1)
-        QUALIFY row_number() OVER ranked > 1 ORDER BY f0, f1
-        """
-    ).fetchall()
-    con.unregister("twice")
+        f"CREATE OR REPLACE TEMP TABLE {table} (place BIGINT, f0 UBIGINT, f1 UBIGINT, kept_f0 UBIGINT, kept_f1 UBIGINT)"
+    )
+    for twice in repeated_hashes(con, f"hash({by})", f"{relation} WHERE {inside}", entered):
+        con.register("twice", {"h": twice})
+        con.execute(
+            f"""
+            INSERT INTO {table}
+            SELECT place, f0, f1, first_value(f0) OVER ranked, first_value(f1) OVER ranked
+            FROM ({rows} FROM {relation}) WHERE entered AND hash(alike) IN (SELECT h FROM twice)
+            WINDOW ranked AS (PARTITION BY alike ORDER BY best DESC, f0, f1)
+            QUALIFY row_number() OVER ranked > 1
+            """
+        ).fetchall()
+        con.unregister("twice")
     stays = np.ones(one(con, f"SELECT count(*) FROM {relation}")[0], bool)
     dropped = con.execute(f"SELECT place FROM {table}").fetchnumpy()["place"]
     stays[dropped] = False
@@ -96,7 +101,7 @@ def best_of_equals(
         relation=with_column(con, relation, f"{column}_kept", stays),
         predicate=quoted(f"{column}_kept"),
         kept=entered - len(dropped),
-        table=f"SELECT f0, f1, kept_f0, kept_f1 FROM {table}",
+        table=f"SELECT f0, f1, kept_f0, kept_f1 FROM {table} ORDER BY f0, f1",
         groups=groups,
     )
 
@@ -145,10 +150,15 @@ def top_of_strata(
         WHERE rank <= wanted
         """
     ).fetchall()
+    strata, expected = one(con, f"SELECT count(*), sum(least(wanted, entered))::BIGINT FROM {sizes}")
+    if not expected:
+        raise StepError(
+            f"fraction {step.fraction!r} of the rows of each {step.by} is less than one row in every one that has rows "
+            "here. Remedy: a larger fraction, a count, or a column of fewer values."
+        )
     placed = con.execute(f"SELECT place, rank FROM {ranks}").fetchnumpy()
     values = np.full(one(con, f"SELECT count(*) FROM {ranked.relation}")[0], np.nan)
     values[placed["place"]] = placed["rank"]
-    strata, expected = one(con, f"SELECT count(*), sum(least(wanted, entered))::BIGINT FROM {sizes}")
     return Grouped(
         relation=with_column(con, ranked.relation, f"{column}_rank", values),
         predicate=f"{quoted(f'{column}_rank')} IS NOT NULL",
@@ -167,8 +177,8 @@ def top_of_strata(
     )
 
 
-def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count: int) -> NDArray[np.uint64]:
-    """Find the hashes that several rows have, by sorting them a part at a time, so that memory does not grow with them.
+def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count: int) -> Iterator[NDArray[np.uint64]]:
+    """Find the hashes that several rows have, by sorting them a part at a time, so that memory does not grow with rows.
 
     Args:
         con: A connection.
@@ -176,18 +186,14 @@ def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count
         rows: What follows FROM.
         count: About how many rows there are.
 
-    Returns:
-        uint64, ascending, each once.
+    Yields:
+        uint64, ascending, each once; of equal rows all hashes are in one part.
     """
     parts = count // _HASHES_AT_ONCE + 1
-    found = []
     for part in range(parts):
         some = con.execute(f"SELECT h FROM (SELECT {hash_} AS h FROM {rows}) WHERE h % {parts} = {part}")
         hashes = some.fetchnumpy()["h"]
         hashes.sort()
-        found.append(np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
-    return np.sort(np.concatenate(found))
-
-
-def _uid(f0: int, f1: int) -> str:
-    return format_uids(np.array([f0], np.uint64), np.array([f1], np.uint64))[0]
+        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if len(twice):
+            yield twice

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selection.steps import Ranking
-from selection.uids import format_uids
+from selection.uids import format_uid
 
 _BINS = 4096
 _SORTABLE = 1 << 17
@@ -198,9 +198,8 @@ def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) ->
     least, most, bad = one(con, f"SELECT min({value}), max({value}), count(*) FILTER (WHERE {unusable}) {rows}")
     if bad:
         f0, f1, found = one(con, f"SELECT f0, f1, {value} {rows} AND {unusable} ORDER BY f0, f1 LIMIT 1")
-        uid = format_uids(np.array([f0], dtype=np.uint64), np.array([f1], dtype=np.uint64))[0]
         raise StepError(
-            f"{label} is {'NULL' if found is None else found} for uid {uid} ({bad} such rows in all), "
+            f"{label} is {'NULL' if found is None else found} for uid {format_uid(f0, f1)} ({bad} such rows in all), "
             f"which has no rank. Remedy: compute the score again, or drop such rows first with "
             f"where: 'isfinite({quoted(label)})'."
         )

@@ -94,6 +94,7 @@ def check_recipes(
     scores: Collection[str],
     pool_columns: Collection[str],
     uid_lists: Collection[str] = (),
+    texts: Collection[str] = (),
 ) -> None:
     """Check what one recipe alone can't know: other recipes, scores and columns of the pool.
 
@@ -102,10 +103,12 @@ def check_recipes(
         scores: Names of the scores that the project has.
         pool_columns: Names of the columns that the pool has.
         uid_lists: Names of the uid lists that are assets, such as `external_uids/dfn`.
+        texts: Those of the scores and columns whose values are no numbers.
 
     Raises:
-        ValueError: One message with a line for each unknown recipe, uid list, score or column, for each circle
-            of recipes that rest on one another, and for each name that stands for something else.
+        ValueError: One message with a line for each unknown recipe, uid list, score or column, for each text that is
+            ranked, for each circle of recipes that rest on one another, and for each name that stands for something
+            else.
     """
     problems = []
     for name, recipe in recipes.items():
@@ -116,6 +119,9 @@ def check_recipes(
             if step.set_name is not None:
                 where = f"recipe {name}, step {number} ({step.text})"
                 problems += _unknown_set(where, step.set_name, recipes, uid_lists)
+            for column in sorted(step.numbers.intersection(texts)):
+                where = f"recipe {name}, step {number} ({step.text})"
+                problems.append(f"{where}: {column} holds texts, which have no rank. Remedy: a score of numbers")
             unknown = step.columns() - set(scores) - set(pool_columns)
             for column in sorted(unknown):
                 known = [*scores, *pool_columns]

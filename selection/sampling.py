@@ -57,8 +57,10 @@ def soft_cap_sample(
         )
     if samples < 1 or batch < 1 or temperature <= 0:
         raise ValueError(f"samples, batch and temperature are above 0, not {samples}, {batch} and {temperature}")
-    order = np.lexsort((f1, f0))  # of equal keys the smaller uid comes first
-    f0, f1, logits = f0[order], f1[order], values[order] / temperature
+    with np.errstate(over="ignore"):
+        logits, step = values / temperature, penalty / temperature
+    if not np.isfinite(logits).all() or not np.isfinite(step):
+        raise ValueError(f"temperature {temperature!r} is too small for such values and penalty: a quotient overflows")
     copies, keys = np.zeros(n, np.int64), np.empty(n)
     spans = [slice(start, start + _ROWS) for start in range(0, n, _ROWS)]
     drawn, round_ = 0, 0
@@ -67,14 +69,12 @@ def soft_cap_sample(
             take = min(batch, samples - drawn, n)
 
             def fill(at: slice, draw: int = _APART + round_) -> None:
-                keys[at] = logits[at] - penalty / temperature * copies[at] + _gumbel(seed, draw, f0[at], f1[at])
+                keys[at] = logits[at] - step * copies[at] + _gumbel(seed, draw, f0[at], f1[at])
 
             list(threads.map(fill, spans))
-            copies[_largest(keys, take)] += 1
+            copies[_largest(keys, take, f0, f1)] += 1
             drawn, round_ = drawn + take, round_ + 1
-    found = np.empty(n, np.int64)
-    found[order] = copies
-    return found
+    return copies
 
 
 def _gumbel(seed: int, draw: int, f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -83,8 +83,9 @@ def _gumbel(seed: int, draw: int, f0: NDArray[np.uint64], f1: NDArray[np.uint64]
     return -np.log(-np.log((places + 0.5) * 2.0**-52))
 
 
-def _largest(keys: NDArray[np.float64], take: int) -> NDArray[np.int64]:
-    """Give the places of the `take` largest keys; of equal keys the first."""
+def _largest(keys: NDArray[np.float64], take: int, f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Give the places of the `take` largest keys; of equal keys those of the smaller uids."""
     last = np.partition(keys, len(keys) - take)[len(keys) - take]
-    above = np.flatnonzero(keys > last)
-    return np.concatenate([above, np.flatnonzero(keys == last)[: take - len(above)]])
+    above, equal = np.flatnonzero(keys > last), np.flatnonzero(keys == last)
+    by_uid = equal[np.lexsort((f1[equal], f0[equal]))]
+    return np.concatenate([above, by_uid[: take - len(above)]])

@@ -35,7 +35,7 @@ from selection.recipes import Recipe
 from selection.sampling import soft_cap_sample
 from selection.steps import BASIS, POOL, KeepTop, Ranking, SoftCapSample, Step
 from selection.summaries import summarise
-from selection.uids import SUBSET_DTYPE, format_uids
+from selection.uids import SUBSET_DTYPE, format_uid
 
 
 @dataclass(frozen=True)
@@ -156,18 +156,19 @@ class Selection:
         Returns:
             For each `keep_top` and `soft_cap_sample` step n `step{n}_rank`, in the manifest's order: from 1, among the
             rows that entered the step, by value downwards and uid upwards; masked for a row that a `union` brought in
-            after it. The rows that a `keep_top` keeps are the first of those that entered, so their ranks among the
-            kept are their ranks among the entered.
+            after it.
         """
         ranked = [report for report in self._ranked if report.kind != "stratify"]
         if not ranked:
             return {}
         columns = [f"{self.inside[-1]} IS TRUE AS chosen"]
+        # What a `keep_top` kept are the first of what entered; of what a draw was made from any row may be left out.
+        among = {r.step: self.inside[r.step - 1 if r.kind == "soft_cap_sample" else r.step] for r in ranked}
         for report in ranked:
-            columns += [f"{report.value} AS v{report.step}", f"{self.inside[report.step]} IS TRUE AS in{report.step}"]
-        anywhere = self.inside[ranked[0].step]
+            columns += [f"{report.value} AS v{report.step}", f"{among[report.step]} IS TRUE AS in{report.step}"]
+        anywhere = among[ranked[0].step]
         if self._last_union:
-            anywhere = " OR ".join([*(self.inside[report.step] for report in ranked), self.inside[-1]])
+            anywhere = " OR ".join([*among.values(), self.inside[-1]])
         found = self.con.execute(
             f"SELECT {', '.join(columns)} FROM {self.source} WHERE {anywhere} ORDER BY f0, f1"
         ).fetchnumpy()
@@ -243,13 +244,14 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
                 report = _filter(con, step, start, relation, inside[-1])
             after = combine(inside[-1], step.kind, report.predicate)
             report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
-        except (duckdb.Error, StepError) as error:
+        except (duckdb.Error, StepError, ValueError) as error:
             what = str(error).split("\n", 1)[0]  # DuckDB adds every signature that it knows
             raise ValueError(f"recipe {name}, step {number} ({text}): {what}") from error
         if not report.kept:
             raise ValueError(
                 f"recipe {name}, step {number} ({text}): none of the {entered} rows that entered stays"
-                f"{report.note or ''}, and an empty subset can't be trained on. Remedy: loosen this step."
+                f"{f' ({report.note})' if report.note else ''}, and an empty subset can't be trained on. "
+                "Remedy: loosen this step."
             )
         reports.append(report)
         inside.append(after)
@@ -330,7 +332,7 @@ def _draw(
         raise _less_than_one(draw.fraction, basis)
     ranked = ranked_value(con, draw, f"step{report.step}_value", relation, inside)
     rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {ranked.value} AS value, {inside} AS entered"
-    found = con.execute(f"SELECT * FROM ({rows} FROM {ranked.relation}) WHERE entered").fetchnumpy()
+    found = con.execute(f"SELECT * EXCLUDE entered FROM ({rows} FROM {ranked.relation}) WHERE entered").fetchnumpy()
     copies = np.zeros(one(con, f"SELECT count(*) FROM {ranked.relation}")[0], np.int64)
     copies[found["place"]] = soft_cap_sample(
         found["value"],
@@ -386,7 +388,7 @@ def _keep_top(
     if wanted is None or top.rule == "datacomp":
         kept = one(con, f"SELECT count(*) FROM {ranked.relation} WHERE {inside} AND ({predicate})")[0]
         if not kept:
-            note = f" (the largest value is {ranked.most!r})"
+            note = f"the largest value is {ranked.most!r}"
     else:
         kept = min(wanted, entered)
     report = replace(
@@ -398,7 +400,7 @@ def _keep_top(
         value=ranked.value,
         wanted=wanted,
         threshold=threshold,
-        tie_uid=format_uids(*(np.array([word], dtype=np.uint64) for word in tie))[0] if tie else None,
+        tie_uid=format_uid(*tie) if tie else None,
         note=note,
     )
     return report, ranked.relation

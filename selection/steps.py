@@ -15,6 +15,7 @@ from selection.predicates import predicate_columns
 POOL = "pool"
 BASIS = "the pool"  # what fractions count from, in words, before a `within`
 UID, IMAGE, DIGEST = "uid", "image", "sha256"
+LIKENESS = "near_duplicate/"
 
 
 class Model(BaseModel):
@@ -139,7 +140,26 @@ class KeepTop(Ranking):
         return f"keep {self.label} >= {self.threshold!r}"
 
 
-class Stratify(Ranking):
+class _Limited(Ranking):
+    """A ranking with a share of the rows, or their number; exactly one of both is given."""
+
+    fraction: float | None = None
+    count: int | None = Field(default=None, gt=0, strict=True)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        self._only_one("fraction", "count")
+        return self
+
+    def wanted(self, basis: int) -> int:
+        """Tell how many of `basis` rows are asked for: floor(basis · fraction), or the count."""
+        if self.fraction is not None:
+            return part_of(basis, self.fraction)
+        assert self.count is not None
+        return self.count
+
+
+class Stratify(_Limited):
     """Keep the rows with the largest values of each stratum, the rows that are equal in a column.
 
     Attributes:
@@ -153,12 +173,6 @@ class Stratify(Ranking):
 
     by: str = Field(min_length=1)
     fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
-    count: int | None = Field(default=None, gt=0, strict=True)
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        self._only_one("fraction", "count")
-        return self
 
     def said(self, basis: str) -> str:
         """Say the step in one line."""
@@ -185,6 +199,10 @@ class Deduplicate(Model):
     def _fits(self) -> Self:
         if self.above is not None and self.best is not None:
             raise ValueError(f"best: which of two rows is the better one, {self.by} has decided. Remedy: leave it out")
+        if self.above is not None and self.column == DIGEST:
+            raise ValueError(f"above: {self.by} is no number. Remedy: leave it out, or by: near_duplicate/<encoder>")
+        if self.above is None and self.by.startswith(LIKENESS):
+            raise ValueError(f"{self.by} tells how alike rows are. Remedy: above, the largest value that stays")
         if self.by == UID and (self.above is not None or self.best is not None):
             raise ValueError("by uid: copies of a uid are one sample. Remedy: leave best and above out")
         return self
@@ -201,7 +219,7 @@ class Deduplicate(Model):
         return f"keep one row of each {self.by}" + (f", the best by {self.best}" if self.best is not None else "")
 
 
-class SoftCapSample(Ranking):
+class SoftCapSample(_Limited):
     """Draw samples by their score, each time it is drawn the less likely (soft cap sampling, arXiv 2503.08805).
 
     In each round a batch is drawn without replacement with probabilities softmax((value - penalty · times drawn) /
@@ -220,30 +238,24 @@ class SoftCapSample(Ranking):
     called: ClassVar[str] = "soft_cap_sample"
 
     fraction: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
-    count: int | None = Field(default=None, gt=0, strict=True)
     batch: int = Field(default=100_000, gt=0, strict=True)
     penalty: float = Field(default=0.15, ge=0, allow_inf_nan=False)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        self._only_one("fraction", "count")
+    def _has_a_softmax(self) -> Self:
         if self.rank_sum is not None:
             raise ValueError("rank_sum: ranks have no softmax that means anything; give score or weighted")
         return self
 
-    def wanted(self, basis: int) -> int:
-        """Tell how many samples are drawn: floor(basis · fraction), or the count."""
-        if self.fraction is not None:
-            return part_of(basis, self.fraction)
-        assert self.count is not None
-        return self.count
-
     def said(self, basis: str) -> str:
         """Say the step in one line."""
         draws = f"{self.count}" if self.fraction is None else f"{self.fraction!r} of {basis}"
-        return f"draw {draws} by {self.label}, {self.penalty!r} less likely each time"
+        fields = type(self).model_fields
+        others = {name: getattr(self, name) for name in ("batch", "temperature", "seed")}
+        said = [f"{name} {value!r}" for name, value in others.items() if value != fields[name].default]
+        return ", ".join([f"draw {draws} by {self.label}", f"{self.penalty!r} less likely each time", *said])
 
 
 class Step(Model):
@@ -322,6 +334,13 @@ class Step(Model):
         """The scores that the step ranks by."""
         ranked = self.keep_top or self.stratify or self.soft_cap_sample
         return ranked.scores if ranked is not None else ()
+
+    @property
+    def numbers(self) -> frozenset[str]:
+        """Name the columns that the step reads as numbers."""
+        like = self.deduplicate
+        compared = () if like is None else (like.best, like.by if like.above is not None else None)
+        return frozenset(name for name in (*self.scores, *compared) if name is not None)
 
     def columns(self) -> frozenset[str]:
         """Name every column that the step reads."""

@@ -39,7 +39,7 @@ def summarise(
         Rows of a table: `name` (the column), `what`, and a figure for each of `entered`, `kept`, `dropped`, None where
         a group has none.
     """
-    groups = (before, after, f"({before} AND NOT {after})")
+    groups = (before, after, f"({before} AND {after} IS NOT TRUE)")  # which a NULL did not let through either
     rows: list[dict[str, Any]] = []
     for column in columns:
         kind = str(con.sql(f"SELECT {quoted(column)} FROM {relation} LIMIT 0").types[0])
@@ -56,14 +56,20 @@ def _numbers(
 ) -> list[tuple[str, list[Any]]]:
     value = score_value(column)
     usable = f"coalesce(isfinite({value}), false)"
-    found, missing = [], []
-    for group in groups:
-        inside = f"({group} AND {usable})"
-        n, least, most = one(con, f"SELECT count(*), min({value}), max({value}) FROM {relation} WHERE {inside}")
-        missing.append(one(con, f"SELECT count(*) FROM {relation} WHERE {group} AND NOT {usable}")[0])
+    inside = [f"({group} AND {usable})" for group in groups]
+    asked = [
+        f"count(*) FILTER (WHERE {rows}), min({value}) FILTER (WHERE {rows}), max({value}) FILTER (WHERE {rows})"
+        for rows in inside
+    ]
+    absent = [f"count(*) FILTER (WHERE {group} AND NOT {usable})" for group in groups]
+    told = one(con, f"SELECT {', '.join([*asked, *absent])} FROM {relation}")
+    found = []
+    for number, rows in enumerate(inside):
+        n, least, most = told[3 * number : 3 * number + 3]
         ranked = Ranked(value, relation, least, most)
-        quartiles = [nth(con, ranked, inside, n - -(-n * q // 4) + 1)[0] if n else None for q in (1, 2, 3)]
+        quartiles = [nth(con, ranked, rows, n - -(-n * q // 4) + 1)[0] if n else None for q in (1, 2, 3)]
         found.append([least, *quartiles, most])
+    missing = list(told[3 * len(groups) :])
     table = list(zip(_QUARTILES, map(list, zip(*found, strict=True)), strict=True))
     return table + [(MISSING, missing)] * any(missing)
 

@@ -60,6 +60,11 @@ def format_uids(f0: Words, f1: Words) -> list[str]:
     return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 
 
+def format_uid(f0: int, f1: int) -> str:
+    """Turn one uid's numbers into its text."""
+    return f"{f0:016x}{f1:016x}"
+
+
 def subset_array(f0: Words, f1: Words) -> NDArray[np.void]:
     """Make the array that DataComp's resharder reads.
 

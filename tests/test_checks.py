@@ -264,7 +264,7 @@ def subset_of(made: Scenario, recipe: str) -> tuple[dict[str, Any], pa.Table, np
 
 def test_a_subset_passes_its_checks(made: Scenario) -> None:
     for recipe in ("clip_third", "paper", "inside"):
-        assert all(found["passed"] for found in examine_subset(*subset_of(made, recipe)).values())
+        assert all(found["passed"] for found in examine_subset(*subset_of(made, recipe), {}).values())
         for check in ("size", "uids_sorted_and_unique", "uids_unique_across_shards"):
             assert statuses(made.instance, f"subset/{recipe}", check) == {None: "SUCCEEDED"}
 
@@ -272,7 +272,7 @@ def test_a_subset_passes_its_checks(made: Scenario) -> None:
 def test_a_step_that_kept_one_row_less_than_the_floor_rule_fails_the_size(made: Scenario) -> None:
     lineage, manifest, uids = subset_of(made, "paper")
     steps = [lineage["steps"][0], lineage["steps"][1] | {"kept": 8}]
-    found = examine_subset(lineage | {"steps": steps, "rows": 8}, manifest.slice(1), uids[1:])
+    found = examine_subset(lineage | {"steps": steps, "rows": 8}, manifest.slice(1), uids[1:], {})
     assert "8 of 18 rows kept, not 9 of 18" in found["size"]["why"]
 
 
@@ -290,7 +290,7 @@ def test_an_array_that_the_resharder_would_misread_fails(
 ) -> None:
     lineage, manifest, uids = subset_of(made, "clip_third")
     assert uids.dtype == SUBSET_DTYPE
-    assert why in examine_subset(lineage, manifest, spoil(uids))["uids_sorted_and_unique"]["why"]
+    assert why in examine_subset(lineage, manifest, spoil(uids), {})["uids_sorted_and_unique"]["why"]
 
 
 def test_a_uid_in_two_shards_warns_and_blocks_nothing(scenario: Scenario) -> None:

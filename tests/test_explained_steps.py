@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.test_catalog import CLIP, NEAR, SmallLake, fetch
@@ -99,6 +100,29 @@ def test_a_drawn_row_tells_its_copies_and_what_was_never_drawn_is_dropped(small)
         verdict = "not reached" if row[CLIP] <= 0 else "kept" if uid(row) in copies else "dropped"
         assert (told["verdict"], told["copies"]) == (verdict, copies.get(uid(row)))
         assert told["value"] == row[CLIP]
+
+
+def test_only_the_step_that_dropped_a_row_names_another(small):
+    steps = [{"keep_top": {"score": CLIP, "fraction": 0.5}}, ALIKE, {"where": "width < 205"}]
+    small.add_version("mine", 1, recipe={"steps": steps})
+    with small.build(["mine"]) as con:
+        for row in rows_of(small):
+            for told in fetch(con, "FROM explain(?)", uid(row)):
+                assert (told["in_favour_of"] is not None) == (told["step"] == 2 and told["verdict"] == "dropped")
+
+
+def test_a_likeness_that_is_not_there_now_is_unknown(small):
+    """A value that a row had when it was chosen is gone: it can't be told what the step did."""
+    small.add_version("mine", 1, recipe={"steps": [UNLIKE, {"keep_top": {"score": CLIP, "count": 3}}]})
+    (small.root / "norm_sim/b32/flowers/00001.parquet").unlink()
+    dropped = {uid(row) for row in rows_of(small) if row["f0"] >= 100} - set(members(small))
+    answers = explained(small, "mine")
+    assert dropped
+    assert {answers[sample][1]["verdict"] for sample in dropped} == {"unknown"}
+
+
+def members(small):
+    return pq.read_table(manifest(small, 1))["uid"].to_pylist()
 
 
 def test_likeness_to_a_better_row_is_told_with_its_limit(small):

@@ -260,6 +260,12 @@ def pool(published: Project) -> Rows:
     return Rows(rows.unique("uid", keep="first", maintain_order=True).to_dicts())
 
 
+def test_the_file_of_soft_cap_sampling_draws_as_its_paper_does() -> None:
+    """The pool is small enough for one round, which feels neither batch nor penalty."""
+    (step,) = yaml.safe_load((FILES / "soft_cap_sample_weighted.yaml").read_text())["steps"]
+    assert (step["soft_cap_sample"]["batch"], step["soft_cap_sample"]["penalty"]) == (100_000, 0.15)
+
+
 def test_every_file_is_run() -> None:
     assert {case.file for case in CASES.values()} == {path.stem for path in FILES.iterdir()}
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from selection import grouping
+from selection import grouping, sampling
 from selection.negatives import keyed_hash
-from selection.recipes import Recipe
+from selection.recipes import Recipe, check_recipes
 from selection.sampling import soft_cap_sample
 from selection.selecting import select
 from selection.uids import format_uids
@@ -138,8 +138,16 @@ def test_many_rows_are_compared_a_part_at_a_time(con, monkeypatch, at_once):
 
 def test_a_row_without_a_digest_is_an_error_that_names_it(con):
     make_source(con, [{"f0": 5, "f1": i, "sha256": None if i else "a"} for i in range(3)])
-    with pytest.raises(ValueError, match=r"step 1.*sha256 is NULL for uid 0{15}50{15}1 \(2 such rows.*Remedy"):
+    with pytest.raises(ValueError, match=r"step 1.*sha256 has no value for uid 0{15}50{15}1 \(2 such rows.*Remedy"):
         choose(con, {"deduplicate": {"by": "image"}})
+
+
+def test_nan_is_no_value_to_compare(con):
+    make_source(con, [{"f0": i, "f1": 0, B: math.nan if i > 1 else 0.5} for i in range(4)])
+    with pytest.raises(ValueError, match=r"has no value for uid 0{15}2.*isnan") as error:
+        choose(con, {"deduplicate": {"by": B}})
+    remedy = str(error.value).partition("where: '")[2].partition("'")[0]
+    assert chosen(choose(con, {"where": remedy}, {"deduplicate": {"by": B}})) == [(0, 0)]
 
 
 def test_a_uid_has_no_copies_left(con):
@@ -183,7 +191,7 @@ def test_each_stratum_keeps_its_own_top(rows, by, limit):
             tie = (last[A], last["f0"], last["f1"]) if last else (None, None, None)
             told[value] = (len(stratum), len(inside), wanted, len(inside[:wanted]), *tie)
         if not any(row["width"] < 3 for row in rows) or not kept:
-            with pytest.raises(ValueError, match="none of the"):
+            with pytest.raises(ValueError, match=r"none of the|less than one row in every one"):
                 choose(con, *steps)
             return
         selection = choose(con, *steps)
@@ -233,6 +241,8 @@ def test_later_steps_rank_what_the_grouped_steps_left(con):
         ({"deduplicate": {"by": "uid", "best": A}}, "copies of a uid are one sample"),
         ({"deduplicate": {"by": B, "above": math.nan}}, "finite"),
         ({"deduplicate": {}}, "Field required"),
+        ({"deduplicate": {"by": "image", "above": 0.9}}, "image is no number"),
+        ({"deduplicate": {"by": "near_duplicate/b32"}}, "Remedy: above"),
         ({"stratify": {"by": "width", "score": A}}, "stratify needs exactly one of fraction, count"),
         ({"stratify": {"by": "width", "fraction": 0.5}}, "stratify needs exactly one of score, rank_sum, weighted"),
         ({"stratify": {"by": "width", "score": A, "threshold": 1.0}}, "Extra inputs"),
@@ -342,21 +352,77 @@ def test_a_drawn_subset_has_a_row_for_each_sample_and_its_copies(con):
     languages = ["en"] * 20 + ["de"] * 10
     rows = [{"f0": int(f0[i]), "f1": int(f1[i]), B: float(values[i]), LANGUAGE: languages[i]} for i in range(30)]
     make_source(con, rows)
-    draw = {"score": B, "fraction": 2.5, "batch": 12, "penalty": 0.3, "temperature": 0.5, "seed": 9}
+    draw = {"score": B, "fraction": 1.2, "batch": 12, "penalty": 0.1, "temperature": 0.5, "seed": 9}
     selection = choose(con, {"where": f"\"{LANGUAGE}\" = 'en'"}, {"soft_cap_sample": draw})
     expected = soft_cap_sample(
-        values[:20], f0[:20], f1[:20], samples=75, batch=12, penalty=0.3, temperature=0.5, seed=9
+        values[:20], f0[:20], f1[:20], samples=36, batch=12, penalty=0.1, temperature=0.5, seed=9
     )
     copies = {uid: int(times) for uid, times in zip(format_uids(f0[:20], f1[:20]), expected, strict=True) if times}
     manifest = selection.manifest()
     assert manifest.columns == ["uid", "f0", "f1", "shard", "key", "step2_value", "copies"]
     assert {row[0]: row[-1] for row in manifest.fetchall()} == copies
     report = selection.steps[1]
-    assert (selection.samples, report.samples, report.wanted) == (75, 75, 75)
+    assert (selection.samples, report.samples, report.wanted) == (36, 36, 36)
     assert (selection.rows, report.kept, report.entered) == (len(copies), len(copies), 20)
+    assert len(copies) < 20, "some are never drawn, and rank among the others all the same"
+    assert {*copies.values()} - {1}, "some are drawn several times"
     order = np.argsort(-values[:20])
     rank = {format_uids(f0, f1)[row]: place for place, row in enumerate(order, start=1)}
     assert selection.ranks()["step2_rank"].tolist() == [rank[row[0]] for row in manifest.fetchall()]
+
+
+def test_of_equal_keys_the_smaller_uids_are_drawn():
+    f0, f1 = words(9)
+    copies = soft_cap_sample(np.full(9, 1e300), f0, f1, samples=4, batch=4, penalty=0.0)  # which swallows what is added
+    order = np.lexsort((f1, f0))
+    assert np.flatnonzero(copies).tolist() == sorted(order[:4])
+
+
+@pytest.mark.parametrize("at_once", [7, 1 << 18])
+def test_draws_do_not_depend_on_how_rows_are_shared_out(monkeypatch, at_once):
+    f0, f1 = words(100)
+    values = np.random.default_rng(1).normal(size=100)
+    how = {"samples": 150, "batch": 40, "penalty": 0.15, "temperature": 1.0, "seed": 0}
+    monkeypatch.setattr(sampling, "_ROWS", at_once)
+    assert soft_cap_sample(values, f0, f1, **how).tolist() == brute_force(values, f0, f1, **how)
+
+
+def test_the_same_rows_give_the_same_subset_on_any_number_of_threads():
+    def made(threads):
+        with duckdb.connect() as con:
+            con.execute(f"SET threads = {threads}")
+            con.execute(
+                f"""
+                CREATE TABLE source AS SELECT hash(i, 3) AS f0, i::UBIGINT AS f1, '' AS shard, '' AS key,
+                    (hash(i) % 200000)::VARCHAR AS sha256, (hash(i, 1) % 50)::FLOAT AS "{A}",
+                    (hash(i, 2) % 30)::INTEGER AS width
+                FROM range(300000) t(i)
+                """
+            )
+            selection = choose(
+                con,
+                {"deduplicate": {"by": "image", "best": A}, "report": ["width", A]},
+                {"stratify": {"by": "width", "score": A, "fraction": 0.3}},
+                {"soft_cap_sample": {"score": A, "count": 60000, "batch": 7000, "temperature": 9.0}},
+            )
+            ranks = {name: found.tolist() for name, found in selection.ranks().items()}
+            tables = [con.sql(query).fetchall() for query in selection.tables.values()]
+            return selection.manifest().fetchall(), ranks, tables, selection.steps
+
+    for one, four in zip(made(1), made(4), strict=True):
+        assert one == four
+
+
+def test_a_temperature_that_overflows_is_an_error_of_its_step(con):
+    make_source(con, [{"f0": i, "f1": 0, B: float(i + 1)} for i in range(3)])
+    with pytest.raises(ValueError, match=r"recipe mine, step 1.*temperature 1e-320 is too small"):
+        choose(con, {"soft_cap_sample": {"score": B, "count": 2, "temperature": 1e-320}})
+
+
+def test_two_draws_are_told_apart_by_their_text():
+    base = {"score": A, "count": 5}
+    texts = {recipe({"soft_cap_sample": base | more}).steps[0].text for more in ({}, {"seed": 1}, {"batch": 7})}
+    assert len(texts) == 3
 
 
 def test_less_than_one_draw_is_an_error(con):
@@ -387,6 +453,19 @@ def test_a_report_gives_quartiles_of_numbers_and_counts_of_values(con):
         (LANGUAGE, "de"): (3, 2, 1),
         (LANGUAGE, "missing"): (1, 1, 0),
     }
+
+
+def test_a_row_that_a_null_dropped_is_among_the_dropped(con):
+    make_source(con, [{"f0": i, "f1": 0, "width": i if i < 6 else None, B: float(i)} for i in range(10)])
+    summary = told(choose(con, {"where": "width > 3", "report": ["width", B]}).steps[0])
+    assert summary["width", "missing"] == (4, 0, 4)
+    assert summary[B, "largest"] == (9.0, 5.0, 9.0)
+
+
+def test_a_text_can_not_be_ranked():
+    recipes = {"mine": recipe({"deduplicate": {"by": "image", "best": LANGUAGE}})}
+    with pytest.raises(ValueError, match="language/facts holds texts, which have no rank"):
+        check_recipes(recipes, scores=[LANGUAGE], pool_columns=["sha256"], texts=[LANGUAGE, "sha256"])
 
 
 def test_a_report_of_a_group_without_rows_has_no_quartiles(con):
