@@ -65,7 +65,7 @@ class ModelFolder:
 
     @cached_property
     def weights(self) -> dict[str, Any]:
-        """What names the files for good, as JSON values: the hash of each, or the hub's revision of its whole repository.
+        """What names the files for good, as JSON values: the hash of each, or the hub's revision where all are taken.
 
         Raises:
             EncoderError: see `path`; or the hub has no weights of this model.
@@ -78,7 +78,7 @@ class ModelFolder:
         if not weights:
             raise self.cannot_load(FileNotFoundError("it has neither model.safetensors nor pytorch_model.bin"))
         used = _there(self.path, self.files) + weights
-        return {"model": self.model, "files": {path.name: _contents(path) for path in used}}
+        return {"model": self.model, "files": {path.name: _cached_sha256(path) for path in used}}
 
     def cannot_load(self, error: Exception) -> EncoderError:
         """Give the error that says why the model cannot be loaded."""
@@ -93,13 +93,15 @@ def _there(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def _contents(path: Path) -> str:
-    """Name what is in a file of the hub's cache: the hash in the link to it, or its sha256 where links are not used.
+def _cached_sha256(path: Path) -> str:
+    """Give the sha256 of a file in the hub's cache, which for a large one is the name of what the link leads to.
 
-    One link is followed and no more: the cache may keep a file behind a second one, whose name is of another kind.
+    One link is followed and no more: behind a second one the cache may keep files of several models, named otherwise.
     """
-    if path.is_symlink() and path.readlink().parent.name == "blobs":
-        return path.readlink().name
+    if path.is_symlink():
+        blob = path.readlink()
+        if blob.parent.name == "blobs" and len(blob.name) == 64:
+            return blob.name
     return sha256(path)
 
 

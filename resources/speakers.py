@@ -159,7 +159,7 @@ class Blip:
             settings.model,
             "config.json",
             "a BLIP, as transformers' save_pretrained writes it",
-            _FILES,
+            files=_FILES,
         )
 
     def identity(self) -> dict[str, Any]:
