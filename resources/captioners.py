@@ -88,22 +88,19 @@ class Captioner:
         )
         with contextlib.closing(batches):
             for shard in shards:
-                uids = shards[shard]["uid"].to_pylist()
-                done, failed = 0, False
-                while True:
+                done, failed, last = 0, False, False
+                while not last:
                     batch = next(batches)
-                    if not failed:
-                        if batch.error is not None:
-                            failed = True
-                            yield shard, EncoderError(f"captioner {self.name}: {batch.error}"), True
-                        elif batch.rows:
-                            some = uids[done : done + batch.rows]
-                            done += batch.rows
-                            yield shard, self.describe(batch.images[0], some), batch.last
-                        else:
-                            yield shard, [], True
-                    if batch.last:
-                        break
+                    last = batch.last
+                    if failed:
+                        continue
+                    if batch.error is not None:
+                        failed = True
+                        yield shard, EncoderError(f"captioner {self.name}: {batch.error}"), True
+                        continue
+                    uids = shards[shard]["uid"].slice(done, batch.rows).to_pylist()
+                    done += batch.rows
+                    yield shard, self.describe(batch.images[0], uids) if uids else [], last
 
     def describe(self, images: "torch.Tensor", uids: list[str]) -> list[list[str]]:
         """Describe images that are prepared for the model.

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     NextLogits = Callable[[torch.Tensor], torch.Tensor]
 
 _BLIP = "BlipForConditionalGeneration"
+_FILES = (  # besides the weights; what there is of them
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
 _NAMELESS = 2  # tokens that a BLIP's tokenizer need not know: the one it starts with, and one for its other tasks
 
 
@@ -145,7 +155,11 @@ class Blip:
         self.name = name
         self.settings = settings
         self._folder = ModelFolder(
-            f"captioner {name}", settings.model, "config.json", "a BLIP, as transformers' save_pretrained writes it"
+            f"captioner {name}",
+            settings.model,
+            "config.json",
+            "a BLIP, as transformers' save_pretrained writes it",
+            files=_FILES,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -161,7 +175,8 @@ class Blip:
         """Load it.
 
         Raises:
-            EncoderError: transformers is missing, the model cannot be loaded, or it does not describe images.
+            EncoderError: transformers is missing, the model cannot be loaded, does not describe images, or does not fit
+                into the device's memory.
         """
         import torch
 
@@ -184,7 +199,6 @@ class Blip:
             model, found = BlipForConditionalGeneration.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
-            model.eval().to(device)
         except Exception as error:
             raise self._folder.cannot_load(error) from error
         if found["missing_keys"]:  # transformers fills them with random numbers
@@ -198,6 +212,13 @@ class Blip:
             raise self._wrong(f"its tokenizer, of {len(tokenizer)} tokens, is not that of its {text.vocab_size}")
         wordless = {text.bos_token_id, text.pad_token_id, *range(len(tokenizer), text.vocab_size)}
         unsaid = sorted((wordless | set(tokenizer.all_special_ids)) - {text.sep_token_id})
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise EncoderError(
+                f"captioner {self.name}: {device} ran out of memory with the weights of {settings.model}. Remedy: free "
+                "memory there, precision bf16, or device cpu"
+            ) from error
         return Speaker(
             model,
             tokenizer,

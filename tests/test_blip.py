@@ -1,8 +1,11 @@
 """Captions by a small random BLIP of transformers; what all captioners share is in test_captions."""
 
+import hashlib
+import io
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,8 @@ from PIL import Image
 from resources.captioners import Captioner, uniforms
 from resources.decoding import EncoderError
 from resources.pools import open_pool
-from resources.settings import CaptionerSettings, PoolSettings
+from resources.sentences import TextEncoder
+from resources.settings import CaptionerSettings, PoolSettings, TextEncoderSettings
 from tests.pool_factory import sample, write_shard
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 from tests.test_captions import SPEECH, UIDS, oracle, pixels
@@ -270,21 +274,147 @@ def test_what_decides_a_caption_is_in_its_identity_and_nothing_else(tiny_blip, t
     assert captioner(folder).identity() != base
 
 
-def test_a_model_of_the_hub_is_named_by_its_revision(tiny_blip, tmp_path, monkeypatch):
+COMMITS = ("0f" * 20, "1e" * 20)
+NOT_USED = [".gitattributes", "README.md", "tf_model.h5", "onnx/model.onnx"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache, empty, without a connection."""
     import huggingface_hub.constants
 
-    repository = tmp_path / "models--someone--blip"
-    shutil.copytree(tiny_blip, repository / "snapshots" / "0f1e2d")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0f1e2d")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    cached = captioner("", model="someone/blip")
-    identity = cached.identity()
-    assert (identity["library"], identity["model"], identity["revision"]) == ("transformers", "someone/blip", "0f1e2d")
-    assert cached.describe(pixels(4), UIDS) == captioner(tiny_blip).describe(pixels(4), UIDS)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def cache(hub: Path, commit: str, cached: dict[str, bytes], not_cached: Iterable[str] = ()) -> Path:
+    """Write a commit of someone/blip as the hub's own library does, and make it the newest.
+
+    Its listing, by which the library knows what a download left out, has the files that are not cached as well.
+    """
+    repository = hub / "models--someone--blip"
+    snapshot = repository / "snapshots" / commit
+    for folder in (repository / "blobs", repository / "refs", repository / "trees", snapshot):
+        folder.mkdir(parents=True, exist_ok=True)
+    listing = {name: {"size": 1, "blob_id": "0" * 40} for name in not_cached}
+    for name, content in cached.items():
+        large = name.endswith((".safetensors", ".bin"))
+        of_git = hashlib.sha1(f"blob {len(content)}\0".encode() + content)
+        blob = (hashlib.sha256(content) if large else of_git).hexdigest()
+        (repository / "blobs" / blob).write_bytes(content)
+        (snapshot / name).symlink_to(Path("../../blobs") / blob)
+        listing[name] = {"size": len(content), "blob_id": blob}
+    (repository / "trees" / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": listing}))
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def pickle_of(folder: Path) -> bytes:
+    from safetensors.torch import load_file
+
+    file = io.BytesIO()
+    torch.save(load_file(folder / "model.safetensors"), file)
+    return file.getvalue()
+
+
+def from_hub() -> Captioner:
+    return captioner("", model="someone/blip")
+
+
+USED = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+
+
+def test_a_model_of_the_hub_is_named_by_the_files_that_it_is_made_of(tiny_blip, hub):
+    files = contents(tiny_blip)
+    cache(hub, COMMITS[0], files | {"README.md": b"a card"})
+    base = from_hub().identity()
+    json.dumps(base)
+    assert (base["library"], base["model"]) == ("transformers", "someone/blip")
+    assert base["files"] == {name: hashlib.sha256(files[name]).hexdigest() for name in USED}
+    assert from_hub().describe(pixels(4), UIDS) == captioner(tiny_blip).describe(pixels(4), UIDS)
+    cache(hub, COMMITS[1], files | {"README.md": b"a better card", "pytorch_model.bin": b"not what is loaded"})
+    assert from_hub().identity() == base
+    for number, name in enumerate(sorted(USED)):
+        cache(hub, f"{number:040d}", files | {name: files[name] + b" "})
+        assert {one for one, blob in from_hub().identity()["files"].items() if blob != base["files"][one]} == {name}
+
+
+def test_a_cache_without_links_and_one_that_shares_files_give_the_same_identity(tiny_blip, hub):
+    snapshot = cache(hub, COMMITS[0], contents(tiny_blip))
+    base = from_hub().identity()
+    blob = (snapshot / "model.safetensors").resolve()
+    shared = hub / "blobs" / "ab" / ("ab" * 32)  # by a hash of another kind
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(Path("../../blobs/ab") / shared.name)
+    assert from_hub().identity() == base
+    for path in snapshot.iterdir():
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    assert from_hub().identity() == base
+
+
+def test_weights_are_not_read_to_know_their_hash(tiny_blip, hub):
+    snapshot = cache(hub, COMMITS[0], contents(tiny_blip))
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(b"other weights, under the name that the hub gave to those that were here")
+    assert from_hub().identity()["files"]["model.safetensors"] == blob.name
+
+
+def test_only_files_that_are_used_need_be_there_and_pickled_weights_only_without_others(tiny_blip, hub):
+    files = contents(tiny_blip)
+    used = {name: files[name] for name in USED}
+    cache(hub, COMMITS[0], used, [*NOT_USED, "generation_config.json", "pytorch_model.bin", "model.fp16.safetensors"])
+    assert from_hub().identity()["files"].keys() == USED
+    pickled = {"pytorch_model.bin": pickle_of(tiny_blip), **used}
+    del pickled["model.safetensors"]
+    cache(hub, COMMITS[1], pickled, NOT_USED)
+    assert from_hub().identity()["files"].keys() == pickled.keys()
+    assert from_hub().describe(pixels(4), UIDS) == captioner(tiny_blip).describe(pixels(4), UIDS)
+    part = {"pytorch_model.bin.index.json": b"{}", "pytorch_model-00001-of-00002.bin": b"one of two"}
+    for number, (there, lacking) in enumerate(
+        [
+            (pickled, "model.safetensors"),
+            (used, "tokenizer.json"),
+            (pickled, "vocab.txt"),
+            (part, "pytorch_model-00002-of-00002.bin"),
+        ]
+    ):
+        some = {name: content for name, content in there.items() if name != lacking}
+        cache(hub, f"{number:040d}", some, [lacking, *NOT_USED])
+        with pytest.raises(EncoderError, match=r"captioner blip: cannot load someone/blip: .*Remedy: check the name"):
+            from_hub().identity()
+
+
+def test_the_hub_is_asked_once(tiny_blip, hub):
+    cache(hub, COMMITS[0], contents(tiny_blip))
+    asked = from_hub()
+    base = asked.identity()
+    cache(hub, COMMITS[1], {})
+    assert asked.identity() == base
+    assert asked.describe(pixels(4), UIDS) == captioner(tiny_blip).describe(pixels(4), UIDS)
+
+
+def test_a_model_that_the_hub_does_not_have_is_an_error(hub):
+    cache(hub, COMMITS[0], {"config.json": b"{}"})
+    with pytest.raises(EncoderError, match=r"cannot load someone/blip: it has neither model.safetensors nor"):
+        from_hub().identity()
     with pytest.raises(EncoderError, match=r"captioner blip: cannot load someone/else: .*Remedy"):
         captioner("", model="someone/else").identity()
+
+
+def test_a_text_encoder_of_the_hub_is_named_by_its_revision(hub):
+    cache(hub, COMMITS[0], {"modules.json": b"[]", "README.md": b"a card"})
+    assert TextEncoder("minilm", TextEncoderSettings(model="someone/blip")).identity() == {
+        "model": "someone/blip",
+        "revision": COMMITS[0],
+    }
 
 
 # What is wrong
@@ -327,7 +457,7 @@ def test_weights_that_are_missing_are_not_made_up(tiny_blip, tmp_path):
 def test_a_file_that_is_missing_is_an_error(tiny_blip, tmp_path, gone):
     folder = spoilt(tiny_blip, tmp_path)
     (folder / gone).unlink()
-    with pytest.raises(EncoderError, match=r"captioner blip: .*Remedy"):
+    with pytest.raises(EncoderError, match=r"captioner blip: .*Remedy: (check the files in that folder|a Blip)"):
         _ = captioner(folder).loaded
 
 
@@ -354,6 +484,17 @@ def test_what_a_blip_cannot_do_is_refused(tiny_blip):
 def test_a_device_that_is_not_there_is_an_error(tiny_blip):
     with pytest.raises(EncoderError, match=r"captioner blip: the device cuda:3 is not there.*auto or cpu"):
         _ = captioner(tiny_blip, device="cuda:3").loaded
+
+
+def test_a_device_whose_memory_does_not_hold_the_weights_is_no_missing_model(tiny_blip, monkeypatch):
+    from transformers import BlipForConditionalGeneration
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(BlipForConditionalGeneration, "to", full)
+    with pytest.raises(EncoderError, match=r"captioner blip: cpu ran out of memory with the weights of .*Remedy: free"):
+        _ = captioner(tiny_blip).loaded
 
 
 # In the graph

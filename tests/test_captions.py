@@ -8,6 +8,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,10 +16,11 @@ from assets.project import ConfigError
 from assets.reproduction import rebuild
 from resources.captioners import Captioner, choose, penalised, uniforms
 from resources.decoding import EncoderError
+from resources.pools import open_pool
 from resources.sentences import TextEncoder
-from resources.settings import CaptionerSettings, EncoderSettings, TextEncoderSettings
+from resources.settings import CaptionerSettings, EncoderSettings, PoolSettings, TextEncoderSettings
 from selection.sieve import mask
-from tests.pool_factory import TINY_CONFIG, uid, write_clip
+from tests.pool_factory import TINY_CONFIG, sample, uid, write_clip, write_shard
 from tests.scenario import ROWS, SHARDS, Scenario, keep
 
 TOWER = {"width": 16, "heads": 2, "layers": 1, "context_length": 16, "vocab_size": 49408}
@@ -180,6 +182,31 @@ def test_a_caption_has_at_least_and_at_most_so_many_tokens(tiny_coca):
     assert lengths(0) >= {0, 6}
     assert min(lengths(3)) == 3
     assert lengths(6) == {6}
+
+
+def test_a_shard_that_cannot_be_read_does_not_cost_the_others(tiny_coca, tmp_path):
+    class Rows(dict[str, pa.Table]):
+        def __getitem__(self, shard: str) -> pa.Table:
+            if shard == "00001":
+                raise OSError("its file is gone")
+            return super().__getitem__(shard)
+
+    shards = ["00000", "00001", "00002", "00003"]
+    for shard in shards:
+        write_shard(tmp_path, [sample(number, shard) for number in range(9)], shard)
+    pool = open_pool(PoolSettings(path=str(tmp_path)), {})
+    rows = Rows({shard: pool.read_shard(shard).rows for shard in shards})
+    (tmp_path / "00002.tar").write_bytes(b"")
+    found: dict[str, list[object]] = {shard: [] for shard in shards}
+    ends = []
+    for shard, said, last in captioner(tiny_coca).caption_pool(rows, pool):
+        found[shard] += [str(said)] if isinstance(said, EncoderError) else said
+        ends += [shard] if last else []
+    assert ends == shards
+    assert [len(said) for said in found["00000"] + found["00003"]] == [3] * 18
+    assert found["00001"] == ["captioner tiny: 00001: its file is gone"]
+    assert len(found["00002"]) == 1
+    assert "00002.tar" in str(found["00002"][0])
 
 
 def test_a_model_that_does_not_describe_is_refused(tiny_clip, tiny_coca, tmp_path):
