@@ -1,5 +1,6 @@
 """Claims about what the catalog tells of steps that looked at a row among others: explain, diff and the views."""
 
+import json
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -186,3 +187,23 @@ def test_the_views_show_what_a_step_reports(small):
     }  # fmt: skip
     widths = {row["width"] for row in rows_of(small)}
     assert funnel[1] == {"step": 2, "kind": "stratify", "by": "width", "groups": len(widths)}
+
+
+def test_records_from_before_these_steps_are_told_of_as_they_were(small):
+    recipe = {"steps": [{"where": "width > 201"}, {"keep_top": {"score": CLIP, "count": 9}}]}
+    small.add_version("mine", 1, recipe=recipe, missing=["00001"])
+    small.add_version("mine", 2, recipe=recipe)
+    asked = ["FROM funnel", "FROM subsets", "FROM step_reports", "FROM diff('mine', 'v0001', 'v0002')"]
+    asked += [f"FROM explain('{uid(row)}')" for row in rows_of(small)]
+    with small.build(["mine"]) as con:
+        before = [con.sql(question).fetchall() for question in asked]
+    for number in (1, 2):
+        path = manifest(small, number).with_name("lineage.json")
+        record = json.loads(path.read_text())
+        del record["samples"]
+        for step in record["steps"]:
+            for name in ("file", "by", "groups", "samples", "summary"):
+                del step[name]
+        path.write_text(json.dumps(record))
+    with small.build(["mine"]) as con:
+        assert [con.sql(question).fetchall() for question in asked] == before
