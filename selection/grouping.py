@@ -62,15 +62,15 @@ def best_of_equals(
     Raises:
         StepError: A row that entered has no value to compare, or none to rank it by.
     """
-    assert step.column is not None
-    by = quoted(step.column)
+    assert step.equal is not None
+    by = quoted(step.equal)
     kind = str(con.sql(f"SELECT {by} FROM {relation} LIMIT 0").types[0])
     there = f"{by} IS NOT NULL" + (f" AND NOT isnan({by})" if kind in ("FLOAT", "DOUBLE") else "")
     unlike = f"FROM {relation} WHERE {inside} AND NOT ({there})"
     absent, f0, f1 = one(con, f"SELECT count(*), min(f0), arg_min(f1, (f0, f1)) {unlike}")
     if absent:
         raise StepError(
-            f"{step.column} has no value for uid {format_uid(f0, f1)} ({absent} such rows in all), so it can't be "
+            f"{step.equal} has no value for uid {format_uid(f0, f1)} ({absent} such rows in all), so it can't be "
             f"compared. Remedy: drop such rows first with where: '{there}', or compare another column."
         )
     best = "0.0"

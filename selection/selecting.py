@@ -228,20 +228,7 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         text = step.said(basis_name)
         start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")
         try:
-            if step.keep_top is not None:
-                report, relation = _keep_top(con, step.keep_top, start, relation, inside[-1], basis)
-            elif step.soft_cap_sample is not None:
-                report, relation = _draw(con, step.soft_cap_sample, start, relation, inside[-1], basis)
-            elif step.stratify is not None:
-                found = top_of_strata(con, step.stratify, f"step{number}", relation, inside[-1], counted)
-                report, relation, tables[number] = _grouped(start, step, found), found.relation, found.table
-            elif (
-                step.deduplicate is not None and step.deduplicate.column is not None and step.deduplicate.above is None
-            ):
-                found = best_of_equals(con, step.deduplicate, f"step{number}", relation, inside[-1], entered)
-                report, relation, tables[number] = _grouped(start, step, found), found.relation, found.table
-            else:
-                report = _filter(con, step, start, relation, inside[-1])
+            report, relation, table = _carry_out(con, step, start, relation, inside[-1], basis, counted)
             after = combine(inside[-1], step.kind, report.predicate)
             report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
         except (duckdb.Error, StepError, ValueError) as error:
@@ -255,6 +242,7 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
             )
         reports.append(report)
         inside.append(after)
+        tables |= {} if table is None else {number: table}
         entered = report.kept
         if step.kind == "within":
             basis, basis_name, counted = entered, f"what is within {step.set_name}", after
@@ -278,6 +266,44 @@ def set_column(name: str) -> str:
 def combine(inside: str, kind: str, predicate: str) -> str:
     """Write whether a row is in after a step of a kind, from whether it was before and what the step says of it."""
     return f"({inside} {'OR' if kind == 'union' else 'AND'} ({predicate}))"
+
+
+def _carry_out(
+    con: duckdb.DuckDBPyConnection,
+    step: Step,
+    report: StepReport,
+    relation: str,
+    inside: str,
+    basis: int,
+    counted: str,
+) -> tuple[StepReport, str, str | None]:
+    """Carry out a step.
+
+    Args:
+        con: The connection that holds the rows.
+        step: The step.
+        report: Its beginning.
+        relation: The rows, as an SQL identifier.
+        inside: SQL over one row: whether it entered.
+        basis: Number of rows that a fraction counts from.
+        counted: SQL over one row: whether it is one of those.
+
+    Returns:
+        What the step did; the rows, with a column more where its verdict needs one; and the query that explains it,
+        where nothing but that does.
+    """
+    column = f"step{report.step}"
+    if step.keep_top is not None:
+        return *_keep_top(con, step.keep_top, report, relation, inside, basis), None
+    if step.soft_cap_sample is not None:
+        return *_draw(con, step.soft_cap_sample, report, relation, inside, basis), None
+    if step.stratify is not None:
+        found = top_of_strata(con, step.stratify, column, relation, inside, counted)
+    elif step.deduplicate is not None and step.deduplicate.equal is not None:
+        found = best_of_equals(con, step.deduplicate, column, relation, inside, report.entered)
+    else:
+        return _filter(con, step, report, relation, inside), relation, None
+    return _grouped(report, step, found), found.relation, found.table
 
 
 def _filter(con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, relation: str, inside: str) -> StepReport:

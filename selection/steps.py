@@ -212,6 +212,11 @@ class Deduplicate(Model):
         """The column that is compared; None for the uid, which no two rows share."""
         return {UID: None, IMAGE: DIGEST}.get(self.by, self.by)
 
+    @property
+    def equal(self) -> str | None:
+        """The column whose equal values make rows alike, if that is what does."""
+        return self.column if self.above is None else None
+
     def said(self) -> str:
         """Say the step in one line."""
         if self.above is not None:
