@@ -179,11 +179,12 @@ def glance(project: Project, graph: Graph, shards: Sequence[str]) -> str:
         LakeError: the lake is not in a local folder.
     """
     wanted: list[str] = []
-    for node in graph.nodes:
-        try:
-            wanted.append(_wanted(node, shards[0] if shards else None) if shards or _is_whole(node) else "")
-        except (NotReady, *BAD_INPUT) as error:
-            wanted.append(str(error))
+    with project.at_rest():
+        for node in graph.nodes:
+            try:
+                wanted.append(_wanted(node, shards[0] if shards else None) if shards or _is_whole(node) else "")
+            except (NotReady, *BAD_INPUT) as error:
+                wanted.append(str(error))
     folder = project.config.resolve().parent
     lists = [folder / name for subset in graph.subsets for name in subset.model.sets if set_kind(name) == "uids"]
     listing = project.listing()

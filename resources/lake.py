@@ -171,7 +171,7 @@ class Lake:
             LakeError: the lake is on another file system.
         """
         if not self.is_local:
-            raise LakeError(f"{self.root}: this needs a lake in a local folder")
+            raise LakeError(f"{self.root}: this needs a lake in a local folder. Remedy: a path as `lake`, not a URL")
         return Path(self.root)
 
     def shards(self, asset: str) -> list[str]:
