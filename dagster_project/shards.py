@@ -169,10 +169,11 @@ def _wanted(node: ShardAsset | WholeAsset, shard: str | None) -> str:
 
 
 def glance(project: Project, graph: Graph, shards: Sequence[str]) -> str:
-    """Give a digest that changes whenever something may have become due; it costs no look into every shard.
+    """Give a digest that changes whenever something may have become due; few assets cost a look into every shard.
 
     It covers the pool's listing, settings and code (through what is wanted of one shard), targets, uid lists, and
-    the times of the lake's folders, which change with every file that is written or removed.
+    the times of the lake's folders, which change with every file that is written or removed. What is wanted of an
+    asset that is made from all shards, such as a search of near duplicates, is asked of each of them.
 
     Raises:
         PoolError: the pool's folder can't be listed.

@@ -31,7 +31,7 @@ ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
 """Column by which single rows of an asset are looked up, in files that are in no order by it."""
 ROW_GROUP = 1 << 17
-KNOWN_FILES = 20_000  # of which the lake remembers what is stored; some 5 kB each
+KNOWN_FILES = 60_000  # of which the lake remembers what is stored; some 4 kB each, so 250 MB at most
 TEMPORARY_SUFFIX = ".tmp"
 
 

@@ -710,7 +710,7 @@ def test_killed_while_gathering_and_before_a_state_is_written_a_search_ends_as_a
 
 
 def test_killed_and_then_given_another_best_score_a_search_begins_anew(tmp_path: Path) -> None:
-    project = precomputed(tmp_path / "killed", 30, 41, 19, best="neg_clip_loss/b32")
+    project = precomputed(tmp_path / "killed", 30, 41, 19, best="norm_sim_2_last/b32")
     key, config = "duplicate_search/b32", tmp_path / "killed/project.yaml"
     with dg.DagsterInstance.ephemeral() as instance:
         assert run(project, instance).failures == {}
@@ -719,7 +719,7 @@ def test_killed_and_then_given_another_best_score_a_search_begins_anew(tmp_path:
         assert in_a_child(config, key, method="replacing", call=6).returncode == -signal.SIGKILL
         (left,) = (tmp_path / "killed/lake/duplicate_search/b32").glob("*/")
         assert (left / "vectors").exists()
-        config.write_text(config.read_text().replace("best: neg_clip_loss/b32", "best: clip_score/b32"))
+        config.write_text(config.read_text().replace("best: norm_sim_2_last/b32", "best: clip_score/b32"))
         assert run(open_project(config), instance).failures == {}
     shards = ["00000", "00001", "00002"]
     assert_same(told(project, shards, "b32"), expected(project, shards=shards, encoder="b32"))
