@@ -35,10 +35,10 @@ def reserve(folder: Path, sizes: Mapping[str, int]) -> None:
             with open(folder / name, "wb") as file:
                 _reserve(file.fileno(), size)
     except OSError as error:
-        for name in sizes:
-            (folder / name).unlink(missing_ok=True)
         if error.errno not in _NO_ROOM:
             raise
+        for name in sizes:
+            (folder / name).unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
         raise LakeError(
             f"{folder}: no room for {sum(sizes.values()):,} bytes ({error.strerror}; {free:,} are free on that disk). "

@@ -421,7 +421,7 @@ def test_a_score_reads_the_search_that_its_provenance_names(scenario: Scenario, 
     score.provenance("00001")
     before = told(project, ["00001"])
 
-    scenario.set("scores", "near_duplicates", "tiny", "best", value="neg_clip_loss/tiny")
+    scenario.set("scores", "near_duplicates", "tiny", "best", value="norm_sim_2/tiny/pets")
     other, their_graph = scenario.open_graph()
 
     def dies(asset: str, *_: object) -> None:
