@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 from assets.project import Project
 from assets.scores import IDENTITY
 from assets.sharded import NotReady, Outcome, Result, ShardAsset, input_fingerprint, sharded_asset
-from assets.subset import SubsetAsset
+from assets.subset import SubsetAsset, newest
 from resources.decoding import EncoderError
 from resources.lake import LakeError, Provenance, digest
-from resources.versions import Version, Versions
 
 CODE_VERSION = "1"
 SCHEMA = pa.schema([*IDENTITY, pa.field("captions", pa.list_(pa.string()), nullable=True)])
@@ -91,7 +90,7 @@ class _Survivors:
         Raises:
             NotReady: the subset is not there, out of date, or was chosen without this shard.
         """
-        version = self._current()
+        version = newest(self.project, self.of)
         fingerprint = version.lineage["fingerprint"]
         if shard not in version.lineage["shards"]:
             raise NotReady(f"{self.of.key} was chosen without shard {shard}. Remedy: materialize {self.of.key} again")
@@ -109,25 +108,8 @@ class _Survivors:
         with duckdb.connect() as con:
             return con.sql(
                 "SELECT f0, f1 FROM read_parquet($path) WHERE shard = $shard",
-                params={"path": str(self._current().manifest), "shard": shard},
+                params={"path": str(newest(self.project, self.of).manifest), "shard": shard},
             ).to_arrow_table()
-
-    def _current(self) -> Version:
-        """Give the newest version; within `Project.at_rest` it is asked once whether it is up to date."""
-        answers = self.project.answers
-        answer = None if answers is None else answers.get(self.of.key)
-        if answer is None:
-            if self.of.is_fresh(self.project):
-                answer = "up to date"
-            else:
-                answer = NotReady(f"{self.of.key} is not there yet, or out of date. Remedy: materialize it first")
-            if answers is not None:
-                answers[self.of.key] = answer
-        if isinstance(answer, Exception):
-            raise answer.with_traceback(None)
-        version = Versions(self.project.lake, self.of.recipe).current()
-        assert version is not None
-        return version
 
 
 class _Work(Mapping[str, pa.Table]):

@@ -158,7 +158,8 @@ def rows_of(
         pool_columns: as `source_relation` takes them.
 
     Yields:
-        The connection, valid within the block, with a view `wanted` of the rows, each uid once; and what `shards` hold.
+        The connection, valid within the block, with a view `wanted` of the rows, each uid once, and a view `copies` of
+        the rows left out because their uid came before; and what `shards` hold.
     """
     with tempfile.TemporaryDirectory() as spill, _connect(spill) as con:
         if manifest is not None:
@@ -175,6 +176,7 @@ def rows_of(
             sets={} if manifest is None else {"listed": "listed"},
         )
         con.execute(f"CREATE TEMP VIEW wanted AS FROM source {'' if manifest is None else 'WHERE listed'}")
+        con.execute('CREATE TEMP VIEW copies AS FROM "source copies"')
         yield con, found
 
 

@@ -19,10 +19,11 @@ from assets.choosing import rows_of
 from assets.project import Project
 from assets.scores import device, figures, score_schema, score_table
 from assets.sharded import NotReady, Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
-from assets.subset import SubsetAsset
+from assets.subset import SubsetAsset, newest
 from assets.whole import WholeAsset, up_to_date, whole_asset
 from resources.lake import LakeError, Provenance, column_to_vectors
 from resources.versions import Versions
+from resources.work_files import reserve
 
 CODE_VERSION = "1"
 SCHEMA = pa.schema(
@@ -49,10 +50,7 @@ def dynamic_rounds(project: Project, encoder: str, of: SubsetAsset | None) -> Wh
         if not inputs:
             raise NotReady(f"no shard has {source}. Remedy: materialize it first")
         if of is not None:
-            current = Versions(project.lake, of.recipe).current()
-            if current is None or not of.is_fresh(project):
-                raise NotReady(f"{of.key} is not there yet, or out of date. Remedy: materialize it first")
-            inputs[of.key] = current.lineage["fingerprint"]
+            inputs[of.key] = newest(project, of).lineage["fingerprint"]
         parameters = {"keep": settings.keep, "rounds": settings.rounds, "of": settings.of}
         return Provenance(key, None, CODE_VERSION, parameters, inputs)
 
@@ -179,10 +177,9 @@ class _Work:
         """Make the files anew: who is in.
 
         Raises:
-            LakeError: embeddings are not those of the pool's rows.
+            LakeError: embeddings are not those of the pool's rows, or there is no room for the files.
         """
         self._path.unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         shards: dict[str, list[int]] = {}
         place = 0
         for shard in provenance.inputs:
@@ -192,9 +189,7 @@ class _Work:
                 shards[shard] = [place, stored.rows]
                 place += stored.rows
         self.state = {"provenance": provenance.digest(), "shards": shards, "done": []}
-        for name in ("left.int32", "score.float32"):
-            with open(self.folder / name, "wb") as file:
-                file.truncate(4 * max(place, 1))
+        reserve(self.folder, dict.fromkeys(("left.int32", "score.float32"), 4 * max(place, 1)))
         current = Versions(self.project.lake, of.recipe).current() if of is not None else None
         manifest = current.manifest if current is not None else None
         with rows_of(self.project.lake, shards, manifest, {}, ["source_row"]) as (con, found):

@@ -317,6 +317,12 @@ class ProjectSettings(BaseModel):
         )
         for encoder, near in self.near_duplicates.items():
             self._check_best(f"scores.near_duplicates.{encoder}.best", near.best)
+        begin = {f"scores.norm_sim_dynamic.{e}.of": dynamic.recipe for e, dynamic in self.norm_sim_dynamic.items()}
+        begin |= {f"scores.near_duplicates.{encoder}.of": near.recipe for encoder, near in self.near_duplicates.items()}
+        begin |= {f"captioners.{name}.of": captioner.recipe for name, captioner in self.captioners.items()}
+        for field, recipe in begin.items():
+            if recipe is not None and recipe not in self.recipes:
+                raise ValueError(f"{field}: there is no recipe {recipe!r}. Remedy: one of {sorted(self.recipes)}")
         for encoder, dynamic in self.norm_sim_dynamic.items():
             self._check_begin(f"scores.norm_sim_dynamic.{encoder}.of", f"norm_sim_dynamic/{encoder}", dynamic.recipe)
         for encoder, near in self.near_duplicates.items():
@@ -341,9 +347,7 @@ class ProjectSettings(BaseModel):
             raise ValueError(f"{field}: there is no such score to order rows by. Remedy: one of {numbers}")
 
     def _check_begin(self, field: str, asset: str, recipe: str | None) -> None:
-        """Refuse a score that begins with an unknown recipe, or with one that rests on the score itself."""
-        if recipe is not None and recipe not in self.recipes:
-            raise ValueError(f"{field}: there is no recipe {recipe!r}. Remedy: one of {sorted(self.recipes)}")
+        """Refuse a score that begins with a recipe that rests on the score itself."""
         waiting, seen = [recipe], {recipe}
         while waiting:
             name = waiting.pop()
@@ -563,7 +567,7 @@ class Project:
             command draws its progress bar from it.
         asked: keys of all assets that the present run was asked for.
         made_along: fingerprints of files that one asset's step wrote for another that the run was asked for too.
-        answers: within `at_rest`, what was said of assets without partitions, by key; None outside.
+        answers: within `at_rest`, what was asked once (`assets.sharded.once`); None outside.
     """
 
     def __init__(self, settings: ProjectSettings, config: Path) -> None:
@@ -579,7 +583,7 @@ class Project:
         self.on_progress: Callable[[str, str, int], None] = _no_progress
         self.asked: frozenset[str] = frozenset()
         self.made_along: set[str] = set()
-        self.answers: dict[str, str | Exception] | None = None
+        self.answers: dict[str, Any] | None = None
         self._encoders: dict[str, Encoder] = {}
         self._captioners: dict[str, Captioner] = {}
         self._text_encoders: dict[str, TextEncoder] = {}

@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import pyarrow as pa
@@ -33,6 +33,8 @@ from assets.checks import (
 )
 from assets.project import Project
 from resources.lake import LakeError, Provenance, Stored
+
+T = TypeVar("T")
 
 SHARDS_NAME = "shards"
 SHARDS = dg.DynamicPartitionsDefinition(name=SHARDS_NAME)
@@ -118,6 +120,28 @@ def each(function: Callable[[str], Result]) -> Compute:
                 yield shard, error
 
     return compute
+
+
+def once(project: Project, what: str, look: Callable[[], T]) -> T:
+    """Look; within `Project.at_rest` the first look's answer is given again, also that something is not ready.
+
+    Args:
+        project: the project.
+        what: names the answer.
+        look: gives it, or raises NotReady.
+    """
+    answers = project.answers
+    if answers is None:
+        return look()
+    if what not in answers:
+        try:
+            answers[what] = look()
+        except NotReady as error:
+            answers[what] = error
+    answer: T | NotReady = answers[what]
+    if isinstance(answer, NotReady):
+        raise answer.with_traceback(None)
+    return answer
 
 
 def input_fingerprint(project: Project, asset: str, shard: str | None = None) -> str:

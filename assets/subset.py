@@ -20,7 +20,7 @@ from assets.external import fresh_uids
 from assets.lineage import lineage_record
 from assets.project import Project
 from assets.report import report_metadata, write_report
-from assets.sharded import NotReady, ShardAsset
+from assets.sharded import NotReady, ShardAsset, once
 from assets.subset_checks import examine_before_the_record, examine_stored, specs
 from resources.lake import digest
 from resources.versions import Manifest, Version, Versions, set_file, step_file
@@ -92,6 +92,22 @@ class SubsetAsset:
             return bool(current.lineage["fingerprint"] == self.inputs().fingerprint(self.model))
         except NotReady:
             return False
+
+
+def newest(project: Project, subset: SubsetAsset) -> Version:
+    """Give a subset's newest version; within `Project.at_rest` it is asked once whether it is up to date.
+
+    Raises:
+        NotReady: it is not there, or out of date.
+    """
+
+    def look() -> Version:
+        current = Versions(project.lake, subset.recipe).current()
+        if current is None or not subset.is_fresh(project):
+            raise NotReady(f"{subset.key} is not there yet, or out of date. Remedy: materialize it first")
+        return current
+
+    return once(project, subset.key, look)
 
 
 def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset], shared: SharedSource) -> SubsetAsset:

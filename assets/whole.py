@@ -23,7 +23,7 @@ from assets.checks import (
     tell,
 )
 from assets.project import Project
-from assets.sharded import NotReady, Result, asset_spec, event_metadata
+from assets.sharded import NotReady, Result, asset_spec, event_metadata, once
 from resources.encoders import EncoderError
 from resources.lake import Provenance
 from resources.targets import TargetError
@@ -75,17 +75,7 @@ def up_to_date(project: Project, asset: WholeAsset) -> str:
         NotReady: it is not there, can't be made, or is not what a run would write now: a score must not join
             embeddings of one encoder with targets or negatives of another.
     """
-    if project.answers is None:
-        return _up_to_date(project, asset)
-    if asset.key not in project.answers:
-        try:
-            project.answers[asset.key] = _up_to_date(project, asset)
-        except NotReady as error:
-            project.answers[asset.key] = error
-    answer = project.answers[asset.key]
-    if isinstance(answer, Exception):
-        raise answer.with_traceback(None)
-    return answer
+    return once(project, asset.key, lambda: _up_to_date(project, asset))
 
 
 def _up_to_date(project: Project, asset: WholeAsset) -> str:

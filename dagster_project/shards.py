@@ -169,21 +169,23 @@ def _wanted(node: ShardAsset | WholeAsset, shard: str | None) -> str:
 
 
 def glance(project: Project, graph: Graph, shards: Sequence[str]) -> str:
-    """Give a digest that changes whenever something may have become due; it costs no look into every shard.
+    """Give a digest that changes whenever something may have become due; few assets cost a look into every shard.
 
     It covers the pool's listing, settings and code (through what is wanted of one shard), targets, uid lists, and
-    the times of the lake's folders, which change with every file that is written or removed.
+    the times of the lake's folders, which change with every file that is written or removed. What is wanted of an
+    asset that is made from all shards, such as a search of near duplicates, is asked of each of them.
 
     Raises:
         PoolError: the pool's folder can't be listed.
         LakeError: the lake is not in a local folder.
     """
     wanted: list[str] = []
-    for node in graph.nodes:
-        try:
-            wanted.append(_wanted(node, shards[0] if shards else None) if shards or _is_whole(node) else "")
-        except (NotReady, *BAD_INPUT) as error:
-            wanted.append(str(error))
+    with project.at_rest():
+        for node in graph.nodes:
+            try:
+                wanted.append(_wanted(node, shards[0] if shards else None) if shards or _is_whole(node) else "")
+            except (NotReady, *BAD_INPUT) as error:
+                wanted.append(str(error))
     folder = project.config.resolve().parent
     lists = [folder / name for subset in graph.subsets for name in subset.model.sets if set_kind(name) == "uids"]
     listing = project.listing()

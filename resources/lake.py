@@ -31,7 +31,7 @@ ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
 """Column by which single rows of an asset are looked up, in files that are in no order by it."""
 ROW_GROUP = 1 << 17
-KNOWN_FILES = 20_000  # of which the lake remembers what is stored; some 5 kB each
+KNOWN_FILES = 60_000  # of which the lake remembers what is stored; some 4 kB each, so 250 MB at most
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -171,7 +171,7 @@ class Lake:
             LakeError: the lake is on another file system.
         """
         if not self.is_local:
-            raise LakeError(f"{self.root}: this needs a lake in a local folder")
+            raise LakeError(f"{self.root}: this needs a lake in a local folder. Remedy: a path as `lake`, not a URL")
         return Path(self.root)
 
     def shards(self, asset: str) -> list[str]:

@@ -48,7 +48,8 @@ def source_relation(
 ) -> Source:
     """Make a temporary table of pool rows and their scores.
 
-    Of rows with equal uids the one of the smallest (shard, place in the shard) stays.
+    Of rows with equal uids the one of the smallest (shard, place in the shard) stays; the others are put into a table
+    `{name} copies` with the same columns.
 
     Args:
         con: A DuckDB connection; for pools beyond memory, one with a folder for temporary files.
@@ -151,23 +152,20 @@ def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
 
     Only rows whose hash is there twice are compared by uid.
     """
-    table = quoted(name)
+    table, copies = quoted(name), quoted(f"{name} copies")
+    con.execute(f'CREATE OR REPLACE TEMP TABLE {copies} AS SELECT *, 0::BIGINT AS "its rowid" FROM {table} LIMIT 0')
     ((rows,),) = con.execute(f"SELECT count(*) FROM {table}").fetchall()
-    dropped = 0
     for twice in repeated_hashes(con, "hash(f0, f1)", table, rows):
         con.register("twice", {"h": twice})
-        ((count,),) = con.execute(
+        con.execute(
             f"""
-            DELETE FROM {table} WHERE rowid IN (
-                SELECT rowid FROM (
-                    SELECT rowid, row_number() OVER (PARTITION BY f0, f1 ORDER BY rowid) AS copy
-                    FROM {table} WHERE hash(f0, f1) IN (SELECT h FROM twice))
-                WHERE copy > 1)
+            INSERT INTO {copies} SELECT *, rowid FROM {table} WHERE hash(f0, f1) IN (SELECT h FROM twice)
+            QUALIFY row_number() OVER (PARTITION BY f0, f1 ORDER BY rowid) > 1
             """
         ).fetchall()
         con.unregister("twice")
-        dropped += count
-    return dropped
+    ((dropped,),) = con.execute(f'DELETE FROM {table} WHERE rowid IN (SELECT "its rowid" FROM {copies})').fetchall()
+    return int(dropped)
 
 
 def _text(value: object) -> str:

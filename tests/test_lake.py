@@ -222,5 +222,5 @@ def test_the_lake_may_lie_on_another_file_system() -> None:
     assert column_to_vectors(lake.read("embeddings/b32", "00000")["image"]).shape == (2, 3)
     assert lake.remove("clip_score/b32", "00000")
     assert lake.stored("clip_score/b32", "00000") is None
-    with pytest.raises(LakeError, match="local folder"):
+    with pytest.raises(LakeError, match=r"local folder\. Remedy: a path"):
         lake.local_root()

@@ -1,5 +1,11 @@
 """Near duplicates against every pair in float64; what a killed run leaves; how a recipe uses them."""
 
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +20,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assets import near_duplicates
 from assets.checks import Tables, checks_of, examine
 from assets.graph import build_graph
 from assets.project import ConfigError, Project, open_project
 from assets.reproduction import choose_again, rebuild
+from assets.sharded import Result, ShardAsset
 from dagster_project.headless import Outcome, materialize
-from resources.lake import LakeError, column_to_vectors
+from resources.lake import LakeError, column_to_vectors, vectors_to_column
 from resources.versions import Versions
 from selection.near_duplicates import CHUNK_ROWS, nearest_before
 from tests.pool_factory import datacomp_shard, picture, unit_rows
@@ -146,7 +154,7 @@ def ask_for(scenario: Scenario, **given: object) -> None:
 def expected(
     project: Project, begins: set[str] | None = None, shards: Sequence[str] = SHARDS, encoder: str = "tiny"
 ) -> dict[str, tuple[float, str | None] | None]:
-    """Give each row's value and the row that it is of, by the definition, by uid."""
+    """Give each row's value and the row that it is of, by the definition, by uid; of equal uids the first counts."""
     lake = project.lake
     pool = pl.concat([pl.from_arrow(lake.read("raw_pool", shard, ["uid", "f0", "f1"])) for shard in shards])
     score = pl.concat([pl.from_arrow(lake.read(f"clip_score/{encoder}", shard)) for shard in shards])["clip_score"]
@@ -154,7 +162,8 @@ def expected(
         [column_to_vectors(lake.read(f"embeddings/{encoder}", shard, ["image"])["image"]) for shard in shards]
     )
     uids = pool["uid"].to_list()
-    inside = [row for row, uid in enumerate(uids) if begins is None or uid in begins]
+    first = {uid: row for row, uid in reversed(list(enumerate(uids)))}
+    inside = [row for uid, row in first.items() if begins is None or uid in begins]
     order = sorted(inside, key=lambda row: (-score[row], uids[row]))
     value, index = by_the_definition(vectors[order])
     found: dict[str, tuple[float, str | None] | None] = dict.fromkeys(uids)
@@ -219,7 +228,7 @@ def test_rows_are_compared_with_the_rows_of_the_subset_alone(scenario: Scenario)
 def test_what_is_left_of_a_search_is_small(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
-    folder = scenario.folder / "lake/duplicate_search/tiny"
+    (folder,) = (scenario.folder / "lake/duplicate_search/tiny").iterdir()
     assert {path.name for path in folder.iterdir()} == {"state.json", "rank", "uid", "value", "better"}
     assert sum(path.stat().st_size for path in folder.iterdir() if path.name != "state.json") == 36 * (8 + 16 + 4 + 8)
 
@@ -287,6 +296,7 @@ def test_another_subset_or_another_score_begins_the_search_anew(scenario: Scenar
     scenario.set("recipes", "clip_third", value={"steps": [keep("clip_score/tiny", fraction=0.5)]})
     outcome = scenario.run()
     assert {"subset/clip_third", SEARCH, TOLD, "subset/apart"} <= set(outcome.computed)
+    assert_files_are_of_the_last(scenario, 2)
     assert_same(told(scenario.open()), expected(scenario.open(), set(scenario.manifest("clip_third")["uid"])))
 
     scenario.set("scores", "near_duplicates", "tiny", value={"best": "neg_clip_loss/tiny"})
@@ -294,6 +304,7 @@ def test_another_subset_or_another_score_begins_the_search_anew(scenario: Scenar
     scenario.set("scores", "neg_clip_loss", "tiny", "temperature", value=0.3)
     outcome = scenario.run()
     assert outcome.failures == {}
+    assert_files_are_of_the_last(scenario, 2)
     assert {"neg_clip_loss/tiny", SEARCH, TOLD, "subset/apart"} <= set(outcome.computed)
     with duckdb.connect(str(scenario.folder / "lake/catalog.duckdb"), read_only=True) as con:
         names = [name for (name,) in con.execute("SELECT version FROM versions('apart')").fetchall()]
@@ -301,18 +312,32 @@ def test_another_subset_or_another_score_begins_the_search_anew(scenario: Scenar
     assert set(changes) <= {("score changed",)}
 
 
-def test_a_uid_that_is_in_two_shards_is_compared_once(scenario: Scenario) -> None:
-    ask_for(scenario)
-    scenario.write_shard("00001", meta={"uid": "f" * 32})
-    scenario.write_shard("00002", meta={"uid": "f" * 32})
-    scenario.run()
+@pytest.mark.parametrize("of", [None, "subset/pictures"])
+def test_a_uid_that_is_in_two_shards_is_compared_once_and_told_in_both(scenario: Scenario, of: str | None) -> None:
+    """A recipe that sees only the second of the two shards chooses from the copy that was not compared."""
+    ask_for(scenario, of=of)
+    scenario.write_shard("00001", meta={"uid": "f" * 32}, image=picture(3))
+    scenario.write_shard("00002", meta={"uid": "f" * 32}, image=picture(8))
+    scenario.set("recipes", "pictures", value={"steps": [keep("clip_score/tiny", count=35)]})
+    steps = [{"where": '"neg_clip_loss/tiny" > -99'}, {"deduplicate": {"by": SCORE, "above": 0.9999}}]
+    scenario.set("recipes", "unlike", value={"steps": steps})
+    assert scenario.run().failures == {}
     rows = scenario.scores(TOLD).filter(pl.col("f0") == 2**64 - 1)
     assert rows["shard"].to_list() == ["00001", "00002"]
-    assert rows["near_duplicate"].is_null().to_list() == [False, True]
+    wanted = expected(scenario.open())["f" * 32]
+    assert wanted is not None
+    assert (
+        rows.select("near_duplicate", "near_duplicate_of").rows()
+        == [(pytest.approx(wanted[0], abs=5e-7), wanted[1])] * 2
+    )
     stored = scenario.open().lake.stored(SEARCH)
     assert stored is not None
     assert stored.summary["rows_compared"] == 35
     assert scenario.subset("apart").lineage["source"]["duplicates"] == 1
+
+    scenario.open().lake.remove("neg_clip_loss/tiny", "00001")
+    assert scenario.execute("subset/unlike").success
+    assert list(scenario.subset("unlike").lineage["shards_missing"]) == ["00001"]
 
 
 def test_a_shard_that_is_not_there_yet_waits_and_the_others_are_compared(scenario: Scenario) -> None:
@@ -345,6 +370,89 @@ def test_a_score_that_some_row_has_not_is_one_error_with_a_uid(scenario: Scenari
     )
 
 
+def test_a_subset_without_a_row_in_the_shards_that_are_there_is_one_error(scenario: Scenario) -> None:
+    ask_for(scenario, of="subset/first")
+    scenario.set("recipes", "first", value={"steps": [{"where": "shard = '00000'"}]})
+    scenario.run()
+    scenario.open().lake.remove("clip_score/tiny", "00000")
+    said = scenario.execute(SEARCH).failure_data_for_node(SEARCH.replace("/", "__"))
+    assert "subset/first has no row in the 2 shards that have both embeddings/tiny and clip_score/tiny" in str(said)
+    assert "Remedy: materialize both for more shards" in str(said)
+
+
+def test_an_embedding_that_is_no_number_is_an_error_with_file_and_uid(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scenario.run()
+    lake = scenario.open().lake
+    table, stored = lake.read("embeddings/tiny", "00001"), lake.stored("embeddings/tiny", "00001")
+    assert stored is not None
+    vectors = column_to_vectors(table["image"]).copy()
+    vectors[4, 2] = np.nan
+    at = table.schema.get_field_index("image")
+    lake.write(table.set_column(at, table.schema.field(at), vectors_to_column(vectors)), stored.provenance)
+    forget(scenario)
+    said = str(scenario.execute(SEARCH).failure_data_for_node(SEARCH.replace("/", "__")))
+    assert f"embeddings/tiny/00001.arrow: the image embedding of uid {uid_of('00001', 104)} holds NaN or" in said
+    assert "Remedy" in said
+
+
+def test_what_a_score_reads_is_gone_and_the_message_says_what_to_do(scenario: Scenario) -> None:
+    ask_for(scenario)
+    scenario.run()
+    wanted = told(scenario.open())
+    (state,) = (scenario.folder / "lake/duplicate_search/tiny").glob("*/state.json")
+    state.unlink()
+    scenario.open().lake.remove(TOLD, "00001")
+    said = scenario.run().failures[TOLD]
+    assert f"{state.parent}: not the rows that {SEARCH} tells of. Remedy: remove" in said
+    scenario.open().lake.remove(SEARCH)
+    assert scenario.run().failures == {}
+    assert told(scenario.open()) == wanted
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_score_reads_the_search_that_its_provenance_names(scenario: Scenario, is_done: bool) -> None:
+    """While another search is under way, or has been written since."""
+    ask_for(scenario)
+    scenario.run()
+    project, graph = scenario.open_graph()
+    (score,) = (node for node in graph.nodes if node.key == TOLD)
+    assert isinstance(score, ShardAsset)
+    score.provenance("00001")
+    before = told(project, ["00001"])
+
+    scenario.set("scores", "near_duplicates", "tiny", "best", value="norm_sim_2/tiny/pets")
+    other, their_graph = scenario.open_graph()
+
+    def dies(asset: str, *_: object) -> None:
+        if asset == SEARCH and not is_done:
+            raise RuntimeError("no power")
+
+    other.on_progress = dies
+    outcome = materialize(other, their_graph, scenario.instance, notice=lambda *_: None)
+    assert (SEARCH in outcome.failures) == (not is_done)
+    ((_, found),) = score.compute(["00001"])
+    assert isinstance(found, Result)
+    assert found.table["near_duplicate"].to_pylist() == [row and row[0] for row in before.values()]
+    assert found.table["near_duplicate_of"].to_pylist() == [row and row[1] for row in before.values()]
+    assert is_done == (told(other, ["00001"]) != before)
+
+
+def assert_files_are_of_the_last(scenario: Scenario, searches: int) -> None:
+    """Of all searches there are the files of the last, and of the one before it."""
+    stored = scenario.open().lake.stored(SEARCH)
+    assert stored is not None
+    folders = {path.name for path in (scenario.folder / "lake/duplicate_search/tiny").iterdir()}
+    assert stored.provenance.digest()[:16] in folders
+    assert len(folders) == searches
+
+
+def forget(scenario: Scenario) -> None:
+    """Remove what the search has found."""
+    scenario.open().lake.remove(SEARCH)
+    shutil.rmtree(scenario.folder / "lake/duplicate_search")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -368,6 +476,44 @@ def test_what_can_not_be_is_refused(scenario: Scenario, given: dict[str, str], m
     scenario.set("recipes", "outer", value={"from": "apart", "steps": [keep("clip_score/tiny", count=2)]})
     dynamic = {"keep": 0.2} | ({"of": "subset/apart"} if given.get("best", "").startswith("norm") else {})
     scenario.set("scores", "norm_sim_dynamic", value={"tiny": dynamic})
+    with pytest.raises(ConfigError, match=message):
+        scenario.open()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {
+                "norm_sim_dynamic": {"tiny": {"keep": 0.2, "of": "subset/apart"}},
+                "near_duplicates": {"tiny": {"best": "clip_score/tiny", "of": "subset/typo"}},
+            },
+            r"scores\.near_duplicates\.tiny\.of: there is no recipe 'typo'\. Remedy: one of .'apart'",
+        ),
+        (
+            {
+                "norm_sim_dynamic": {"tiny": {"keep": 0.2, "of": "subset/typo"}},
+                "near_duplicates": {"tiny": {"best": "norm_sim_dynamic/tiny", "of": "subset/clip_third"}},
+            },
+            r"scores\.norm_sim_dynamic\.tiny\.of: there is no recipe 'typo'",
+        ),
+        (
+            {"near_duplicates": {"tiny": {"best": "sieve/said/words"}}},
+            r"captioners\.said\.of: there is no recipe 'typo'",
+        ),
+        ({}, r"captioners\.said\.of: there is no recipe 'typo'"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_told_of_the_field_that_names_it(
+    scenario: Scenario, settings: dict[str, Any], message: str
+) -> None:
+    """Whatever else begins with, or is made from, the score in whose settings it stands."""
+    ask_for(scenario)
+    for name, value in settings.items():
+        scenario.set("scores", name, value=value)
+    if "captioners" in message:
+        scenario.document["captioners"] = {"said": {"model": "coca_ViT-B-32", "of": "subset/typo"}}
+        scenario.document["text_encoders"] = {"words": {"encoder": "tiny"}} if settings else {}
     with pytest.raises(ConfigError, match=message):
         scenario.open()
 
@@ -417,7 +563,7 @@ def test_a_version_of_rows_of_a_subset_is_chosen_again_and_not_rebuilt(scenario:
         rebuild(version.lineage, tmp_path / "rebuilt")
 
 
-def precomputed(folder: Path, *sizes: int) -> Project:
+def precomputed(folder: Path, *sizes: int, best: str = "clip_score/b32") -> Project:
     """Write a pool of precomputed shards, whose rows are the same however many shards there are, and open it."""
     folder.mkdir()
     image, text = unit_rows(1, sum(sizes)), unit_rows(2, sum(sizes))
@@ -434,11 +580,24 @@ def precomputed(folder: Path, *sizes: int) -> Project:
         "lake": "lake",
         "pool": {"path": "pool", "format": "datacomp"},
         "encoders": {"b32": {"precomputed": "b32", "temperature": 0.1}},
-        "scores": {"neg_clip_loss": {}, "near_duplicates": {"b32": {"best": "clip_score/b32"}}},
+        "scores": {
+            "neg_clip_loss": {},
+            "near_duplicates": {"b32": {"best": best}},
+            "norm_sim_dynamic": {"b32": {"keep": 0.5, "rounds": 2}},
+        },
     }
     path = folder / "project.yaml"
     path.write_text(yaml.safe_dump(document))
     return open_project(path)
+
+
+def test_embeddings_are_gathered_window_by_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "WINDOW_BYTES", 7 * 16)
+    project = precomputed(tmp_path / "windows", 1, 49, 40)
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run(project, instance).failures == {}
+    shards = ["00000", "00001", "00002"]
+    assert_same(told(project, shards, "b32"), expected(project, shards=shards, encoder="b32"))
 
 
 def run(project: Project, instance: dg.DagsterInstance) -> Outcome:
@@ -479,6 +638,107 @@ def test_a_killed_run_goes_on_behind_its_last_whole_block(tmp_path: Path) -> Non
     values = [row[0] for rows in (found, wanted) for row in rows.values() if row is not None]
     np.testing.assert_allclose(values[:17_000], values[17_000:], atol=5e-7)
     assert found.keys() == wanted.keys()
+
+
+def in_a_child(config: Path, key: str, *, method: str = "", call: int = 0, limit: int = 0) -> Any:
+    """Compute an asset without partitions in another process, and write nothing of it but its work files.
+
+    Args:
+        config: the project's YAML.
+        key: the asset's.
+        method: the process is killed when it calls this method of the lake for embeddings or work files,
+        call: and does so for this time, from 1.
+        limit: largest file that it may write, in bytes.
+    """
+    command = [sys.executable, "-c", _CHILD, str(config), key, method, str(call), str(limit)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+_CHILD = """
+import os, resource, signal, sys
+from pathlib import Path
+import selection.near_duplicates
+from assets import near_duplicates
+from assets.graph import build_graph
+from assets.project import open_project
+from resources.lake import Lake
+
+near_duplicates.WINDOW_BYTES = 40 * 16
+selection.near_duplicates._BLOCK["cpu"] = 20
+config, key, method, call, limit = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+if method:
+    real, calls = getattr(Lake, method), []
+    def deadly(lake, what, *rest):
+        calls.extend([what] if what.startswith("embeddings") or what.endswith("state.json") else [])
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(lake, what, *rest)
+    setattr(Lake, method, deadly)
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+(node,) = (node for node in build_graph(open_project(Path(config))).nodes if node.key == key)
+node.compute()
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_gathering_and_before_a_state_is_written_a_search_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    project = precomputed(tmp_path / "killed", 30, 41, 19)
+    key, config = "duplicate_search/b32", tmp_path / "killed/project.yaml"
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run(project, instance).failures == {}
+        work = tmp_path / "killed/lake/duplicate_search/b32"
+        (folder,) = work.iterdir()
+        wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
+        project.lake.remove(key)
+        shutil.rmtree(work)
+        state = folder / "state.json"
+        for method, call, left in (
+            ("replacing", 1, None),  # all is in order, which no state tells
+            ("read", 6, (40, 0)),  # in the second window of 40 rows, after one look at the width
+            ("replacing", 1, (40, 0)),  # the second window is gathered, which no state tells
+            ("replacing", 3, (90, 0)),  # so is the third; the first block of 20 rows is done, which no state tells
+            ("replacing", 2, (90, 20)),
+        ):
+            assert in_a_child(config, key, method=method, call=call).returncode == -signal.SIGKILL
+            found = json.loads(state.read_text()) if state.exists() else None
+            assert (found and (found["gathered"], found["done"])) == left
+        finished = in_a_child(config, key)
+        assert finished.returncode == 0, finished.stderr
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
+        assert run(project, instance).failures == {}
+
+
+def test_killed_and_then_given_another_best_score_a_search_begins_anew(tmp_path: Path) -> None:
+    project = precomputed(tmp_path / "killed", 30, 41, 19, best="norm_sim_2_last/b32")
+    key, config = "duplicate_search/b32", tmp_path / "killed/project.yaml"
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run(project, instance).failures == {}
+        project.lake.remove(key)
+        shutil.rmtree(tmp_path / "killed/lake/duplicate_search/b32")
+        assert in_a_child(config, key, method="replacing", call=6).returncode == -signal.SIGKILL
+        (left,) = (tmp_path / "killed/lake/duplicate_search/b32").glob("*/")
+        assert (left / "vectors").exists()
+        config.write_text(config.read_text().replace("best: norm_sim_2_last/b32", "best: clip_score/b32"))
+        assert run(open_project(config), instance).failures == {}
+    shards = ["00000", "00001", "00002"]
+    assert_same(told(project, shards, "b32"), expected(project, shards=shards, encoder="b32"))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("key", ["duplicate_search/b32", "dynamic_rounds/b32"])
+def test_a_full_disk_is_an_error_that_says_what_is_needed(tmp_path: Path, key: str) -> None:
+    """Here no file may be larger than a limit, which is told where a disk would be full: when bytes are reserved."""
+    project = precomputed(tmp_path / "full", 300)
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run(project, instance).failures == {}
+    project.lake.remove(key)
+    shutil.rmtree(tmp_path / "full/lake" / key)
+    found = in_a_child(tmp_path / "full/project.yaml", key, limit=1000)
+    needed = 300 * (8 + 16 + 4 + 8 + 16) if key.startswith("duplicate") else 300 * 8
+    assert found.returncode == 1
+    assert re.search(rf"LakeError: .*{key}.*: no room for {needed:,} bytes .*\. Remedy: make room there", found.stderr)
+    assert not [path for path in (tmp_path / "full/lake" / key).rglob("*") if path.is_file()]
 
 
 def test_sensors_search_once_after_the_score_and_the_subset(tmp_path: Path) -> None:
