@@ -105,10 +105,13 @@ def norm_sim_dynamic(project: Project, encoder: str, rounds: WholeAsset) -> Shar
 
     def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
         work = _Work(project, encoder)
+        work.open()
         stored = project.lake.stored(rounds.key)
+        # Whoever begins anew removes the state first and then replaces the arrays: these are still those of the state.
+        there = stored is not None and work.is_of(stored.provenance) and _Work(project, encoder).state == work.state
 
         def score(shard: str) -> Result:
-            if stored is None or not work.is_of(stored.provenance):
+            if not there:
                 raise LakeError(
                     f"{work.folder}: not the rows that {rounds.key} tells of. "
                     f"Remedy: remove {project.lake.path(rounds.key)}, and materialize it again"
@@ -205,11 +208,15 @@ class _Work:
         self.state["keep"] = int(self.state["pool_rows"] * Fraction(repr(self.settings.keep)))
         self._write()
 
-    def rows(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
-        """Give a shard's rounds of leaving, int32 `[n]`, and its scores, float32 `[n]`; what is written there stays."""
-        if not self._maps:
+    def open(self) -> None:
+        """Open the arrays, if they are there."""
+        if not self._maps and self.state:
             places = (("left.int32", np.int32), ("score.float32", np.float32))
             self._maps = [np.memmap(self.folder / name, dtype, mode="r+") for name, dtype in places]
+
+    def rows(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
+        """Give a shard's rounds of leaving, int32 `[n]`, and its scores, float32 `[n]`; what is written there stays."""
+        self.open()
         start, rows = self.state["shards"][shard]
         left, score = (np.asarray(whole[start : start + rows]) for whole in self._maps)
         return left, score

@@ -24,7 +24,7 @@ def reserve(folder: Path, sizes: Mapping[str, int]) -> None:
 
     Args:
         folder: where; it is made.
-        sizes: of each file in bytes, by name; a file of that name is replaced.
+        sizes: of each file in bytes, by name; whoever has a file of that name open keeps the old one.
 
     Raises:
         LakeError: there is no room; none of the files is left then.
@@ -32,6 +32,7 @@ def reserve(folder: Path, sizes: Mapping[str, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, size in sizes.items():
+            (folder / name).unlink(missing_ok=True)
             with open(folder / name, "wb") as file:
                 _reserve(file.fileno(), size)
     except OSError as error:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from assets.project import ConfigError
 from assets.reproduction import choose_again, rebuild
+from assets.sharded import Result, ShardAsset
 from dagster_project.headless import Outcome, materialize
 from resources.lake import LakeError, column_to_vectors
 from selection.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
@@ -239,6 +240,23 @@ def test_it_may_begin_with_what_another_recipe_chose(scenario: Scenario) -> None
         "began_with": 12,
         "kept": 7,
     }
+
+
+def test_a_score_reads_the_rounds_that_it_began_with_while_others_are_begun(scenario: Scenario) -> None:
+    ask_for(scenario)
+    assert scenario.run().failures == {}
+    _, graph = scenario.open_graph()
+    (score,) = (node for node in graph.nodes if node.key == TOLD)
+    assert isinstance(score, ShardAsset)
+    before = scenario.scores(TOLD, ["00001"])["norm_sim_dynamic"].to_list()
+    computed = score.compute(["00000", "00001"])
+    next(iter(computed))
+    scenario.set("scores", "norm_sim_dynamic", "tiny", "rounds", value=2)
+    assert scenario.run().failures == {}
+    assert scenario.scores(TOLD, ["00001"])["norm_sim_dynamic"].to_list() != before
+    ((_, found),) = computed
+    assert isinstance(found, Result)
+    assert found.table["norm_sim_dynamic"].to_pylist() == before
 
 
 def test_the_papers_recipe_is_a_file(scenario: Scenario) -> None:
