@@ -4,6 +4,7 @@ Here belongs which rows of each group stay, and what is kept of it so that it ca
 becomes a column beside the source, because no predicate over the row alone could give it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,7 +13,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from selection.ranking import StepError, one, quoted, ranked_value, with_column
+from selection.ranking import StepError, one, quoted, ranked_value, with_column_at
 from selection.steps import Deduplicate, Ranking, Stratify
 from selection.uids import format_uid
 
@@ -93,12 +94,10 @@ def best_of_equals(
             """
         ).fetchall()
         con.unregister("twice")
-    stays = np.ones(one(con, f"SELECT count(*) FROM {relation}")[0], bool)
     dropped = con.execute(f"SELECT place FROM {table}").fetchnumpy()["place"]
-    stays[dropped] = False
     groups = one(con, f"SELECT count(DISTINCT (kept_f0, kept_f1)) FROM {table}")[0]
     return Grouped(
-        relation=with_column(con, relation, f"{column}_kept", stays),
+        relation=with_column_at(con, relation, f"{column}_kept", dropped, False, elsewhere=True),
         predicate=quoted(f"{column}_kept"),
         kept=entered - len(dropped),
         table=f"SELECT f0, f1, kept_f0, kept_f1 FROM {table} ORDER BY f0, f1",
@@ -138,6 +137,12 @@ def top_of_strata(
         WHERE basis > 0 OR entered > 0
         """
     ).fetchall()
+    strata, expected = one(con, f"SELECT count(*), sum(least(wanted, entered))::BIGINT FROM {sizes}")
+    if not expected:
+        raise StepError(
+            f"fraction {step.fraction!r} of the rows of each {step.by} is less than one row in every one that has rows "
+            "here. Remedy: a larger fraction, a count, or a column of fewer values."
+        )
     con.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE {ranks} AS
@@ -150,17 +155,9 @@ def top_of_strata(
         WHERE rank <= wanted
         """
     ).fetchall()
-    strata, expected = one(con, f"SELECT count(*), sum(least(wanted, entered))::BIGINT FROM {sizes}")
-    if not expected:
-        raise StepError(
-            f"fraction {step.fraction!r} of the rows of each {step.by} is less than one row in every one that has rows "
-            "here. Remedy: a larger fraction, a count, or a column of fewer values."
-        )
     placed = con.execute(f"SELECT place, rank FROM {ranks}").fetchnumpy()
-    values = np.full(one(con, f"SELECT count(*) FROM {ranked.relation}")[0], np.nan)
-    values[placed["place"]] = placed["rank"]
     return Grouped(
-        relation=with_column(con, ranked.relation, f"{column}_rank", values),
+        relation=with_column_at(con, ranked.relation, f"{column}_rank", placed["place"], placed["rank"], math.nan),
         predicate=f"{quoted(f'{column}_rank')} IS NOT NULL",
         kept=len(placed["place"]),
         table=f"""

@@ -253,6 +253,29 @@ def _by_ranks(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relatio
     return f"({quoted(column)} + 0.0)", with_column(con, relation, column, values)
 
 
+def with_column_at(
+    con: duckdb.DuckDBPyConnection,
+    relation: str,
+    column: str,
+    places: NDArray[np.int64],
+    values: NDArray[Any] | bool,
+    elsewhere: bool | int | float,
+) -> str:
+    """Make a view of a relation with one more column, of which values are known at some places; give its name.
+
+    Args:
+        con: The connection that holds the relation.
+        relation: As an SQL identifier.
+        column: The new column's name.
+        places: Where in the order of a scan, from 0: `row_number() OVER () - 1`.
+        values: What stands there, of the type of `elsewhere`.
+        elsewhere: What stands at all other places; NaN becomes NULL.
+    """
+    whole = np.full(one(con, f"SELECT count(*) FROM {relation}")[0], elsewhere)
+    whole[places] = values
+    return with_column(con, relation, column, whole)
+
+
 def with_column(con: duckdb.DuckDBPyConnection, relation: str, column: str, values: NDArray[Any]) -> str:
     """Make a view of a relation with one more column, whose values come in the order of a scan; give its name.
 

@@ -29,7 +29,7 @@ from selection.ranking import (
     quoted,
     ranked_value,
     score_value,
-    with_column,
+    with_column_at,
 )
 from selection.recipes import Recipe
 from selection.sampling import soft_cap_sample
@@ -359,8 +359,7 @@ def _draw(
     ranked = ranked_value(con, draw, f"step{report.step}_value", relation, inside)
     rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {ranked.value} AS value, {inside} AS entered"
     found = con.execute(f"SELECT * EXCLUDE entered FROM ({rows} FROM {ranked.relation}) WHERE entered").fetchnumpy()
-    copies = np.zeros(one(con, f"SELECT count(*) FROM {ranked.relation}")[0], np.int64)
-    copies[found["place"]] = soft_cap_sample(
+    copies = soft_cap_sample(
         found["value"],
         found["f0"],
         found["f1"],
@@ -381,7 +380,7 @@ def _draw(
         samples=wanted,
         note=ranked.note,
     )
-    return report, with_column(con, ranked.relation, _copies(report.step), copies)
+    return report, with_column_at(con, ranked.relation, _copies(report.step), found["place"], copies, 0)
 
 
 def _copies(step: int) -> str:
