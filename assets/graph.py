@@ -4,28 +4,28 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from assets.captioners import captioned
-from assets.captions import captions
-from assets.catalog import catalog
-from assets.choosing import SharedSource
-from assets.clip_score import clip_score
-from assets.clusters import centroids, clusters
-from assets.embeddings import embeddings
-from assets.export import export
-from assets.external import external_files, external_scores, external_uids
-from assets.hype import hype
-from assets.near_duplicates import duplicate_search, near_duplicates
-from assets.neg_clip_loss import neg_clip_loss
-from assets.negatives import negatives
-from assets.norm_sim import norm_sim
-from assets.norm_sim_dynamic import dynamic_rounds, norm_sim_dynamic
+from assets.base.partitioned import ShardAsset
+from assets.base.selection_table import SharedSource
+from assets.base.unpartitioned import WholeAsset
+from assets.pool.embeddings import embeddings
+from assets.pool.raw_pool import raw_pool
+from assets.pool.target_embeddings import target_embeddings
 from assets.project import Project
-from assets.raw_pool import raw_pool
-from assets.sharded import ShardAsset
-from assets.sieve import sieve
-from assets.subset import SubsetAsset, subset
-from assets.target_embeddings import target_embeddings
-from assets.whole import WholeAsset
+from assets.scores.caption_facts import captions
+from assets.scores.captions import captioned
+from assets.scores.clip_score import clip_score
+from assets.scores.clusters import centroids, clusters
+from assets.scores.external import external_files, external_scores, external_uids
+from assets.scores.hype import hype
+from assets.scores.near_duplicates import duplicate_search, near_duplicates
+from assets.scores.neg_clip_loss import neg_clip_loss
+from assets.scores.negatives import negatives
+from assets.scores.norm_sim import norm_sim
+from assets.scores.norm_sim_dynamic import dynamic_rounds, norm_sim_dynamic
+from assets.scores.sieve import sieve
+from assets.subsets.catalog import catalog
+from assets.subsets.export import export
+from assets.subsets.subset import SubsetAsset, subset
 
 REFERENCE = "reference_negatives"
 

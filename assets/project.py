@@ -24,14 +24,14 @@ from pydantic import (
     model_validator,
 )
 
-from resources import files
-from resources.captioners import Captioner
-from resources.catalog import score_names, score_type
-from resources.encoders import Encoder
-from resources.external import find
-from resources.lake import Lake
-from resources.pools import RAW_POOL_SCHEMA, Pool, open_pool
-from resources.sentences import TextEncoder
+from resources.catalog.build import score_names, score_type
+from resources.inputs.external import find
+from resources.inputs.targets import Target, open_target
+from resources.lake.files import Lake
+from resources.models.captioners import Captioner
+from resources.models.encoders import Encoder
+from resources.models.text_encoders import TextEncoder
+from resources.pools.base import RAW_POOL_SCHEMA, Pool, open_pool
 from resources.settings import (
     CaptionerSettings,
     EncoderSettings,
@@ -43,8 +43,8 @@ from resources.settings import (
     TargetSettings,
     TextEncoderSettings,
 )
-from resources.targets import Target, open_target
-from selection.recipes import Recipe, check_recipes
+from resources.storage import files
+from selection.recipes.recipe import Recipe, check_recipes
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 HYPE_COLUMNS = ("hype", "hype_specificity_image", "hype_specificity_text", "hype_distance", "hype_cosine")
@@ -567,7 +567,7 @@ class Project:
             command draws its progress bar from it.
         asked: keys of all assets that the present run was asked for.
         made_along: fingerprints of files that one asset's step wrote for another that the run was asked for too.
-        answers: within `at_rest`, what was asked once (`assets.sharded.once`); None outside.
+        answers: within `at_rest`, what was asked once (`assets.base.partitioned.once`); None outside.
     """
 
     def __init__(self, settings: ProjectSettings, config: Path) -> None:

@@ -15,9 +15,9 @@ import dagster as dg
 import pyarrow as pa
 import yaml
 
+from assets.base.partitioned import SHARDS_NAME, ShardAsset
 from assets.graph import Graph, build_graph
 from assets.project import Project, open_project
-from assets.sharded import SHARDS_NAME, ShardAsset
 from dagster_project.definitions import build_defs
 
 SHARDS = 10_000

@@ -19,9 +19,9 @@ import pyarrow as pa
 from PIL import Image
 
 from assets.project import open_project
-from resources.decoding import Prepare, ShardWork
-from resources.encoders import Embeddings, Encoder, embed_together
-from resources.pools import Pool, open_pool
+from resources.models.decoding import Prepare, ShardWork
+from resources.models.encoders import Embeddings, Encoder, embed_together
+from resources.pools.base import Pool, open_pool
 from resources.settings import EncoderSettings, PoolSettings
 
 WARM_BATCHES = 3

@@ -21,10 +21,10 @@ from assets.graph import build_graph
 from assets.project import open_project
 from benchmarks.discovery import Ticks
 from benchmarks.overhead import write_project, write_shard
-from dagster_project import command
+from dagster_project import cli as command
 from dagster_project.definitions import build_defs
-from dagster_project.event_log import kept_open
 from dagster_project.headless import QUIET, materialize
+from dagster_project.sqlite_event_log import kept_open
 
 SHARDS = (10, 1000)
 SHORT = (10, 100)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.scores import _beside, _product, machine
 from benchmarks.streaming import _peak_of_own_memory
-from selection.near_duplicates import nearest_before
+from selection.scores.near_duplicates import nearest_before
 
 ROWS = (25_000, 50_000, 100_000)
 WIDTH = 512

@@ -27,13 +27,13 @@ from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster._core.utils import make_new_run_id
 from dagster._grpc.types import ExecuteRunArgs
 
+from assets.base.partitioned import SHARDS_NAME, Result, ShardAsset
 from assets.graph import build_graph
 from assets.project import Project, open_project
-from assets.sharded import SHARDS_NAME, Result, ShardAsset
-from dagster_project import command
+from dagster_project import cli as command
 from dagster_project.definitions import CONFIG_VARIABLE, build_defs
-from dagster_project.event_log import kept_open
 from dagster_project.headless import QUIET, materialize
+from dagster_project.sqlite_event_log import kept_open
 
 SHARDS = 100
 ROWS = 4

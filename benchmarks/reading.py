@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks import encoding
-from resources.pools import Pool, open_pool
+from resources.pools.base import Pool, open_pool
 from resources.settings import EncoderSettings, PoolSettings, available_cores
-from resources.tars import walk
+from resources.storage.tars import walk
 
 TAR_SAMPLES = 10_000
 DECODE_SAMPLES = 2_000

@@ -28,7 +28,7 @@ from selection import (
     norm_sim_from_moment,
     second_moment,
 )
-from selection.reduction import LogSumExp, PowerSum, Tiles, for_each_tile
+from selection.similarity.reduction import LogSumExp, PowerSum, Tiles, for_each_tile
 
 WIDTH = 768
 BATCH = 32768
@@ -112,7 +112,7 @@ def measure_cuda(device: torch.device, *, size: int = BATCH, tune: bool = False)
         The machine, the shapes, and TFLOP/s by name; `*_of_product` is the bare product's time over the reduction's;
         `*_error` is the largest difference from the tiles.
     """
-    from selection.reduction import largest, log_sum_exp, log_sum_exp_both
+    from selection.similarity.reduction import largest, log_sum_exp, log_sum_exp_both
 
     rows, columns = (_embeddings(size, seed).half().to(device) for seed in (1, 2))
     none = torch.full((size,), -math.inf, device=device)
@@ -126,7 +126,7 @@ def measure_cuda(device: torch.device, *, size: int = BATCH, tune: bool = False)
         "neg_clip_loss": lambda: neg_clip_loss(rows, columns, rows[None], columns[None], temperature=TEMPERATURE),
     }
     if tune:
-        from selection import triton_reduction as kernels
+        from selection.similarity import triton_reduction as kernels
 
         for sizes in kernels.ALTERNATIVES:
             cut = "-".join(map(str, sizes))

@@ -22,14 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.choosing import MEMORY, SharedSource, chosen
-from assets.lineage import told_steps
-from assets.subset import manifest
-from resources.catalog import build_catalog, read_catalog
-from resources.lake import LOOKED_UP, Lake, write_parquet
-from resources.pools import RAW_POOL_SCHEMA, REJECTS_SCHEMA
-from resources.versions import Versions, write_selection
-from selection.recipes import Recipe
+from assets.base.selection_table import MEMORY, SharedSource, chosen
+from assets.subsets.lineage import told_steps
+from assets.subsets.subset import manifest
+from resources.catalog.build import build_catalog, read_catalog
+from resources.lake.files import LOOKED_UP, Lake, write_parquet
+from resources.lake.versions import Versions, write_selection
+from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA
+from selection.recipes.recipe import Recipe
 
 RECIPES = 10
 EXPLAINED = 5

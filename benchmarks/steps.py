@@ -18,9 +18,9 @@ from typing import Any
 
 import duckdb
 
-from assets.choosing import MEMORY
-from selection.recipes import Recipe
-from selection.selecting import select
+from assets.base.selection_table import MEMORY
+from selection.recipes.execute import select
+from selection.recipes.recipe import Recipe
 
 SCORE, OTHER = "clip_score/b32", "neg_clip_loss/b32"
 STEPS: Mapping[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.scores import TEMPERATURE, WIDTH, machine
 from selection import nearest_target, neg_clip_loss, norm_sim_from_moment, second_moment
-from selection.streaming import resident
+from selection.similarity.streaming import resident
 
 ROWS = (25_000, 50_000, 100_000)
 CHUNK = 16_384

@@ -5,7 +5,7 @@
     catalog = open_catalog("config/demo.yaml")
     catalog.diff("clip_score_30", "v0001", "v0002")
 
-Here: nothing but the calls; the answers are SQL macros (`resources.catalog`, `docs/lineage.md`).
+Here: nothing but the calls; the answers are SQL macros (`resources.catalog.build`, `docs/lineage.md`).
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ import polars as pl
 
 from assets.project import open_project
 from dagster_project.definitions import config_path
-from resources.catalog import read_catalog
+from resources.catalog.build import read_catalog
 
 
 def open_catalog(config: Path | str | None = None) -> "Catalog":

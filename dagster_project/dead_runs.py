@@ -19,7 +19,7 @@ from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
 
-from dagster_project.event_log import kept_open
+from dagster_project.sqlite_event_log import kept_open
 
 FOLDER = "processes"
 

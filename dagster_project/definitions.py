@@ -8,9 +8,9 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.base.partitioned import ShardAsset
 from assets.graph import Graph, build_graph
 from assets.project import Project, open_project
-from assets.sharded import ShardAsset
 from dagster_project.dead_runs import one_process
 from dagster_project.sensors import build_sensors
 

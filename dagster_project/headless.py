@@ -14,16 +14,16 @@ from typing import Any
 
 import dagster as dg
 
-from assets.checks import asset_key
+from assets.base.checks import asset_key
+from assets.base.partitioned import SHARDS_NAME, ShardAsset
 from assets.graph import Graph
 from assets.project import Project
-from assets.sharded import SHARDS_NAME, ShardAsset
-from assets.subset import SubsetAsset
+from assets.subsets.subset import SubsetAsset
 from dagster_project.dead_runs import at_work
 from dagster_project.definitions import build_defs
-from dagster_project.event_log import kept_open
-from dagster_project.shards import BAD_INPUT, RANGE_END, RANGE_START, clear, look, neighbours
-from resources.versions import Versions
+from dagster_project.sqlite_event_log import kept_open
+from dagster_project.staleness import BAD_INPUT, RANGE_END, RANGE_START, clear, look, neighbours
+from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 HEADLESS = {"clip_selection/by": "headless"}

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 
 import dagster as dg
 
-from assets.checks import asset_key
+from assets.base.checks import asset_key
+from assets.base.partitioned import SHARDS, SHARDS_NAME, NotReady
 from assets.graph import Graph
 from assets.project import Project
-from assets.sharded import SHARDS, SHARDS_NAME, NotReady
-from assets.subset import SubsetAsset
+from assets.subsets.subset import SubsetAsset
 from dagster_project.dead_runs import close_dead_runs
-from dagster_project.shards import (
+from dagster_project.staleness import (
     ATTEMPTS,
     BAD_INPUT,
     RANGE_END,

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selection.clip_loss import clip_score, neg_clip_loss, neg_clip_loss_in_batches
-    from selection.target_similarity import (
+    from selection.scores.clip_loss import clip_score, neg_clip_loss, neg_clip_loss_in_batches
+    from selection.scores.norm_sim import (
         nearest_target,
         norm_sim,
         norm_sim_from_moment,
@@ -28,13 +28,13 @@ __all__ = [
 
 # No function may have the name of its module: importing the module would put it in the function's place.
 _MODULES = {
-    "clip_score": "selection.clip_loss",
-    "neg_clip_loss": "selection.clip_loss",
-    "neg_clip_loss_in_batches": "selection.clip_loss",
-    "norm_sim": "selection.target_similarity",
-    "nearest_target": "selection.target_similarity",
-    "norm_sim_from_moment": "selection.target_similarity",
-    "second_moment": "selection.target_similarity",
+    "clip_score": "selection.scores.clip_loss",
+    "neg_clip_loss": "selection.scores.clip_loss",
+    "neg_clip_loss_in_batches": "selection.scores.clip_loss",
+    "norm_sim": "selection.scores.norm_sim",
+    "nearest_target": "selection.scores.norm_sim",
+    "norm_sim_from_moment": "selection.scores.norm_sim",
+    "second_moment": "selection.scores.norm_sim",
 }
 
 

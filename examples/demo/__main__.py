@@ -6,12 +6,12 @@ import polars as pl
 from rich.console import Console
 
 from assets.project import Project, open_project
-from dagster_project import command
+from dagster_project import cli as command
 from dagster_project.definitions import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets, make_truth
 from examples.demo.truth import truth_table
-from resources.catalog import read_catalog
-from resources.versions import Versions
+from resources.catalog.build import read_catalog
+from resources.lake.versions import Versions
 
 FIRST, ALL = range(6), range(8)
 

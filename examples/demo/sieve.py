@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from assets.project import open_project
-from dagster_project import command
+from dagster_project import cli as command
 from dagster_project.definitions import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_truth
 from examples.demo.truth import auc
-from resources.catalog import read_catalog
+from resources.catalog.build import read_catalog
 
 SHARDS = range(2)
 CONFIG = DEMO_CONFIG.parent / "demo-sieve.yaml"

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from selection import comparing
+from selection import statistics as comparing
 
 SCORES = {"clip_score": "CLIPScore", "neg_clip_loss": "negCLIPLoss", "norm_sim_inf": "NormSim_∞"}
 TARGET_LIKE = "target-like pictures"

@@ -65,7 +65,7 @@ DATACOMP = {
         "sets": {
             "from": "half",
             "steps": [
-                {"where": "least(width, height) >= 200 AND \"language/facts\" IS NOT NULL"},
+                {"where": 'least(width, height) >= 200 AND "language/facts" IS NOT NULL'},
                 {"except": "external_uids/chosen"},
                 {"union": "extra.txt"},
                 {"deduplicate": {"by": "near_duplicate/b32", "above": 0.999}},
@@ -170,7 +170,9 @@ def write_models(folder: Path) -> None:
             key: (numbers(number, *shape) * 0.2 if shape else np.array(2.5)).astype(np.float32)
             for number, (key, shape) in enumerate(sorted(shapes.items()))
         }
-        state = {key: np.float32(1) + value if key.endswith("ln_final.weight") else value for key, value in state.items()}
+        state = {
+            key: np.float32(1) + value if key.endswith("ln_final.weight") else value for key, value in state.items()
+        }
         save_file(state, place / "open_clip_model.safetensors")
 
 
@@ -243,6 +245,7 @@ def _stop_clock(folder: Path) -> None:
 
 def _run(config: Path, document: dict[str, Any]) -> None:
     import yaml
+
     from dagster_project.command import main  # of the commit that is checked out
 
     config.write_text(yaml.safe_dump(document))

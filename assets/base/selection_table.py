@@ -1,0 +1,203 @@
+"""Choosing from the lake's files: the table that recipes choose from, kept for the next recipe of the same process.
+
+Here: which files become that table, and when it can serve again. Not here: how files are joined
+(`resources.lake.pool_scores`),
+what a recipe does with the rows (`selection.recipes.execute`), and what is written of it (`assets.subsets.subset`).
+"""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from resources.lake.files import Lake
+from resources.lake.pool_scores import Source, mark_sets, source_relation
+from selection.recipes.execute import Selection, select, set_column
+from selection.recipes.ranking import quoted
+from selection.recipes.recipe import Recipe
+
+MEMORY = "2GB"  # of DuckDB while it chooses; what is larger goes through temporary files
+
+_Mark = tuple[str, str, tuple[str, ...]]
+"""A score's asset, its column there, and the fingerprint of each shard's file."""
+
+
+class SharedSource:
+    """The pool's rows with every score that was asked for so far; made again when other shards are asked for."""
+
+    def __init__(self) -> None:
+        self._finalizer: weakref.finalize[..., SharedSource] | None = None
+        self._pool: dict[str, str] = {}
+        self._scores: dict[str, _Mark] = {}
+        self._columns: set[str] = set()
+
+    def open(
+        self,
+        lake: Lake,
+        scores: Mapping[str, tuple[str, str]],
+        pool_columns: Collection[str],
+        shards: Mapping[str, Mapping[str, str]],
+    ) -> tuple[duckdb.DuckDBPyConnection, Source]:
+        """Give a connection whose table `source` has these shards' rows and at least these columns.
+
+        Args:
+            lake: where the files lie.
+            scores: asset and column of every score.
+            pool_columns: columns of `raw_pool` besides uid, shard and key.
+            shards: the fingerprint of each file that is read, by shard and asset.
+        """
+        pool = {shard: read["raw_pool"] for shard, read in shards.items()}
+        wanted = {
+            score: (asset, column, tuple(read[asset] for read in shards.values()))
+            for score, (asset, column) in scores.items()
+        }
+        if pool != self._pool:
+            self.close()
+        if not self._pool or not (wanted.items() <= self._scores.items() and self._columns.issuperset(pool_columns)):
+            wanted |= {s: mark for s, mark in self._scores.items() if s not in wanted and _is_there(lake, mark, shards)}
+            columns = self._columns | set(pool_columns)
+            self.close()
+            self._make(lake, wanted, columns, list(shards))
+            self._pool, self._scores, self._columns = pool, wanted, columns
+        return self._con, self._source
+
+    def close(self) -> None:
+        """Let go of the table and its temporary files."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._pool, self._scores, self._columns = {}, {}, set()
+
+    def _make(self, lake: Lake, scores: Mapping[str, _Mark], columns: set[str], shards: list[str]) -> None:
+        spill = tempfile.mkdtemp(prefix="selection-")
+        self._con = _connect(spill)
+        self._finalizer = weakref.finalize(self, _close, self._con, spill)
+        self._source = source_relation(
+            self._con,
+            "source",
+            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
+            scores={
+                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
+                for score, (asset, column, _) in scores.items()
+            },
+            pool_columns=sorted(columns),
+        )
+
+
+@contextmanager
+def chosen(
+    lake: Lake,
+    name: str,
+    recipe: Recipe,
+    scores: Mapping[str, tuple[str, str]],
+    shards: Mapping[str, Mapping[str, str]],
+    sets: Mapping[str, pa.Table],
+    shared: SharedSource | None = None,
+) -> Iterator[tuple[Selection, int]]:
+    """Run a recipe over the lake's files.
+
+    Args:
+        lake: where they lie.
+        name: the recipe's name.
+        recipe: the recipe.
+        scores: asset and column of every score that it reads.
+        shards: the shards to choose from, with the fingerprints of the files that are read, by asset.
+        sets: f0 and f1 of each of the recipe's sets, by name.
+        shared: kept for the next recipe; without it the rows are read for this recipe alone.
+
+    Yields:
+        What is chosen, valid within the block, and the number of rows left out because their uid came before.
+    """
+    table = SharedSource() if shared is None else shared
+    columns = {set_column(other): f"uids of {other}" for other in sets}
+    con, source = table.open(lake, scores, recipe.columns().pool, shards)
+    try:
+        for other, uids in sets.items():
+            con.register(columns[set_column(other)], uids)
+        mark_sets(con, "source", columns)
+        yield select(con, name, recipe), source.duplicates
+    finally:
+        if shared is None:
+            table.close()
+        else:
+            _tidy(con, columns)
+
+
+def _tidy(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str]) -> None:
+    """Remove what one recipe has put beside the rows: its steps' columns and tables, and its sets."""
+    made = con.execute(
+        "SELECT 'VIEW', view_name FROM duckdb_views() WHERE temporary AND NOT internal UNION ALL "
+        "SELECT 'TABLE', table_name FROM duckdb_tables() WHERE temporary AND NOT internal AND table_name <> 'source'"
+    ).fetchall()
+    for listed in sets.values():
+        con.unregister(listed)
+    for kind, name in made:
+        con.execute(f"DROP {kind} IF EXISTS {quoted(name)}")
+    for column in sets:
+        con.execute(f"ALTER TABLE source DROP COLUMN IF EXISTS {quoted(column)}")
+
+
+@contextmanager
+def rows_of(
+    lake: Lake,
+    shards: Collection[str],
+    manifest: str | None,
+    scores: Mapping[str, tuple[str, str]],
+    pool_columns: Collection[str],
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, Source]]:
+    """Give a connection with the rows of some shards, for an asset that looks at all of them together.
+
+    Args:
+        lake: where the files lie.
+        shards: the shards.
+        manifest: path of a subset's manifest, whose rows are wanted; None for all.
+        scores: asset and column of every score.
+        pool_columns: as `source_relation` takes them.
+
+    Yields:
+        The connection, valid within the block, with a view `wanted` of the rows, each uid once, and a view `copies` of
+        the rows left out because their uid came before; and what `shards` hold.
+    """
+    with tempfile.TemporaryDirectory() as spill, _connect(spill) as con:
+        if manifest is not None:
+            con.execute("CREATE TEMP TABLE listed AS SELECT f0, f1 FROM read_parquet(?)", [manifest])
+        found = source_relation(
+            con,
+            "source",
+            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
+            scores={
+                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
+                for score, (asset, column) in scores.items()
+            },
+            pool_columns=pool_columns,
+            sets={} if manifest is None else {"listed": "listed"},
+        )
+        con.execute(f"CREATE TEMP VIEW wanted AS FROM source {'' if manifest is None else 'WHERE listed'}")
+        con.execute('CREATE TEMP VIEW copies AS FROM "source copies"')
+        yield con, found
+
+
+def _connect(spill: str) -> duckdb.DuckDBPyConnection:
+    con = duckdb.connect()
+    con.execute("SET temp_directory = ?", [spill])
+    con.execute("SET memory_limit = ?", [MEMORY])
+    con.execute("SET enable_progress_bar = false")
+    return con
+
+
+def _is_there(lake: Lake, mark: _Mark, shards: Collection[str]) -> bool:
+    asset, _, fingerprints = mark
+    stored = (lake.stored(asset, shard) for shard in shards)
+    return all(
+        found is not None and found.fingerprint == fingerprint
+        for found, fingerprint in zip(stored, fingerprints, strict=True)
+    )
+
+
+def _close(con: duckdb.DuckDBPyConnection, spill: str) -> None:
+    con.close()
+    shutil.rmtree(spill, ignore_errors=True)

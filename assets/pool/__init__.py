@@ -1,0 +1,1 @@
+"""The pool as assets: its samples, their embeddings, and the embeddings of target sets."""

@@ -1,0 +1,1 @@
+"""One module per kind of score: its settings, columns, checks and asset."""

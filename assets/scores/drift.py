@@ -1,0 +1,147 @@
+"""The drift check of `negatives/<encoder>`: what would drawing again change, now that the pool has grown?
+
+Here: the check. It runs when somebody launches it, because it draws and scores. Not here: its limits (`scores.drift`
+of the YAML), nor drawing again, which is a decision (the job `redraw_negatives`).
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from assets.base.checks import Check, Finding, Tables
+from assets.base.score_tables import to_tensor
+from assets.project import Project
+from resources.lake.versions import Versions
+
+
+def drift(encoder: str) -> Check:
+    """Make the drift check of `negatives/<encoder>`.
+
+    The probe is the first rows of the fresh first draw: the rows of today's pool with the smallest keyed hash, a
+    uniform sample that stays the same but for rows that have come and gone.
+    """
+    key = f"negatives/{encoder}"
+
+    def look(tables: Tables) -> Finding:
+        from assets.scores.negatives import negatives
+
+        project = tables.project
+        limits = project.settings.scores.drift
+        kept = tables.read(key)
+        fresh = negatives(project, encoder).compute().table
+        temperature = project.temperature(encoder)
+        before = probe_scores(kept, fresh, limits.probe, temperature)
+        after = probe_scores(fresh, fresh, limits.probe, temperature)
+        figures: dict[str, Any] = {
+            "probe_rows": len(before),
+            "rank_correlation": rank_correlation(before, after),
+            "mean_shift": float((after - before).mean(dtype=np.float64)),
+            "largest_change": float(np.abs(after - before).max()),
+            "draws_replaced": 1 - _share_kept(kept, fresh),
+        }
+        worst = 0.0
+        for name, threshold, ranked in _thresholds(project, encoder):
+            changed = sides_changed(before, after, threshold, ranked=ranked)
+            figures[f"changed_sides/{name}"] = changed
+            worst = max(worst, changed / len(before))
+        reasons = []
+        if figures["rank_correlation"] < limits.rank_correlation:
+            reasons.append(f"the rank correlation is under {limits.rank_correlation}")
+        if worst > limits.changed:
+            reasons.append(f"{worst:.1%} of the probe rows change sides at a threshold, more than {limits.changed:.1%}")
+        remedy = ". Remedy: draw again (job redraw_negatives); every negCLIPLoss is computed anew then"
+        return Finding(not reasons, figures, " and ".join(reasons) + remedy if reasons else "")
+
+    return Check(
+        "drift",
+        "Launch it by itself: scores a probe against the negatives that are in use and against a fresh draw from "
+        "today's pool, and says what drawing again would change.",
+        look,
+        blocking=False,
+        when_asked=True,
+    )
+
+
+def probe_scores(negatives: pa.Table, fresh: pa.Table, probe: int, temperature: float) -> np.ndarray:
+    """Score the probe, the first rows of the fresh first draw, against negatives.
+
+    Args:
+        negatives: a table of `negatives/<encoder>`.
+        fresh: a fresh one, which the probe is taken from.
+        probe: its number of rows, at most; a draw may be smaller.
+        temperature: τ.
+
+    Returns:
+        negCLIPLoss, float32 `[probe]`.
+    """
+    import torch
+
+    import selection
+    from assets.scores.negatives import read_draws, with_content
+    from selection.scores.negatives import membership
+
+    probe_uids, probe_image, probe_text = (part[0, :probe] for part in read_draws(fresh))
+    uids, *vectors = read_draws(negatives)
+    rows = with_content(probe_uids, probe_image, probe_text)
+    member = membership(with_content(uids, *vectors), rows["f0"].copy(), rows["f1"].copy())
+    image, text, negative_image, negative_text = (to_tensor(v) for v in (probe_image, probe_text, *vectors))
+    found, _ = selection.neg_clip_loss(
+        image,
+        text,
+        negative_image,
+        negative_text,
+        temperature=temperature,
+        member=torch.from_numpy(member).to(image.device),
+    )
+    return np.asarray(found.cpu().numpy())
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Give Spearman's correlation of two scores `[n]`, equal values with their mean rank; 1 where one is constant."""
+    ranks = []
+    for values in (a, b):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
+    if min(np.ptp(r) for r in ranks) == 0:
+        return 1.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def sides_changed(before: np.ndarray, after: np.ndarray, threshold: float, *, ranked: bool) -> int:
+    """Count the rows that are on one side of a threshold before and on the other after.
+
+    Args:
+        before: scores `[n]`.
+        after: the same rows' other scores `[n]`.
+        threshold: smallest value that is kept.
+        ranked: the step keeps a share or a number, so that its threshold follows the scores: after, as many rows
+            are kept as before.
+    """
+    kept = before >= threshold
+    if ranked:
+        again = np.zeros(len(after), bool)
+        again[np.argsort(-after, kind="stable")[: int(kept.sum())]] = True
+    else:
+        again = after >= threshold
+    return int((kept != again).sum())
+
+
+def _thresholds(project: Project, encoder: str) -> list[tuple[str, float, bool]]:
+    """Give the thresholds of current subsets at this encoder's negCLIPLoss: name, value, whether it is a rank's."""
+    found = []
+    for recipe in project.settings.recipes:
+        version = Versions(project.lake, recipe).current()
+        for step in version.lineage["steps"] if version is not None else ():
+            if step["score"] == f"neg_clip_loss/{encoder}":
+                found.append((f"{recipe}/step{step['step']}", step["threshold"], step["wanted"] is not None))
+    return found
+
+
+def _share_kept(kept: pa.Table, fresh: pa.Table) -> float:
+    """Tell which share of the fresh draws is in the kept ones already."""
+    import polars as pl
+
+    columns = ["draw", "f0", "f1"]
+    both = [pl.DataFrame(t.select(columns)) for t in (fresh, kept)]
+    return both[0].join(both[1], on=columns, how="semi").height / both[0].height

@@ -1,0 +1,1 @@
+"""A page that compares all scores and subsets of a project."""

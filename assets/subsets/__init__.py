@@ -1,0 +1,1 @@
+"""Subsets and everything made from a version of one: lineage, reports, exports and the catalog."""

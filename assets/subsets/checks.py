@@ -1,0 +1,137 @@
+"""Checks of a subset's version: its size follows from the recipe, and DataComp's array is one that can be searched.
+
+Here: the checks. They are looked at before a version is written, and again on the files whenever it is told of.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from assets.base.checks import CheckFailed, asset_key
+from resources.lake.files import Lake
+from resources.lake.versions import Version, Versions
+from selection.recipes.recipe import Recipe
+from selection.uids import SUBSET_DTYPE
+
+DESCRIPTIONS = {
+    "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
+    "those were fewer; `stratify` that of each stratum; by DataComp's rule one more, and all that are equal to it. The "
+    "manifest has as many rows as the last step kept, and so has the array, or as many as were drawn.",
+    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), the manifest's uids, each once, or as often "
+    "as it was drawn.",
+    "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
+}
+BLOCKING = ("size", "uids_sorted_and_unique")
+
+
+def specs(key: str) -> list[dg.AssetCheckSpec]:
+    """Declare the checks to Dagster."""
+    return [
+        dg.AssetCheckSpec(name, asset=asset_key(key), description=text, blocking=name in BLOCKING)
+        for name, text in DESCRIPTIONS.items()
+    ]
+
+
+def examine_subset(
+    lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, strata: Mapping[int, pa.Table]
+) -> dict[str, dict[str, Any]]:
+    """Look at the checks; give the findings as JSON values, by the check's name.
+
+    Args:
+        lineage: the lineage record.
+        manifest: f0 and f1 of the selected rows; where they were drawn, copies.
+        uids: DataComp's array.
+        strata: for each `stratify` step, by its number, the version's table of them.
+    """
+    duplicates = lineage["source"]["duplicates"]
+    found = {
+        "size": ({"rows": lineage["rows"]}, _size(lineage, manifest, uids, strata)),
+        "uids_sorted_and_unique": ({"rows": len(uids)}, _order(manifest, uids)),
+        "uids_unique_across_shards": (
+            {"duplicates_left_out": duplicates},
+            f"{duplicates} rows have the uid of an earlier row and were left out" if duplicates else "",
+        ),
+    }
+    return {
+        name: {"passed": not why, "blocking": name in BLOCKING, "figures": figures, "why": why}
+        for name, (figures, why) in found.items()
+    }
+
+
+def examine_before_the_record(lake: Lake, version: Version) -> None:
+    """Look at the checks of files that are about to become a version.
+
+    Raises:
+        CheckFailed: a blocking one failed.
+    """
+    findings = examine_stored(lake, version)
+    if any(f["blocking"] and not f["passed"] for f in findings.values()):
+        raise CheckFailed(f"subset/{version.recipe}", None, findings)
+
+
+def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
+    """Look at the checks of a version's files."""
+    with lake.fs.open(version.uids) as file:
+        uids = np.lib.format.read_array(file, allow_pickle=False)
+    columns = ("f0", "f1", "copies") if _drawn(version.lineage) else ("f0", "f1")
+    manifest = Versions(lake, version.recipe).read_uids(version.name, columns=columns)
+    strata = {}
+    for step in version.lineage["steps"]:
+        if step["kind"] == "stratify":
+            with lake.fs.open(f"{version.folder}/{step['file']}") as file:
+                strata[step["step"]] = pq.ParquetFile(file).read(columns=["basis", "entered"])
+    return examine_subset(version.lineage, manifest, uids, strata)
+
+
+def _drawn(lineage: Mapping[str, Any]) -> bool:
+    steps = lineage["steps"]
+    return bool(steps) and steps[-1]["kind"] == "soft_cap_sample"
+
+
+def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, strata: Mapping[int, pa.Table]) -> str:
+    """Tell what is wrong with the numbers of rows, if anything is."""
+    basis = entered = lineage["source"]["rows"]
+    recipe = Recipe.model_validate(lineage["definition"])
+    for step, report in zip(recipe.steps, lineage["steps"], strict=True):
+        wanted = step.keep_top.wanted(basis) if step.keep_top is not None else None
+        kept = report["kept"] if wanted is None else min(wanted, entered)
+        if step.keep_top is not None and step.keep_top.rule == "datacomp":
+            kept = max(kept, min(report["kept"], entered))  # all that are equal to the last one stay
+        if step.stratify is not None:
+            sizes = strata[report["step"]].to_pylist()
+            kept = sum(min(step.stratify.wanted(size["basis"]), size["entered"]) for size in sizes)
+        if (report["entered"], report["kept"]) != (entered, kept):
+            return f"step {report['step']}: {report['kept']} of {report['entered']} rows kept, not {kept} of {entered}"
+        entered = kept
+        if step.kind == "within":
+            basis = kept
+    draw = recipe.steps[-1].soft_cap_sample if recipe.steps else None
+    samples = entered if draw is None else draw.wanted(basis)
+    counted = {
+        "record": (lineage["rows"], entered),
+        "manifest": (manifest.num_rows, entered),
+        "array": (len(uids), samples),
+    }
+    wrong = [f"the {what} has {rows} rows, not {right}" for what, (rows, right) in counted.items() if rows != right]
+    return ", ".join(wrong)
+
+
+def _order(manifest: pa.Table, uids: np.ndarray) -> str:
+    """Tell what is wrong with DataComp's array, if anything is."""
+    if uids.dtype != SUBSET_DTYPE:
+        return f"its dtype is {uids.dtype}, not u8,u8"
+    f0, f1 = uids["f0"], uids["f1"]
+    listed = [manifest["f0"].to_numpy(), manifest["f1"].to_numpy()]
+    rising = (f0[1:] > f0[:-1]) | ((f0[1:] == f0[:-1]) & (f1[1:] > f1[:-1]))
+    if "copies" in manifest.column_names:
+        rising |= (f0[1:] == f0[:-1]) & (f1[1:] == f1[:-1])
+        listed = [np.repeat(words, manifest["copies"].to_numpy()) for words in listed]
+    if not rising.all():
+        return f"row {int(np.flatnonzero(~rising)[0]) + 1} is not above the row before it"
+    if len(uids) != len(listed[0]) or (f0 != listed[0]).any() or (f1 != listed[1]).any():
+        return "its uids are not the manifest's"
+    return ""

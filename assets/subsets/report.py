@@ -1,0 +1,357 @@
+"""What a subset's version shows of itself: score distributions, contact sheets, and a static report beside it.
+
+Here: which samples are shown, reading their pictures from the pool, and writing `<version>/report/`. Not here: how
+pictures are laid out (`assets.subsets.contact_sheets`), and nothing that the version's identity depends on. The
+report is
+written after the version; where it can't be made the version stays, and the run's log says why.
+"""
+
+import hashlib
+import io
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+
+from assets.project import Project
+from assets.subsets.contact_sheets import Sheet, Tile, data_url, escaped, html_page, image_path, markdown, small_jpeg
+from resources.lake.versions import Version
+from resources.pools.base import PoolError
+from resources.storage import files
+from resources.storage.images import ImageError
+from selection.recipes.execute import Selection, StepReport
+from selection.recipes.ranking import quoted
+from selection.scores.negatives import keyed_hash
+
+PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples a sheet, pixels
+WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI, whose events shall stay under 256 KB
+BINS = 60
+SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
+
+
+def write_report(project: Project, version: Version, selection: Selection) -> None:
+    """Write a version's report, while the rows that it was chosen from are still at hand.
+
+    Whatever goes wrong is told in the run's log and nowhere else: the version is there already.
+    """
+    try:
+        _write_report(project, version, selection)
+    except Exception as error:  # noqa: BLE001 - told below
+        dg.get_dagster_logger().warning(
+            f"{_folder(version)}: the report could not be written; the subset itself is complete. {error!r}"
+        )
+
+
+def report_metadata(project: Project, version: Version) -> dict[str, Any]:
+    """Give what the UI shows of a version besides its funnel: thresholds, distributions, contact sheets, the page."""
+    fs, folder = project.lake.fs, _folder(version)
+    metadata: dict[str, Any] = {
+        f"threshold/step{step['step']} {step['score']}": step["threshold"]
+        for step in version.lineage["steps"]
+        if step["threshold"] is not None and step["score"] is not None
+    }
+    for title, (head, *rows) in _summaries(version.lineage).items():
+        lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+        metadata[title] = dg.MetadataValue.md("\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines))
+    if fs.exists(f"{folder}/{PAGE_FILE}"):
+        chart = data_url(fs.cat_file(f"{folder}/{CHART_FILE}"), "png")
+        metadata["score_distributions"] = dg.MetadataValue.md(f"![Scores before and after]({chart})")
+        metadata["contact_sheet"] = dg.MetadataValue.md(fs.cat_file(f"{folder}/{SHEET_FILE}").decode())
+        metadata["report"] = dg.MetadataValue.path(f"{folder}/{PAGE_FILE}")
+    return metadata
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Samples to show: a title, a sentence, the SQL condition and order that choose them, and what is said of each."""
+
+    title: str
+    text: str
+    where: str
+    order: str
+    verdict: str | None = None
+
+
+def _write_report(project: Project, version: Version, selection: Selection) -> None:
+    lineage, fs, folder = version.lineage, project.lake.fs, _folder(version)
+    groups = list(_groups(selection))
+    picked = [_pick(selection, group) for group in groups]
+    samples = _samples(project, pl.concat([rows.select("f0", "f1", "shard") for rows in picked]).unique())
+    for sample in samples.values():
+        if sample.problem:
+            dg.get_dagster_logger().warning(f"{folder}: {sample.problem}")
+    sheets = []
+    for group, rows in zip(groups, picked, strict=True):
+        tiles = [replace(samples[row["f0"], row["f1"]], facts=_facts(row)) for row in rows.iter_rows(named=True)]
+        sheets.append(Sheet(group.title, group.text, tiles))
+
+    fs.makedirs(f"{folder}/images", exist_ok=True)
+    for sample in samples.values():
+        if sample.image is not None:
+            fs.pipe_file(f"{folder}/{image_path(sample)}", sample.image)
+    fs.pipe_file(f"{folder}/{CHART_FILE}", _chart(selection))
+    window = "\n\n".join(markdown(_small(sheet)) for sheet in sheets[:5])
+    fs.pipe_file(f"{folder}/{SHEET_FILE}", window.encode())
+    page = html_page(
+        f"subset/{version.recipe} {version.name}",
+        {
+            "selected": f"{lineage['rows']:,} of {lineage['source']['rows']:,} rows "
+            f"({lineage['rows'] / lineage['source']['rows']:.1%})"
+            + (f", {version.samples:,} samples" if version.samples != lineage["rows"] else ""),
+            "made": lineage["created"],
+            "shards": f"{len(lineage['shards']):,}, and {len(lineage['shards_missing']):,} left out",
+            "fingerprint": lineage["fingerprint"],
+        },
+        {"Funnel": _funnel(lineage)} | _summaries(lineage),
+        CHART_FILE,
+        sheets,
+    )
+    fs.pipe_file(f"{folder}/{PAGE_FILE}", page.encode())
+
+
+def _folder(version: Version) -> str:
+    return f"{version.folder}/report"
+
+
+# Which samples
+
+
+def _groups(selection: Selection) -> Iterator[_Group]:
+    """Name the sheets: the last ranking's four ends, a random handful, then the ends of the rankings before it."""
+    ranked = _ranked(selection)
+    for report in reversed(ranked):
+        before = selection.inside[report.step - 1]
+        for end, kept, order in (
+            ("best", True, "DESC"),
+            ("worst", True, "ASC"),
+            ("best", False, "DESC"),
+            ("worst", False, "ASC"),
+        ):
+            verdict = "kept" if kept else "dropped"
+            near = {("worst", True): ", just above the threshold", ("best", False): ", just below the threshold"}
+            near = near if report.threshold is not None else {}  # strata have many, and draws have none
+            highest = "highest" if end == "best" else "lowest"
+            yield _Group(
+                f"{end.capitalize()} {verdict} by {report.score}",
+                f"Step {report.step}, {report.text}: the {highest} of what was {verdict}{near.get((end, kept), '')}.",
+                f"{before} AND {'' if kept else 'NOT '}({report.predicate})",
+                f"{report.value} {order}, f0, f1",
+            )
+        if report is ranked[-1]:
+            yield _random(selection)
+    if not ranked:
+        yield _random(selection)
+    for report in selection.steps:
+        if report.kind == "deduplicate" and report.kept < report.entered:
+            yield _alike(selection, report)
+
+
+def _random(selection: Selection) -> _Group:
+    """Choose a handful of the subset by the keyed hash of the uid: a uniform sample, the same each time."""
+    uids = selection.subset()
+    hashes = keyed_hash(0, 0, uids["f0"].copy(), uids["f1"].copy())
+    chosen = uids[np.argsort(hashes, kind="stable")[:PAGE_TILES]]
+    return _Group(
+        "A random handful of the subset",
+        "Chosen by a keyed hash of the uid, so that nobody has picked them.",
+        f"(f0, f1) IN ({_listed(chosen.tolist())})",
+        "f0, f1",
+    )
+
+
+def _alike(selection: Selection, report: StepReport) -> _Group:
+    """Show what was dropped for being like another row: beside the one that stayed, where that is on record."""
+    if report.step not in selection.tables:
+        return _Group(
+            f"Dropped by {report.by}",
+            f"Step {report.step}, {report.text}: the lowest of what was dropped, just above the limit.",
+            f"{selection.inside[report.step - 1]} AND NOT ({report.predicate})",
+            f"{quoted(str(report.by))}, f0, f1",
+        )
+    pairs = selection.con.execute(
+        f"SELECT kept_f0, kept_f1, f0, f1 FROM ({selection.tables[report.step]}) ORDER BY ALL LIMIT {PAGE_TILES // 2}"
+    ).fetchall()
+    uids = list(dict.fromkeys(uid for pair in pairs for uid in (pair[:2], pair[2:])))
+    return _Group(
+        f"Alike by {report.by}",
+        f"Step {report.step}, {report.text}: each row that stayed, followed by those that were dropped in its favour.",
+        f"(f0, f1) IN ({_listed(uids)})",
+        f"list_position([{_listed(uids)}], (f0, f1))",
+        f"CASE WHEN {report.predicate} THEN 'stayed' ELSE 'dropped' END",
+    )
+
+
+def _listed(uids: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"({f0}::UBIGINT, {f1}::UBIGINT)" for f0, f1 in uids)
+
+
+def _pick(selection: Selection, group: _Group) -> pl.DataFrame:
+    shown = [f"{value} AS {quoted(label)}" for label, value in _values(selection).items()]
+    if group.verdict is not None:
+        shown.append(f"{group.verdict} AS verdict")
+    if selection.copies is not None:
+        shown.append(f"{selection.copies} AS copies")
+    columns = ", ".join(["f0", "f1", "shard", *shown])
+    query = f"SELECT {columns} FROM {selection.source} WHERE {group.where} ORDER BY {group.order} LIMIT {PAGE_TILES}"
+    return selection.con.sql(query).pl()
+
+
+# Their captions and pictures
+
+
+def _samples(project: Project, rows: pl.DataFrame) -> dict[tuple[int, int], Tile]:
+    """Read captions from `raw_pool` and pictures from the pool, each shard once.
+
+    Args:
+        project: the project.
+        rows: f0, f1 and shard of the samples, each once.
+    """
+    samples = {}
+    for (shard,), uids in rows.group_by("shard", maintain_order=True):
+        columns = ["uid", "f0", "f1", "caption", "sha256", "image_offset", "image_size"]
+        pool = pl.DataFrame(project.lake.read("raw_pool", str(shard), columns))
+        found = pool.join(uids, on=["f0", "f1"], how="semi").unique(["f0", "f1"], keep="first", maintain_order=True)
+        for row, data in zip(found.iter_rows(named=True), _bytes(project, str(shard), found), strict=True):
+            samples[row["f0"], row["f1"]] = _sample(project, str(shard), row, data)
+    return samples
+
+
+def _bytes(project: Project, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
+    """Give the bytes of each row's picture; None where the pool has no pictures, else the error that befell it."""
+    if found["image_offset"].null_count():
+        return [None] * found.height
+    try:
+        ranges = list(found.select("image_offset", "image_size").iter_rows())
+        return files.read_ranges(project.pool.image_url(shard), ranges)
+    except (OSError, PoolError) as error:
+        return [error] * found.height
+
+
+def _sample(project: Project, shard: str, row: Mapping[str, Any], data: bytes | Exception | None) -> Tile:
+    tile = Tile(row["uid"], row["caption"])
+    if data is None:
+        return tile
+    try:
+        if isinstance(data, Exception):
+            raise data
+        if row["sha256"] not in (None, hashlib.sha256(data).hexdigest()):
+            raise PoolError("the shard has changed since it was read")
+        return replace(tile, image=small_jpeg(data, PAGE_SIDE, max_pixels=project.settings.pool.max_pixels))
+    except (OSError, ImageError, PoolError) as error:
+        return replace(tile, problem=f"No picture of {row['uid']} in shard {shard}: {error}")
+
+
+def _small(sheet: Sheet) -> Sheet:
+    """Give the first samples of a sheet with pictures small enough for the event log."""
+    return replace(
+        sheet,
+        tiles=[
+            tile
+            if tile.image is None
+            else replace(tile, image=small_jpeg(tile.image, WINDOW_SIDE, most_bytes=WINDOW_BYTES))
+            for tile in sheet.tiles[:WINDOW_TILES]
+        ],
+    )
+
+
+# Distributions
+
+
+def _chart(selection: Selection) -> bytes:
+    """Draw each ranked score's histogram over the rows that the recipe began with and over the subset, as PNG."""
+    from matplotlib.figure import Figure
+
+    values = _values(selection)
+    figure = Figure(figsize=(4.6 * max(len(values), 1), 2.7), dpi=90, layout="constrained")
+    for axes, label in zip(figure.subplots(1, max(len(values), 1), squeeze=False)[0], values, strict=False):
+        edges, before, after = _histogram(selection, values[label])
+        axes.stairs(before, edges, fill=True, color="#d0d7de", label="before")
+        axes.stairs(after, edges, fill=True, color="#0969da", label="selected")
+        for report in selection.steps:
+            if report.score == label and report.threshold is not None:
+                axes.axvline(report.threshold, color="#cf222e", linewidth=1, label=f"threshold {report.threshold:.4g}")
+        axes.set_xlabel(textwrap.fill(label, 48))
+        axes.set_ylabel("rows")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _histogram(selection: Selection, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count rows in equal bins of a value's range: the bins' edges, all that the recipe began with, and the chosen."""
+    finite = f"FROM {selection.source} WHERE isfinite({value}) AND ({selection.inside[0]} OR {selection.inside[-1]})"
+    ((low, high),) = selection.con.execute(f"SELECT min({value}), max({value}) {finite}").fetchall()
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    counts = np.zeros((2, BINS), np.int64)
+    found = selection.con.execute(
+        f"SELECT least({BINS - 1}, floor(({value} - $low) / ($high - $low) * {BINS}))::INTEGER AS bin, "
+        f"count(*) FILTER (WHERE {selection.inside[0]}), count(*) FILTER (WHERE {selection.inside[-1]}) "
+        f"{finite} GROUP BY bin",
+        {"low": float(edges[0]), "high": float(edges[-1])},
+    ).fetchall()
+    for number, before, after in found:
+        counts[:, number] = before, after
+    return edges, counts[0], counts[1]
+
+
+def _ranked(selection: Selection) -> list[StepReport]:
+    return [report for report in selection.steps if report.value is not None]
+
+
+def _values(selection: Selection) -> dict[str, str]:
+    """Give what the recipe ranks by, each once: the SQL of the value, by its label."""
+    return {str(report.score): str(report.value) for report in _ranked(selection)}
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, str]:
+    """Write what is known of a sample; it has no value of a combination that it was not ranked by."""
+    known = {label: value for label, value in row.items() if label not in ("f0", "f1", "shard")}
+    return {
+        label: "" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
+        for label, value in known.items()
+    }
+
+
+def _summaries(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Give what each step's `report` told as a table, by its title."""
+
+    def written(figure: float | None) -> str:
+        return "" if figure is None else f"{figure:,}" if isinstance(figure, int) else f"{figure:.6g}"
+
+    head = ["column", "", "entered", "kept", "dropped"]
+    return {
+        f"Step {step['step']}, {step['text']}": [
+            head,
+            *(
+                [
+                    "" if row["name"] == before else row["name"],
+                    textwrap.shorten(row["what"], 80),
+                    *(written(row[g]) for g in head[2:]),
+                ]
+                for before, row in zip([None, *(r["name"] for r in step["summary"])], step["summary"], strict=False)
+            ),
+        ]
+        for step in lineage["steps"]
+        if step.get("summary")
+    }
+
+
+def _funnel(lineage: Mapping[str, Any]) -> list[list[str]]:
+    total = lineage["source"]["rows"]
+    head = ["step", "entered", "kept", "of source", "threshold"]
+    return [head] + [
+        [
+            step["text"],
+            f"{step['entered']:,}",
+            f"{step['kept']:,}",
+            f"{step['kept'] / total:.1%}",
+            "" if step["threshold"] is None else f"{step['threshold']:.6g}",
+        ]
+        for step in lineage["steps"]
+    ]

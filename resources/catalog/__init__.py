@@ -1,0 +1,1 @@
+"""The DuckDB catalog: views and macros over the files of a lake."""

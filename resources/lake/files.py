@@ -1,0 +1,354 @@
+"""The lake: files that are the truth, each whole or absent, each saying what it was made from.
+
+Here: paths, atomic writing, provenance, and reading tables back. Not here: what is in a table (the assets
+know) and how it is queried (`resources.catalog.build`).
+
+A file is written under a temporary name that begins with a dot, flushed to disk and renamed. A reader therefore
+sees a whole file or none, and a run that is killed leaves at most a stray temporary file, which the next write
+to the same folder by the same asset clears away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+METADATA_KEY = b"clip_data_selection"
+ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
+LOOKED_UP = {"raw_pool": "f0"}
+"""Column by which single rows of an asset are looked up, in files that are in no order by it."""
+ROW_GROUP = 1 << 17
+KNOWN_FILES = 60_000  # of which the lake remembers what is stored; some 4 kB each, so 250 MB at most
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class LakeError(Exception):
+    """A file of the lake is missing or can't be read; the message names it and the remedy."""
+
+
+def digest(value: Any) -> str:
+    """Give the sha256 of a JSON value in canonical form, as 64 hexadecimal characters."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a file is made from. Two files with equal provenance hold the same rows.
+
+    Attributes:
+        asset: key of the asset, such as `neg_clip_loss/b32`.
+        shard: name of the shard, or None for an asset that is not partitioned.
+        code_version: version of the code that computes the asset.
+        parameters: settings that the result depends on, JSON values only.
+        inputs: fingerprint of everything that was read, by name.
+    """
+
+    asset: str
+    shard: str | None
+    code_version: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the provenance as JSON values."""
+        return {
+            "asset": self.asset,
+            "shard": self.shard,
+            "code_version": self.code_version,
+            "parameters": dict(self.parameters),
+            "inputs": dict(self.inputs),
+        }
+
+    def digest(self) -> str:
+        """Give the sha256 of the provenance."""
+        return digest(self.as_dict())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the lake knows of one of its files.
+
+    Attributes:
+        provenance: what the file was made from.
+        fingerprint: names the file's content for whatever reads it: the provenance's digest, or a digest of the
+            content where the asset gave one (so that a source that was touched but not changed stops there).
+        rows: number of rows.
+        summary: figures about the content, such as rejects by reason. The same inputs give the same summary.
+    """
+
+    provenance: Provenance
+    fingerprint: str
+    rows: int
+    summary: dict[str, Any]
+
+    def is_from(self, provenance: Provenance) -> bool:
+        """Tell whether the file is what a run with this provenance would write."""
+        return self.provenance.digest() == provenance.digest()
+
+
+def sample_digest(table: pa.Table) -> str:
+    """Give a sha256 of a table's values, independent of how it is chunked."""
+    sha = hashlib.sha256(str(table.schema.remove_metadata()).encode())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+        for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+            writer.write_batch(batch)
+    sha.update(sink.getvalue())
+    return sha.hexdigest()
+
+
+def vectors_to_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """Give `[n, d]` float16 vectors as an Arrow column of fixed-size lists, without copying them."""
+    if vectors.ndim != 2 or vectors.dtype != np.float16:
+        raise ValueError(f"vectors: expected float16 [n, d], got {vectors.dtype} {vectors.shape}")
+    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def column_to_vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """Give a column of fixed-size float16 lists as `[n, d]`; a memory-mapped column of one chunk is not copied."""
+    chunks = [
+        chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)
+    ]
+    if not chunks:
+        return np.empty((0, column.type.list_size), dtype=np.float16)
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def write_parquet(table: pa.Table, path: Path, *, looked_up: str | None = None) -> None:
+    """Write a table as the lake's Parquet files are.
+
+    Args:
+        table: its rows.
+        path: local file.
+        looked_up: column that gets Bloom filters: whoever looks for a value (DuckDB does) then skips 99 of 100 row
+            groups that don't have it. They take up to 2 bytes a row.
+    """
+    distinct = max(1, min(table.num_rows, ROW_GROUP))
+    filters = {looked_up: {"ndv": distinct, "fpp": 0.01}} if looked_up else None
+    pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP, bloom_filter_options=filters)
+
+
+class Lake:
+    """A folder of files, local or on any fsspec file system.
+
+    Args:
+        root: path or URL of the folder; it is made when first written to.
+    """
+
+    def __init__(self, root: str) -> None:
+        if "://" in root:
+            self.fs, self.root = fsspec.core.url_to_fs(root)
+        else:  # fsspec would take "::" in a path for a chain of file systems, and write somewhere else
+            self.fs, self.root = fsspec.filesystem("file"), os.path.abspath(root)
+        self.is_local = "file" in _protocols(self.fs)
+        self._known: dict[str, tuple[tuple[int, ...], Stored]] = {}
+
+    def path(self, asset: str, shard: str | None = None) -> str:
+        """Give the path of an asset's file."""
+        suffix = ".arrow" if asset.split("/")[0] in ARROW_ASSETS else ".parquet"
+        name = asset if shard is None else f"{asset}/{shard}"
+        return f"{self.root}/{name}{suffix}"
+
+    def local_root(self) -> Path:
+        """Give the root as a local path.
+
+        Raises:
+            LakeError: the lake is on another file system.
+        """
+        if not self.is_local:
+            raise LakeError(f"{self.root}: this needs a lake in a local folder. Remedy: a path as `lake`, not a URL")
+        return Path(self.root)
+
+    def shards(self, asset: str) -> list[str]:
+        """Name the shards for which an asset has a file, sorted."""
+        folder = f"{self.root}/{asset}"
+        if not self.fs.exists(folder):
+            return []
+        names = (Path(path).name for path in self.fs.ls(folder, detail=False, refresh=True))
+        return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
+
+    def stored(self, asset: str, shard: str | None = None) -> Stored | None:
+        """Tell what is stored for an asset, or None when nothing is; a file that has not changed is not read again.
+
+        Raises:
+            LakeError: there is a file, but not one that this project wrote.
+        """
+        path = self.path(asset, shard)
+        if not self.is_local:
+            return self._read_stored(path) if self.fs.exists(path) else None
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            self._known.pop(path, None)
+            return None
+        version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._known.get(path)
+        if known is None or known[0] != version:
+            if len(self._known) >= KNOWN_FILES:
+                self._known.clear()
+            known = self._known[path] = (version, self._read_stored(path))
+        return known[1]
+
+    def _read_stored(self, path: str) -> Stored:
+        try:
+            if path.endswith(".parquet"):
+                with self.fs.open(path) as file:
+                    parquet = pq.ParquetFile(file)
+                    schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+                record = json.loads(schema.metadata[METADATA_KEY])
+            else:
+                with self._open_arrow(path) as reader:
+                    record = json.loads(reader.schema.metadata[METADATA_KEY])
+                rows = record["rows"]
+            return Stored(
+                provenance=Provenance(**record["provenance"]),
+                fingerprint=record["fingerprint"],
+                rows=rows,
+                summary=record["summary"],
+            )
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise LakeError(
+                f"{path}: not a file of this lake ({error}). Remedy: move it away; the asset is made again."
+            ) from error
+
+    def read(self, asset: str, shard: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """Read an asset's file; Arrow files are memory-mapped where the lake is local.
+
+        Raises:
+            LakeError: there is no such file.
+        """
+        path = self.path(asset, shard)
+        if not self.fs.exists(path):
+            where = f" of shard {shard}" if shard else ""
+            raise LakeError(f"{path}: {asset}{where} is not there yet. Remedy: materialize it first.")
+        if path.endswith(".parquet"):
+            with self.fs.open(path) as file:
+                return pq.ParquetFile(file).read(columns=columns)
+        with self._open_arrow(path) as reader:
+            table = reader.read_all()
+        return table.select(columns) if columns else table
+
+    def write(
+        self,
+        table: pa.Table,
+        provenance: Provenance,
+        *,
+        content: str | None = None,
+        summary: Mapping[str, Any] | None = None,
+    ) -> Stored:
+        """Write an asset's file, whole or not at all.
+
+        Args:
+            table: its rows.
+            provenance: what it was made from; also says where it goes.
+            content: a digest of the content, when that and not the provenance shall be its fingerprint.
+            summary: figures about the content.
+
+        Returns:
+            What is now stored.
+        """
+        stored = Stored(
+            provenance=provenance,
+            fingerprint=content or provenance.digest(),
+            rows=table.num_rows,
+            summary=dict(summary or {}),
+        )
+        record = {
+            "provenance": provenance.as_dict(),
+            "fingerprint": stored.fingerprint,
+            "rows": stored.rows,
+            "summary": stored.summary,
+        }
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(record, sort_keys=True)})
+        path = self.path(provenance.asset, provenance.shard)
+        with self.replacing(path) as temporary:
+            if path.endswith(".parquet"):
+                write_parquet(table, temporary, looked_up=LOOKED_UP.get(provenance.asset))
+            else:
+                with pa.ipc.new_file(str(temporary), table.schema) as writer:
+                    writer.write_table(table.combine_chunks())
+        return stored
+
+    def remove(self, asset: str, shard: str | None = None) -> bool:
+        """Remove an asset's file; tell whether there was one."""
+        path = self.path(asset, shard)
+        if not self.fs.exists(path):
+            return False
+        self.fs.rm_file(path)
+        return True
+
+    @contextmanager
+    def replacing(self, path: str) -> Iterator[Path]:
+        """Give a local temporary file that becomes `path` when the block ends without an error."""
+        folder, name = path.rsplit("/", 1)
+        if self.is_local:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            _clear_strays(Path(folder), name)
+            temporary = Path(folder) / f".{name}.{os.getpid()}{TEMPORARY_SUFFIX}"
+        else:
+            self.fs.makedirs(folder, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix="lake-")) / name
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            if self.is_local:
+                os.replace(temporary, path)
+                _sync_folder(folder)
+            else:
+                self.fs.put_file(str(temporary), path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            if not self.is_local:
+                shutil.rmtree(temporary.parent)
+
+    @contextmanager
+    def _open_arrow(self, path: str) -> Iterator[pa.RecordBatchFileReader]:
+        source = pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
+        with source:
+            yield pa.ipc.open_file(source)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _clear_strays(folder: Path, name: str) -> None:
+    """Remove temporary files for `name` whose process is gone (a run that was killed)."""
+    for stray in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
+        pid = stray.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 1)[-1]
+        if pid.isdigit() and int(pid) != os.getpid() and not _is_running(int(pid)):
+            stray.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,239 @@
+"""A subset's versions: one folder a materialization, kept for good.
+
+Here: where a version lies, writing one, and reading them back. `lineage.json` is written last, so a folder
+without it is a run that was killed; its number is used again.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resources.lake.files import Lake, LakeError
+
+NAME = re.compile(r"^v\d{4,}$")
+ROW_GROUP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The selected rows, not read yet.
+
+    Attributes:
+        rows: how many there are.
+        reader: opens them, sorted by (f0, f1): uid, f0, f1, shard, key, `step{n}_value` of each ranking, and `copies`
+            where rows were drawn.
+        ranks: `step{n}_rank` of each ranking, int64, in the same order; masked where a row has none.
+        samples: entries of DataComp's array: rows, each as often as it was drawn.
+        tables: opens what explains a step, by the name of its file, where its verdict on a row needs others beside it.
+    """
+
+    rows: int
+    reader: Callable[[], pa.RecordBatchReader]
+    ranks: Mapping[str, np.ndarray]
+    samples: int
+    tables: Mapping[str, Callable[[], pa.RecordBatchReader]]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a subset.
+
+    Attributes:
+        recipe: the recipe's name.
+        name: `v0001`, `v0002`, ...
+        folder: where its files lie: manifest.parquet, subset.npy, lineage.json.
+        lineage: the lineage record.
+    """
+
+    recipe: str
+    name: str
+    folder: str
+    lineage: dict[str, Any]
+
+    @property
+    def manifest(self) -> str:
+        """Path of the selected rows."""
+        return f"{self.folder}/manifest.parquet"
+
+    @property
+    def uids(self) -> str:
+        """Path of DataComp's `.npy`."""
+        return f"{self.folder}/subset.npy"
+
+    @property
+    def samples(self) -> int:
+        """Entries of DataComp's `.npy`; a record from before samples could be drawn has one for each row."""
+        return int(self.lineage.get("samples", self.lineage["rows"]))
+
+
+class Versions:
+    """The versions of one recipe's subset.
+
+    Args:
+        lake: where they lie.
+        recipe: the recipe's name.
+    """
+
+    def __init__(self, lake: Lake, recipe: str) -> None:
+        self.lake = lake
+        self.recipe = recipe
+        self.folder = f"{lake.root}/subset/{recipe}"
+
+    def names(self) -> list[str]:
+        """Name the complete versions, oldest first."""
+        if not self.lake.fs.exists(self.folder):
+            return []
+        found = {path.rsplit("/", 1)[-1] for path in self.lake.fs.ls(self.folder, detail=False)}
+        complete = [n for n in found if NAME.match(n) and self.lake.fs.exists(self._lineage_path(n))]
+        return sorted(complete, key=lambda name: int(name[1:]))
+
+    def read(self, name: str) -> Version:
+        """Read a version.
+
+        Raises:
+            LakeError: there is no such version, or its record can't be read.
+        """
+        path = self._lineage_path(name)
+        if not self.lake.fs.exists(path):
+            known = ", ".join(self.names()) or "none"
+            raise LakeError(f"{path}: recipe {self.recipe} has no version {name}. Known: {known}")
+        try:
+            lineage = json.loads(self.lake.fs.cat_file(path))
+        except ValueError as error:
+            raise LakeError(f"{path}: not a lineage record ({error}). Remedy: move its folder away") from error
+        return Version(self.recipe, name, f"{self.folder}/{name}", lineage)
+
+    def current(self) -> Version | None:
+        """Read the newest version, or None before the first."""
+        names = self.names()
+        return self.read(names[-1]) if names else None
+
+    def write(
+        self,
+        manifest: Manifest,
+        lineage: dict[str, Any],
+        examine: Callable[[Version], None],
+        sets: Mapping[str, pa.Table] | None = None,
+    ) -> Version:
+        """Write the next version.
+
+        Args:
+            manifest: the selected rows.
+            lineage: the record; its `version` and `files`, the sha256 of what is written, are set here.
+            examine: looks at the files before the record makes a version of them; raises if something is wrong.
+            sets: the uids of each recipe and uid list that was read, by its name: columns f0 and f1.
+        """
+        newest = self.names()
+        name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
+        version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
+        with self.lake.replacing(version.manifest) as path, self.lake.replacing(version.uids) as uids_path:
+            version.lineage["files"] = write_selection(manifest, path, uids_path)
+        for other, listed in (sets or {}).items():
+            with self.lake.replacing(f"{version.folder}/{set_file(other)}") as path:
+                pq.write_table(listed, path, compression="zstd", row_group_size=ROW_GROUP)
+        for file, table in manifest.tables.items():
+            with (
+                self.lake.replacing(f"{version.folder}/{file}") as path,
+                table() as reader,
+                pq.ParquetWriter(path, reader.schema, compression="zstd") as writer,
+            ):
+                for rows in _in_row_groups(reader):
+                    writer.write_table(rows, row_group_size=ROW_GROUP)
+        examine(version)
+        with self.lake.replacing(self._lineage_path(name)) as path:
+            path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
+        return version
+
+    def remove(self, name: str) -> None:
+        """Remove a version that is not the newest; its record goes first, so that half a version is none.
+
+        Raises:
+            LakeError: it is the newest, from which the next takes its number.
+        """
+        if name == self.names()[-1]:
+            raise LakeError(f"{self.folder}/{name}: the newest version stays. Remedy: name an older one")
+        self.lake.fs.rm_file(self._lineage_path(name))
+        self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
+
+    def read_uids(
+        self, name: str, file: str = "manifest.parquet", *, columns: Sequence[str] = ("f0", "f1")
+    ) -> pa.Table:
+        """Read columns, f0 and f1, of a version's manifest, or of the uids of a set that it read (`set_file`)."""
+        with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:
+            return pq.ParquetFile(opened).read(columns=list(columns))
+
+    def _lineage_path(self, name: str) -> str:
+        return f"{self.folder}/{name}/lineage.json"
+
+
+def set_file(name: str) -> str:
+    """Name the file of a version that holds the uids of a recipe or uid list that it read."""
+    return f"sets/{quote(name, safe='')}.parquet"
+
+
+def step_file(number: int, kind: str) -> str:
+    """Name the file of a version that explains a step whose verdict on a row needs the rows beside it."""
+    return f"steps/{number}_{kind}.parquet"
+
+
+def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str, str]:
+    """Write a manifest and DataComp's array; give their sha256 by name. The same rows give the same bytes.
+
+    Rows are written as they come, a row group at a time: memory holds two numbers and the ranks of each row.
+
+    Args:
+        manifest: the selected rows.
+        path: where the manifest is written.
+        uids_path: where the array is written, dtype `u8,u8`, sorted by (f0, f1), each uid as often as it was drawn.
+    """
+    uids = np.empty(manifest.samples, dtype=np.dtype("u8,u8"))
+    with manifest.reader() as reader:
+        schema = reader.schema
+        for name in manifest.ranks:
+            value = schema.get_field_index(name.replace("rank", "value"))
+            schema = schema.insert(value + 1, pa.field(name, pa.int64()))
+        with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["shard"]) as writer:
+            done = filled = 0
+            for rows in _in_row_groups(reader):
+                group = slice(done, done := done + rows.num_rows)
+                for name, ranks in manifest.ranks.items():
+                    values, absent = np.ma.getdata(ranks[group]), np.ma.getmaskarray(ranks[group])
+                    rows = rows.append_column(name, pa.array(values, mask=absent))
+                writer.write_table(rows.select(schema.names), row_group_size=ROW_GROUP)
+                f0, f1 = rows["f0"].to_numpy(), rows["f1"].to_numpy()
+                if "copies" in schema.names:
+                    copies = rows["copies"].to_numpy()
+                    f0, f1 = np.repeat(f0, copies), np.repeat(f1, copies)
+                samples = slice(filled, filled := filled + len(f0))
+                uids["f0"][samples], uids["f1"][samples] = f0, f1
+    with open(uids_path, "wb") as file:
+        np.save(file, uids, allow_pickle=False)
+    return {"manifest.parquet": sha256(path), "subset.npy": sha256(uids_path)}
+
+
+def _in_row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Give the rows in tables of ROW_GROUP rows, however they come, so that the same rows give the same bytes."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in reader:
+        waiting.append(batch)
+        while sum(len(part) for part in waiting) >= ROW_GROUP:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, ROW_GROUP).combine_chunks()
+            waiting = table.slice(ROW_GROUP).to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting).combine_chunks()
+
+
+def sha256(path: Path) -> str:
+    """Give a file's sha256 as 64 hexadecimal characters."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

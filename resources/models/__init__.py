@@ -1,0 +1,1 @@
+"""Models that embed images and text, and models that write captions."""

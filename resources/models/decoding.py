@@ -1,0 +1,276 @@
+"""Between bytes and batches: what the decoding processes of an encoder are sent, do and return.
+
+Work items are small (a path and byte ranges, or the bytes of a few images), made one by one as the
+processes ask for them, so that neither a shard's images nor a pool's tables pile up. A work item
+never crosses shards and results keep the order of the items. Loaded by each worker process.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from resources.pools.base import Pool, PoolError
+from resources.storage import files, images
+
+if TYPE_CHECKING:
+    import torch
+
+_AHEAD = 2  # batches each process works ahead, so that the model never waits for a slow one
+# imported once in the server that worker processes are forked from
+_PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", __name__]
+
+
+class EncoderError(RuntimeError):
+    """An encoder cannot be loaded or a shard not embedded; says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangesItem:
+    """Rows of one shard: where their images lie, and their captions."""
+
+    shard: str
+    url: str
+    keys: list[str]
+    ranges: list[tuple[int, int]]
+    captions: list[str]
+    total: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesItem:
+    """Images by name."""
+
+    names: list[str]
+    blobs: list[bytes]
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailedItem:
+    """A shard that could not be opened at all."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a worker process returns.
+
+    Attributes:
+        rows: how many rows or images the item had.
+        images: float32 [b, 3, height, width] for each way in which the images are seen; none if there is no image.
+        tokens: int64 [b, context length] for each tokenizer; none for images alone.
+        kept: position in the item of each image in `images`.
+        faults: name and reason of the others.
+        error: why the whole item failed.
+        total: rows of the shard.
+        last: whether this is the shard's last item.
+    """
+
+    rows: int
+    images: "Sequence[torch.Tensor]" = ()
+    tokens: "Sequence[torch.Tensor]" = ()
+    kept: list[int] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    error: str | None = None
+    total: int = 0
+    last: bool = True
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory, from which a GPU copies while it computes."""
+        import dataclasses
+
+        return dataclasses.replace(
+            self,
+            images=[tensor.pin_memory() for tensor in self.images],
+            tokens=[tensor.pin_memory() for tensor in self.tokens],
+        )
+
+
+class ShardWork:
+    """Work items of many shards, in order; a shard's table is asked for when its turn comes."""
+
+    def __init__(self, shards: Mapping[str, pa.Table], pool: Pool, batch_size: int) -> None:
+        self.shards = shards
+        self.pool = pool
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[RangesItem | FailedItem]:
+        for shard in self.shards:
+            try:
+                url = self.pool.image_url(shard)
+                rows = self.shards[shard].select(["key", "image_offset", "image_size", "caption"])
+            except (PoolError, OSError, pa.ArrowException) as error:
+                yield FailedItem(f"{shard}: {error}")
+                continue
+            total = rows.num_rows
+            for start in range(0, max(total, 1), self.batch_size):
+                part = rows.slice(start, self.batch_size)
+                offsets = part["image_offset"].to_pylist()
+                sizes = part["image_size"].to_pylist()
+                yield RangesItem(
+                    shard,
+                    url,
+                    part["key"].to_pylist(),
+                    list(zip(offsets, sizes, strict=True)),
+                    part["caption"].to_pylist(),
+                    total,
+                    start + self.batch_size >= total,
+                )
+
+
+class ImageWork:
+    """Work items of images that come with a name."""
+
+    def __init__(self, named: Iterable[tuple[str, bytes]], batch_size: int, max_pixels: int) -> None:
+        self.named = named
+        self.batch_size = batch_size
+        self.max_pixels = max_pixels
+
+    def __iter__(self) -> Iterator[ImagesItem]:
+        names: list[str] = []
+        blobs: list[bytes] = []
+        for name, blob in self.named:
+            names.append(name)
+            blobs.append(blob)
+            if len(names) == self.batch_size:
+                yield ImagesItem(names, blobs, self.max_pixels)
+                names, blobs = [], []
+        if names:
+            yield ImagesItem(names, blobs, self.max_pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an encoder sees a picture.
+
+    Attributes:
+        transform: the model's own, from a picture to float32 [3, height, width].
+        draft: see `images.picture`.
+    """
+
+    transform: Any
+    draft: int | None = None
+
+
+class Prepare:
+    """From a work item to a batch. A dataset to torch's DataLoader, whose indices are the items.
+
+    Each image is decoded once (for each `draft`), however many looks there are.
+    """
+
+    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = ()) -> None:
+        self.looks = looks
+        self.tokenizers = tokenizers
+
+    def __getitem__(self, item: RangesItem | ImagesItem | FailedItem) -> Batch:
+        if isinstance(item, FailedItem):
+            return Batch(0, error=item.error)
+        if isinstance(item, ImagesItem):
+            return self._images(item)
+        return self._ranges(item)
+
+    def _tensors(self, blob: bytes, max_pixels: int | None) -> "list[torch.Tensor]":
+        """The image as each look sees it."""
+        pictures = {draft: images.picture(blob, max_pixels, draft) for draft in {look.draft for look in self.looks}}
+        try:
+            return [look.transform(pictures[look.draft]) for look in self.looks]
+        except Exception as error:  # hostile bytes raise almost anything in Pillow
+            words = f"the model's preprocessing: {type(error).__name__}: {error}"
+            raise images.ImageError("image_undecodable", words) from error
+
+    def _images(self, item: ImagesItem) -> Batch:
+        tensors, kept, faults = [], [], []
+        for position, (name, blob) in enumerate(zip(item.names, item.blobs, strict=True)):
+            try:
+                tensors.append(self._tensors(blob, item.max_pixels))
+                kept.append(position)
+            except images.ImageError as fault:
+                faults.append((name, str(fault)))
+        return Batch(len(item.names), _stacked(tensors), (), kept, faults)
+
+    def _ranges(self, item: RangesItem) -> Batch:
+        rows = len(item.keys)
+        if rows == 0:
+            return Batch(0, total=item.total, last=item.last)
+        remedy = "The file changed after it was read: materialize raw_pool again."
+        try:
+            blobs = files.read_ranges(item.url, item.ranges)
+        except OSError as error:
+            message = f"shard {item.shard}: {error}. {remedy}"
+            return Batch(rows, error=message, total=item.total, last=item.last)
+        tensors = []
+        for key, blob in zip(item.keys, blobs, strict=True):
+            try:
+                # its size was judged when the pool was read
+                tensors.append(self._tensors(blob, None))
+            except images.ImageError as fault:
+                message = f"shard {item.shard}, key {key} in {item.url}: {fault}. {remedy}"
+                return Batch(rows, error=message, total=item.total, last=item.last)
+        tokens = [tokenizer(item.captions) for tokenizer in self.tokenizers]
+        return Batch(rows, _stacked(tensors), tokens, list(range(rows)), [], None, item.total, item.last)
+
+
+def _stacked(tensors: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":
+    """From images, each by look, to one tensor a look."""
+    import torch
+
+    return [torch.stack(by_image) for by_image in zip(*tensors, strict=True)]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _end_with_main(_: int) -> None:
+    """Let this worker process end when the main one does, even if that one is killed.
+
+    torch watches the parent, which is the server that workers are forked from; and that one stays
+    for as long as a worker does.
+    """
+    import multiprocessing
+    import os
+    import threading
+
+    main = multiprocessing.parent_process()
+    assert main is not None
+
+    def watch() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Generator[Batch, None, None]:
+    """Turn work items into batches, in order, in `workers` processes (0: in this one).
+
+    The processes are forked from a server that has no other threads, as this one may have (a
+    Dagster process serves gRPC). They end when the iterator is closed.
+    """
+    import multiprocessing
+
+    import torch.utils.data
+
+    options: dict[str, Any] = {}
+    if workers > 0:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        options = {
+            "multiprocessing_context": context,
+            "prefetch_factor": _AHEAD,
+            "worker_init_fn": _end_with_main,
+        }
+    loader: Any = torch.utils.data.DataLoader(
+        prepare,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=work,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin,
+        **options,
+    )
+    yield from loader

@@ -1,0 +1,1 @@
+"""Bytes: files by path or URL, arrays, tars and images."""

@@ -1,0 +1,98 @@
+"""New webdataset tars that hold chosen samples of an old one, byte for byte.
+
+Here: which members a sample has, and writing them again. Not here: which samples are chosen.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resources.storage.tars import Member
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A sample as it is written.
+
+    Attributes:
+        source_key: its key in the source tar.
+        key: its key in the new tar: the same, but for the second and later copies of a sample.
+        copy: 0 for the first copy.
+    """
+
+    source_key: str
+    key: str
+    copy: int
+
+
+def samples(members: Iterable[Member]) -> dict[str, list[Member]]:
+    """Group a tar's members into samples, by key (the path up to the first dot of the file name).
+
+    A sample's members are neighbours; where a key comes again later, or a suffix comes twice, the first ones stay,
+    as in `raw_pool`.
+    """
+    found: dict[str, list[Member]] = {}
+    current, suffixes = None, set[str]()
+    for member in members:
+        key, suffix = _split(member.name)
+        if key != current:
+            current, suffixes = key, set()
+            if key not in found:
+                found[key] = []
+                suffixes.add(suffix)
+                found[key].append(member)
+            else:
+                current = None
+        elif suffix not in suffixes:
+            suffixes.add(suffix)
+            found[key].append(member)
+        else:
+            current = None
+    return found
+
+
+def copies(chosen: Iterable[tuple[str, int]]) -> list[Copy]:
+    """Give every copy a key of its own: `key`, then `key_1`, `key_2`, ... as far as no sample has that key.
+
+    Args:
+        chosen: keys, each once, and how often each sample is wanted.
+    """
+    wanted = [(key, times) for key, times in chosen if times]
+    taken = {key for key, _ in wanted}
+    written = []
+    for source_key, times in wanted:
+        written.append(Copy(source_key, source_key, 0))
+        number = 0
+        for copy in range(1, times):
+            number += 1
+            while (key := f"{source_key}_{number}") in taken:
+                number += 1
+            taken.add(key)
+            written.append(Copy(source_key, key, copy))
+    return written
+
+
+def write_tar(path: Path, view: memoryview, found: Mapping[str, Sequence[Member]], wanted: Iterable[Copy]) -> None:
+    """Write a tar. The same samples give the same bytes: owner, mode and time are fixed.
+
+    Args:
+        path: where to.
+        view: the source tar's bytes.
+        found: its samples.
+        wanted: what is written, in this order.
+    """
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+        for copy in wanted:
+            for member in found[copy.source_key]:
+                _, suffix = _split(member.name)
+                info = tarfile.TarInfo(f"{copy.key}.{suffix}")
+                info.size = member.size
+                tar.addfile(info, io.BytesIO(view[member.offset : member.offset + member.size]))
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return (folder + slash + stem).removeprefix("./"), suffix

@@ -1,0 +1,196 @@
+"""Steps that look at a row among those it shares a value with: the best of equals, and the top of each stratum.
+
+Here belongs which rows of each group stay, and what is kept of it so that it can be said later why. A row's verdict
+becomes a column beside the source, because no predicate over the row alone could give it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from selection.recipes.ranking import StepError, one, quoted, ranked_value, with_column_at
+from selection.recipes.steps import Deduplicate, Ranking, Stratify
+from selection.uids import format_uid
+
+_HASHES_AT_ONCE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """What a step did to the groups.
+
+    Attributes:
+        relation: A view of the source with one more column, as an SQL identifier.
+        predicate: "It stays" as SQL over one row of it.
+        kept: Rows that stay.
+        table: A query that says why: for duplicates, the dropped rows (f0, f1), each with the one that stayed
+            (kept_f0, kept_f1); for strata, `stratum`, the rows that its fraction counts from (`basis`), `entered`,
+            `wanted`, `kept`, and value (`threshold`) and uid (tie_f0, tie_f1) of the last row that stays.
+        value: What was ranked, as SQL over one row, if anything was.
+        wanted: Rows that strata asked for, as far as they had them.
+        groups: Number of strata, or of sets of equals with more than one row.
+        note: What a reader should know besides.
+    """
+
+    relation: str
+    predicate: str
+    kept: int
+    table: str
+    value: str | None = None
+    wanted: int | None = None
+    groups: int = 0
+    note: str | None = None
+
+
+def best_of_equals(
+    con: duckdb.DuckDBPyConnection, step: Deduplicate, column: str, relation: str, inside: str, entered: int
+) -> Grouped:
+    """Keep the best row of those that are equal in a column.
+
+    Args:
+        con: The connection that holds the source.
+        step: The step, which names a column.
+        column: Beginning of the names of what is made.
+        relation: The source as an SQL identifier.
+        inside: SQL over one row: whether it entered the step.
+        entered: Number of those rows.
+
+    Raises:
+        StepError: A row that entered has no value to compare, or none to rank it by.
+    """
+    assert step.equal is not None
+    by = quoted(step.equal)
+    kind = str(con.sql(f"SELECT {by} FROM {relation} LIMIT 0").types[0])
+    there = f"{by} IS NOT NULL" + (f" AND NOT isnan({by})" if kind in ("FLOAT", "DOUBLE") else "")
+    unlike = f"FROM {relation} WHERE {inside} AND NOT ({there})"
+    absent, f0, f1 = one(con, f"SELECT count(*), min(f0), arg_min(f1, (f0, f1)) {unlike}")
+    if absent:
+        raise StepError(
+            f"{step.equal} has no value for uid {format_uid(f0, f1)} ({absent} such rows in all), so it can't be "
+            f"compared. Remedy: drop such rows first with where: '{there}', or compare another column."
+        )
+    best = "0.0"
+    if step.best is not None:
+        best = ranked_value(con, Ranking(score=step.best), f"{column}_best", relation, inside).value
+    rows = f"SELECT row_number() OVER () - 1 AS place, f0, f1, {by} AS alike, {best} AS best, {inside} AS entered"
+    table = quoted(f"{column}_alike")
+    con.execute(
+        f"CREATE OR REPLACE TEMP TABLE {table} (place BIGINT, f0 UBIGINT, f1 UBIGINT, kept_f0 UBIGINT, kept_f1 UBIGINT)"
+    )
+    for twice in repeated_hashes(con, f"hash({by})", f"{relation} WHERE {inside}", entered):
+        con.register("twice", {"h": twice})
+        con.execute(
+            f"""
+            INSERT INTO {table}
+            SELECT place, f0, f1, first_value(f0) OVER ranked, first_value(f1) OVER ranked
+            FROM ({rows} FROM {relation}) WHERE entered AND hash(alike) IN (SELECT h FROM twice)
+            WINDOW ranked AS (PARTITION BY alike ORDER BY best DESC, f0, f1)
+            QUALIFY row_number() OVER ranked > 1
+            """
+        ).fetchall()
+        con.unregister("twice")
+    dropped = con.execute(f"SELECT place FROM {table}").fetchnumpy()["place"]
+    groups = one(con, f"SELECT count(DISTINCT (kept_f0, kept_f1)) FROM {table}")[0]
+    return Grouped(
+        relation=with_column_at(con, relation, f"{column}_kept", dropped, False, elsewhere=True),
+        predicate=quoted(f"{column}_kept"),
+        kept=entered - len(dropped),
+        table=f"SELECT f0, f1, kept_f0, kept_f1 FROM {table} ORDER BY f0, f1",
+        groups=groups,
+    )
+
+
+def top_of_strata(
+    con: duckdb.DuckDBPyConnection, step: Stratify, column: str, relation: str, inside: str, basis: str
+) -> Grouped:
+    """Keep the best rows of each stratum, as many as its fraction or the count allows.
+
+    Args:
+        con: The connection that holds the source.
+        step: The step.
+        column: Beginning of the names of what is made.
+        relation: The source as an SQL identifier.
+        inside: SQL over one row: whether it entered the step.
+        basis: The same: whether a fraction counts it.
+
+    Raises:
+        StepError: A score is NaN, NULL or infinite for a row that entered.
+    """
+    ranked = ranked_value(con, step, f"{column}_value", relation, inside)
+    by, wanted = quoted(step.by), str(step.count)
+    if step.fraction is not None:
+        part = Fraction(repr(step.fraction))
+        wanted = f"(basis::HUGEINT * {part.numerator} // {part.denominator})::BIGINT"
+    sizes, ranks = quoted(f"{column}_sizes"), quoted(f"{column}_ranks")
+    con.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE {sizes} AS
+        SELECT *, {wanted} AS wanted FROM (
+            SELECT {by} AS stratum, count(*) FILTER (WHERE {basis}) AS basis,
+                count(*) FILTER (WHERE {inside}) AS entered
+            FROM {ranked.relation} GROUP BY ALL)
+        WHERE basis > 0 OR entered > 0
+        """
+    ).fetchall()
+    strata, expected = one(con, f"SELECT count(*), sum(least(wanted, entered))::BIGINT FROM {sizes}")
+    if not expected:
+        raise StepError(
+            f"fraction {step.fraction!r} of the rows of each {step.by} is less than one row in every one that has rows "
+            "here. Remedy: a larger fraction, a count, or a column of fewer values."
+        )
+    con.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE {ranks} AS
+        SELECT place, f0, f1, r.stratum, value, rank FROM (
+            SELECT *, row_number() OVER (PARTITION BY stratum ORDER BY value DESC, f0, f1) AS rank FROM (
+                SELECT row_number() OVER () - 1 AS place, f0, f1, {by} AS stratum, {ranked.value} AS value,
+                    {inside} AS entered
+                FROM {ranked.relation})
+            WHERE entered) AS r JOIN {sizes} AS s ON r.stratum IS NOT DISTINCT FROM s.stratum
+        WHERE rank <= wanted
+        """
+    ).fetchall()
+    placed = con.execute(f"SELECT place, rank FROM {ranks}").fetchnumpy()
+    return Grouped(
+        relation=with_column_at(con, ranked.relation, f"{column}_rank", placed["place"], placed["rank"], math.nan),
+        predicate=f"{quoted(f'{column}_rank')} IS NOT NULL",
+        kept=len(placed["place"]),
+        table=f"""
+            SELECT s.stratum, basis, s.entered, wanted, coalesce(kept, 0) AS kept, threshold, tie_f0, tie_f1
+            FROM {sizes} AS s LEFT JOIN (
+                SELECT stratum, count(*) AS kept, arg_max(value, rank) AS threshold, arg_max(f0, rank) AS tie_f0,
+                    arg_max(f1, rank) AS tie_f1
+                FROM {ranks} GROUP BY stratum) AS k ON s.stratum IS NOT DISTINCT FROM k.stratum
+            ORDER BY s.entered DESC, s.stratum""",
+        value=ranked.value,
+        wanted=expected,
+        groups=strata,
+        note=ranked.note,
+    )
+
+
+def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count: int) -> Iterator[NDArray[np.uint64]]:
+    """Find the hashes that several rows have, by sorting them a part at a time, so that memory does not grow with rows.
+
+    Args:
+        con: A connection.
+        hash_: A hash of a row, as SQL.
+        rows: What follows FROM.
+        count: About how many rows there are.
+
+    Yields:
+        uint64, ascending, each once; of equal rows all hashes are in one part.
+    """
+    parts = count // _HASHES_AT_ONCE + 1
+    for part in range(parts):
+        some = con.execute(f"SELECT h FROM (SELECT {hash_} AS h FROM {rows}) WHERE h % {parts} = {part}")
+        hashes = some.fetchnumpy()["h"]
+        hashes.sort()
+        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if len(twice):
+            yield twice

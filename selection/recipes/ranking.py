@@ -1,0 +1,295 @@
+"""Ranking rows: by what, and where the cut falls.
+
+Here belongs the value that a step ranks by, one score or several combined, as SQL over one row, and the value of the
+last row that stays. Which steps there are and what they do to the rows is `selection.recipes.execute`.
+
+Combined values depend on the other rows that entered the step: on their ranks, or on a minimum, a mean. Those figures
+are found first. Minima and means then stand as numbers in the value's SQL, so that it is still one row's affair; ranks
+become a column beside the source.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from selection.recipes.steps import Ranking
+from selection.uids import format_uid
+
+_BINS = 4096
+_SORTABLE = 1 << 17
+_FIXED = 40
+
+
+class StepError(Exception):
+    """A step that can't be carried out; `select` adds recipe and step to the message."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What a step ranks by.
+
+    Attributes:
+        value: A finite float64 as SQL over one row of `relation`; the larger the better.
+        relation: The source, or a view of it with one more column, as an SQL identifier.
+        least: The smallest value among the rows that entered.
+        most: The largest.
+        note: What a reader should know besides.
+    """
+
+    value: str
+    relation: str
+    least: float
+    most: float
+    note: str | None = None
+
+
+def ranked_value(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relation: str, inside: str) -> Ranked:
+    """Find what a step ranks by.
+
+    Args:
+        con: The connection that holds the source.
+        top: What the step ranks by.
+        column: Name of a column to make where the value needs one.
+        relation: The source as an SQL identifier.
+        inside: SQL over one row: whether it entered the step.
+
+    Raises:
+        StepError: A score is NaN, NULL or infinite for a row that entered.
+    """
+    rows = f"FROM {relation} WHERE {inside}"
+    ranges = {score: _range(con, score, score_value(score), rows) for score in top.scores}
+    if top.score is not None:
+        return Ranked(score_value(top.score), relation, *ranges[top.score])
+    flat = [score for score, (least, most) in ranges.items() if least == most]
+    note = f"{' and '.join(flat)}: the same for every row that entered, so without effect" if flat else None
+    if top.normalise in ("min_max", "z_score"):
+        value = _weighted(con, top, rows, ranges)
+    else:
+        value, relation = _by_ranks(con, top, column, relation, inside)
+    return Ranked(value, relation, *_range(con, top.label, value, f"FROM {relation} WHERE {inside}"), note)
+
+
+def score_value(score: str) -> str:
+    """Write a score as a float64 with one zero, so that a report never depends on which zero came first."""
+    return f"({quoted(score)}::DOUBLE + 0.0)"
+
+
+def cut(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, keep: int) -> tuple[float, tuple[int, int] | None]:
+    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1)."""
+    threshold, place, equal = nth(con, ranked, inside, keep)
+    if place == equal:
+        return threshold, None
+    tied = f"FROM {ranked.relation} WHERE {inside} AND {ranked.value} = {literal(threshold)}"
+    f0, f1 = one(con, f"SELECT f0, f1 {tied} ORDER BY f0, f1 LIMIT 1 OFFSET {place - 1}")
+    return threshold, (f0, f1)
+
+
+def nth(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, place: int) -> tuple[float, int, int]:
+    """Find the value at a place, from 1, of the values downwards; its place among its equals, and how many they are.
+
+    Each pass counts the values in equal bins of [least, most] and goes on with the bin that holds the
+    value; a bin that is small, or that can't be divided further, is sorted. So the rows never are.
+    """
+    value, least, most = ranked.value, ranked.least, ranked.most
+    rows = f"FROM {ranked.relation} WHERE {inside}"
+    within, size = rows, float("inf")
+    while least != most and size > _SORTABLE:
+        bins = con.execute(
+            f"""
+            SELECT min({value}), max({value}), count(*) {within}
+            GROUP BY least({_BINS - 1}, floor(
+                ({value} - {literal(least)}) / ({literal(most)} - {literal(least)}) * {_BINS}))
+            ORDER BY 1 DESC
+            """
+        ).fetchall()
+        for bin_ in bins:
+            least, most, size = bin_
+            if place <= size:
+                break
+            place -= size
+        within = f"{rows} AND {value} BETWEEN {literal(least)} AND {literal(most)}"
+        if len(bins) == 1:
+            break
+    counted = con.execute(f"SELECT {value}, count(*) {within} GROUP BY 1 ORDER BY 1 DESC").fetchall()
+    for group in counted:
+        found, equal = group
+        if place <= equal:
+            break
+        place -= equal
+    return found, place, equal
+
+
+def keep_predicate(value: str, threshold: float, tie: tuple[int, int] | None) -> str:
+    """Write "it stays" over one row."""
+    if tie is None:
+        return f"{value} >= {literal(threshold)}"
+    f0, f1 = (f"{word}::UBIGINT" for word in tie)
+    at = literal(threshold)
+    return f"{value} > {at} OR ({value} = {at} AND (f0 < {f0} OR (f0 = {f0} AND f1 <= {f1})))"
+
+
+def places(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Give each value's place among all, downwards, from 1; of equal ones the first comes first.
+
+    Float32 numbers, which scores are, become integers in the same order, with the place as the low half: one
+    vectorised sort of uint64.
+
+    Args:
+        values: Finite float64 of shape [n].
+
+    Returns:
+        int64 of shape [n].
+    """
+    found = np.empty(len(values), np.int64)
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    if len(values) < 1 << 32 and (narrow == values).all():
+        bits = narrow.view(np.uint32)
+        falling = np.where(bits >> 31 != 0, bits, ~bits & np.uint32(0x7FFFFFFF))
+        keys = (falling.astype(np.uint64) << np.uint64(32)) | np.arange(len(values), dtype=np.uint64)
+        keys.sort()
+        order = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    else:
+        order = np.argsort(-values, kind="stable")
+    found[order] = np.arange(1, len(values) + 1)
+    return found
+
+
+def competition_ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Give each value's rank: 1 + the number of larger values; equal values have equal ranks.
+
+    Args:
+        values: Finite float64 of shape [n].
+
+    Returns:
+        int64 of shape [n].
+    """
+    order = np.argsort(values)
+    rising = values[order]
+    last_of_equals = np.flatnonzero(np.append(rising[1:] != rising[:-1], True))
+    ranks = np.empty(len(values), np.int64)
+    ranks[order] = np.repeat(len(values) - last_of_equals, np.diff(last_of_equals, prepend=-1))
+    return ranks
+
+
+def quoted(name: str) -> str:
+    """Write a name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(number: float) -> str:
+    """Write a float64 so that DuckDB reads the same float64; a bare 0.1 would be a decimal."""
+    return f"'{number!r}'::DOUBLE"
+
+
+def one(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """Run a query of one row; `fetchall`, because a result left open blocks its connection."""
+    return con.execute(sql).fetchall()[0]
+
+
+def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) -> tuple[float, float]:
+    """Give the least and the largest value; refuse values that have no place in an order."""
+    unusable = f"NOT coalesce(isfinite({value}), false)"
+    least, most, bad = one(con, f"SELECT min({value}), max({value}), count(*) FILTER (WHERE {unusable}) {rows}")
+    if bad:
+        f0, f1, found = one(con, f"SELECT f0, f1, {value} {rows} AND {unusable} ORDER BY f0, f1 LIMIT 1")
+        raise StepError(
+            f"{label} is {'NULL' if found is None else found} for uid {format_uid(f0, f1)} ({bad} such rows in all), "
+            f"which has no rank. Remedy: compute the score again, or drop such rows first with "
+            f"where: 'isfinite({quoted(label)})'."
+        )
+    return least, most
+
+
+def _weighted(con: duckdb.DuckDBPyConnection, top: Ranking, rows: str, ranges: dict[str, tuple[float, float]]) -> str:
+    """Write the weighted sum of scores brought to one scale; a score that is the same everywhere adds nothing."""
+    assert top.weighted is not None
+    terms = []
+    for score, weight in top.weighted.items():
+        least, most = ranges[score]
+        if least == most:
+            continue
+        origin, unit = least, most - least
+        if top.normalise == "z_score":
+            origin, unit = _mean_and_deviation(con, score_value(score), rows, least, most)
+        terms.append(f"{literal(weight)} * (({score_value(score)} - {literal(origin)}) / {literal(unit)})")
+    return f"({' + '.join(['0.0::DOUBLE', *terms])})"
+
+
+def _mean_and_deviation(
+    con: duckdb.DuckDBPyConnection, value: str, rows: str, least: float, most: float
+) -> tuple[float, float]:
+    """Give mean and standard deviation, the same whichever thread adds what first.
+
+    A sum of floats depends on its order. So values are counted in steps of 2⁻⁴⁰ of their range, whose sums are exact.
+    """
+    steps = f"round(({value} - {literal(least)}) / {literal(most - least)} * {1 << _FIXED})::HUGEINT"
+    n, total, squares = one(con, f"SELECT count(*), sum(s), sum(s * s) FROM (SELECT {steps} AS s {rows})")
+    unit = (most - least) / (1 << _FIXED)
+    variance = Fraction(int(n) * int(squares) - int(total) ** 2, int(n) ** 2)
+    return least + float(Fraction(int(total), int(n))) * unit, math.sqrt(variance) * unit
+
+
+def _by_ranks(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relation: str, inside: str) -> tuple[str, str]:
+    """Make a view of the source with the sum of ranks as a column; NULL for rows that did not enter."""
+    selected = [f"{score_value(score)} AS s{number}" for number, score in enumerate(top.scores)]
+    found = con.execute(f"SELECT {inside} IS TRUE AS entered, {', '.join(selected)} FROM {relation}").fetchnumpy()
+    entered = np.asarray(found.pop("entered"))
+    n = int(entered.sum())
+    total = np.zeros(n)
+    for number, score in enumerate(top.scores):
+        ranks = competition_ranks(np.ma.getdata(found.pop(f"s{number}"))[entered])
+        if top.weighted is None:
+            total -= ranks
+        else:
+            total += top.weighted[score] * ((n - ranks) / max(n - 1, 1))
+    values = np.full(len(entered), np.nan)
+    values[entered] = total
+    return f"({quoted(column)} + 0.0)", with_column(con, relation, column, values)
+
+
+def with_column_at(
+    con: duckdb.DuckDBPyConnection,
+    relation: str,
+    column: str,
+    places: NDArray[np.int64],
+    values: NDArray[Any] | bool,
+    elsewhere: bool | int | float,
+) -> str:
+    """Make a view of a relation with one more column, of which values are known at some places; give its name.
+
+    Args:
+        con: The connection that holds the relation.
+        relation: As an SQL identifier.
+        column: The new column's name.
+        places: Where in the order of a scan, from 0: `row_number() OVER () - 1`.
+        values: What stands there, of the type of `elsewhere`.
+        elsewhere: What stands at all other places; NaN becomes NULL.
+    """
+    whole = np.full(one(con, f"SELECT count(*) FROM {relation}")[0], elsewhere)
+    whole[places] = values
+    return with_column(con, relation, column, whole)
+
+
+def with_column(con: duckdb.DuckDBPyConnection, relation: str, column: str, values: NDArray[Any]) -> str:
+    """Make a view of a relation with one more column, whose values come in the order of a scan; give its name.
+
+    Args:
+        con: The connection that holds the relation.
+        relation: As an SQL identifier.
+        column: The new column's name.
+        values: float64, int64 or bool of shape [n]; NaN becomes NULL.
+    """
+    beside = {"value": values}
+    con.register("beside", beside)
+    value = "nullif(value, 'nan'::DOUBLE)" if values.dtype.kind == "f" else "value"
+    con.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(column)} AS SELECT {value} AS {quoted(column)} FROM beside")
+    con.unregister("beside")
+    view = quoted(f"source with {column}")
+    con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS SELECT * FROM {relation} POSITIONAL JOIN {quoted(column)}")
+    return view

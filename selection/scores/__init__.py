@@ -1,0 +1,1 @@
+"""The scores: tensors in, tensors out."""

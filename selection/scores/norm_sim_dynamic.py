@@ -1,0 +1,246 @@
+"""NormSim_2-D: a set that prunes itself by its own second moment (arXiv 2405.19547); vision embeddings only.
+
+Here belong the rounds: scoring what is in, finding exactly which rows leave, and the second moment of what stays.
+Where rows lie, and how a killed run is taken up again, is the caller's.
+
+Memory does not grow with the number of rows: a chunk of embeddings, three d × d matrices and a histogram are held.
+What is known of each row (its round of leaving, its last score) lies in arrays of the caller, which may be files.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selection.scores.norm_sim import moment_factor, norm_sim_from_factor
+from selection.similarity.streaming import resident
+
+CHUNK_ROWS = 16_384
+_DIGIT = 16
+_GRID = 2.0**24  # every float16 is a whole number of these parts
+_LOW = 2.0**12
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the set's rows, such as a shard; all arrays are in the same order.
+
+    Attributes:
+        vectors: gives the float16 image embeddings `[n, d]`, memory-mapped where they are many.
+        uids: gives f0 and f1, uint64 `[n]`.
+        left: int32 `[n]`, read and written: 0 for a row that the set did not begin with, r for one that left in round
+            r, and one more than the number of rounds for one that is in.
+        score: float32 `[n]`, written: the row's NormSim_2 to the set of the last round that it took part in, or, for
+            rows that stay, to the set that is left.
+    """
+
+    vectors: Callable[[], NDArray[np.float16]]
+    uids: Callable[[], tuple[NDArray[np.uint64], NDArray[np.uint64]]]
+    left: NDArray[np.int32]
+    score: NDArray[np.float32]
+
+
+class Round(NamedTuple):
+    """What one round did.
+
+    Attributes:
+        round: its number, from 1.
+        entered: rows that were in.
+        left: rows that left.
+        threshold: the largest score that left.
+        tie_f0, tie_f1: where some rows with that score left and others did not, the smallest uid that left.
+    """
+
+    round: int
+    entered: int
+    left: int
+    threshold: float
+    tie_f0: int | None
+    tie_f1: int | None
+
+
+@torch.no_grad()
+def dynamic_rounds(
+    parts: Sequence[Part],
+    *,
+    keep: int,
+    rounds: int,
+    device: torch.device,
+    done: Sequence[Round] = (),
+    on_rows: Callable[[int], None] | None = None,
+) -> Iterator[Round]:
+    """Prune a set to `keep` rows: in each round the rows of smallest v_iᵀ M v_i leave, M = Σ v vᵀ over the rows in.
+
+    A round drops ceil((|S_0| − keep) / rounds) rows, the last one what is then left to drop. Of equal scores the
+    larger uid leaves first. Scores are sqrt(v_iᵀ M v_i) in float32 with an error of about 1e-6 of the largest possible;
+    M is exact whatever the order of the rows, so that subtracting the rows that left gives what summing the others
+    would give, to the last bit.
+
+    Args:
+        parts: the rows.
+        keep: how many stay.
+        rounds: how many rounds the pruning is spread over.
+        device: where scores are computed.
+        done: rounds of a run that was cut short, from the first: it goes on behind them. What that run did to
+            `left` in a round that is not among them is undone first.
+        on_rows: called with the number of rows of each chunk that was scored.
+
+    Yields:
+        What a round did, when all of it stands in `left`.
+
+    Raises:
+        ValueError: `keep` or `rounds` is not positive, or the set has fewer than `keep` rows.
+    """
+    if keep < 1 or rounds < 1:
+        raise ValueError(f"keep and rounds must be positive, not {keep} and {rounds}")
+    within = rounds + 1
+    for part in parts:
+        part.left[part.left > len(done)] = within
+    size = sum(int((part.left == within).sum()) for part in parts)
+    start = done[0].entered if done else size
+    if start < keep:
+        raise ValueError(f"the set begins with {start} rows, fewer than the {keep} that shall stay. Remedy: keep fewer")
+    moment = ExactMoment(parts[0].vectors().shape[1], device)
+    for part in parts:
+        for _, image in _chunks(part.vectors(), np.flatnonzero(part.left == within), device):
+            moment.add(image)
+    for number in range(len(done) + 1, rounds + 1):
+        leaving = min(-(-(start - keep) // rounds), size - keep)
+        if not leaving:
+            break
+        _score(parts, within, moment, on_rows)
+        bits, tie = _cut(parts, within, leaving)
+        for part in parts:
+            moment.subtract_rows(part, going := _going(part, within, bits, tie))
+            part.left[going] = number
+        threshold = float(np.array([bits], np.uint32).view(np.float32)[0])
+        yield Round(number, size, leaving, threshold, *(tie or (None, None)))
+        size -= leaving
+    _score(parts, within, moment, on_rows)
+
+
+class ExactMoment:
+    """Σ v vᵀ of float16 vectors, without rounding.
+
+    A float16 is a whole number of 2⁻²⁴. Parted into 2¹² · high + low, its products are small whole numbers: float64
+    sums those of a chunk exactly, int64 those of 2³⁸ rows. So neither the order of rows nor the number of threads can
+    change a bit, and a row that is subtracted is gone.
+
+    Args:
+        width: d.
+        device: where the sums are.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.device = device
+        self._high, self._mixed, self._low = torch.zeros(3, width, width, dtype=torch.int64, device=device)
+
+    def add(self, image: Tensor, sign: int = 1) -> None:
+        """Add the rows of float16 [m, d] with norms near 1; sign −1 subtracts them."""
+        if image.dtype != torch.float16:
+            raise ValueError(f"image must be float16, not {image.dtype}")
+        for rows in image.split(CHUNK_ROWS):
+            whole = rows.double() * _GRID
+            high = (whole / _LOW).floor_()
+            low = whole - high * _LOW
+            for total, left, right in ((self._high, high, high), (self._mixed, high, low), (self._low, low, low)):
+                total.add_((left.T @ right).long(), alpha=sign)
+
+    def subtract_rows(self, part: Part, rows: NDArray[np.int64]) -> None:
+        """Subtract some rows of a part."""
+        for _, image in _chunks(part.vectors(), rows, self.device):
+            self.add(image, sign=-1)
+
+    def value(self) -> Tensor:
+        """Give the moment, float64 [d, d]."""
+        mixed = self._mixed + self._mixed.T
+        return (self._high.double() * _LOW**2 + mixed.double() * _LOW + self._low.double()) / _GRID**2
+
+
+def _chunks(
+    vectors: NDArray[np.float16], rows: NDArray[np.int64], device: torch.device
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Give some rows chunk by chunk, on the device."""
+
+    def read(at: slice) -> list[Tensor]:
+        return [torch.from_numpy(vectors[rows[at]])]
+
+    for at, (image,) in resident(len(rows), CHUNK_ROWS, device, read):
+        yield rows[at], image
+
+
+def _score(parts: Sequence[Part], within: int, moment: ExactMoment, on_rows: Callable[[int], None] | None) -> None:
+    factor = moment_factor(moment.value())
+    for part in parts:
+        for rows, image in _chunks(part.vectors(), np.flatnonzero(part.left == within), moment.device):
+            part.score[rows] = norm_sim_from_factor(image, factor).cpu().numpy()
+            if on_rows is not None:
+                on_rows(len(rows))
+
+
+# Who leaves: the exact place in the order (score upwards, uid downwards) behind which rows stay. Digit by digit, so
+# that memory is a histogram, however many rows there are and however many of them are equal.
+
+Tie = tuple[int, int]
+
+
+def _cut(parts: Sequence[Part], within: int, leaving: int) -> tuple[int, Tie | None]:
+    """Find the last row that leaves: its score's bits and, if not all rows of that score leave, its uid."""
+    bits, below, equal = _nth(lambda: (_bits(part, part.left == within) for part in parts), 32, leaving)
+    if below + equal == leaving:
+        return bits, None
+    downwards = leaving - below
+    f0, more, _ = _nth(lambda: (~_tied(part, within, bits)[0] for part in parts), 64, downwards)
+    f1, _, _ = _nth(lambda: (~w1[~w0 == f0] for w0, w1 in _all_tied(parts, within, bits)), 64, downwards - more)
+    top = 2**64 - 1
+    return bits, (top - f0, top - f1)
+
+
+def _going(part: Part, within: int, bits: int, tie: Tie | None) -> NDArray[np.int64]:
+    rows = np.flatnonzero(part.left == within)
+    scores = _bits(part, rows)
+    if tie is None:
+        return rows[scores <= bits]
+    f0, f1 = (words[rows] for words in part.uids())
+    above = (f0 > tie[0]) | ((f0 == tie[0]) & (f1 >= tie[1]))
+    return rows[(scores < bits) | ((scores == bits) & above)]
+
+
+def _nth(words: Callable[[], Iterator[NDArray]], width: int, wanted: int) -> tuple[int, int, int]:
+    """Find the `wanted`-th smallest of unsigned numbers; how many are smaller, and how many equal."""
+    value, below, equal = 0, 0, 0
+    for shift in range(width - _DIGIT, -1, -_DIGIT):
+        counts = np.zeros(1 << _DIGIT, np.int64)
+        for some in words():
+            wide = some.astype(np.uint64)
+            if shift < width - _DIGIT:
+                wide = wide[wide >> np.uint64(shift + _DIGIT) == value]
+            digits = (wide >> np.uint64(shift)) & np.uint64((1 << _DIGIT) - 1)
+            counts += np.bincount(digits.astype(np.int64), minlength=len(counts))
+        ends = counts.cumsum()
+        digit = int(np.searchsorted(ends, wanted - below))
+        below, equal = below + int(ends[digit] - counts[digit]), int(counts[digit])
+        value = value << _DIGIT | digit
+    return value, below, equal
+
+
+def _bits(part: Part, rows: NDArray) -> NDArray[np.uint32]:
+    """Give scores as numbers of the same order: a float32 that is not negative, read as an integer."""
+    return np.asarray(part.score[rows]).view(np.uint32)
+
+
+def _tied(part: Part, within: int, bits: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    rows = np.flatnonzero(part.left == within)
+    rows = rows[_bits(part, rows) == bits]
+    if not len(rows):
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    f0, f1 = part.uids()
+    return f0[rows], f1[rows]
+
+
+def _all_tied(parts: Sequence[Part], within: int, bits: int) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+    return (_tied(part, within, bits) for part in parts)

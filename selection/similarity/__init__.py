@@ -1,0 +1,1 @@
+"""Tiled reductions over similarities that are never held whole, and their kernels."""

@@ -1,0 +1,411 @@
+"""The one tiled reduction over similarities s = rows · columnsᵀ, and its operations.
+
+Here belong the three reductions that the scores are made of (`log_sum_exp`, `log_sum_exp_both`, `largest`), the choice
+of what computes them, the tiles in plain torch and the checks of operands. The kernels for CUDA are in
+`triton_reduction`; what the sums mean belongs to `clip_loss` and `target_similarity`.
+
+A matrix product may round differently when its shape changes, so every tile has the same shape, the last one
+being padded with zeros: a row's result then depends on the row and the columns alone, not on its neighbours.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Arithmetic = Literal["float32", "bfloat16"]
+"""What is multiplied on CPU: the values as stored, or rounded to bfloat16 (see `Tiles`)."""
+
+# Rows and columns of a tile. On CPU its products and their exponentials stay in a core's cache between one pass
+# and the next, and are taller in bfloat16, where converting the columns costs more beside the product; on CUDA
+# launches are what costs, so tiles are large.
+_TILE = {"float32": (480, 512), "bfloat16": (960, 512), "cuda": (4096, 8192)}
+
+_GROUP = 16  # tiles of rows whose parts of the columns' sums are held at once
+
+# Products of float32 by oneDNN where torch has it: on AMD they are twice as fast as `torch.mm`, which is MKL's, and
+# no row's bits depend on its place, which OpenBLAS's do (docs/decisions/0004-engine.md).
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def log_sum_exp(
+    rows: Tensor,
+    columns: Tensor,
+    first: Tensor,
+    *,
+    temperature: float,
+    arithmetic: Arithmetic = "float32",
+) -> Tensor:
+    """τ · log( exp(first_i/τ) + Σ_j exp(s_ij/τ) ) for every row i.
+
+    Args:
+        rows: [n, d] float16, bfloat16 or float32.
+        columns: [m, d], likewise; m may be 0.
+        first: float32 [n], a term that each sum starts with; -inf for none.
+        temperature: τ.
+        arithmetic: as `Tiles` says.
+
+    Returns:
+        float64 [n].
+    """
+    if (kernels := _kernels(rows, arithmetic)) and len(columns):
+        return _add_first(kernels.log_sum_exp(rows, columns, temperature=temperature), first, temperature)
+    result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        start = torch.full((tiles.height,), -math.inf, device=rows.device)
+        start[: at.stop - at.start] = first[at]
+        sums = LogSumExp(start, temperature, 1, tiles.products)
+        for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+            sums.update(similarities)
+        result[at] = sums.value()[: at.stop - at.start]
+
+    for_each_tile(len(rows), rows, task, arithmetic)
+    return result
+
+
+def log_sum_exp_both(
+    rows: Tensor, columns: Tensor, *, temperature: float, arithmetic: Arithmetic = "float32"
+) -> tuple[Tensor, Tensor]:
+    """τ · log Σ exp(s/τ) along the rows and along the columns of one pass over the similarities.
+
+    Args:
+        rows: [n, d] float16, bfloat16 or float32.
+        columns: [m, d], likewise, not empty.
+        temperature: τ.
+        arithmetic: as `Tiles` says.
+
+    Returns:
+        For the rows, float64 [n]; for the columns, float64 [m].
+    """
+    if kernels := _kernels(rows, arithmetic):
+        return kernels.log_sum_exp_both(rows, columns, temperature=temperature)
+    by_row = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    by_column = torch.full((1, len(columns)), -math.inf, dtype=torch.float64, device=rows.device)
+    height, _ = tile_shape(rows, arithmetic)
+    for some in spans(len(rows), _GROUP * height):
+        # Tiles of rows end in any order; their parts of the columns' sums are added in one.
+        parts = by_column.new_full((_GROUP, len(columns)), -math.inf)
+
+        def task(tiles: Tiles, at: slice, some: slice = some, parts: Tensor = parts) -> None:
+            at = slice(some.start + at.start, some.start + at.stop)
+            none = torch.full((max(tiles.height, len(columns)),), -math.inf, device=rows.device)
+            along_rows = LogSumExp(none[: tiles.height], temperature, 1, torch.empty_like(tiles.products))
+            along_columns = LogSumExp(none[: len(columns)], temperature, 0, tiles.products)
+            for where, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+                along_rows.update(similarities)
+                along_columns.update(similarities[: at.stop - at.start], where)
+            by_row[at] = along_rows.value()[: at.stop - at.start]
+            parts[(at.start - some.start) // tiles.height] = along_columns.value()
+
+        for_each_tile(some.stop - some.start, rows, task, arithmetic)
+        by_column = temperature * (torch.cat([by_column, parts]) / temperature).logsumexp(0, keepdim=True)
+    return by_row, by_column[0]
+
+
+def largest(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    arithmetic: Arithmetic = "float32",
+    signed: bool = False,
+    before: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """max_j |s_ij|, or max_j s_ij, for every row i, and the j that attains it, the lowest of equals.
+
+    In bfloat16 arithmetic j is the largest by rounded similarities; the value is its own similarity in float32.
+
+    Args:
+        rows: [n, d] float16, bfloat16 or float32.
+        columns: [m, d], likewise, not empty.
+        arithmetic: as `Tiles` says.
+        signed: the largest s and not the largest |s|.
+        before: with `signed`, row i sees the columns j < before + i alone; None for all. A row that sees none has
+            value -inf and j = 0.
+
+    Returns:
+        The values float32 [n], and j int64 [n].
+    """
+    if before is not None and not signed:
+        raise ValueError("before needs signed similarities")
+    if kernels := _kernels(rows, arithmetic):
+        return kernels.largest(rows, columns, signed=signed, before=before)
+    value = torch.empty(len(rows), device=rows.device)
+    index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        best = Largest(tiles.height, rows.device, signed=signed)
+        tile = tiles.rows(rows, at)
+        seen = columns if before is None else columns[: max(before + at.stop - 1, 0)]
+        for where, similarities in tiles.similarities(tile, seen):
+            if before is not None and where.stop > before + at.start:
+                unseen = torch.ones_like(similarities, dtype=torch.bool).triu_(before + at.start - where.start)
+                similarities.masked_fill_(unseen, -math.inf)
+            best.update(similarities, where)
+        if tiles.rounds:
+            found = row_dots(tile, columns[best.index])
+            best.value = torch.where(best.value == -math.inf, best.value, found if signed else found.abs())
+        value[at] = best.value[: at.stop - at.start]
+        index[at] = best.index[: at.stop - at.start]
+
+    for_each_tile(len(rows), rows, task, arithmetic)
+    return value, index
+
+
+def _kernels(like: Tensor, arithmetic: Arithmetic) -> ModuleType | None:
+    """The one place where a device gets what computes: kernels for CUDA, or None for tiles in plain torch."""
+    if arithmetic not in get_args(Arithmetic):
+        raise ValueError(f"arithmetic must be one of {', '.join(get_args(Arithmetic))}, not {arithmetic!r}")
+    if like.device.type != "cuda" or like.dtype == torch.float32:
+        return None
+    return _triton(like.device)
+
+
+@cache
+def _triton(device: torch.device) -> ModuleType | None:
+    """The kernels, where they are installed and the device has the shared memory that they are cut for."""
+    if find_spec("triton") is None:
+        return None
+    from selection.similarity import triton_reduction
+
+    enough = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= triton_reduction.SHARED_MEMORY
+    return triton_reduction if enough else None
+
+
+def _add_first(sums: Tensor, first: Tensor, temperature: float) -> Tensor:
+    return temperature * torch.logaddexp(sums / temperature, first.double() / temperature)
+
+
+def check_matrices(**matrices: Tensor) -> None:
+    """Raise ValueError, naming the argument, unless all are embeddings that can be multiplied together.
+
+    Args:
+        **matrices: by argument name, [..., d] tensors of float16, bfloat16 or float32: not empty, finite, and of
+            one dtype, device and width d.
+    """
+    (first, like), *_ = matrices.items()
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Tensor) or matrix.dtype not in DTYPES:
+            raise ValueError(f"{name} must be a float16, bfloat16 or float32 tensor")
+        if matrix.numel() == 0:
+            raise ValueError(f"{name} is empty: its shape is {tuple(matrix.shape)}")
+        for what in ("dtype", "device"):
+            if getattr(matrix, what) != getattr(like, what):
+                mine, other = getattr(matrix, what), getattr(like, what)
+                raise ValueError(f"{name} has {what} {mine}, but {first} has {other}: convert one")
+        if matrix.shape[-1] != like.shape[-1]:
+            raise ValueError(
+                f"{name} has embeddings of width {matrix.shape[-1]}, but {first} of width {like.shape[-1]}"
+            )
+    for name, matrix in matrices.items():
+        for rows in matrix if matrix.ndim == 3 else [matrix]:
+            # A sum is finite only if all its terms are, and is found twenty times faster than isfinite in halves.
+            if not all(torch.isfinite(part.float().sum()) for part in rows.split(2048)):
+                raise ValueError(f"{name} holds NaN or infinity")
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Dot product of each row of left [m, d] with the same row of right ([m, d] or [d]), as float32 [m]."""
+    return (left.float() * right.float()).sum(dim=1)
+
+
+def tile_shape(like: Tensor, arithmetic: Arithmetic) -> tuple[int, int]:
+    """Rows and columns of every tile of such operands."""
+    return _TILE[arithmetic if like.device.type == "cpu" else "cuda"]
+
+
+class Tiles:
+    """Tiles of a matrix and of similarities for one device, dtype and embedding width.
+
+    On CPU, arithmetic "float32" widens the operands to float32. "bfloat16" rounds them, and the products, to bfloat16,
+    which is faster where the CPU has the instructions. What all columns have in common is taken out beforehand and
+    added back in float32: s = r·c + r·(u - c) with c the mean of the first columns, so that what is rounded is small.
+    On CUDA operands stay as stored, and products accumulate in float32.
+
+    Args:
+        like: any of the operands; gives device, dtype and width.
+        arithmetic: "float32" or "bfloat16".
+    """
+
+    def __init__(self, like: Tensor, arithmetic: Arithmetic = "float32") -> None:
+        on_cpu = like.device.type == "cpu"
+        self.rounds = on_cpu and arithmetic == "bfloat16"
+        self.height, self.width = tile_shape(like, arithmetic)
+        dtype = torch.float32 if on_cpu else like.dtype
+        self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
+        # Scratch of a tile's size, which operations may use.
+        self.products = torch.empty(self.height, self.width, device=like.device)
+
+    def rows(self, matrix: Tensor, at: slice) -> Tensor:
+        """A tile [height, d] of the rows of matrix [n, d] at a slice of at most `height` rows.
+
+        What is left of the tile is zero.
+        """
+        return self._fill(self._columns.new_empty(self.height, matrix.shape[1]), matrix[at])
+
+    def similarities(self, tile: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Products of a row tile with the rows of matrix [n, d].
+
+        Yields:
+            Which columns, and their similarities [height, columns] in float32, which operations may overwrite.
+        """
+        if self.rounds and len(matrix):
+            centre = matrix[: self.width].float().mean(0)
+            common, rounded = row_dots(tile, centre)[:, None], tile.bfloat16()
+        for at in spans(len(matrix), self.width):
+            columns = self._fill(self._columns, matrix[at])
+            products = self.products
+            if self.rounds:
+                residuals = torch.mm(rounded, columns.sub_(centre).bfloat16().T)
+                products.copy_(residuals).add_(common)
+            elif columns.dtype != torch.float32:  # without out_dtype the product of halves would be rounded to half
+                torch.mm(tile, columns.T, out_dtype=torch.float32, out=products)
+            elif columns.is_cpu and _ONEDNN:
+                products = torch.ops.mkldnn._linear_pointwise(tile, columns, None, "none", [], "")
+            else:
+                torch.mm(tile, columns.T, out=products)
+            yield at, products[:, : at.stop - at.start]
+
+    @staticmethod
+    def _fill(buffer: Tensor, rows: Tensor) -> Tensor:
+        buffer[: len(rows)] = rows
+        buffer[len(rows) :] = 0
+        return buffer
+
+
+def spans(count: int, step: int) -> list[slice]:
+    """Slices of `step` (the last one shorter) that cover range(count)."""
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def for_each_tile(
+    count: int, like: Tensor, task: Callable[[Tiles, slice], None], arithmetic: Arithmetic = "float32"
+) -> None:
+    """Call task(tiles, at) for each tile of `count` rows.
+
+    On CPU each of torch's threads takes whole tiles and runs their operations alone: the passes over a tile are too
+    short for threads to meet after each, the more so when other work holds the cores; and its bits do not depend on
+    where a pass would be cut among threads.
+
+    Args:
+        count: number of rows.
+        like: an operand; gives device, dtype and width.
+        task: works on the rows `at`, with tiles of its own; writes its result where no other row's goes.
+        arithmetic: of the tiles.
+    """
+    height, _ = tile_shape(like, arithmetic)
+    todo = iter(spans(count, height))
+
+    def work() -> None:
+        tiles = Tiles(like, arithmetic)
+        for at in todo:  # threads share the iterator of a list, whose steps are atomic
+            task(tiles, at)
+
+    def work_alone() -> None:
+        torch.set_num_threads(1)  # for this thread's operations
+        with torch.no_grad():  # gradients are off by thread, too
+            work()
+
+    if like.device.type != "cpu":
+        work()
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work_alone) for _ in range(min(threads, -(-count // height)))]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # what threads begun from now on inherit
+
+
+class LogSumExp:
+    """τ · log Σ exp(s/τ) along one dimension of the similarities, exact for any finite s.
+
+    A running maximum is taken out of the exponent; powers of two are summed, because exp2 is the cheaper.
+
+    Args:
+        first: float32 [m], a term that each sum starts with; -inf for none.
+        temperature: τ.
+        dim: 1 to sum along the rows of a tile, 0 along its columns.
+        scratch: float32 of a whole tile's shape; overwritten. It may be `Tiles.products` itself, when no other
+            operation wants the tile afterwards.
+    """
+
+    def __init__(self, first: Tensor, temperature: float, dim: int, scratch: Tensor) -> None:
+        self._top = first.clone()
+        self._total = torch.isfinite(first).double()
+        self._scale = math.log2(math.e) / temperature
+        self._dim = dim
+        self._scratch = scratch
+
+    def update(self, tile: Tensor, at: slice = slice(None)) -> None:
+        """Add the terms of a tile of similarities to the sums at the given rows (dim 1) or columns (dim 0)."""
+        height, width = tile.shape
+        old = self._top[at]
+        top = torch.maximum(old, tile.amax(self._dim))
+        terms = self._scratch
+        torch.sub(tile, top.unsqueeze(self._dim), out=terms[:height, :width])
+        # Whole and contiguous even when ragged, so that vectors fall alike for every row.
+        terms[height:] = -math.inf
+        terms[:, width:] = -math.inf
+        added = terms.mul_(self._scale).exp2_().sum(self._dim)[: len(top)]
+        self._total[at] = self._total[at] * ((old - top).double() * self._scale).exp2() + added
+        self._top[at] = top
+
+    def value(self) -> Tensor:
+        """τ · log Σ exp(s/τ), float64 [m]."""
+        return self._top.double() + self._total.log2() / self._scale
+
+
+class Largest:
+    """max |s|, or max s, and its column, for each row of the similarities; of equal ones the lowest column.
+
+    Args:
+        rows: number of rows m of a tile.
+        device: of the tiles.
+        signed: max s and not max |s|.
+    """
+
+    def __init__(self, rows: int, device: torch.device, *, signed: bool = False) -> None:
+        self.value = torch.full((rows,), -math.inf, device=device)
+        self.index = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._signed = signed
+
+    def update(self, tile: Tensor, at: slice) -> None:
+        """Take in a tile of similarities [m, columns at]."""
+        value = tile.amax(1) if self._signed else torch.maximum(tile.amax(1), tile.amin(1).neg_())
+        better = (value > self.value).nonzero().squeeze(1)
+        if len(better):  # few after the first tiles, so the search for the column is rare
+            self.value[better] = value[better]
+            found = tile[better] if self._signed else tile[better].abs_()
+            self.index[better] = found.argmax(1) + at.start
+
+
+class PowerSum:
+    """(Σ |s|^p)^(1/p) for each row of the similarities: the brute force beside the second moment.
+
+    Args:
+        rows: number of rows m of a tile.
+        p: exponent, > 0.
+        device: of the tiles.
+    """
+
+    def __init__(self, rows: int, p: float, device: torch.device) -> None:
+        self._p = p
+        self._total = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def update(self, tile: Tensor) -> None:
+        """Add the terms of a tile of similarities [m, any]."""
+        self._total += tile.abs_().pow_(self._p).sum(1)
+
+    def value(self) -> Tensor:
+        """(Σ |s|^p)^(1/p), float64 [m]."""
+        return self._total ** (1 / self._p)

@@ -1,0 +1,260 @@
+"""What a subset shows of itself: the right samples, their own pictures, in little space, whatever the pool holds."""
+
+import base64
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pyarrow.compute as pc
+import pytest
+from dagster._serdes import serialize_value
+from PIL import Image
+
+from assets.subsets.contact_sheets import Sheet, Tile, html_page, markdown, small_jpeg
+from resources.storage.images import ImageError
+from selection.scores.negatives import keyed_hash
+from tests.support.pool_factory import datacomp_shard, picture
+from tests.support.scenario import SHARDS, Scenario, keep
+
+HOSTILE = '<script>alert("x")</script> & ![](http://example.com/a.png) | **bold** [l](u)'
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its headings, captions and everything it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.sections: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self._title = ""
+        self.feed(text)
+
+    def handle_starttag(  # noqa: D102
+        self, tag: str, attrs: list[tuple[str, str | None]]
+    ) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("img", "meta", "wbr"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: D102
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:  # noqa: D102
+        if self._open and self._open[-1] == "h2":
+            self._title = data
+            self.sections[data] = []
+        elif self._open and self._open[-1] == "small":
+            self.sections[self._title].append(data)
+
+
+def folder(scenario: Scenario, recipe: str) -> Path:
+    return Path(scenario.subset(recipe).folder) / "report"
+
+
+def page(scenario: Scenario, recipe: str) -> Page:
+    return Page((folder(scenario, recipe) / "index.html").read_text())
+
+
+def materialization(scenario: Scenario, recipe: str) -> dg.EventLogEntry:
+    event = scenario.instance.get_latest_materialization_event(dg.AssetKey(["subset", recipe]))
+    assert event is not None
+    return event
+
+
+def warnings(scenario: Scenario) -> list[str]:
+    records = [scenario.instance.all_logs(run.run_id) for run in scenario.instance.get_runs()]
+    return [entry.user_message for logs in records for entry in logs if entry.level == 30]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
+    """A project of which everything is made, with one caption that is no friend of pages."""
+    scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
+    scenario.write_shard(SHARDS[0], text=HOSTILE.encode())
+    scenario.set("recipes", "everything", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
+    assert scenario.run().failures == {}
+    yield scenario
+    scenario.instance.dispose()
+
+
+def test_the_sheets_show_the_ends_of_the_last_ranking(made: Scenario) -> None:
+    entered = made.scores("neg_clip_loss/tiny").sort("neg_clip_loss", descending=True).head(18)
+    near = made.scores("norm_sim/tiny/pets").join(entered, on=["f0", "f1"], how="semi")
+    uids = (
+        near.sort("norm_sim_inf", descending=True)
+        .select(pl.struct("f0", "f1").map_elements(lambda u: f"{u['f0']:016x}{u['f1']:016x}", pl.String))
+        .to_series()
+        .to_list()
+    )
+    shown = page(made, "paper").sections
+    score = "norm_sim_inf/tiny/pets"
+    assert shown[f"Best kept by {score}"] == uids[:9]
+    assert shown[f"Worst kept by {score}"] == uids[:9][::-1]
+    assert shown[f"Best dropped by {score}"] == uids[9:]
+    assert shown[f"Worst dropped by {score}"] == uids[9:][::-1]
+    assert len(shown["Best dropped by neg_clip_loss/tiny"]) == 12
+
+
+def test_the_random_handful_is_the_subsets_smallest_keyed_hashes(made: Scenario) -> None:
+    uids = made.array("clip_third")
+    order = np.argsort(keyed_hash(0, 0, uids["f0"].copy(), uids["f1"].copy()))[:12]
+    wanted = {f"{f0:016x}{f1:016x}" for f0, f1 in uids[order].tolist()}
+    assert set(page(made, "clip_third").sections["A random handful of the subset"]) == wanted
+
+
+def test_each_picture_is_the_samples_own(made: Scenario) -> None:
+    uid = page(made, "paper").sections["Best kept by norm_sim_inf/tiny/pets"][0]
+    pool = pl.concat([pl.from_arrow(made.open().lake.read("raw_pool", shard)) for shard in SHARDS])
+    number = int(pool.row(by_predicate=pl.col("uid") == uid, named=True)["key"])
+    shown = np.asarray(Image.open(folder(made, "paper") / f"images/{uid}.jpg"), dtype=float)
+    true = np.asarray(Image.open(io.BytesIO(picture(number))), dtype=float)
+    assert np.abs(shown - true).mean() < 6
+    other = np.asarray(Image.open(io.BytesIO(picture(number + 1))), dtype=float)
+    assert np.abs(shown - other).mean() > 20
+
+
+def test_a_page_refers_to_files_beside_it_and_to_nothing_else(made: Scenario) -> None:
+    for recipe in ("clip_third", "paper", "inside", "everything"):
+        found = page(made, recipe)
+        assert "script" not in found.tags
+        assert "link" not in found.tags
+        files = [reference for reference in found.references if not reference.startswith("#")]
+        assert len(files) > 3
+        assert all((folder(made, recipe) / name).is_file() and ".." not in name for name in files)
+
+
+def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
+    text = (folder(made, "everything") / "index.html").read_text()
+    shown = html_page("t", {}, {"Funnel": [["step"]]}, "scores.png", [Sheet("s", "", [Tile("0" * 32, HOSTILE)])])
+    assert "script" not in Page(text).tags + Page(shown).tags
+    assert HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;") in shown
+    table = markdown(Sheet("s", "", [Tile("0" * 32, HOSTILE, {}, small_jpeg(picture(), 16))]))
+    assert "<script" not in table
+    (line,) = [line for line in table.splitlines() if "alert" in line]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 6  # five cells, and no sixth made of the caption's own
+    assert "![](http" not in table
+
+
+def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> None:
+    event = materialization(made, "paper")
+    assert len(serialize_value(event)) < 200 * 1024
+    metadata = event.asset_materialization.metadata
+    assert metadata["report"].value == str(folder(made, "paper") / "index.html")
+    assert (
+        metadata["threshold/step2 norm_sim_inf/tiny/pets"].value
+        == made.subset("paper").lineage["steps"][1]["threshold"]
+    )
+    pictures = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", metadata["contact_sheet"].md_str)
+    assert len(pictures) == 5 * 8
+    for picture_ in pictures:
+        assert max(Image.open(io.BytesIO(base64.b64decode(picture_))).size) <= 96
+    (chart,) = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", metadata["score_distributions"].md_str)
+    assert Image.open(io.BytesIO(base64.b64decode(chart))).format == "PNG"
+
+
+def test_a_tile_of_noise_still_fits_the_event_log() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    noise.save(out, "PNG")
+    small = small_jpeg(out.getvalue(), 96, most_bytes=2_000)
+    assert len(small) <= 2_000
+    assert max(Image.open(io.BytesIO(small)).size) >= 48
+    with pytest.raises(ImageError):
+        small_jpeg(b"no picture", 112)
+
+
+def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
+    before = materialization(made, "clip_third").asset_materialization.metadata["contact_sheet"]
+    assert made.execute("subset/clip_third").success
+    assert materialization(made, "clip_third").asset_materialization.metadata["contact_sheet"] == before
+
+
+def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
+    scenario.run()
+    shutil.rmtree(folder(scenario, "paper"))
+    assert scenario.run().computed == {}
+    assert scenario.execute("subset/paper").success
+    assert scenario.subset("paper").name == "v0001"
+
+
+def beyond_the_tar(scenario: Scenario) -> str:
+    """Let `raw_pool` point behind the end of a shard's tar."""
+    lake = scenario.open().lake
+    stored, table = lake.stored("raw_pool", SHARDS[0]), lake.read("raw_pool", SHARDS[0])
+    assert stored is not None
+    place = table.column_names.index("image_offset")
+    moved = table.set_column(place, "image_offset", pc.add(table["image_offset"], 10**9))
+    lake.write(moved, stored.provenance, content=stored.fingerprint, summary=stored.summary)
+    return "ends at byte"
+
+
+def other_bytes(scenario: Scenario) -> str:
+    """Change the pictures of a shard behind the listing's back: same size, same time."""
+    tar = scenario.folder / "pool" / f"{SHARDS[0]}.tar"
+    stat, data = tar.stat(), bytearray(tar.read_bytes())
+    for row in scenario.open().lake.read("raw_pool", SHARDS[0]).to_pylist():
+        data[row["image_offset"] + row["image_size"] // 2] ^= 0xFF
+    tar.write_bytes(data)
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return "changed since it was read"
+
+
+@pytest.mark.parametrize("spoil", [beyond_the_tar, other_bytes])
+def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
+    scenario: Scenario, spoil: Callable[[Scenario], str]
+) -> None:
+    scenario.run()
+    reason = spoil(scenario)
+    scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
+    assert scenario.execute("subset/late").success
+    assert scenario.subset("late").lineage["rows"] == 36
+    text = (folder(scenario, "late") / "index.html").read_text()
+    said = [message for message in warnings(scenario) if "No picture of" in message]
+    named = {re.search(r"No picture of (\w{32}) in shard (\w+)", message).groups() for message in said}  # type: ignore
+    assert {shard for _, shard in named} == {SHARDS[0]}
+    assert all(reason in message for message in said)
+    assert all(f"No picture of {uid}" in text for uid, _ in named)
+    assert not any((folder(scenario, "late") / f"images/{uid}.jpg").exists() for uid, _ in named)
+    assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
+
+
+def test_a_report_that_cannot_be_written_is_told_and_the_subset_stands(scenario: Scenario) -> None:
+    scenario.run()
+    blocked = scenario.folder / "lake/subset/late/v0001"
+    blocked.mkdir(parents=True)
+    (blocked / "report").write_text("a file where the folder should be")
+    scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=0.5)]})
+    assert scenario.execute("subset/late").success
+    assert scenario.subset("late").lineage["rows"] == 18
+    assert any("the report could not be written" in message for message in warnings(scenario))
+    assert "contact_sheet" not in materialization(scenario, "late").asset_materialization.metadata
+
+
+def test_a_pool_without_pictures_shows_captions_and_scores(scenario: Scenario) -> None:
+    for shard in SHARDS:
+        datacomp_shard(scenario.folder / "metadata", shard, rows=12)
+    scenario.document = {
+        "name": "imported",
+        "lake": "imported",
+        "pool": {"path": "metadata", "format": "datacomp"},
+        "encoders": {"b32": {"precomputed": "b32", "temperature": 0.01}},
+        "scores": {"neg_clip_loss": {"b32": {"batch_size": 8, "draws": 2}}},
+        "recipes": {"third": {"steps": [keep("clip_score/b32", fraction=0.34)]}},
+    }
+    assert scenario.run().failures == {}
+    assert "img" in page(scenario, "third").tags  # the chart
+    assert not list(folder(scenario, "third").glob("images/*"))
+    sheet = materialization(scenario, "third").asset_materialization.metadata["contact_sheet"].md_str
+    assert "| caption | clip\\_score/b32 |" in sheet
+    assert "data:image" not in sheet
+    assert warnings(scenario) == []

@@ -1,0 +1,308 @@
+"""What a person does in the browser, on a real Dagster server with its daemon.
+
+Set SCREENSHOTS to a folder to keep the pictures of the README's tour.
+"""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from assets.base.partitioned import SHARDS_NAME
+from assets.project import open_project
+from dagster_project import cli as command
+from dagster_project.definitions import DEMO_CONFIG
+from examples.demo.pool import make_pool, make_targets
+from resources.lake.files import Lake
+from resources.lake.versions import Versions
+from tests.support.scenario import SHARDS, Scenario
+
+CHROMIUM = shutil.which("chromium")
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no browser: install Debian's package chromium"),
+    pytest.mark.slow,
+]
+
+OFFLINE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 600_000  # milliseconds; Dagster's daemon looks every 30 s, and each run is a process on a busy machine
+RUNS = "{ runsOrError { ... on Runs { results { status } } } }"
+BACKFILLS = "{ partitionBackfillsOrError { ... on PartitionBackfills { results { status } } } }"
+ENDED = {"SUCCESS", "FAILURE", "CANCELED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED"}
+VERSIONS = """
+query Versions($recipe: String!) {
+    assetNodeOrError(assetKey: {path: ["subset", $recipe]}) {
+        ... on AssetNode {
+            assetMaterializations { metadataEntries { label ... on TextMetadataEntry { text } } }
+        }
+    }
+}
+"""
+ASK = """
+async ([query, variables]) => {
+    const answer = await fetch("/graphql", {
+        method: "POST",
+        headers: {"Content-Type": "application/json"},
+        body: JSON.stringify({query, variables}),
+    });
+    return Object.values((await answer.json()).data)[0];
+}
+"""
+
+
+class Browser:
+    """A page on a project's server.
+
+    Attributes:
+        page: the page.
+        project: the path of the project's YAML.
+        lake: the project's lake.
+    """
+
+    def __init__(self, page: "playwright.Page", project: Path) -> None:
+        self.page = page
+        self.project = project
+        self.lake: Lake = open_project(project).lake
+
+    def register(self, *shards: str) -> None:
+        """Add shards to the partitions, as the discovery does."""
+        with command.open_instance(open_project(self.project)) as instance:
+            instance.add_dynamic_partitions(SHARDS_NAME, list(shards))
+
+    def launch(self, button: str) -> None:
+        """Press a button that launches something; wait until the server has answered."""
+        with self.page.expect_response(
+            lambda answer: "/graphql" in answer.url and "aunch" in (answer.request.post_data or "")
+        ):
+            self.page.get_by_role("button", name=button).last.click()
+
+    def ask(self, query: str, **variables: str) -> dict[str, Any]:
+        """Ask the server, as the page does."""
+        return dict(self.page.evaluate(ASK, [query, variables]))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Look once a second until something holds."""
+        for _ in range(PATIENCE // 1000):
+            if condition():
+                return
+            self.page.wait_for_timeout(1000)
+        log = (self.project.parent / "server.log").read_text()
+        raise AssertionError(f"it did not come to that in time; the server's last words: {log[-4000:]}")
+
+    def wait_for_ends(self, query: str) -> set[str]:
+        """Wait until there are runs, or backfills, and all have ended; give their statuses."""
+        statuses: set[str] = set()
+
+        def ended() -> bool:
+            statuses.clear()
+            statuses.update(result["status"] for result in self.ask(query)["results"])
+            return bool(statuses) and statuses <= ENDED
+
+        self.wait_until(ended)
+        return statuses
+
+    def versions(self, recipe: str) -> list[str]:
+        """Give the versions of a subset that the server knows of, the newest first."""
+        found = self.ask(VERSIONS, recipe=recipe)["assetMaterializations"]
+        return [entry["text"] for event in found for entry in event["metadataEntries"] if entry["label"] == "version"]
+
+    def keep_picture(self, name: str) -> None:
+        """Keep a picture for the tour, in few colours so that it is small."""
+        folder = os.environ.get("SCREENSHOTS")
+        if folder:
+            self.page.wait_for_timeout(1500)
+            picture = Image.open(io.BytesIO(self.page.screenshot()))
+            picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+                Path(folder) / f"{name}.png", optimize=True
+            )
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The demo with three shards; gives its YAML."""
+    make_pool(tmp_path / "pool", range(3))
+    make_targets(tmp_path / "targets", each=10)
+    document = yaml.safe_load(DEMO_CONFIG.read_text())
+    document["lake"] = "lake"
+    document["pool"]["path"] = "pool"
+    document["encoders"]["tiny"]["model"] = f"local-dir:{DEMO_CONFIG.parents[1] / 'examples' / 'demo' / 'encoder'}"
+    document["targets"]["festive"]["path"] = "targets"
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return tmp_path / "demo.yaml"
+
+
+@pytest.fixture
+def browse() -> Iterator[Callable[[Path], Browser]]:
+    """Open a browser on a project, served by `clip-select ui`; a test does so once."""
+    closing: list[Callable[[], object]] = []
+
+    def open_browser(project: Path) -> Browser:
+        address, close = serve(project)
+        closing.append(close)
+        driver = playwright.sync_playwright().start()
+        closing.append(driver.stop)
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
+        closing.append(chromium.close)
+        page = chromium.new_page(viewport={"width": 1500, "height": 850}, base_url=address)
+        page.set_default_timeout(PATIENCE)
+        return Browser(page, project)
+
+    yield open_browser
+    for close in reversed(closing):
+        close()
+
+
+def serve(project: Path) -> tuple[str, Callable[[], object]]:
+    """Start `clip-select ui`; give its address and what ends it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = project.parent / "server.log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dagster_project.cli", "ui", str(project), "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"},
+        )
+
+    def close() -> None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=30)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+
+    address = f"http://127.0.0.1:{port}"
+    while not answers(address):
+        assert process.poll() is None, log.read_text()
+    return address, close
+
+
+def answers(address: str) -> bool:
+    """Tell whether the server is up; waits a moment where it is not."""
+    try:
+        with urllib.request.urlopen(f"{address}/server_info", timeout=1) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        with socket.socket() as idle:
+            idle.settimeout(0.2)
+            idle.bind(("127.0.0.1", 0))
+            idle.listen()
+            try:
+                idle.accept()
+            except TimeoutError:
+                return False
+        return False
+
+
+def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse: Callable[[Path], Browser]) -> None:
+    browser = browse(demo)
+    page = browser.page
+    browser.register("00000")
+
+    page.goto("/asset-groups")
+    for group in ("pool", "embeddings", "neg_clip_loss", "subsets"):
+        page.get_by_text(group, exact=True).first.wait_for()
+    browser.keep_picture("graph")
+
+    page.goto("/assets/raw_pool?view=partitions")
+    page.get_by_role("button", name="Materialize").first.click()
+    page.get_by_role("button", name="All", exact=True).click()
+    browser.keep_picture("materialize")
+    browser.launch("Launch")
+    assert browser.wait_for_ends(RUNS) == {"SUCCESS"}
+    page.goto("/assets/raw_pool?view=partitions&partition=00000")
+    page.get_by_text("Materialized (1)").wait_for()
+    page.get_by_text("samples_seen").first.wait_for()
+    browser.keep_picture("shard")
+    assert browser.lake.shards("raw_pool") == ["00000"]
+
+    browser.register("00001", "00002")
+    page.goto("/asset-groups")
+    page.get_by_role("button", name="Materialize all").click()
+    page.get_by_role("button", name="All", exact=True).click()
+    browser.keep_picture("backfill")
+    browser.launch("Launch")
+    assert browser.wait_for_ends(BACKFILLS) == {"COMPLETED_SUCCESS"}
+    assert browser.wait_for_ends(RUNS) == {"SUCCESS"}
+    for recipe in ("clip_score_30", "neg_clip_loss_30_norm_sim_20"):
+        assert Versions(browser.lake, recipe).current() is not None
+
+    page.goto("/assets/subset/neg_clip_loss_30_norm_sim_20?view=lineage&lineageScope=upstream&lineageDepth=5")
+    page.get_by_text("neg_clip_loss", exact=True).first.wait_for()
+    browser.keep_picture("lineage")
+    page.goto("/assets/subset/neg_clip_loss_30_norm_sim_20")
+    page.get_by_text("funnel", exact=True).wait_for()
+    browser.keep_picture("subset")
+    page.get_by_role("row", name="contact_sheet").get_by_text("Show Markdown").click()
+    page.locator("td img").first.wait_for()
+    page.get_by_text("Best kept by norm_sim_inf/tiny/festive").scroll_into_view_if_needed()
+    browser.keep_picture("contact-sheet")
+
+
+def test_a_failed_check_says_what_is_wrong(scenario: Scenario, browse: Callable[[Path], Browser]) -> None:
+    broken = scenario.folder / "broken"
+    shutil.copytree(scenario.document["encoders"]["tiny"]["model"].removeprefix("local-dir:"), broken)
+    weights = broken / "open_clip_model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)
+    scenario.set("encoders", "tiny", "model", value=f"local-dir:{broken}")
+    browser = browse(scenario.open().config)
+    page = browser.page
+    assert run(browser.project) == 1
+
+    page.goto("/assets/embeddings/tiny?view=checks")
+    page.get_by_text("unit_norm").first.click()
+    page.get_by_text("12 rows are not of unit norm, the first is row 0: nan").wait_for()
+    browser.keep_picture("failed-check")
+    assert browser.lake.shards("embeddings/tiny") == []
+
+
+def test_a_shard_that_arrives_is_scored_and_selected_by_itself(
+    scenario: Scenario, browse: Callable[[Path], Browser]
+) -> None:
+    browser = browse(scenario.open().config)
+    page = browser.page
+    assert run(browser.project) == 0
+    page.goto("/automation")
+    switches = page.locator("label[class*=formatSwitch]")
+    switches.nth(2).wait_for()
+    for number in range(3):
+        with page.expect_response(lambda answer: "StartSensor" in (answer.request.post_data or "")):
+            switches.nth(number).click()
+    browser.keep_picture("automation")
+    scenario.write_shard("00003")
+    browser.wait_until(lambda: browser.versions("paper") == ["v0002", "v0001"])
+
+    page.goto("/assets/subset/paper")
+    page.get_by_text("v0002").first.wait_for()
+    assert scenario.subset("paper").lineage["shards"].keys() == {*SHARDS, "00003"}
+
+
+def run(project: Path) -> int:
+    """Run `clip-select run`; give its exit status."""
+    done = subprocess.run([sys.executable, "-m", "dagster_project.cli", "run", str(project)], check=False)
+    return done.returncode

@@ -1,0 +1,189 @@
+"""Running the project day by day: runs whose process was killed, pools, old versions."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.run_request import InstigatorType
+
+import dagster_project
+from assets.base.partitioned import SHARDS_NAME
+from dagster_project import cli as command
+from dagster_project.dead_runs import at_work, close_dead_runs
+from dagster_project.definitions import CONFIG_VARIABLE, build_defs
+from dagster_project.staleness import RANGE_END, RANGE_START
+from resources.catalog.build import read_catalog
+from resources.lake.files import LakeError
+from resources.lake.versions import Versions
+from tests.support.scenario import SHARDS, Scenario, keep
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+OURS = Path(dagster_project.__file__).with_name("dagster.yaml")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The folder of an instance with the project's own settings."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(OURS, home / "dagster.yaml")
+    return home
+
+
+@pytest.fixture
+def instance(home: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield instance
+
+
+def launch(scenario: Scenario, home: Path, shard: str) -> subprocess.Popen[bytes]:
+    """Make a run of everything for one shard in a process of its own, as the UI's launcher does."""
+    dagster = Path(sys.executable).parent / "dagster"
+    arguments = ["job", "execute", "-m", "dagster_project.definitions", "-j", "process_shards"]
+    return subprocess.Popen(
+        [dagster, *arguments, "--tags", json.dumps({RANGE_START: shard, RANGE_END: shard})],
+        env={**os.environ, "DAGSTER_HOME": str(home), CONFIG_VARIABLE: str(scenario.folder / "project.yaml")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def holding_a_pool(instance: dg.DagsterInstance) -> set[str]:
+    """Give the runs that have a place in a pool."""
+    storage = instance.event_log_storage
+    return {run for pool in storage.get_concurrency_keys() for run in storage.get_concurrency_info(pool).active_run_ids}
+
+
+def is_finished(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Tell whether Dagster counts a run as ended."""
+    found = instance.get_run_by_id(run.run_id)
+    assert found is not None
+    return found.is_finished
+
+
+def tick(scenario: Scenario, instance: dg.DagsterInstance, sensor: str = "follow_shards") -> dg.SensorResult:
+    project, graph = scenario.open_graph()
+    defs = build_defs(project, graph)
+    return defs.resolve_sensor_def(sensor).evaluate_tick(dg.build_sensor_context(instance, definitions=defs))
+
+
+@pytest.mark.slow
+def test_a_run_from_the_ui_that_is_killed_is_ended_by_the_next_tick_and_holds_up_nothing(
+    scenario: Scenario, home: Path, instance: dg.DagsterInstance
+) -> None:
+    scenario.open()
+    scenario.write_shard("00003", rows=400)
+    instance.add_dynamic_partitions(SHARDS_NAME, [*SHARDS, "00003"])
+    process = launch(scenario, home, "00003")
+    while not (holders := holding_a_pool(instance)):
+        assert process.poll() is None, "the run ended by itself"
+    (run,) = instance.get_runs()
+    assert holders == {run.run_id}
+
+    waiting = tick(scenario, instance)
+    assert f"Waiting for runs to end: {run.run_id[:8]}" in str(waiting.skip_message)
+    assert not is_finished(instance, run)
+
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    requested = tick(scenario, instance)
+    assert requested.run_requests
+    assert is_finished(instance, run)
+    assert not holding_a_pool(instance)
+    assert not list((home / "processes").iterdir())
+
+
+def test_a_run_that_another_machine_may_be_making_is_left_alone(instance: dg.DagsterInstance) -> None:
+    elsewhere, here = (instance.create_run_for_job(dg.job(name=name)(lambda: None)) for name in ("elsewhere", "here"))
+    with at_work(instance, here.run_id):
+        close_dead_runs(instance)
+    assert not is_finished(instance, elsewhere)
+    assert not is_finished(instance, here)
+
+
+def test_what_reads_whole_shards_and_what_computes_with_vectors_are_in_pools_of_one_step(
+    scenario: Scenario, instance: dg.DagsterInstance
+) -> None:
+    project, graph = scenario.open_graph()
+    nodes = {node.key: node.definition.op.pool for node in graph.nodes}
+    nodes |= {key.to_user_string(): d.op.pool for d in graph.definitions for key in d.keys if key.path[0] == "export"}
+    assert {key: pool for key, pool in nodes.items() if pool != "gpu"} == {
+        "raw_pool": "cpu",
+        **{f"export/{recipe}": "cpu" for recipe in project.settings.recipes},
+    }
+    assert {"embeddings/tiny", "neg_clip_loss/tiny", "negatives/tiny"} <= nodes.keys()
+    assert instance.global_op_concurrency_default_limit == 1
+    assert instance.get_concurrency_config().pool_config.pool_granularity.value == "op"
+
+
+def test_dagster_gives_back_what_an_ended_run_holds_of_a_pool(instance: dg.DagsterInstance) -> None:
+    assert instance.run_monitoring_enabled
+    assert instance.run_monitoring_settings["free_slots_after_run_end_seconds"] == 60
+
+
+# What is kept
+
+
+def test_ticks_are_kept_as_long_as_the_page_says(instance: dg.DagsterInstance) -> None:
+    kept = instance.get_tick_retention_settings(InstigatorType.SENSOR)
+    assert {status.value: days for status, days in kept.items() if days > 0} == {
+        "SKIPPED": 7,
+        "SUCCESS": 90,
+        "FAILURE": 90,
+    }
+
+
+def test_the_page_s_lines_delete_old_runs_that_have_ended_and_no_others(
+    instance: dg.DagsterInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    under_way, ended = (instance.create_run_for_job(dg.job(name="any")(lambda: None)) for _ in range(2))
+    instance.report_run_failed(ended)
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    exec(lines)
+    assert {run.run_id for run in instance.get_runs()} == {under_way.run_id, ended.run_id}
+    exec(lines.replace("days=90", "days=-1"))
+    assert {run.run_id for run in instance.get_runs()} == {under_way.run_id}
+
+
+def test_pruning_deletes_old_versions_and_never_the_newest_and_the_catalog_forgets_them(
+    scenario: Scenario, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for count in (3, 2, 1):
+        scenario.set("recipes", "inside", "steps", value=[keep("norm_sim_2/tiny/pets", count=count)])
+        # the last by itself, so that the catalog still tells of the one before
+        assert scenario.run().failures == {} if count > 1 else scenario.execute("subset/inside").success
+    project, config = scenario.open(), str(scenario.folder / "project.yaml")
+    versions = Versions(project.lake, "inside")
+    assert versions.names() == ["v0001", "v0002", "v0003"]
+    files = scenario.files()
+    assert command.main(["prune", config, "--keep", "1", "--dry-run"]) == 0
+    assert "subset/inside: to be deleted: v0001, v0002\n" in capsys.readouterr().out
+    assert files.items() <= scenario.files().items()
+
+    assert command.main(["prune", config, "--keep", "1"]) == 0
+    assert versions.names() == ["v0003"]
+    gone = {path for path in files if path.startswith(("subset/inside/v0001/", "subset/inside/v0002/"))}
+    assert scenario.files().keys() == files.keys() - gone | {".pass.lock"}
+    with read_catalog(project.catalog_path()) as con:
+        assert con.sql("SELECT version FROM versions('inside')").fetchall() == [("v0003",)]
+        uid = scenario.manifest("inside")["uid"][0]
+        said = con.sql("SELECT version FROM explain($uid) WHERE recipe = 'inside'", params={"uid": uid}).fetchall()
+        assert set(said) == {("v0003",)}
+    assert scenario.run().computed == {}
+    scenario.set("recipes", "inside", "steps", value=[keep("norm_sim_2/tiny/pets", count=4)])
+    scenario.run()
+    assert versions.names() == ["v0003", "v0004"]
+
+    with pytest.raises(LakeError, match="the newest version stays"):
+        versions.remove("v0004")
+    with pytest.raises(SystemExit):
+        command.main(["prune", config, "--keep", "0"])

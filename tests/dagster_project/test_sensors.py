@@ -1,0 +1,473 @@
+"""Automation with real ticks and real runs: what arrives is computed, the subset follows, nothing runs in a storm.
+
+Every test drives rounds of ticks until nothing is requested, compares the subset with what a headless pass over
+the same pool selects, and counts the runs.
+"""
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pytest
+import yaml
+
+from assets.base.partitioned import SHARDS_NAME
+from assets.graph import build_graph
+from assets.project import open_project
+from dagster_project.definitions import build_defs
+from dagster_project.headless import QUIET, Outcome, materialize
+from dagster_project.staleness import ATTEMPTS, RANGE_END, RANGE_START
+from resources.lake.versions import Version, Versions
+from tests.support.pool_factory import datacomp_shard, unit_rows
+from tests.support.scenario import keep
+
+SENSORS = ("discover_shards", "follow_shards", "refresh_subsets")
+ROWS = 2
+SELECT = "subset/best catalog"
+
+
+class Automation:
+    """A project of tiny precomputed shards, a code location, and a daemon that ticks when told to.
+
+    Attributes:
+        folder: holds `pool`, `project.yaml` and `lake`.
+        instance: Dagster's records.
+        runs: the assets of every run made, in order, with the first and last shard where it has some.
+        skipped: for each sensor, why it last requested nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.instance = dg.DagsterInstance.ephemeral()
+        self.runs: list[tuple[str, str]] = []
+        self.skipped: dict[str, str] = {}
+        self.cursors: dict[str, str | None] = {}
+        self.document: dict[str, Any] = {
+            "name": "automation",
+            "lake": "lake",
+            "pool": {"path": "pool", "format": "datacomp"},
+            "encoders": {"b32": {"precomputed": "b32", "temperature": 0.1}},
+            "scores": {"neg_clip_loss": {"b32": {"batch_size": 4, "draws": 2}}},
+            "recipes": {"best": {"steps": [keep("neg_clip_loss/b32", fraction=0.5)]}},
+        }
+        self.load()
+
+    def load(self) -> None:
+        """Load the code location, as after a change of the YAML."""
+        path = self.folder / "project.yaml"
+        path.write_text(yaml.safe_dump(self.document))
+        self.project = open_project(path)
+        self.graph = build_graph(self.project)
+        self.defs = build_defs(self.project, self.graph)
+
+    def write(self, *shards: int, seed: int = 0) -> None:
+        """Write shards into the pool; another seed writes them with other content."""
+        for number in shards:
+            vectors = {"b32_img": unit_rows(2 * number + 1000 * seed, ROWS)}
+            vectors["b32_txt"] = unit_rows(2 * number + 1 + 1000 * seed, ROWS)
+            datacomp_shard(self.folder / "pool", f"{number:05d}", ROWS, arrays=vectors)
+
+    def spoil(self, shard: int) -> None:
+        """Make a shard unreadable."""
+        (self.folder / f"pool/{shard:05d}.parquet").write_bytes(b"not a parquet")
+
+    def remove(self, shard: int) -> None:
+        """Take a shard out of the pool."""
+        for path in (self.folder / "pool").glob(f"{shard:05d}.*"):
+            path.unlink()
+
+    def tick(self, name: str) -> Sequence[dg.RunRequest]:
+        """Evaluate a sensor as the daemon does, and keep its cursor and the partitions it asks for."""
+        context = dg.build_sensor_context(instance=self.instance, cursor=self.cursors.get(name), definitions=self.defs)
+        found = self.defs.resolve_sensor_def(name).evaluate_tick(context)
+        self.cursors[name] = found.cursor
+        self.skipped[name] = found.skip_message or ""
+        for request in found.dynamic_partitions_requests or []:
+            if isinstance(request, dg.AddDynamicPartitionsRequest):
+                self.instance.add_dynamic_partitions(SHARDS_NAME, request.partition_keys)
+            else:
+                for key in request.partition_keys:
+                    self.instance.delete_dynamic_partition(SHARDS_NAME, key)
+        return found.run_requests or []
+
+    def execute(self, request: dg.RunRequest, meanwhile: Callable[[], None] | None = None) -> bool:
+        """Make a run in this process.
+
+        Args:
+            request: what a sensor asked for.
+            meanwhile: called once, when the run's first step has started.
+        """
+        keys = [key.to_user_string() for key in request.asset_selection or []]
+        shards = "–".join(dict.fromkeys(filter(None, (request.tags.get(RANGE_START), request.tags.get(RANGE_END)))))
+        self.runs.append((" ".join(keys), shards))
+        run_id = str(uuid.uuid4()) if meanwhile else None
+        waiting = [meanwhile] if meanwhile else []
+
+        def on_event(event: Any) -> None:
+            if waiting and event.is_dagster_event and event.dagster_event.is_step_start:
+                waiting.pop()()
+
+        if run_id:
+            self.instance.add_event_listener(run_id, on_event)
+        result = self.defs.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=self.instance,
+            asset_selection=list(request.asset_selection or []),
+            tags=dict(request.tags),
+            run_config=QUIET,
+            raise_on_error=False,
+            run_id=run_id,
+        )
+        assert not waiting
+        return bool(result.success)
+
+    def round(self) -> int:
+        """Tick every sensor once, executing what each requests; give the number of runs."""
+        before = len(self.runs)
+        for name in SENSORS:
+            for request in self.tick(name):
+                self.execute(request)
+        return len(self.runs) - before
+
+    def settle(self) -> list[tuple[str, str]]:
+        """Tick until two rounds request nothing; give the runs made."""
+        before = len(self.runs)
+        idle = 0
+        for _ in range(40):
+            idle = 0 if self.round() else idle + 1
+            if idle == 2:
+                return self.runs[before:]
+        raise AssertionError(f"no rest after 40 rounds: {self.runs[before:]}")
+
+    def subset(self, recipe: str = "best") -> Version:
+        """Read a recipe's newest version."""
+        version = Versions(self.project.lake, recipe).current()
+        assert version is not None
+        return version
+
+    def assert_nothing_is_left(self) -> None:
+        """Make a headless pass over the same lake; it must find nothing to add, to remove or to compute."""
+        assert materialize(self.project, self.graph, self.instance, notice=lambda *_: None) == Outcome()
+
+    def assert_as_headless(self) -> None:
+        """Compare every subset with what a headless pass selects that begins with the negatives alone."""
+        shutil.copytree(self.folder / "lake/negatives", self.folder / "fresh/negatives", dirs_exist_ok=True)
+        path = self.folder / "fresh.yaml"
+        path.write_text(yaml.safe_dump({**self.document, "lake": "fresh"}))
+        project = open_project(path)
+        with dg.DagsterInstance.ephemeral() as instance:
+            materialize(project, build_graph(project), instance, notice=lambda *_: None)
+        for recipe in self.document["recipes"]:
+            wanted = Versions(project.lake, recipe).current()
+            assert wanted is not None
+            np.testing.assert_array_equal(np.load(self.subset(recipe).uids), np.load(wanted.uids))
+            assert self.subset(recipe).lineage["shards"] == wanted.lineage["shards"]
+            assert set(self.subset(recipe).lineage["shards_missing"]) == set(wanted.lineage["shards_missing"])
+
+
+@pytest.fixture
+def automation(tmp_path: Path) -> Iterator[Automation]:
+    automation = Automation(tmp_path)
+    yield automation
+    automation.instance.dispose()
+
+
+def chain(shards: str) -> list[tuple[str, str]]:
+    """The runs that a group of new shards takes once there are negatives."""
+    return [("raw_pool", shards), ("embeddings/b32", shards), ("clip_score/b32 neg_clip_loss/b32", shards)]
+
+
+def test_shards_that_arrive_together_share_runs_and_end_in_one_subset(automation: Automation) -> None:
+    automation.write(*range(5))
+    assert automation.settle() == [
+        ("raw_pool", "00000–00004"),
+        ("embeddings/b32", "00000–00004"),
+        ("negatives/b32", ""),
+        ("clip_score/b32", "00000–00004"),
+        ("neg_clip_loss/b32", "00000–00004"),
+        (SELECT, ""),
+    ]
+    assert automation.subset().name == "v0001"
+    automation.assert_as_headless()
+
+
+def test_a_new_shard_costs_its_own_chain_and_one_subset(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.settle()
+    automation.write(3)
+    assert automation.settle() == [*chain("00003"), (SELECT, "")]
+    automation.assert_nothing_is_left()
+
+
+def test_a_tick_with_nothing_new_requests_nothing_and_says_so(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    cursors = dict(automation.cursors)
+    assert automation.round() == 0
+    assert automation.cursors == cursors
+    assert automation.skipped["discover_shards"].startswith("The pool's 2 shards all have a partition")
+    assert automation.skipped["follow_shards"] == "Nothing has changed; everything is up to date."
+    assert automation.skipped["refresh_subsets"] == "Nothing has changed; everything is up to date."
+
+
+def test_lost_cursors_lose_nothing_and_repeat_nothing(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.cursors.clear()
+    assert automation.settle() == []
+    automation.write(2)
+    automation.cursors.clear()
+    assert automation.settle() == [*chain("00002"), (SELECT, "")]
+
+
+def test_a_shard_that_lands_while_the_subset_is_built_is_in_the_next_one(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2)
+    request = until_subset(automation)
+
+    def land() -> None:
+        automation.write(3)
+        assert [list(automation.tick(name)) for name in SENSORS] == [[], [], []]
+        assert "00003" in automation.instance.get_dynamic_partitions(SHARDS_NAME)
+        assert automation.skipped["follow_shards"].startswith("Waiting for runs to end: ")
+        assert automation.skipped["refresh_subsets"].startswith("Waiting for runs to end: ")
+
+    assert automation.execute(request, meanwhile=land)
+    assert automation.settle() == [*chain("00003"), (SELECT, "")]
+    assert automation.subset().name == "v0003"
+    automation.assert_as_headless()
+
+
+def test_a_shard_that_lands_in_the_tick_in_which_the_subset_ends_is_in_the_next_one(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2)
+    assert automation.execute(until_subset(automation))
+    # The subset's run has ended; its sensor sees the end and the new shard in the same tick.
+    automation.write(3)
+    assert automation.tick("refresh_subsets") == []
+    assert automation.settle() == [*chain("00003"), (SELECT, "")]
+    assert automation.subset().name == "v0003"
+    automation.assert_as_headless()
+
+
+def until_subset(automation: Automation) -> dg.RunRequest:
+    """Tick and execute until the subset's run is requested; give that request, not executed."""
+    for _ in range(20):
+        for request in [request for name in SENSORS for request in automation.tick(name)]:
+            if dg.AssetKey("catalog") in (request.asset_selection or []):
+                return request
+            assert automation.execute(request)
+    raise AssertionError("the subset was not requested")
+
+
+def test_a_shard_that_fails_is_tried_a_few_times_alone_and_the_subset_goes_on_without_it(
+    automation: Automation,
+) -> None:
+    automation.write(0, 1, 2)
+    automation.spoil(1)
+    runs = automation.settle()
+    assert runs.count(("raw_pool", "00000–00002")) == 1
+    assert runs.count(("raw_pool", "00001")) == ATTEMPTS - 1
+    assert [keys for keys, shards in runs if "00001" in shards and keys != "raw_pool"] == []
+    assert len([keys for keys, _ in runs if keys == SELECT]) == 1
+    assert list(automation.subset().lineage["shards_missing"]) == ["00001"]
+    assert automation.skipped["follow_shards"].startswith("Nothing has changed; everything is up to date, but for 1 ")
+    automation.assert_as_headless()
+
+    assert automation.settle() == []
+    automation.write(7)
+    assert automation.settle() == [*chain("00007"), (SELECT, "")]
+
+    automation.write(1)
+    assert automation.settle() == [*chain("00001"), (SELECT, "")]
+    assert automation.subset().lineage["shards_missing"] == {}
+    automation.assert_nothing_is_left()
+
+
+def test_a_run_that_fails_for_a_passing_reason_is_made_again_and_no_other(automation: Automation) -> None:
+    automation.write(0, 1)
+    in_the_way = automation.folder / "lake/clip_score"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    while sum("clip_score" in keys for keys, _ in automation.runs) < ATTEMPTS - 1:
+        automation.round()
+    in_the_way.unlink()
+    automation.settle()
+    computed = [keys for runs, _ in automation.runs for keys in runs.split()]
+    assert computed.count("clip_score/b32") == ATTEMPTS
+    assert [computed.count(keys) for keys in ("raw_pool", "embeddings/b32", "negatives/b32", "neg_clip_loss/b32")] == [
+        1
+    ] * 4
+    assert computed.count("subset/best") == 1
+    automation.assert_nothing_is_left()
+
+
+def test_a_reset_cursor_tries_again_what_was_left_alone(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.spoil(1)
+    automation.settle()
+    automation.cursors.pop("follow_shards")
+    assert automation.settle() == [("raw_pool", "00001")] * ATTEMPTS
+
+
+def test_a_removed_shard_leaves_partitions_lake_and_subset(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.settle()
+    automation.remove(1)
+    assert automation.settle() == [(SELECT, "")]
+    assert list(automation.instance.get_dynamic_partitions(SHARDS_NAME)) == ["00000", "00002"]
+    assert not list((automation.folder / "lake").rglob("*00001*"))
+    assert set(automation.subset().lineage["shards"]) == {"00000", "00002"}
+
+    automation.write(1)
+    assert automation.settle() == [*chain("00001"), (SELECT, "")]
+    automation.assert_nothing_is_left()
+
+
+def test_what_a_run_writes_of_a_shard_after_it_was_retired_is_cleared_away(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.settle()
+    late = {path: path.read_bytes() for path in (automation.folder / "lake/raw_pool").iterdir() if "00001" in path.name}
+    automation.remove(1)
+    automation.settle()
+    for path, data in late.items():
+        path.write_bytes(data)
+    automation.settle()
+    assert not list((automation.folder / "lake").rglob("*00001*"))
+
+
+def test_a_changed_shard_is_computed_again_alone(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.settle()
+    before = automation.subset().lineage["shards"]
+    automation.write(1, seed=1)
+    assert automation.settle() == [*chain("00001"), (SELECT, "")]
+    after = automation.subset().lineage["shards"]
+    assert {shard for shard in after if after[shard] != before[shard]} == {"00001"}
+    automation.assert_nothing_is_left()
+
+
+def test_a_changed_setting_is_followed_after_a_reload(automation: Automation) -> None:
+    automation.document["recipes"]["inside"] = {"from": "best", "steps": [keep("clip_score/b32", fraction=0.5)]}
+    automation.load()
+    automation.write(0, 1, 2)
+    automation.settle()
+    automation.document["scores"]["neg_clip_loss"]["b32"]["seed"] = 5
+    automation.load()
+    assert automation.settle() == [
+        ("negatives/b32", ""),
+        ("neg_clip_loss/b32", "00000–00002"),
+        ("subset/best subset/inside catalog", ""),
+    ]
+    automation.document["recipes"]["inside"]["steps"] = [keep("clip_score/b32", count=1)]
+    automation.load()
+    assert automation.settle() == [("subset/inside catalog", "")]
+    automation.assert_nothing_is_left()
+
+
+def test_negatives_drawn_again_by_a_click_are_followed_by_every_score(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2)
+    automation.settle()
+    assert automation.defs.resolve_job_def("redraw_negatives").execute_in_process(instance=automation.instance).success
+    assert automation.settle() == [("neg_clip_loss/b32", "00000–00002"), (SELECT, "")]
+    automation.assert_nothing_is_left()
+
+
+def test_more_than_a_hundred_shards_are_followed_exactly(automation: Automation) -> None:
+    automation.document["scores"] = {"clip_score": [], "neg_clip_loss": {}}
+    automation.document["recipes"] = {"best": {"steps": [{"where": "original_width >= 640"}]}}
+    automation.load()
+    automation.write(*range(104))
+    assert [keys for keys, _ in automation.settle()] == ["raw_pool", "embeddings/b32", "subset/best catalog"]
+    assert len(automation.subset().lineage["shards"]) == 104
+    automation.write(17, 103, seed=1)
+    automation.write(104)
+    assert automation.settle() == [
+        *[("raw_pool", "00017"), ("raw_pool", "00103–00104")],
+        *[("embeddings/b32", "00017"), ("embeddings/b32", "00103–00104")],
+        ("subset/best catalog", ""),
+    ]
+    assert automation.subset().lineage["source"]["rows"] == 105 * ROWS
+    automation.assert_nothing_is_left()
+
+
+def test_a_subset_that_fails_is_tried_a_few_times_and_the_others_go_on(automation: Automation) -> None:
+    automation.document["recipes"]["none"] = {"steps": [keep("clip_score/b32", fraction=0.001)]}
+    automation.load()
+    automation.write(0, 1)
+    runs = automation.settle()
+    assert runs[-1] == ("catalog", "")
+    assert sum("subset/none" in keys for keys, _ in runs) == ATTEMPTS
+    assert automation.subset().name == "v0001"
+    assert (
+        "subset/none" in automation.skipped["refresh_subsets"] or "but for 1" in automation.skipped["refresh_subsets"]
+    )
+    assert automation.settle() == []
+
+
+def test_a_pool_that_is_not_mounted_retires_nothing(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    pool = automation.folder / "pool"
+    pool.rename(automation.folder / "away")
+    assert automation.settle() == []
+    assert all(automation.skipped[name].startswith("PoolError: ") for name in SENSORS)
+    pool.mkdir()
+    assert automation.settle() == []
+    assert automation.skipped["discover_shards"].startswith("PoolError: ")
+    pool.rmdir()
+    (automation.folder / "away").rename(pool)
+    assert automation.settle() == []
+    assert list(automation.instance.get_dynamic_partitions(SHARDS_NAME)) == ["00000", "00001"]
+    assert len(list((automation.folder / "lake/raw_pool").iterdir())) == 2
+
+
+def test_a_shard_whose_name_can_be_no_partition_stops_discovery_with_a_clear_word(automation: Automation) -> None:
+    automation.write(0)
+    datacomp_shard(automation.folder / "pool", "a|b", ROWS)
+    assert automation.round() == 0
+    assert "'a|b'" in automation.skipped["discover_shards"]
+    assert "Rename the file" in automation.skipped["discover_shards"]
+
+
+def test_sensors_are_stopped_until_somebody_starts_them(automation: Automation) -> None:
+    found = [automation.defs.resolve_sensor_def(name) for name in SENSORS]
+    assert {sensor.default_status for sensor in found} == {dg.DefaultSensorStatus.STOPPED}
+
+
+CLICK = ["raw_pool", "embeddings/b32", "clip_score/b32", "neg_clip_loss/b32", "subset/best"]
+
+
+def test_a_subset_chosen_together_with_one_shards_scores_is_what_it_would_be_alone(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.settle()
+    automation.write(1, seed=1)
+    assert automation.execute(click("00001", CLICK))
+    assert automation.settle() == [("catalog", "")]
+    assert automation.subset().name == "v0002"
+    automation.assert_nothing_is_left()
+
+
+def test_a_subset_chosen_with_the_first_shards_scores_names_the_others_and_is_replaced(automation: Automation) -> None:
+    automation.document["recipes"] = {"best": {"steps": [keep("clip_score/b32", fraction=0.5)]}}
+    automation.load()
+    automation.write(0, 1, 2)
+    automation.tick("discover_shards")
+    assert automation.execute(click("00001", ["raw_pool", "embeddings/b32", "clip_score/b32", "subset/best"]))
+    assert list(automation.subset().lineage["shards"]) == ["00001"]
+    assert list(automation.subset().lineage["shards_missing"]) == ["00000", "00002"]
+    automation.settle()
+    automation.assert_as_headless()
+
+
+def click(shard: str, assets: Sequence[str]) -> dg.RunRequest:
+    """What the UI launches when somebody selects assets of all kinds and one shard."""
+    keys = [dg.AssetKey(key.split("/")) for key in assets]
+    return dg.RunRequest(asset_selection=keys, tags={"dagster/partition": shard})

@@ -1,0 +1,226 @@
+"""The lake keeps whole files that say what they were made from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from resources.lake.files import (
+    METADATA_KEY,
+    Lake,
+    LakeError,
+    Provenance,
+    column_to_vectors,
+    sample_digest,
+    vectors_to_column,
+)
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake(str(tmp_path / "lake"))
+
+
+def provenance(**changes: object) -> Provenance:
+    given = {"asset": "clip_score/b32", "shard": "00000", "code_version": "1", "parameters": {}, "inputs": {}}
+    return Provenance(**{**given, **changes})
+
+
+def test_a_file_reads_back_with_its_provenance_rows_and_summary(lake: Lake) -> None:
+    made_from = provenance(parameters={"temperature": 0.01}, inputs={"embeddings/b32": "ab"})
+    written = lake.write(pa.table({"x": [1, 2, 3]}), made_from, summary={"mean": 2.0})
+    stored = lake.stored("clip_score/b32", "00000")
+    assert stored == written
+    assert stored.provenance.digest() == made_from.digest()
+    assert (stored.rows, stored.summary) == (3, {"mean": 2.0})
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2, 3]
+
+
+def test_what_another_process_wrote_removed_or_broke_is_seen_at_the_next_look(lake: Lake) -> None:
+    other = Lake(lake.root)
+    first = lake.write(pa.table({"x": [1, 2, 3]}), provenance())
+    assert lake.stored("clip_score/b32", "00000") == first
+    second = other.write(pa.table({"x": [3, 2, 1]}), provenance(code_version="2"))
+    assert second != first
+    assert lake.stored("clip_score/b32", "00000") == second
+    other.remove("clip_score/b32", "00000")
+    assert lake.stored("clip_score/b32", "00000") is None
+    lake.write(pa.table({"x": [1, 2, 3]}), provenance())
+    assert lake.stored("clip_score/b32", "00000") == first
+    Path(lake.path("clip_score/b32", "00000")).write_bytes(b"broken")
+    with pytest.raises(LakeError, match="not a file of this lake"):
+        lake.stored("clip_score/b32", "00000")
+
+
+@pytest.mark.parametrize("name", ["a::b", "a b", "50% [1]*?#"])
+def test_a_lake_lies_where_its_path_says(tmp_path: Path, name: str) -> None:
+    Lake(str(tmp_path / name)).write(pa.table({"x": [1]}), provenance())
+    assert (tmp_path / name / "clip_score" / "b32" / "00000.parquet").is_file()
+    assert Lake(str(tmp_path / name)).shards("clip_score/b32") == ["00000"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"asset": "clip_score/l14"},
+        {"shard": "00001"},
+        {"code_version": "2"},
+        {"parameters": {"temperature": 0.02}},
+        {"inputs": {"embeddings/b32": "cd"}},
+    ],
+)
+def test_every_part_of_a_provenance_changes_its_digest(change: dict[str, object]) -> None:
+    assert provenance(**change).digest() != provenance().digest()
+
+
+def test_the_fingerprint_is_the_contents_where_the_asset_gives_one(lake: Lake) -> None:
+    table = pa.table({"x": [1, 2]})
+    first = lake.write(table, provenance(inputs={"source": "yesterday"}), content=sample_digest(table))
+    second = lake.write(table, provenance(inputs={"source": "today"}), content=sample_digest(table))
+    assert first.provenance != second.provenance
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_digest_depends_on_values_and_not_on_chunks() -> None:
+    whole = pa.table({"x": ["a", "b", None, "d"], "y": [1.0, 2.0, 3.0, 4.0]})
+    chunked = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
+    other = pa.table({"x": ["a", "b", None, "e"], "y": [1.0, 2.0, 3.0, 4.0]})
+    assert sample_digest(chunked) == sample_digest(whole)
+    assert sample_digest(other) != sample_digest(whole)
+
+
+def test_writing_the_same_again_gives_the_same_bytes(lake: Lake) -> None:
+    for asset in ("clip_score/b32", "embeddings/b32"):
+        given = provenance(asset=asset)
+        path = Path(lake.path(asset, "00000"))
+        lake.write(pa.table({"x": [1.5, 2.5]}), given)
+        first = path.read_bytes()
+        lake.write(pa.table({"x": [1.5, 2.5]}), given)
+        assert path.read_bytes() == first
+
+
+def test_a_pools_file_tells_by_filters_that_it_has_no_such_row(lake: Lake) -> None:
+    """And others have no filters, which would be as large as a score itself."""
+    numbers = np.random.default_rng(0).integers(0, 2**64, 150_000, dtype=np.uint64)
+    written, others = numbers[:140_000], numbers[140_000:]  # two row groups
+    for asset in ("raw_pool", "clip_score/b32"):
+        lake.write(pa.table({"f0": written, "f1": written}), provenance(asset=asset))
+    probe = "SELECT count(*) FILTER (NOT bloom_filter_excludes) FROM parquet_bloom_probe(?, ?, ?::UBIGINT)"
+
+    def groups_left(asset: str, column: str, value: int) -> int:
+        (count,) = duckdb.execute(probe, [lake.path(asset, "00000"), column, value]).fetchone() or ()
+        return int(count)
+
+    assert all(groups_left("raw_pool", "f0", int(value)) >= 1 for value in written[::10_000])
+    assert sum(groups_left("raw_pool", "f0", int(value)) for value in others[:1000]) < 40  # 2000 at one in a hundred
+    assert groups_left("raw_pool", "f1", int(others[0])) == 2
+    assert groups_left("clip_score/b32", "f0", int(others[0])) == 2
+
+
+def test_embeddings_are_mapped_and_not_copied(lake: Lake) -> None:
+    vectors = np.arange(12, dtype=np.float16).reshape(4, 3)
+    table = pa.table({"image": vectors_to_column(vectors)})
+    lake.write(table, provenance(asset="embeddings/b32"))
+    before = pa.total_allocated_bytes()
+    read = column_to_vectors(lake.read("embeddings/b32", "00000")["image"])
+    np.testing.assert_array_equal(read, vectors)
+    assert pa.total_allocated_bytes() - before < vectors.nbytes
+
+
+def test_only_float16_vectors_make_a_column() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        vectors_to_column(np.zeros((2, 3), np.float32))
+
+
+def test_a_missing_file_is_an_error_that_names_asset_shard_and_remedy(lake: Lake) -> None:
+    assert lake.stored("clip_score/b32", "00000") is None
+    with pytest.raises(LakeError, match=r"clip_score/b32 of shard 00000 is not there yet.*materialize"):
+        lake.read("clip_score/b32", "00000")
+
+
+@pytest.mark.parametrize("asset", ["clip_score/b32", "embeddings/b32"])
+def test_a_foreign_file_is_an_error_that_names_it(lake: Lake, asset: str) -> None:
+    path = Path(lake.path(asset, "00000"))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not one of ours")
+    with pytest.raises(LakeError, match=str(path)):
+        lake.stored(asset, "00000")
+
+
+def test_a_file_without_provenance_is_an_error(lake: Lake) -> None:
+    path = Path(lake.path("clip_score/b32", "00000"))
+    lake.write(pa.table({"x": [1]}), provenance())
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({METADATA_KEY: json.dumps({})}), path)
+    with pytest.raises(LakeError, match="not a file of this lake"):
+        lake.stored("clip_score/b32", "00000")
+
+
+def test_shards_are_listed_without_temporary_files(lake: Lake) -> None:
+    for shard in ("00001", "00000"):
+        lake.write(pa.table({"x": [1]}), provenance(shard=shard))
+    (Path(lake.root) / "clip_score/b32/.00002.parquet.1.tmp").write_bytes(b"half")
+    assert lake.shards("clip_score/b32") == ["00000", "00001"]
+    assert lake.shards("neg_clip_loss/b32") == []
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_temporary_one(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    path = lake.path("clip_score/b32", "00000")
+    with pytest.raises(RuntimeError, match="stop"), lake.replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("stop")
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1]
+    assert [p.name for p in Path(path).parent.iterdir()] == ["00000.parquet"]
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file_and_its_litter_is_cleared(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    script = textwrap.dedent(
+        f"""
+        import os, signal
+        from resources.lake.files import Lake
+        lake = Lake({lake.root!r})
+        with lake.replacing(lake.path("clip_score/b32", "00000")) as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    folder = Path(lake.path("clip_score/b32", "00000")).parent
+    assert len(list(folder.iterdir())) == 2
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1]
+    lake.write(pa.table({"x": [2]}), provenance())
+    assert [p.name for p in folder.iterdir()] == ["00000.parquet"]
+
+
+def test_a_running_writers_temporary_file_is_left_alone(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    folder = Path(lake.path("clip_score/b32", "00000")).parent
+    theirs = folder / f".00000.parquet.{os.getppid()}.tmp"
+    theirs.write_bytes(b"half")
+    lake.write(pa.table({"x": [2]}), provenance())
+    assert theirs.exists()
+
+
+def test_the_lake_may_lie_on_another_file_system() -> None:
+    lake = Lake("memory://lake-test")
+    lake.write(pa.table({"x": [1, 2]}), provenance())
+    lake.write(pa.table({"image": vectors_to_column(np.ones((2, 3), np.float16))}), provenance(asset="embeddings/b32"))
+    assert lake.shards("clip_score/b32") == ["00000"]
+    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2]
+    assert column_to_vectors(lake.read("embeddings/b32", "00000")["image"]).shape == (2, 3)
+    assert lake.remove("clip_score/b32", "00000")
+    assert lake.stored("clip_score/b32", "00000") is None
+    with pytest.raises(LakeError, match=r"local folder\. Remedy: a path"):
+        lake.local_root()

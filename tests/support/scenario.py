@@ -1,0 +1,144 @@
+"""One small project that all tests of the graph share: three shards of twelve samples, two targets, three recipes."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from assets.base.partitioned import SHARDS_NAME
+from assets.graph import Graph, build_graph
+from assets.project import Project, open_project
+from dagster_project.definitions import build_defs
+from dagster_project.headless import QUIET, Outcome, materialize
+from resources.lake.versions import Version, Versions
+from tests.support.pool_factory import class_folders, sample, write_shard
+
+ROWS = 12
+SHARDS = ("00000", "00001", "00002")
+
+
+class Scenario:
+    """A project in a folder of its own, opened anew for every pass, as by a new process.
+
+    Attributes:
+        folder: holds `pool`, `pets`, `project.yaml` and `lake`.
+        instance: Dagster's records, in memory.
+        document: the YAML as it is written before each pass.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.instance = dg.DagsterInstance.ephemeral()
+        for shard in SHARDS:
+            self.write_shard(shard)
+        class_folders(folder / "pets")
+        self.document: dict[str, Any] = {
+            "name": "scenario",
+            "lake": "lake",
+            "pool": {"path": "pool"},
+            "encoders": {"tiny": {"model": f"local-dir:{model}", "batch_size": 5, "workers": 0}},
+            "targets": {"pets": {"path": "pets"}},
+            "scores": {"neg_clip_loss": {"tiny": {"batch_size": 8, "draws": 3}}},
+            "recipes": {
+                "clip_third": {"steps": [keep("clip_score/tiny", fraction=0.34)]},
+                "paper": {
+                    "steps": [keep("neg_clip_loss/tiny", fraction=0.5), keep("norm_sim_inf/tiny/pets", fraction=0.25)]
+                },
+                "inside": {"from": "clip_third", "steps": [keep("norm_sim_2/tiny/pets", count=3)]},
+            },
+        }
+
+    def write_shard(self, shard: str, rows: int = ROWS, **changed: Any) -> None:
+        """Write a shard of the pool; `changed` replaces parts of its first sample."""
+        first = int(shard) * 100
+        samples = [sample(first + i, shard, **(changed if i == 0 else {})) for i in range(rows)]
+        write_shard(self.folder / "pool", samples, shard)
+
+    def set(self, *path: str, value: Any) -> None:
+        """Change a field of the YAML."""
+        place = self.document
+        for part in path[:-1]:
+            place = place[part]
+        place[path[-1]] = value
+
+    def open(self) -> Project:
+        """Open the project from its YAML."""
+        path = self.folder / "project.yaml"
+        text = yaml.safe_dump(copy.deepcopy(self.document))
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        return open_project(path)
+
+    def open_graph(self) -> tuple[Project, Graph]:
+        """Open the project and build its assets."""
+        project = self.open()
+        return project, build_graph(project)
+
+    def run(self, *, redraw: bool = False) -> Outcome:
+        """Bring everything up to date, as `clip-select run` does."""
+        project, graph = self.open_graph()
+        return materialize(project, graph, self.instance, notice=lambda *_: None, redraw=redraw)
+
+    def execute(
+        self, *assets: str, shard: str | None = None, tags: dict[str, str] | None = None
+    ) -> dg.ExecuteInProcessResult:
+        """Run assets in one run, as a click on "Materialize" does; no assets named: those of every shard."""
+        project, graph = self.open_graph()
+        defs = build_defs(project, graph)
+        job = defs.resolve_implicit_global_asset_job_def() if assets else defs.resolve_job_def("process_shards")
+        self.instance.add_dynamic_partitions(SHARDS_NAME, list(SHARDS))
+        return job.execute_in_process(
+            instance=self.instance,
+            asset_selection=[dg.AssetKey(key.split("/")) for key in assets] or None,
+            partition_key=shard,
+            tags=tags,
+            run_config=QUIET,
+            raise_on_error=False,
+        )
+
+    def subset(self, recipe: str) -> Version:
+        """Read a recipe's newest version."""
+        version = Versions(self.open().lake, recipe).current()
+        assert version is not None
+        return version
+
+    def manifest(self, recipe: str) -> pl.DataFrame:
+        """Read the selected rows of a recipe's newest version."""
+        return pl.read_parquet(self.subset(recipe).manifest)
+
+    def scores(self, asset: str, shards: Sequence[str] = SHARDS) -> pl.DataFrame:
+        """Read a score asset's rows."""
+        lake = self.open().lake
+        return pl.concat([pl.from_arrow(lake.read(asset, shard)) for shard in shards])
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Give every data file of the lake with its time and inode, which a rewrite changes."""
+        lake = self.folder / "lake"
+        return {
+            str(path.relative_to(lake)): (path.stat().st_mtime_ns, path.stat().st_ino)
+            for path in lake.rglob("*")
+            if path.is_file() and ".dagster" not in path.parts
+        }
+
+    def array(self, recipe: str) -> np.ndarray:
+        """Load a recipe's newest `.npy`."""
+        return np.load(self.subset(recipe).uids, allow_pickle=False)
+
+
+def keep(score: str, **limit: float) -> dict[str, Any]:
+    """Write a `keep_top` step."""
+    return {"keep_top": {"score": score, **limit}}
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, tiny_clip: Path) -> Iterator[Scenario]:
+    """A fresh project."""
+    scenario = Scenario(tmp_path, tiny_clip)
+    yield scenario
+    scenario.instance.dispose()
