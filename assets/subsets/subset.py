@@ -290,7 +290,7 @@ def manifest(selection: Selection) -> Manifest:
         ranks=selection.ranks(),
         samples=selection.samples,
         tables={
-            step_file(number, selection.recipes.steps[number - 1].kind): selection.con.sql(query).to_arrow_reader
+            step_file(number, selection.steps[number - 1].kind): selection.con.sql(query).to_arrow_reader
             for number, query in selection.tables.items()
         },
     )

@@ -132,7 +132,7 @@ def test_datacomps_fraction_keeps_all_rows_from_the_value_behind_it_on(fraction:
         step = {"keep_top": {"score": "clip_score/b32", "fraction": fraction, "rule": "datacomp"}}
         selection = select(con, "r", Recipe.model_validate({"steps": [step]}))
         found = set(selection.subset()["f0"].tolist())
-        (report,) = selection.recipes.steps
+        (report,) = selection.steps
     threshold = -np.sort(-values)[min(int(len(values) * fraction), 99)]
     assert found == set(np.flatnonzero(values >= threshold).tolist())
     assert (report.threshold, report.tie_uid, report.kept) == (threshold, None, len(found))
