@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from core.errors import UserError
 from resources.catalog.build import score_names, score_type
 from resources.inputs.external import find
 from resources.inputs.targets import Target, open_target
@@ -50,7 +51,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 HYPE_COLUMNS = ("hype", "hype_specificity_image", "hype_specificity_text", "hype_distance", "hype_cosine")
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """The project's YAML is wrong; the message names the file, the field and the remedy."""
 
 

@@ -16,11 +16,12 @@ from assets.base.unpartitioned import WholeAsset
 from assets.graph import Graph
 from assets.project import Project
 from assets.subsets.subset import SubsetAsset
+from core.hashing import digest
 from resources.inputs.external import ExternalError
 from resources.inputs.languages import LanguageError
 from resources.inputs.targets import TargetError
 from resources.inputs.wordnet import WordNetError
-from resources.lake.files import LakeError, digest
+from resources.lake.files import LakeError
 from resources.models.encoders import EncoderError
 from resources.pools.base import PoolError
 from selection.recipes.recipe import set_kind

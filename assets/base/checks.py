@@ -20,6 +20,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 )
 
 from assets.project import Project
+from core.uids import UID_DTYPE
 from resources.lake.files import column_to_vectors
 
 SUMMARY_KEY = "checks"
@@ -283,7 +284,7 @@ def _look_at_uids(tables: Tables) -> Finding:
     repeated = len(words) - len(np.unique(words))
     if repeated:
         return Finding(False, {"repeated": repeated}, f"{repeated} rows repeat the uid of another row in the shard")
-    from selection.uids import format_uids
+    from core.uids import format_uids
 
     spelled = format_uids(words["f0"], words["f1"])
     for row, (uid, text) in enumerate(zip(table["uid"].to_pylist(), spelled, strict=True)):
@@ -430,6 +431,6 @@ def _near_the_pools_own(asset: str, column: str) -> Check:
 
 def _uids(table: pa.Table) -> np.ndarray:
     """Give f0 and f1 as one array of records `[n]`, which compare as the uids do."""
-    uids = np.empty(table.num_rows, dtype=[("f0", "u8"), ("f1", "u8")])
+    uids = np.empty(table.num_rows, dtype=UID_DTYPE)
     uids["f0"], uids["f1"] = table["f0"].to_numpy(), table["f1"].to_numpy()
     return uids

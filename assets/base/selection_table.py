@@ -15,10 +15,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from core.sql import quoted
 from resources.lake.files import Lake
 from resources.lake.pool_scores import Source, mark_sets, source_relation
 from selection.recipes.execute import Selection, select, set_column
-from selection.recipes.ranking import quoted
 from selection.recipes.recipe import Recipe
 
 MEMORY = "2GB"  # of DuckDB while it chooses; what is larger goes through temporary files

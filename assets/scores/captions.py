@@ -20,7 +20,8 @@ from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, input
 from assets.base.score_tables import IDENTITY
 from assets.project import Project
 from assets.subsets.subset import SubsetAsset, newest
-from resources.lake.files import LakeError, Provenance, digest
+from core.hashing import digest
+from resources.lake.files import LakeError, Provenance
 from resources.models.decoding import EncoderError
 
 CODE_VERSION = "1"

@@ -14,8 +14,9 @@ from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, input
 from assets.base.score_tables import IDENTITY, figures
 from assets.base.unpartitioned import WholeAsset, up_to_date, whole_asset
 from assets.project import Project
+from core.hashing import digest
 from resources.inputs.external import ExternalError, Table, find, opened, sha256
-from resources.lake.files import LakeError, Provenance, digest, sample_digest
+from resources.lake.files import LakeError, Provenance, sample_digest
 from resources.settings import ExternalUids
 
 CODE_VERSION = "1"
@@ -129,7 +130,7 @@ def _looked_up(
 
 
 def _result(key: str, shard: str, rows: pa.Table, values: Mapping[str, np.ndarray], differs: np.ndarray) -> Outcome:
-    from selection.uids import format_uids
+    from core.uids import format_uids
 
     if len(differs):
         first = rows.slice(int(differs[0]), 1)

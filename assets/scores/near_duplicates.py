@@ -26,10 +26,11 @@ from assets.base.selection_table import rows_of
 from assets.base.unpartitioned import WholeAsset, up_to_date, whole_asset
 from assets.project import Project
 from assets.subsets.subset import SubsetAsset, newest, shard_inputs
-from resources.lake.files import LakeError, Provenance, column_to_vectors, digest
+from core.hashing import digest
+from core.uids import format_uids
+from resources.lake.files import LakeError, Provenance, column_to_vectors
 from resources.lake.scratch import reserve
 from resources.lake.versions import Versions
-from selection.uids import format_uids
 
 CODE_VERSION = "2"
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order

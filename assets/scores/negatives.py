@@ -13,6 +13,7 @@ from assets.base.unpartitioned import WholeAsset, whole_asset
 from assets.pool.embeddings import CODE_VERSION as EMBEDDINGS_VERSION
 from assets.pool.embeddings import parameters as encoder_parameters
 from assets.project import Project
+from core.uids import UID_DTYPE
 from resources.lake.files import Provenance, column_to_vectors, vectors_to_column
 
 CODE_VERSION = "1"
@@ -125,7 +126,7 @@ def read_draws(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         The uids as records with f0 and f1 `[K, B]`, and float16 image and text `[K, B, d]`.
     """
     draws = int(table["draw"][-1].as_py()) + 1
-    uids = np.empty(table.num_rows, dtype=[("f0", "u8"), ("f1", "u8")])
+    uids = np.empty(table.num_rows, dtype=UID_DTYPE)
     uids["f0"], uids["f1"] = table["f0"].to_numpy(), table["f1"].to_numpy()
     image, text = column_to_vectors(table["image"]), column_to_vectors(table["text"])
     size = table.num_rows // draws

@@ -20,6 +20,8 @@ import polars as pl
 from assets.base.score_tables import to_tensor
 from assets.project import Project
 from assets.scores.negatives import negatives, read_draws, with_content
+from core.errors import UserError
+from core.uids import UID_DTYPE
 from resources.catalog.build import read_catalog
 from resources.lake.files import column_to_vectors
 from selection.scores.negatives import keyed_hash, membership
@@ -36,7 +38,7 @@ _TEMPERATURES = (1 / 4, 1 / 2, 2, 4)
 _SMALLER_BATCHES = (64, 16, 4)
 
 
-class StudyError(ValueError):
+class StudyError(UserError, ValueError):
     """The truth can't be used; the message names the file and the remedy."""
 
 
@@ -515,7 +517,7 @@ def _embedded(
     place = np.concatenate(places)
     order = np.argsort(place)
     place = place[order]
-    uids = np.empty(len(place), dtype=[("f0", "u8"), ("f1", "u8")])
+    uids = np.empty(len(place), dtype=UID_DTYPE)
     uids["f0"], uids["f1"] = frame["f0"].to_numpy()[place], frame["f1"].to_numpy()[place]
     return place, uids, np.concatenate(images)[order], np.concatenate(texts)[order]
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from assets.base.checks import CheckFailed, asset_key
+from core.uids import UID_DTYPE
 from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
 from selection.recipes.recipe import Recipe
-from selection.uids import SUBSET_DTYPE
 
 DESCRIPTIONS = {
     "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
@@ -122,7 +122,7 @@ def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, stra
 
 def _order(manifest: pa.Table, uids: np.ndarray) -> str:
     """Tell what is wrong with DataComp's array, if anything is."""
-    if uids.dtype != SUBSET_DTYPE:
+    if uids.dtype != UID_DTYPE:
         return f"its dtype is {uids.dtype}, not u8,u8"
     f0, f1 = uids["f0"], uids["f1"]
     listed = [manifest["f0"].to_numpy(), manifest["f1"].to_numpy()]

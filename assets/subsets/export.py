@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, each, sharded_asset
 from assets.project import Project
+from core.uids import UID_DTYPE
 from resources.lake.files import Provenance
 from resources.lake.versions import Version, Versions
 from resources.storage import files, tars
 from resources.storage.tar_writer import copies, samples, write_tar
-from selection.uids import SUBSET_DTYPE
 
 CODE_VERSION = "1"
 SCHEMA = pa.schema(
@@ -109,7 +109,7 @@ def _chosen(project: Project, version: Version, shards: Sequence[str]) -> pl.Dat
         rows = pl.read_parquet(file, columns=["shard", "key", "f0", "f1"]).filter(pl.col("shard").is_in(shards))
     with project.lake.fs.open(version.uids) as file:
         uids = np.load(file, allow_pickle=False)
-    wanted = np.empty(len(rows), SUBSET_DTYPE)
+    wanted = np.empty(len(rows), UID_DTYPE)
     wanted["f0"], wanted["f1"] = rows["f0"], rows["f1"]
     times = np.searchsorted(uids, wanted, side="right") - np.searchsorted(uids, wanted, side="left")
     return rows.with_columns(times=pl.Series(times, dtype=pl.Int64))

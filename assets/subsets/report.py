@@ -19,12 +19,12 @@ import polars as pl
 
 from assets.project import Project
 from assets.subsets.contact_sheets import Sheet, Tile, data_url, escaped, html_page, image_path, markdown, small_jpeg
+from core.sql import quoted
 from resources.lake.versions import Version
 from resources.pools.base import PoolError
 from resources.storage import files
 from resources.storage.images import ImageError
 from selection.recipes.execute import Selection, StepReport
-from selection.recipes.ranking import quoted
 from selection.scores.negatives import keyed_hash
 
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples a sheet, pixels

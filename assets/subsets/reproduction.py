@@ -4,7 +4,6 @@ Here: `choose_again`, from the scores that lie in a lake, and `rebuild`, from th
 fingerprint that they rely on and say which one differs. Not here: what a record holds (`assets.subsets.lineage`).
 """
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from assets.scores.clusters import GIVEN
 from assets.scores.external import read_uids
 from assets.subsets.lineage import FORMAT, FROM_SHARDS, packages
 from assets.subsets.subset import manifest, read_uid_list
+from core.hashing import sha256
 from resources.lake.files import Lake, LakeError, sample_digest
 from resources.lake.versions import Versions, set_file, write_selection
 from resources.settings import ExternalUids
@@ -170,7 +170,7 @@ def _set_again(read: Mapping[str, Any], folder: Path, lists: Mapping[str, Any]) 
             raise LakeError(f"{read['name']}: its files hold other uids now. Remedy: put the old ones back")
         return uids
     path = Path(read["path"])
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != read["fingerprint"]:
+    if not path.is_file() or sha256(path) != read["fingerprint"]:
         raise LakeError(f"{path}: not the uid list that the subset was made with. Remedy: put that list back")
     return read_uid_list(path)
 

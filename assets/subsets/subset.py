@@ -4,7 +4,6 @@ The subset is built from the shards whose scores are complete and belong togethe
 lineage record with the reason.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from assets.scores.external import fresh_uids
 from assets.subsets.checks import examine_before_the_record, examine_stored, specs
 from assets.subsets.lineage import lineage_record
 from assets.subsets.report import report_metadata, write_report
-from resources.lake.files import digest
+from core.hashing import digest, sha256
+from core.sql import quoted
+from core.uids import parse_uids, subset_array, subset_words
 from resources.lake.versions import Manifest, Version, Versions, set_file, step_file
 from selection.recipes.execute import Selection, set_column
-from selection.recipes.ranking import quoted
 from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
 from selection.recipes.steps import POOL
-from selection.uids import parse_uids, subset_array, subset_words
 
 CODE_VERSION = "2"
 SHOWN = 150  # files that were read, in the event log, which has room for 256 KB of pictures and tables
@@ -224,7 +223,7 @@ def _set(project: Project, name: str) -> dict[str, str]:
     path = _uid_list(project, name)
     if not path.is_file():
         raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
-    return {"kind": "uids", "name": name, "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"kind": "uids", "name": name, "fingerprint": sha256(path)}
 
 
 def _uid_list(project: Project, name: str) -> Path:

@@ -22,10 +22,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from core import sql
 from resources.catalog.history import version_macros
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
-from selection.recipes.ranking import quoted
 
 POOL_COLUMNS = {
     "uid": "VARCHAR",
@@ -96,7 +96,7 @@ def build_catalog(
     records = [version.lineage for version in newest if version is not None]
     with lake.replacing(str(path.absolute())) as temporary, duckdb.connect(str(temporary)) as con:
         for name, query in _views(root, scores).items():
-            con.execute(f"CREATE VIEW {quoted(name)} AS {query}").fetchall()
+            con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
         for macro in (
             _UID_WORDS,
             _OVERLAP,
@@ -133,7 +133,7 @@ def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
         values = {column: score_type(column) for column in columns}
         views[asset] = _files(root, f"{asset}/{_VISIBLE}.parquet", _ROW | values)
     views["pool_scores"] = _pool_scores(root, scores)
-    names = [quoted(name) for names in score_names(scores).values() for name in names]
+    names = [sql.quoted(name) for names in score_names(scores).values() for name in names]
     views["scores"] = f"SELECT {', '.join(['uid, f0, f1, shard, key', *names])} FROM pool_scores"
     views["shards"] = """
         SELECT coalesce(p.shard, r.shard) AS shard, coalesce(p.n, 0) AS rows, coalesce(r.n, 0) AS rejected
@@ -145,8 +145,8 @@ def _views(root: Path, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
     """Write a query over files that may not be there yet: typed columns, and no rows without files."""
-    typed = ", ".join(f"NULL::{kind} AS {quoted(name)}" for name, kind in columns.items())
-    names = ", ".join(quoted(name) for name in columns)
+    typed = ", ".join(f"NULL::{kind} AS {sql.quoted(name)}" for name, kind in columns.items())
+    names = ", ".join(sql.quoted(name) for name in columns)
     return (
         f"SELECT {names} FROM (SELECT {typed} WHERE false UNION ALL BY NAME "
         f"SELECT * FROM read_parquet({_pattern(root, pattern)}, allow_empty=true{options}))"
@@ -171,10 +171,10 @@ def _numbered(root: Path, scores: Mapping[str, Sequence[str]]) -> tuple[str, lis
 def _pool_scores(root: Path, scores: Mapping[str, Sequence[str]]) -> str:
     """Join the scores to the pool."""
     pool, scored = _numbered(root, scores)
-    selected, joins = [f"pool.{quoted(column)}" for column in POOL_COLUMNS], []
+    selected, joins = [f"pool.{sql.quoted(column)}" for column in POOL_COLUMNS], []
     for number, (query, named) in enumerate(scored):
         joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
-        selected += [f"s{number}.{quoted(column)} AS {quoted(name)}" for column, name in named]
+        selected += [f"s{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for column, name in named]
     return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
 
 
@@ -213,7 +213,7 @@ def _subset_views(root: Path) -> dict[str, str]:
         "lineage_records": f"""
             SELECT {place}, content::JSON AS record FROM (
                 SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
-                SELECT * FROM read_text({record}, allow_empty=true))""",
+                SELECT * FROM readsql.text({record}, allow_empty=true))""",
         "subsets": """
             SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
                 (record->>'rows')::BIGINT AS rows,
@@ -352,17 +352,17 @@ def _sample_ctes(root: Path, scores: Mapping[str, Sequence[str]]) -> list[str]:
         f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "
         "USING (filename, file_row_number, f0) WHERE pool.f1 = uid_word(sample, 17))",
     ]
-    selected, joins = [f"pool_rows.{quoted(column)}" for column in POOL_COLUMNS], []
+    selected, joins = [f"pool_rows.{sql.quoted(column)}" for column in POOL_COLUMNS], []
     for number, (asset, (query, named)) in enumerate(zip(scores, scored, strict=True)):
         # From the pool's file, since DuckDB may spell the root in another way than we do.
-        file = f"regexp_replace(filename, 'raw_pool(/[^/]*)$', {_text(asset)} || '\\1')"
+        file = f"regexp_replace(filename, 'raw_pool(/[^/]*)$', {sql.text(asset)} || '\\1')"
         ctes.append(
             f"score_rows{number} AS MATERIALIZED (SELECT s.* FROM ({query}) AS s "
             f"JOIN (SELECT * REPLACE ({file} AS filename) FROM pool_rows) "
             "USING (filename, shard, file_row_number, f0, f1))"
         )
         joins.append(f"LEFT JOIN score_rows{number} USING (shard, file_row_number)")
-        selected += [f"score_rows{number}.{quoted(column)} AS {quoted(name)}" for column, name in named]
+        selected += [f"score_rows{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for column, name in named]
     return [*ctes, f"sample_rows AS MATERIALIZED (SELECT {', '.join(selected)} FROM pool_rows {' '.join(joins)})"]
 
 
@@ -401,7 +401,7 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
                 instead = f"SELECT format('{{:016x}}{{:016x}}', kept_f0, kept_f1) FROM {table} WHERE {_SAMPLE}"
                 passes.append(f'({instead}) AS "instead {number}"')
             else:
-                binds = binds and _binds(con, quoted(step["by"]))
+                binds = binds and _binds(con, sql.quoted(step["by"]))
                 said, threshold = _in_stratum(step, table) if binds else ("NULL::BOOLEAN", "NULL::DOUBLE")
                 passes.append(f'{threshold} AS "threshold {number}"')
         else:
@@ -418,7 +418,7 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
             FROM (SELECT 1) LEFT JOIN (
                 SELECT * FROM sample_rows WHERE shard IN (
                     SELECT unnest(json_keys(content::JSON->'shards'))
-                    FROM read_text({_pattern(root, f"{folder}/lineage.json")}))
+                    FROM readsql.text({_pattern(root, f"{folder}/lineage.json")}))
                 ORDER BY shard, source_row LIMIT 1
             ) ON true LEFT JOIN ({member}) ON true
             WHERE "member" OR EXISTS (FROM sample_rows))"""
@@ -427,13 +427,13 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
 def _value(step: Mapping[str, Any]) -> str | None:
     """Give what a step compares of a row, as SQL, if it compares a number."""
     if step["score"] is not None:
-        return str(step.get("value") or quoted(step["score"]))
-    return quoted(step["by"]) if step["kind"] == "deduplicate" and step["threshold"] is not None else None
+        return str(step.get("value") or sql.quoted(step["score"]))
+    return sql.quoted(step["by"]) if step["kind"] == "deduplicate" and step["threshold"] is not None else None
 
 
 def _in_stratum(step: Mapping[str, Any], table: str) -> tuple[str, str]:
     """Write whether a row is in the top of its stratum, and the stratum's threshold, from the strata as they were."""
-    value, of_row = step["value"], f"FROM {table} AS s WHERE s.stratum IS NOT DISTINCT FROM {quoted(step['by'])}"
+    value, of_row = step["value"], f"FROM {table} AS s WHERE s.stratum IS NOT DISTINCT FROM {sql.quoted(step['by'])}"
     stays = f"{value} > threshold OR ({value} = threshold AND (f0 < tie_f0 OR (f0 = tie_f0 AND f1 <= tie_f1)))"
     return f"coalesce((SELECT {stays} {of_row}), false)", f"(SELECT threshold {of_row})"
 
@@ -462,17 +462,17 @@ def _explained_steps(
         number = step["step"]
         unknown = f'"pass {number}" IS NULL'
         columns = {
-            "recipe": _text(record["recipe"]),
-            "version": _text(record["version"]),
+            "recipe": sql.text(record["recipe"]),
+            "version": sql.text(record["version"]),
             "step": str(number),
-            "text": _text(step["text"]),
+            "text": sql.text(step["text"]),
         }
         if step["threshold"] is not None:
-            columns["threshold"] = f"{_text(repr(float(step['threshold'])))}::DOUBLE"
+            columns["threshold"] = f"{sql.text(repr(float(step['threshold'])))}::DOUBLE"
         if step["score"] is not None:
             unknown += f' OR "score {number}" IS NULL'
             columns |= {
-                "score": _text(step["score"]),
+                "score": sql.text(step["score"]),
                 "value": f'coalesce("value {number}", "score {number}")',
                 "rank": f'"rank {number}"',
             }
@@ -485,14 +485,16 @@ def _explained_steps(
             instead = f'"instead {number}"'
         elif step["kind"] == "deduplicate" and step["threshold"] is not None:
             unknown += f' OR "score {number}" IS NULL'
-            columns |= {"score": _text(step["by"]), "value": f'"score {number}"'}
-            instead = quoted(likest[step["by"]]) if step["by"] in likest else None
+            columns |= {"score": sql.text(step["by"]), "value": f'"score {number}"'}
+            instead = sql.quoted(likest[step["by"]]) if step["by"] in likest else None
         for score in {step["score"], *(step.get("scores") or ())}.intersection(said):
-            columns["best_caption"] = quoted("sieve_caption" + score.removeprefix("sieve"))
+            columns["best_caption"] = sql.quoted("sieve_caption" + score.removeprefix("sieve"))
         if step["score"] in nearest:
             suffix = nearest[step["score"]]
-            index = quoted(f"nearest_target/{suffix}")
-            of_target = f"FROM targets WHERE asset = {_text(f'target_embeddings/{suffix}')} AND target_index = {index}"
+            index = sql.quoted(f"nearest_target/{suffix}")
+            of_target = (
+                f"FROM targets WHERE asset = {sql.text(f'target_embeddings/{suffix}')} AND target_index = {index}"
+            )
             columns |= {
                 "nearest_target": index,
                 "nearest_label": f"(SELECT label {of_target})",
@@ -591,8 +593,4 @@ def score_type(column: str) -> str:
 
 
 def _pattern(root: Path, pattern: str) -> str:
-    return _text(f"{glob.escape(str(root))}/{pattern}")
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
+    return sql.text(f"{glob.escape(str(root))}/{pattern}")

@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from core import sql
+from core.errors import UserError
 from resources.storage import files
 from resources.storage.arrays import ArrayError, open_array
 
@@ -35,7 +37,7 @@ _BATCH_ROWS = 1 << 17
 _LARGEST_BLOCK = 64 << 20
 
 
-class ExternalError(ValueError):
+class ExternalError(UserError, ValueError):
     """A file from elsewhere can't be read; the message names it and the remedy."""
 
 
@@ -195,7 +197,7 @@ class Table:
         self.con.execute("CREATE TEMP TABLE uids AS SELECT DISTINCT f0, f1 FROM listed")
         pool = "(SELECT NULL::UBIGINT AS f0, NULL::UBIGINT AS f1 WHERE false)"
         if raw_pool:
-            listed = ", ".join("'" + glob.escape(str(path)).replace("'", "''") + "'" for path in raw_pool)
+            listed = ", ".join(sql.path(path) for path in raw_pool)
             pool = f"read_parquet([{listed}])"
         ((rows,),) = self.con.execute(f"SELECT count(*) FROM {pool}").fetchall()
         ((covered,),) = self.con.execute(f"SELECT count(*) FROM {pool} SEMI JOIN uids USING (f0, f1)").fetchall()

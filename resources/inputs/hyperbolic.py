@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from core.uids import UID_DTYPE, parse_uids
 from resources.inputs.external import ExternalError
 from resources.settings import HypeSettings
 from resources.storage import files
 from resources.storage.arrays import array_names, open_array
-from selection.uids import SUBSET_DTYPE, parse_uids
 
 Pair = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
@@ -125,7 +125,7 @@ def _words(url: str, names: Sequence[str]) -> np.ndarray[Any, Any] | None:
 
 
 def _records(f0: np.ndarray[Any, Any], f1: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    words = np.empty(len(f0), SUBSET_DTYPE)
+    words = np.empty(len(f0), UID_DTYPE)
     words["f0"], words["f1"] = f0, f1
     return words
 

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from core.errors import UserError
+
 REMEDY = "Remedy: pip install 'clip-data-selection[captions]'"
 _LABEL = "__label__"
 
 
-class LanguageError(Exception):
+class LanguageError(UserError):
     """Languages can't be told; the message names the remedy."""
 
 

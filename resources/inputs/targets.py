@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from core.errors import UserError
 from resources.models.encoders import Encoder, EncoderError
 from resources.settings import TargetFeatures, TargetSettings
 from resources.storage import files, tars
@@ -27,7 +28,7 @@ _LABELS = ("labels", "label", "targets")
 _SHOWN = 5
 
 
-class TargetError(ValueError):
+class TargetError(UserError, ValueError):
     """A target cannot be read; the message names the path and the remedy."""
 
 

@@ -8,6 +8,8 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
+from core.errors import UserError
+
 PARTS = ("noun", "verb", "adj", "adv")
 _ENDINGS = {
     "noun": (
@@ -27,7 +29,7 @@ _ENDINGS = {
 }
 
 
-class WordNetError(Exception):
+class WordNetError(UserError):
     """WordNet's files or a list of synsets can't be read; the message names the file and the remedy."""
 
 

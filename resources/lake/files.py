@@ -26,6 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from core.errors import UserError
+from core.hashing import digest
+
 METADATA_KEY = b"clip_data_selection"
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
@@ -35,14 +38,8 @@ KNOWN_FILES = 60_000  # of which the lake remembers what is stored; some 4 kB ea
 TEMPORARY_SUFFIX = ".tmp"
 
 
-class LakeError(Exception):
+class LakeError(UserError):
     """A file of the lake is missing or can't be read; the message names it and the remedy."""
-
-
-def digest(value: Any) -> str:
-    """Give the sha256 of a JSON value in canonical form, as 64 hexadecimal characters."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

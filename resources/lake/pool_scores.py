@@ -8,15 +8,13 @@ uid and place is compared on the way: a file that is out of step is an error, ne
 shards are read by one statement, because each costs some twenty milliseconds of its own.
 """
 
-import glob
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 
-from selection.recipes.grouping import repeated_hashes
-from selection.recipes.ranking import quoted
+from core import sql
 
 ScoreFiles = tuple[str, Mapping[str, Path]]
 """A score's column in its files, and the files by shard."""
@@ -73,10 +71,10 @@ def source_relation(
         for shard, _ in raw_pool:
             if shard not in paths:
                 raise ValueError(f"Shard {shard} has no file of {score}. Remedy: materialize it for this shard.")
-    con.execute(f"DROP TABLE IF EXISTS {quoted(name)}")
+    con.execute(f"DROP TABLE IF EXISTS {sql.quoted(name)}")
     columns = ["f0", "f1", "shard", "key"]
     columns += [column for column in pool_columns if column not in columns]
-    target = f"CREATE TEMP TABLE {quoted(name)} AS"
+    target = f"CREATE TEMP TABLE {sql.quoted(name)} AS"
     in_order = sorted(raw_pool)
     for start in range(0, len(in_order), _SHARDS_AT_ONCE):
         shards = in_order[start : start + _SHARDS_AT_ONCE]
@@ -86,10 +84,10 @@ def source_relation(
             if _OUT_OF_STEP not in str(error):
                 raise
             raise ValueError(_which_is_out_of_step(con, shards, scores)) from error
-        target = f"INSERT INTO {quoted(name)}"
+        target = f"INSERT INTO {sql.quoted(name)}"
     duplicates = _drop_duplicates(con, name)
     mark_sets(con, name, sets or {})
-    ((rows,),) = con.execute(f"SELECT count(*) FROM {quoted(name)}").fetchall()
+    ((rows,),) = con.execute(f"SELECT count(*) FROM {sql.quoted(name)}").fetchall()
     return Source(rows=rows, duplicates=duplicates)
 
 
@@ -102,9 +100,9 @@ def mark_sets(con: duckdb.DuckDBPyConnection, name: str, sets: Mapping[str, str]
         sets: For each boolean column that is added, the name of a relation with columns f0 and f1.
     """
     for column, listed in sets.items():
-        con.execute(f"ALTER TABLE {quoted(name)} ADD COLUMN {quoted(column)} BOOLEAN DEFAULT false")
+        con.execute(f"ALTER TABLE {sql.quoted(name)} ADD COLUMN {sql.quoted(column)} BOOLEAN DEFAULT false")
         con.execute(
-            f"UPDATE {quoted(name)} AS row SET {quoted(column)} = true FROM {quoted(listed)} AS listed "
+            f"UPDATE {sql.quoted(name)} AS row SET {sql.quoted(column)} = true FROM {sql.quoted(listed)} AS listed "
             "WHERE row.f0 = listed.f0 AND row.f1 = listed.f1"
         ).fetchall()
 
@@ -115,15 +113,15 @@ _OUT_OF_STEP = "has other rows than"
 def _query(shards: Sequence[tuple[str, Path]], scores: Mapping[str, ScoreFiles], columns: Sequence[str]) -> str:
     """Write the query of some shards' rows; it fails with `_OUT_OF_STEP` where a score file has others."""
     aliases: dict[tuple[Path, ...], str] = {}
-    selected = [f"pool.{quoted(column)}" for column in columns]
+    selected = [f"pool.{sql.quoted(column)}" for column in columns]
     for score, (column, paths) in scores.items():
         alias = aliases.setdefault(tuple(paths[shard] for shard, _ in shards), f"score{len(aliases)}")
-        selected.append(f"{alias}.{quoted(column)} AS {quoted(score)}")
+        selected.append(f"{alias}.{sql.quoted(column)} AS {sql.quoted(score)}")
     joins, checks = [], ["true"]
     for files, alias in aliases.items():
         joins.append(f"POSITIONAL JOIN {_files(files)} AS {alias}")
         same = [f"pool.{column} IS NOT DISTINCT FROM {alias}.{column}" for column in ("f0", "f1", "file_row_number")]
-        checks.append(f"CASE WHEN {' AND '.join(same)} THEN true ELSE error({_text(_OUT_OF_STEP)}) END")
+        checks.append(f"CASE WHEN {' AND '.join(same)} THEN true ELSE error({sql.text(_OUT_OF_STEP)}) END")
     return (
         f"SELECT {', '.join(selected)} FROM {_files([file for _, file in shards])} AS pool {' '.join(joins)} "
         f"WHERE {' AND '.join(checks)}"
@@ -152,10 +150,10 @@ def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
 
     Only rows whose hash is there twice are compared by uid.
     """
-    table, copies = quoted(name), quoted(f"{name} copies")
+    table, copies = sql.quoted(name), sql.quoted(f"{name} copies")
     con.execute(f'CREATE OR REPLACE TEMP TABLE {copies} AS SELECT *, 0::BIGINT AS "its rowid" FROM {table} LIMIT 0')
     ((rows,),) = con.execute(f"SELECT count(*) FROM {table}").fetchall()
-    for twice in repeated_hashes(con, "hash(f0, f1)", table, rows):
+    for twice in sql.repeated_hashes(con, "hash(f0, f1)", table, rows):
         con.register("twice", {"h": twice})
         con.execute(
             f"""
@@ -168,11 +166,7 @@ def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
     return int(dropped)
 
 
-def _text(value: object) -> str:
-    return "'" + str(value).replace("'", "''") + "'"
-
-
 def _files(paths: Sequence[Path]) -> str:
     """Write a scan of files, one after another, with each row's place; `escape` lets no name be a pattern."""
-    listed = ", ".join(_text(glob.escape(str(path))) for path in paths)
+    listed = ", ".join(sql.path(path) for path in paths)
     return f"read_parquet([{listed}], file_row_number=true)"

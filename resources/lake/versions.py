@@ -4,7 +4,6 @@ Here: where a version lies, writing one, and reading them back. `lineage.json` i
 without it is a run that was killed; its number is used again.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from core.hashing import sha256
+from core.uids import UID_DTYPE
 from resources.lake.files import Lake, LakeError
 
 NAME = re.compile(r"^v\d{4,}$")
@@ -195,7 +196,7 @@ def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str
         path: where the manifest is written.
         uids_path: where the array is written, dtype `u8,u8`, sorted by (f0, f1), each uid as often as it was drawn.
     """
-    uids = np.empty(manifest.samples, dtype=np.dtype("u8,u8"))
+    uids = np.empty(manifest.samples, dtype=UID_DTYPE)
     with manifest.reader() as reader:
         schema = reader.schema
         for name in manifest.ranks:
@@ -231,9 +232,3 @@ def _in_row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
             waiting = table.slice(ROW_GROUP).to_batches()
     if waiting:
         yield pa.Table.from_batches(waiting).combine_chunks()
-
-
-def sha256(path: Path) -> str:
-    """Give a file's sha256 as 64 hexadecimal characters."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

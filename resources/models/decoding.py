@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from core.errors import UserError
 from resources.pools.base import Pool, PoolError
 from resources.storage import files, images
 
@@ -22,7 +23,7 @@ _AHEAD = 2  # batches each process works ahead, so that the model never waits fo
 _PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", __name__]
 
 
-class EncoderError(RuntimeError):
+class EncoderError(UserError, RuntimeError):
     """An encoder cannot be loaded or a shard not embedded; says what to do."""
 
 

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from core.hashing import sha256
 from resources.models import decoding
 from resources.models.decoding import EncoderError
-from resources.models.model_folders import digests, sha256
+from resources.models.model_folders import digests
 from resources.pools.base import Pool, PoolError
 from resources.settings import HF_HUB, LOCAL_DIR, EncoderSettings
 

@@ -3,12 +3,12 @@
 Here: where the folder is, and what names its contents for good. Not here: what is in it, and what loads it.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from core.hashing import sha256
 from resources.models.decoding import EncoderError
 from resources.settings import LOCAL_DIR
 
@@ -112,9 +112,3 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
-
-
-def sha256(path: Path) -> str:
-    """Give a file's sha256 as 64 hexadecimal characters."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

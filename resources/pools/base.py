@@ -44,6 +44,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from core.errors import UserError
 from resources.settings import EncoderSettings, PoolSettings
 from resources.storage import files
 
@@ -85,7 +86,7 @@ UID = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class PoolError(ValueError):
+class PoolError(UserError, ValueError):
     """A pool or a shard cannot be read; the message names the file and the remedy."""
 
 

@@ -12,13 +12,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from core.errors import UserError
 from resources.storage import files
 
 _BLOCK_BYTES = 16 << 20
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError)
 
 
-class ArrayError(ValueError):
+class ArrayError(UserError, ValueError):
     """A file's array cannot be read; the message names the file and the remedy."""
 
 

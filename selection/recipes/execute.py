@@ -18,24 +18,14 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from core.sql import literal, one, quoted
+from core.uids import UID_DTYPE, format_uid
 from selection.recipes.grouping import Grouped, best_of_equals, top_of_strata
-from selection.recipes.ranking import (
-    StepError,
-    cut,
-    keep_predicate,
-    literal,
-    one,
-    places,
-    quoted,
-    ranked_value,
-    score_value,
-    with_column_at,
-)
+from selection.recipes.ranking import StepError, cut, keep_predicate, places, ranked_value, score_value, with_column_at
 from selection.recipes.recipe import Recipe
 from selection.recipes.sampling import soft_cap_sample
 from selection.recipes.steps import BASIS, POOL, KeepTop, Ranking, SoftCapSample, Step
 from selection.recipes.summaries import summarise
-from selection.uids import SUBSET_DTYPE, format_uid
 
 
 @dataclass(frozen=True)
@@ -184,7 +174,7 @@ class Selection:
         """Give the chosen uids, each once, in DataComp's dtype, sorted by (f0, f1)."""
         query = f"SELECT f0, f1 FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1"
         words = self.con.execute(query).fetchnumpy()
-        subset = np.empty(self.rows, dtype=SUBSET_DTYPE)
+        subset = np.empty(self.rows, dtype=UID_DTYPE)
         subset["f0"], subset["f1"] = words["f0"], words["f1"]
         return subset
 

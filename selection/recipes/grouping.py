@@ -5,19 +5,15 @@ becomes a column beside the source, because no predicate over the row alone coul
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 import duckdb
-import numpy as np
-from numpy.typing import NDArray
 
-from selection.recipes.ranking import StepError, one, quoted, ranked_value, with_column_at
+from core.sql import one, quoted, repeated_hashes
+from core.uids import format_uid
+from selection.recipes.ranking import StepError, ranked_value, with_column_at
 from selection.recipes.steps import Deduplicate, Ranking, Stratify
-from selection.uids import format_uid
-
-_HASHES_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -172,25 +168,3 @@ def top_of_strata(
         groups=strata,
         note=ranked.note,
     )
-
-
-def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count: int) -> Iterator[NDArray[np.uint64]]:
-    """Find the hashes that several rows have, by sorting them a part at a time, so that memory does not grow with rows.
-
-    Args:
-        con: A connection.
-        hash_: A hash of a row, as SQL.
-        rows: What follows FROM.
-        count: About how many rows there are.
-
-    Yields:
-        uint64, ascending, each once; of equal rows all hashes are in one part.
-    """
-    parts = count // _HASHES_AT_ONCE + 1
-    for part in range(parts):
-        some = con.execute(f"SELECT h FROM (SELECT {hash_} AS h FROM {rows}) WHERE h % {parts} = {part}")
-        hashes = some.fetchnumpy()["h"]
-        hashes.sort()
-        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        if len(twice):
-            yield twice

@@ -17,15 +17,17 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from core.errors import UserError
+from core.sql import literal, one, quoted
+from core.uids import format_uid
 from selection.recipes.steps import Ranking
-from selection.uids import format_uid
 
 _BINS = 4096
 _SORTABLE = 1 << 17
 _FIXED = 40
 
 
-class StepError(Exception):
+class StepError(UserError):
     """A step that can't be carried out; `select` adds recipe and step to the message."""
 
 
@@ -175,21 +177,6 @@ def competition_ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
     ranks = np.empty(len(values), np.int64)
     ranks[order] = np.repeat(len(values) - last_of_equals, np.diff(last_of_equals, prepend=-1))
     return ranks
-
-
-def quoted(name: str) -> str:
-    """Write a name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(number: float) -> str:
-    """Write a float64 so that DuckDB reads the same float64; a bare 0.1 would be a decimal."""
-    return f"'{number!r}'::DOUBLE"
-
-
-def one(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    """Run a query of one row; `fetchall`, because a result left open blocks its connection."""
-    return con.execute(sql).fetchall()[0]
 
 
 def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) -> tuple[float, float]:

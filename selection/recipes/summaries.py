@@ -9,7 +9,8 @@ from typing import Any
 
 import duckdb
 
-from selection.recipes.ranking import Ranked, nth, one, quoted, score_value
+from core.sql import one, quoted
+from selection.recipes.ranking import Ranked, nth, score_value
 
 COMMONEST = 10
 OTHERS, MISSING = "all others", "missing"

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from core.uids import UID_DTYPE
+
 # One candidate: its hash in the draw, its uid, and where the caller finds it.
 CANDIDATE = np.dtype([("hash", "u8"), ("f0", "u8"), ("f1", "u8"), ("shard", "i8"), ("row", "i8")])
 
@@ -151,7 +153,7 @@ def _smallest(pool: NDArray[np.void], size: int) -> NDArray[np.void]:
 
 
 def _joined(f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.void]:
-    joined = np.empty(len(f0), dtype=[("f0", "u8"), ("f1", "u8")])
+    joined = np.empty(len(f0), dtype=UID_DTYPE)
     joined["f0"], joined["f1"] = f0, f1
     return joined
 

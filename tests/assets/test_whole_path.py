@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs
 from dagster_project.headless import RANGE_END, RANGE_START
 from tests.support.pool_factory import TINY_CONFIG, write_clip
@@ -55,7 +56,7 @@ def test_a_subset_holds_what_its_steps_say(scenario: Scenario) -> None:
 def test_the_array_is_what_datacomp_reads(scenario: Scenario) -> None:
     scenario.run()
     array = scenario.array("clip_third")
-    assert array.dtype == np.dtype("u8,u8")
+    assert array.dtype == UID_DTYPE
     assert len(array) == 12  # floor(36 * 0.34)
     np.testing.assert_array_equal(array, np.unique(array))
     texts = [f"{f0:016x}{f1:016x}" for f0, f1 in array.tolist()]

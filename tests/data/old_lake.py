@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from core.uids import UID_DTYPE
+
 ROOT = Path("/tmp/clip-data-selection-91eaec7")
 ARCHIVE = Path(__file__).with_name("old_lake.tar.xz")
 TIME = 1_700_000_000  # of every input file, whole seconds
@@ -220,7 +222,7 @@ def _write_datacomp(folder: Path) -> None:
     good = numbers(400, len(known))
     pq.write_table(pa.table({"uid": known, "good": good, "fine": good * 2}), folder / "mlm.parquet")
     words = [(int(text[:16], 16), int(text[16:], 16)) for text in known[2:5]]
-    np.save(folder / "chosen.npy", np.array(sorted(words), dtype=np.dtype("u8,u8")))
+    np.save(folder / "chosen.npy", np.array(sorted(words), dtype=UID_DTYPE))
     (folder / "extra.txt").write_text("\n".join(known[8:11]) + "\n")
 
 

@@ -16,10 +16,10 @@ from assets.base.partitioned import Result, each, input_fingerprint, sharded_ass
 from assets.project import ConfigError, open_project
 from assets.scores.drift import rank_correlation, sides_changed
 from assets.subsets.checks import examine_subset
+from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, RANGE_END, RANGE_START
 from resources.lake.files import Provenance, column_to_vectors, vectors_to_column
-from selection.uids import SUBSET_DTYPE
 from tests.support.pool_factory import datacomp_shard, sample
 from tests.support.scenario import ROWS, SHARDS, Scenario
 
@@ -289,7 +289,7 @@ def test_an_array_that_the_resharder_would_misread_fails(
     made: Scenario, spoil: Callable[[np.ndarray], np.ndarray], why: str
 ) -> None:
     lineage, manifest, uids = subset_of(made, "clip_third")
-    assert uids.dtype == SUBSET_DTYPE
+    assert uids.dtype == UID_DTYPE
     assert why in examine_subset(lineage, manifest, spoil(uids), {})["uids_sorted_and_unique"]["why"]
 
 

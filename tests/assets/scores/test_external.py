@@ -13,10 +13,10 @@ import yaml
 
 from assets.project import ConfigError
 from assets.subsets.reproduction import choose_again, rebuild
+from core.uids import format_uids, parse_uids, subset_array
 from resources.inputs.external import ExternalError, find, opened
 from resources.lake.files import LakeError
 from selection.recipes.sampling import soft_cap_sample
-from selection.uids import format_uids, parse_uids, subset_array
 from tests.support.pool_factory import datacomp_shard, uid
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 

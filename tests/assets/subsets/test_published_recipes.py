@@ -20,10 +20,10 @@ import yaml
 
 from assets.graph import build_graph
 from assets.project import Project, open_project
+from core.uids import format_uids, parse_uids, subset_array
 from dagster_project.headless import materialize
 from examples.demo import pool as demo
 from resources.lake.versions import Versions
-from selection.uids import format_uids, parse_uids, subset_array
 from tests.assets.scores.test_baselines import write_wordnet
 from tests.selection.recipes.test_steps import brute_force as plain_draws
 from tests.support.pool_factory import Sample, uid, write_shard, write_tar

@@ -14,13 +14,13 @@ import pytest
 
 from assets.subsets.lineage import told_steps
 from assets.subsets.subset import manifest
+from core.uids import format_uids, subset_array
 from resources.catalog.build import POOL_COLUMNS, build_catalog, read_catalog
 from resources.lake.files import Lake, LakeError, Provenance, vectors_to_column
 from resources.lake.pool_scores import mark_sets, source_relation
 from resources.lake.versions import set_file, write_selection
 from selection.recipes.execute import select, set_column
 from selection.recipes.recipe import Recipe, set_kind
-from selection.uids import format_uids, subset_array
 
 CLIP, NEAR = "clip_score/b32", "norm_sim_inf/b32/flowers"
 SCORES = {

@@ -13,11 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from core.uids import UID_DTYPE, format_uids, parse_uids
 from selection.recipes.execute import select
 from selection.recipes.predicates import predicate_columns
 from selection.recipes.recipe import Recipe, check_recipes
 from selection.recipes.steps import KINDS, KeepTop
-from selection.uids import SUBSET_DTYPE, format_uids, parse_uids
 
 A, B = "clip_score/b32", "norm_sim_inf/b32/imagenet"
 TYPES = {"f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR", "width": "INTEGER"}
@@ -142,7 +142,7 @@ def test_a_recipe_chooses_what_brute_force_chooses(rows, steps):
         ]
         assert selection.rows == len(expected)
         subset = selection.subset()
-        assert subset.dtype == SUBSET_DTYPE
+        assert subset.dtype == UID_DTYPE
         assert subset.tolist() == [(row["f0"], row["f1"]) for row in expected]
 
 

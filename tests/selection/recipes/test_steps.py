@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from selection.recipes import grouping, sampling
+from core import sql
+from core.uids import format_uids
+from selection.recipes import sampling
 from selection.recipes.execute import select
 from selection.recipes.recipe import Recipe, check_recipes
 from selection.recipes.sampling import soft_cap_sample
 from selection.scores.negatives import keyed_hash
-from selection.uids import format_uids
 
 A, B, LANGUAGE = "clip_score/b32", "norm_sim_inf/b32/imagenet", "language/facts"
 TYPES = {"f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR", "width": "INTEGER"}
@@ -119,7 +120,7 @@ def test_equal_hashes_are_not_equal_values(con):
 
 @pytest.mark.parametrize("at_once", [1 << 25, 70_000])
 def test_many_rows_are_compared_a_part_at_a_time(con, monkeypatch, at_once):
-    monkeypatch.setattr(grouping, "_HASHES_AT_ONCE", at_once)
+    monkeypatch.setattr(sql, "_HASHES_AT_ONCE", at_once)
     con.execute(
         f"""
         CREATE TABLE source AS SELECT hash(i, 3) AS f0, i::UBIGINT AS f1, '' AS shard, '' AS key,

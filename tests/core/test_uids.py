@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selection.uids import (
-    SUBSET_DTYPE,
+from core.uids import (
+    UID_DTYPE,
     format_uids,
     parse_uids,
     subset_array,
@@ -69,12 +69,12 @@ def test_lengths_that_cancel_out_are_noticed():
 def test_the_subset_array_is_sorted_and_keeps_repeats(pairs):
     pairs = pairs + pairs[:1]
     subset = subset_array(*words(pairs))
-    assert subset.dtype == SUBSET_DTYPE == np.dtype([("f0", "<u8"), ("f1", "<u8")])
+    assert subset.dtype == UID_DTYPE == np.dtype([("f0", "<u8"), ("f1", "<u8")])
     assert subset.tolist() == sorted(pairs)
     assert format_uids(*subset_words(subset)) == sorted(format_uids(*words(pairs)))
 
 
-@pytest.mark.parametrize("array", [np.zeros(2, dtype=np.uint64), np.zeros((2, 2), dtype=SUBSET_DTYPE)])
+@pytest.mark.parametrize("array", [np.zeros(2, dtype=np.uint64), np.zeros((2, 2), dtype=UID_DTYPE)])
 def test_an_array_of_another_kind_is_refused(array):
     with pytest.raises(ValueError, match="dtype u8,u8"):
         subset_words(array)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 
-SUBSET_DTYPE = np.dtype("u8,u8")
+UID_DTYPE = np.dtype("u8,u8")
 """The dtype of a DataComp subset file: fields f0 and f1."""
 
 _UID = re.compile(r"[0-9a-fA-F]{32}", re.ASCII)
@@ -76,9 +76,9 @@ def subset_array(f0: Words, f1: Words) -> NDArray[np.void]:
         f1: Second halves, uint64 of shape [n].
 
     Returns:
-        A structured array of `SUBSET_DTYPE` and shape [n], sorted by (f0, f1).
+        A structured array of `UID_DTYPE` and shape [n], sorted by (f0, f1).
     """
-    subset = np.empty(len(f0), dtype=SUBSET_DTYPE)
+    subset = np.empty(len(f0), dtype=UID_DTYPE)
     order = np.lexsort((f1, f0))
     subset["f0"], subset["f1"] = f0[order], f1[order]
     return subset
@@ -88,7 +88,7 @@ def subset_words(subset: NDArray[np.void]) -> tuple[Words, Words]:
     """Take f0 and f1 out of a DataComp array, in the order of the array.
 
     Args:
-        subset: A structured array of `SUBSET_DTYPE` and shape [n], sorted or not.
+        subset: A structured array of `UID_DTYPE` and shape [n], sorted or not.
 
     Returns:
         f0 and f1, each uint64 of shape [n].
@@ -96,7 +96,7 @@ def subset_words(subset: NDArray[np.void]) -> tuple[Words, Words]:
     Raises:
         ValueError: The array has another dtype or shape.
     """
-    if subset.dtype != SUBSET_DTYPE or subset.ndim != 1:
+    if subset.dtype != UID_DTYPE or subset.ndim != 1:
         raise ValueError(
             f"A uid array has dtype u8,u8 (fields f0, f1) and one axis; this one has dtype "
             f"{subset.dtype} and shape {subset.shape}."
