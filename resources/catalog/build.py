@@ -213,7 +213,7 @@ def _subset_views(root: Path) -> dict[str, str]:
         "lineage_records": f"""
             SELECT {place}, content::JSON AS record FROM (
                 SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
-                SELECT * FROM readsql.text({record}, allow_empty=true))""",
+                SELECT * FROM read_text({record}, allow_empty=true))""",
         "subsets": """
             SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
                 (record->>'rows')::BIGINT AS rows,
@@ -418,7 +418,7 @@ def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Mapping[str, Any
             FROM (SELECT 1) LEFT JOIN (
                 SELECT * FROM sample_rows WHERE shard IN (
                     SELECT unnest(json_keys(content::JSON->'shards'))
-                    FROM readsql.text({_pattern(root, f"{folder}/lineage.json")}))
+                    FROM read_text({_pattern(root, f"{folder}/lineage.json")}))
                 ORDER BY shard, source_row LIMIT 1
             ) ON true LEFT JOIN ({member}) ON true
             WHERE "member" OR EXISTS (FROM sample_rows))"""
