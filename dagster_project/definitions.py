@@ -3,24 +3,14 @@
 The project is the YAML that the environment variable CLIP_SELECTION_CONFIG names; the demo where it is not set.
 """
 
-import os
-from pathlib import Path
-
 import dagster as dg
 
 from assets.base.partitioned import ShardAsset
 from assets.graph import Graph, build_graph
 from assets.project import Project, open_project
-from dagster_project.dead_runs import one_process
+from dagster_project.executor import one_process
+from dagster_project.location import config_path
 from dagster_project.sensors import build_sensors
-
-CONFIG_VARIABLE = "CLIP_SELECTION_CONFIG"
-DEMO_CONFIG = Path(__file__).resolve().parent.parent / "config" / "demo.yaml"
-
-
-def config_path() -> Path:
-    """Give the path of the project's YAML."""
-    return Path(os.environ.get(CONFIG_VARIABLE) or DEMO_CONFIG)
 
 
 def build_defs(project: Project, graph: Graph | None = None) -> dg.Definitions:

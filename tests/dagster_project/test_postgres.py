@@ -17,8 +17,9 @@ import pytest
 import dagster_project
 from assets.base.checks import asset_key
 from assets.base.partitioned import DATA_VERSION_TAG, SHARDS_NAME
-from dagster_project import cli as command
+from dagster_project import cli
 from dagster_project.definitions import build_defs
+from dagster_project.instance import open_instance
 from resources.lake.files import LakeError
 from tests.support.scenario import SHARDS, Scenario
 
@@ -124,7 +125,7 @@ def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
 ) -> None:
     config = scenario.folder / "project.yaml"
     project, graph = scenario.open_graph()
-    assert command.main(["run", str(config)]) == 0
+    assert cli.main(["run", str(config)]) == 0
     assert not list(home.rglob("*.db"))
 
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -157,7 +158,7 @@ def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
 
     (scenario.folder / "pool" / "00003.tar").unlink()
     capsys.readouterr()
-    assert command.main(["run", str(config)]) == 0
+    assert cli.main(["run", str(config)]) == 0
     assert "nothing was computed" in capsys.readouterr().out
     with dg.DagsterInstance.from_config(str(home)) as instance:
         assert len(instance.get_runs()) == len(runs)
@@ -172,7 +173,7 @@ def test_settings_that_dagster_can_not_open_are_named_in_one_message(
     monkeypatch.delenv("DAGSTER_PG_HOST", raising=False)
     with (
         pytest.raises(LakeError, match=r"dagster\.yaml: Dagster can't open .*DAGSTER_PG_.* not set.*\. Remedy"),
-        command.open_instance(project),
+        open_instance(project),
     ):
         pass
     with socket.socket() as nobody:
@@ -180,5 +181,5 @@ def test_settings_that_dagster_can_not_open_are_named_in_one_message(
         values = {"HOST": "127.0.0.1", "PORT": str(nobody.getsockname()[1]), "USER": "u", "PASSWORD": "p", "DB": "d"}
         for name, value in values.items():
             monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
-        with pytest.raises(LakeError, match=r"refused.* start the database"), command.open_instance(project):
+        with pytest.raises(LakeError, match=r"refused.* start the database"), open_instance(project):
             pass

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from assets.scores.negatives import read_draws
 from assets.study.figures import Study, StudyError, study
 from assets.study.page import words, write_page
-from dagster_project import cli as command
+from dagster_project import cli
 from resources.catalog.build import read_catalog
 from resources.lake.files import column_to_vectors
 from selection.scores.negatives import keyed_hash
@@ -287,7 +287,7 @@ def test_a_page_asks_nobody_and_obeys_no_label(found: Study, tmp_path: Path) -> 
 
 def test_without_a_truth_the_page_says_so_and_has_no_auc(made: Scenario, tmp_path: Path) -> None:
     config = str(made.folder / "project.yaml")
-    assert command.main(["study", config, "--into", str(tmp_path / "page")]) == 0
+    assert cli.main(["study", config, "--into", str(tmp_path / "page")]) == 0
     text = re.sub(r'src="[^"]*"', "", (tmp_path / "page/index.html").read_text())
     figures = json.loads((tmp_path / "page/figures.json").read_text())
     assert figures["separations"] == []
@@ -347,6 +347,6 @@ def test_a_truth_that_is_wrong_is_refused_with_the_reason(
     assert "'clean'" in refused(made, truth.filter(pl.col("kind") != "clean"), tmp_path)
     assert "no row of the pool" in refused(made, truth.with_columns(uid=pl.lit("a" * 30) + "00").head(1), tmp_path)
     config, wrong = str(made.folder / "project.yaml"), str(tmp_path / "absent.parquet")
-    assert command.main(["study", config, "--truth", wrong, "--into", str(tmp_path / "page")]) == 2
+    assert cli.main(["study", config, "--truth", wrong, "--into", str(tmp_path / "page")]) == 2
     assert "absent.parquet" in capsys.readouterr().err
     assert not (tmp_path / "page").exists()
