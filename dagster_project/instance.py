@@ -137,6 +137,5 @@ def serve(project: "Project", port: int) -> NoReturn:
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
     workspace = write_workspace(home, project.settings.name)
-    dg = Path(sys.executable).with_name("dg")
     arguments = ["dev", "--workspace", str(workspace), "--host", "127.0.0.1", "--port", str(port)]
-    os.execve(dg, ["dg", *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "dagster_dg_cli.cli", *arguments], environment)
