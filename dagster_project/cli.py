@@ -1,7 +1,7 @@
 """`clip-select`: the project from a terminal.
 
-Here: commands and their options. Each command imports what it needs when it runs, so that `--help` takes a fraction of
-a second. Not here: what a pass does (`headless`), and what is printed (`console`).
+Here: commands and their options. Commands import their modules when they run, so that `--help` takes a fraction of a
+second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
 from collections.abc import Callable, Sequence

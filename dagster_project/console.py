@@ -1,6 +1,6 @@
-"""The terminal: progress bars, and what a pass, `explain` and `prune` print.
+"""The terminal: progress bars, and the output of a pass, of `explain` and of `prune`.
 
-Here: text for people. Not here: arguments (`cli`), and what a pass does (`headless`).
+Here: text for people. Not here: arguments (`cli`), and the work of a pass (`headless`).
 """
 
 import atexit
@@ -26,7 +26,7 @@ NOTES = 20
 
 
 def run(project: "Project", console: Console, *, redraw: bool = False) -> int:
-    """Bring a project up to date, with progress bars, and print what was computed.
+    """Bring a project up to date, with progress bars, and print the outcome.
 
     Args:
         project: the opened project.
@@ -105,11 +105,11 @@ class Bars:
             self.progress.update(self.task, total=done or 1, completed=done or 1)
 
 
-# What a pass did
+# The outcome of a pass
 
 
 def print_outcome(project: "Project", graph: "Graph", outcome: "Outcome", console: Console) -> None:
-    """Print what was computed, what failed, the pool's rejects and every recipe's funnel."""
+    """Print new shards, the pool's rejects, every recipe's funnel, and the failures."""
     from resources.lake.versions import Versions
 
     if outcome.added:

@@ -1,6 +1,6 @@
 """The Dagster instance of a project: its folder, opening it, its server, and the lock that allows one pass at a time.
 
-Here: everything that needs to know where Dagster keeps its records. Not here: what a run does (`headless`,
+Here: everything that needs to know where Dagster keeps its records. Not here: the work of a run (`headless`,
 `executor`), and runs whose process died (`dead_runs`). Dagster is imported where it is used, because the commands that
 do without it should start at once.
 """

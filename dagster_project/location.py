@@ -1,4 +1,4 @@
-"""Which project the code location loads, and what it is called.
+"""The project that the code location loads, and the module that holds it.
 
 Here: constants and paths that the command line, the server and the definitions share. Not here: anything that takes
 time to import; `clip-select --help` imports this module.

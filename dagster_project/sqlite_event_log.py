@@ -3,7 +3,7 @@
 Dagster's own storage opens and closes a file for every event; each time, SQLite merges its write-ahead log into the
 file and waits for the disk, which takes about seven times as long (`docs/performance.md`). `dagster.yaml` names this
 class as the instance's `event_log_storage`. Outside a `kept_open` block, as in the web server and the daemon, it reads
-and writes as Dagster's own does. Not here: what is logged.
+and writes as Dagster's own does. Not here: the events themselves.
 """
 
 import os

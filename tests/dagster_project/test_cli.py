@@ -1,4 +1,4 @@
-"""`clip-select`: options, exit statuses, and what it prints. No loss is silent, and text is printed as it is."""
+"""`clip-select`: options, exit statuses, output. No loss is silent, and text is printed as it is."""
 
 import ast
 import io
@@ -23,13 +23,13 @@ def printed(scenario: Scenario) -> "Printed":
 
 
 class Printed:
-    """Runs the scenario and gives what is printed of it."""
+    """Runs the scenario and returns the printed outcome."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
 
     def __call__(self) -> str:
-        """Make a pass and give the text."""
+        """Run a pass and return the text."""
         outcome = self.scenario.run()
         project = self.scenario.open()
         text = io.StringIO()

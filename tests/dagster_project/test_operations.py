@@ -58,13 +58,13 @@ def launch(scenario: Scenario, home: Path, shard: str) -> subprocess.Popen[bytes
 
 
 def holding_a_pool(instance: dg.DagsterInstance) -> set[str]:
-    """Give the runs that have a place in a pool."""
+    """Return the runs that have a place in a pool."""
     storage = instance.event_log_storage
     return {run for pool in storage.get_concurrency_keys() for run in storage.get_concurrency_info(pool).active_run_ids}
 
 
 def is_finished(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Tell whether Dagster counts a run as ended."""
+    """Return whether Dagster counts a run as ended."""
     found = instance.get_run_by_id(run.run_id)
     assert found is not None
     return found.is_finished

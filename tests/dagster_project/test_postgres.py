@@ -14,12 +14,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-import dagster_project
 from assets.base.checks import asset_key
 from assets.base.partitioned import DATA_VERSION_TAG, SHARDS_NAME
 from dagster_project import cli
 from dagster_project.definitions import build_defs
-from dagster_project.instance import open_instance
+from dagster_project.instance import SETTINGS, open_instance
 from resources.lake.files import LakeError
 from tests.support.scenario import SHARDS, Scenario
 
@@ -81,7 +80,7 @@ class Server:
 
 
 def find_programs() -> Path:
-    """Give the folder of PostgreSQL's programs; skip where there is none."""
+    """Return the folder of PostgreSQL's programs; skip where there is none."""
     pytest.importorskip("dagster_postgres", reason="dagster-postgres is not installed (the extra `postgres`)")
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     found = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
@@ -92,12 +91,14 @@ def find_programs() -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DAGSTER_HOME with the project's dagster.yaml and the block that the page tells to add."""
+    """A DAGSTER_HOME with the project's dagster.yaml with the page's block in the place of its event log."""
     (block,) = re.findall(r"```yaml\n(storage:\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    ours = Path(dagster_project.__file__).with_name("dagster.yaml").read_text(encoding="utf-8")
+    section = r"event_log_storage:\n(?:  .*\n)+"
+    ours, replaced = re.subn(section, block, SETTINGS.read_text(encoding="utf-8"))
+    assert replaced == 1
     home = tmp_path / "home"
     home.mkdir()
-    (home / "dagster.yaml").write_text(f"{ours}\n{block}", encoding="utf-8")
+    (home / "dagster.yaml").write_text(ours, encoding="utf-8")
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     return home
 
