@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from core.errors import UserError
-from dagster_project.location import DEMO_CONFIG
+from dagster_project.location import DEMO_CONFIG, lake_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from assets.project import Project
+    from assets.base.context import Context
 
 SECTIONS = {
     "Select": ("run", "ui"),
@@ -84,7 +84,7 @@ def explain(config: Path, uid: str) -> int:
     """Show what every recipe did with a sample."""
     from dagster_project import console
 
-    return console.explain(_open(config), uid, _console())
+    return console.explain(lake_folder(config) / "catalog.duckdb", uid, _console())
 
 
 @commands.command()
@@ -136,9 +136,9 @@ def prune(config: Path, keep: int, dry_run: bool) -> int:
     return console.prune(_open(config), keep, _console(), dry_run=dry_run)
 
 
-def _open(config: Path) -> "Project":
+def _open(config: Path) -> "Context":
     """Open the project of a YAML file."""
-    from assets.project import open_project
+    from assets.settings import open_project
 
     return open_project(config)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -17,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from assets.base.context import Context
     from assets.graph import Graph
-    from assets.project import Project
     from dagster_project.headless import Outcome
 
 NOTES = 20
 """Notes on shards that are printed at most."""
 
 
-def run(project: "Project", console: Console, *, redraw: bool = False) -> int:
+def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
     """Bring a project up to date, with progress bars, and print the outcome.
 
     Args:
@@ -44,8 +45,8 @@ def run(project: "Project", console: Console, *, redraw: bool = False) -> int:
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
         graph = build_graph(project)
-        with progress_bars(project, console) as notice:
-            outcome = materialize(project, graph, instance, notice=notice, redraw=redraw)
+        with progress_bars(project, console) as bars:
+            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
     print_outcome(project, graph, outcome, console)
     return 1 if outcome.failures else 0
 
@@ -54,12 +55,11 @@ def run(project: "Project", console: Console, *, redraw: bool = False) -> int:
 
 
 @contextmanager
-def progress_bars(project: "Project", console: Console) -> Iterator["Bars"]:
+def progress_bars(project: "Context", console: Console) -> Iterator["Bars"]:
     """Show one progress bar for each asset that is computed within the block."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = Bars(project, progress)
-        project.on_progress = bars.advance
         yield bars
         bars.finish()
 
@@ -72,7 +72,7 @@ class Bars:
         progress: where the bars are drawn.
     """
 
-    def __init__(self, project: "Project", progress: Progress) -> None:
+    def __init__(self, project: "Context", progress: Progress) -> None:
         self.project = project
         self.progress = progress
         self.asset = ""
@@ -85,7 +85,7 @@ class Bars:
         if shards and asset != "raw_pool":
             rows = sum(
                 stored.rows
-                for shard in self.project.listing()
+                for shard in self.project.pool.list_shards()
                 if (stored := self.project.lake.stored("raw_pool", shard)) is not None
             )
         text = f"{asset} ({shards} shards)" if shards else asset
@@ -108,7 +108,7 @@ class Bars:
 # The outcome of a pass
 
 
-def print_outcome(project: "Project", graph: "Graph", outcome: "Outcome", console: Console) -> None:
+def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", console: Console) -> None:
     """Print new shards, the pool's rejects, every recipe's funnel, and the failures."""
     from resources.lake.versions import Versions
 
@@ -152,7 +152,7 @@ def _funnel(title: str, lineage: dict[str, Any]) -> Table:
     return table
 
 
-def _print_pool(project: "Project", console: Console) -> None:
+def _print_pool(project: "Context", console: Console) -> None:
     """Print the pool's rows, its rejects by reason, and notes on its shards."""
     rows = rejected = 0
     reasons: dict[str, int] = {}
@@ -180,15 +180,20 @@ def _print_pool(project: "Project", console: Console) -> None:
 # The other commands
 
 
-def explain(project: "Project", uid: str, console: Console) -> int:
+def explain(catalog: Path, uid: str, console: Console) -> int:
     """Print what every step of every recipe did with a sample.
+
+    Args:
+        catalog: path of catalog.duckdb.
+        uid: of the sample; or the key of a rejected one.
+        console: where to print.
 
     Raises:
         FileNotFoundError: there is no catalog yet.
     """
     from resources.catalog.build import read_catalog
 
-    with read_catalog(project.catalog_path()) as con:
+    with read_catalog(catalog) as con:
         found = con.sql("FROM explain($uid)", params={"uid": uid})
         rows = [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
     for (recipe, version), group in groupby(rows, key=lambda row: (row["recipe"], row["version"])):
@@ -215,7 +220,7 @@ def explain(project: "Project", uid: str, console: Console) -> int:
     return 0
 
 
-def prune(project: "Project", keep: int, console: Console, *, dry_run: bool = False) -> int:
+def prune(project: "Context", keep: int, console: Console, *, dry_run: bool = False) -> int:
     """Delete all but the newest versions of every recipe's subset, and rebuild the catalog without them.
 
     Args:

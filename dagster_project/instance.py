@@ -22,13 +22,13 @@ from resources.lake.files import LakeError
 if TYPE_CHECKING:
     import dagster as dg
 
-    from assets.project import Project
+    from assets.base.context import Context
 
 SETTINGS = Path(__file__).with_name("dagster.yaml")
 """Settings that a new instance starts with."""
 
 
-def prepare_home(project: "Project") -> Path:
+def prepare_home(project: "Context") -> Path:
     """Return the folder of the Dagster instance, made ready: `DAGSTER_HOME`, else `.dagster` in the lake.
 
     A lake has an instance of its own, because shard names are partitions and every pool has a `00000`.
@@ -65,7 +65,7 @@ def _refuse_another_lake(owner: Path, lake: str) -> None:
 
 
 @contextmanager
-def open_instance(project: "Project") -> Iterator["dg.DagsterInstance"]:
+def open_instance(project: "Context") -> Iterator["dg.DagsterInstance"]:
     """Open the project's Dagster instance.
 
     Raises:
@@ -87,7 +87,7 @@ def open_instance(project: "Project") -> Iterator["dg.DagsterInstance"]:
 
 
 @contextmanager
-def only_pass(project: "Project") -> Iterator[None]:
+def only_pass(project: "Context") -> Iterator[None]:
     """Hold the lake's lock: two passes at once would do the same work twice.
 
     Raises:
@@ -118,7 +118,7 @@ def write_workspace(home: Path, name: str) -> Path:
     return path
 
 
-def serve(project: "Project", port: int) -> NoReturn:
+def serve(project: "Context", port: int) -> NoReturn:
     """Replace this process by Dagster's web server and daemon, on 127.0.0.1.
 
     Args:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import polars as pl
 
-from assets import project as assets_project
 from core import sql
 from core.errors import UserError
-from dagster_project.location import config_path
+from dagster_project.location import config_path, lake_folder
 from resources.catalog.build import read_catalog
+from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
 
 MAX_ROWS = 5_000_000
@@ -25,6 +25,9 @@ MAX_ROWS = 5_000_000
 
 IDENTITY = ("uid", "shard", "key")
 """Columns that `scores` puts before the scores."""
+
+KEYS = ("uid", "f0", "f1", "shard", "key")
+"""Columns of the catalog's view `scores` that are no scores."""
 
 
 class NotebookError(UserError):
@@ -56,10 +59,9 @@ class Project:
     """
 
     def __init__(self, config: Path, max_rows: int | None = MAX_ROWS) -> None:
-        opened = assets_project.open_project(config)
-        self.settings = opened.settings
-        self.lake = opened.lake
-        self.catalog = opened.catalog_path()
+        folder = lake_folder(config)
+        self.lake = Lake(str(folder))
+        self.catalog = folder / "catalog.duckdb"
         self.max_rows = max_rows
 
     # Rows
@@ -194,11 +196,12 @@ class Project:
         return read_catalog(self.catalog).sql(query).pl(lazy=True)  # the frame keeps the connection open
 
     def _known(self, names: Sequence[str]) -> Sequence[str]:
-        known = self.settings.score_columns
+        with read_catalog(self.catalog) as con:
+            known = [name for name in con.sql("FROM scores").columns if name not in KEYS]
         for name in names:
             if name not in known:
                 raise NotebookError(f"{name}: no such score. Remedy: one of {', '.join(known)}")
-        return names or list(known)
+        return names or known
 
     def _manifest(self, recipe: str, version: str | None) -> str:
         versions = Versions(self.lake, recipe)

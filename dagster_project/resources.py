@@ -1,7 +1,8 @@
 """The project's Dagster resources, which the UI lists under Resources: lake, pool, models and catalog.
 
-Each is a `ConfigurableResource` whose fields are plain settings, and whose `open()` returns an object of the package
-`resources`. To run on others, as tests and deployments do, pass `resource_overrides` to `build_defs`. Not here: assets.
+Their fields are plain settings, which the UI shows. Lake, pool and models are factories: a step gets the object of the
+package `resources` that `open()` returns. To run on others, as tests and deployments do, pass `resource_overrides` to
+`build_defs`. Not here: assets.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ import dagster as dg
 import polars as pl
 from pydantic import BaseModel, Field
 
-from assets.project import ConfigError, ProjectSettings
+from assets.base.settings import ProjectSettings
+from assets.settings import ConfigError
 from resources.catalog.build import read_catalog
 from resources.lake.files import Lake
 from resources.models.by_name import Models
@@ -24,7 +26,7 @@ Settings = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class LakeResource(dg.ConfigurableResource):
+class LakeResource(dg.ConfigurableResourceFactory[Lake]):
     """The lake: the folder of files that assets read and write."""
 
     root: str = Field(description="Path of the folder, or any fsspec URL.")
@@ -33,8 +35,13 @@ class LakeResource(dg.ConfigurableResource):
         """Return the lake; its folder is created by the first write."""
         return Lake(self.root)
 
+    def create_resource(self, context: dg.InitResourceContext) -> Lake:
+        """Return the lake to a step."""
+        del context
+        return self.open()
 
-class PoolResource(dg.ConfigurableResource):
+
+class PoolResource(dg.ConfigurableResourceFactory[Pool]):
     """The pool of image-text pairs that everything is selected from."""
 
     settings: Settings = Field(description="`pool` in the project's YAML.")
@@ -48,8 +55,13 @@ class PoolResource(dg.ConfigurableResource):
         """
         return open_pool(PoolSettings.model_validate(self.settings), _each(EncoderSettings, self.encoders))
 
+    def create_resource(self, context: dg.InitResourceContext) -> Pool:
+        """Return the pool to a step."""
+        del context
+        return self.open()
 
-class ModelsResource(dg.ConfigurableResource):
+
+class ModelsResource(dg.ConfigurableResourceFactory[Models]):
     """Encoders, captioners and text encoders by name."""
 
     encoders: Settings = Field(description="`encoders` in the project's YAML.")
@@ -63,6 +75,11 @@ class ModelsResource(dg.ConfigurableResource):
             _each(CaptionerSettings, self.captioners),
             _each(TextEncoderSettings, self.text_encoders),
         )
+
+    def create_resource(self, context: dg.InitResourceContext) -> Models:
+        """Return the models to a step."""
+        del context
+        return self.open()
 
 
 class CatalogResource(dg.ConfigurableResource):
@@ -80,7 +97,7 @@ class CatalogResource(dg.ConfigurableResource):
             return con.sql(query, params=parameters).pl()
 
 
-def build_resources(settings: ProjectSettings) -> dict[str, dg.ConfigurableResource]:
+def build_resources(settings: ProjectSettings) -> dict[str, Any]:
     """Build the resources of a project.
 
     Args:

@@ -6,8 +6,9 @@ import dagster as dg
 import pytest
 from dagster._core.remote_representation.external_data import RepositorySnap
 
-from assets.project import ConfigError
+from assets.settings import ConfigError
 from dagster_project.resources import CatalogResource, LakeResource, ModelsResource, PoolResource, build_resources
+from resources.lake.files import Lake
 from tests.support.scenario import SHARDS, Scenario
 
 
@@ -21,7 +22,7 @@ def test_each_resource_opens_what_the_yaml_names(scenario: Scenario) -> None:
     assert isinstance(models, ModelsResource)
     assert isinstance(catalog, CatalogResource)
     assert lake.open().shards("raw_pool") == list(SHARDS)
-    assert pool.open().list_shards() == project.listing()
+    assert pool.open().list_shards() == project.pool.list_shards()
     assert models.open().encoder("tiny").settings == project.settings.encoders["tiny"]
     assert catalog.sql("SELECT count(*) AS rows FROM pool WHERE shard = $shard", shard=SHARDS[0])["rows"][0] == 12
 
@@ -46,8 +47,8 @@ def test_an_asset_gets_a_resource_and_a_test_may_replace_it(scenario: Scenario) 
     seen: list[str] = []
 
     @dg.asset
-    def reads(lake: LakeResource) -> None:
-        seen.append(lake.open().root)
+    def reads(lake: dg.ResourceParam[Lake]) -> None:
+        seen.append(lake.root)
 
     for resources in (build_resources(scenario.open().settings), {"lake": LakeResource(root="/elsewhere")}):
         assert dg.materialize([reads], resources={"lake": resources["lake"]}).success

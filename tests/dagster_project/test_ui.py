@@ -16,7 +16,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from assets.base.partitioned import SHARDS_NAME
+from assets.base.keys import SHARDS_NAME
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.instance import open_instance
