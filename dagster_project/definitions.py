@@ -14,6 +14,7 @@ from assets.graph import Graph, build_graph
 from assets.settings import open_project
 from dagster_project.executor import one_process
 from dagster_project.location import config_path
+from dagster_project.resources import build_resources
 from dagster_project.sensors import build_sensors
 
 
@@ -25,13 +26,12 @@ def build_defs(
     Args:
         context: the project.
         graph: its assets, where the caller has built them already.
-        resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`, `run`.
+        resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`,
+            `catalog`, `run`.
     """
     graph = graph or build_graph(context)
     resources = {
-        "lake": context.lake,
-        "pool": context.pool,
-        "models": context.models,
+        **build_resources(context.settings),
         "run": RunState(),
         **(resource_overrides or {}),
     }

@@ -1,6 +1,6 @@
 """The project's Dagster resources, which the UI lists under Resources: lake, pool, models and catalog.
 
-Their fields are plain settings, which the UI shows. Lake, pool and models are factories: a step gets the object of the
+Their fields are plain settings, which the UI shows. Of lake, pool and models, a step gets the object of the
 package `resources` that `open()` returns. To run on others, as tests and deployments do, pass `resource_overrides` to
 `build_defs`. Not here: assets.
 """
@@ -26,7 +26,7 @@ Settings = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class LakeResource(dg.ConfigurableResourceFactory[Lake]):
+class LakeResource(dg.ConfigurableResource[Lake]):
     """The lake: the folder of files that assets read and write."""
 
     root: str = Field(description="Path of the folder, or any fsspec URL.")
@@ -41,7 +41,7 @@ class LakeResource(dg.ConfigurableResourceFactory[Lake]):
         return self.open()
 
 
-class PoolResource(dg.ConfigurableResourceFactory[Pool]):
+class PoolResource(dg.ConfigurableResource[Pool]):
     """The pool of image-text pairs that everything is selected from."""
 
     settings: Settings = Field(description="`pool` in the project's YAML.")
@@ -61,7 +61,7 @@ class PoolResource(dg.ConfigurableResourceFactory[Pool]):
         return self.open()
 
 
-class ModelsResource(dg.ConfigurableResourceFactory[Models]):
+class ModelsResource(dg.ConfigurableResource[Models]):
     """Encoders, captioners and text encoders by name."""
 
     encoders: Settings = Field(description="`encoders` in the project's YAML.")
