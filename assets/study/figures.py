@@ -1,9 +1,9 @@
-"""The figures of the study page: what each score of a project that was run tells, and how far the scores agree.
+"""The statistics of the study page: what each score of a project finds, and how far the scores agree.
 
-Here: which rows are studied, and their figures. Not here: the statistics (`selection.statistics`), and how figures are
-drawn and put in words (`assets.study.page`).
+Here: choosing the rows to study, and their statistics. Not here: the formulas (`selection.statistics`), and the page
+(`assets.study.page`).
 
-Rows are chosen by a keyed hash of the uid and everything is seeded: the same lake and truth give the same figures.
+Rows are chosen by a keyed hash of the uid and every draw is seeded: the same lake and truth give the same statistics.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -22,8 +22,8 @@ from assets.project import Project
 from assets.scores.negatives import negatives, read_draws, with_content
 from core.errors import UserError
 from core.uids import UID_DTYPE
-from resources.catalog.build import read_catalog
-from resources.lake.files import column_to_vectors
+from resources.catalog.build import read_catalog, score_type
+from resources.lake.gather import gather
 from selection.scores.negatives import keyed_hash, membership
 from selection.statistics import auc, best_overlap, bootstrap_auc, spearman
 
@@ -31,11 +31,27 @@ ROWS = 8192
 RESAMPLES = 1000
 CLEAN = "clean"
 FAULTS = "all faults"
-BEST = 0.3  # share of the rows whose overlap is told of each setting
+BEST = 0.3  # share of the rows whose overlap is reported for each setting
+CHANCE = 0.5  # AUC of a score that knows nothing
+CONFIGURED = "as configured"
 SEED = 0
-_NO_METHOD = ("nearest_target", "neg_clip_loss_stderr", "norm_sim_2_last", "near_duplicate")
+_NOT_RANKING = ("nearest_target", "neg_clip_loss_stderr", "norm_sim_2_last", "near_duplicate")
 _TEMPERATURES = (1 / 4, 1 / 2, 2, 4)
 _SMALLER_BATCHES = (64, 16, 4)
+_OTHER_ESTIMATOR = {"reference_negatives": "random_partitions", "random_partitions": "reference_negatives"}
+
+
+def ranking_columns(project: Project) -> list[str]:
+    """List the score columns that rank rows, by their names in recipes.
+
+    Identifiers, counts, truth values and texts do not rank. Nor do standard errors, nor values that are comparable
+    only within a round or a search.
+    """
+    return [
+        name
+        for name, (_, column) in project.settings.score_columns.items()
+        if score_type(column) == "FLOAT" and column not in _NOT_RANKING
+    ]
 
 
 class StudyError(UserError, ValueError):
@@ -44,30 +60,30 @@ class StudyError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % percentile interval over the resamples."""
+    """A statistic and its 95 % percentile interval over the resamples; NaN bounds if there is none."""
 
     value: float
     low: float
     high: float
 
     def holds(self, value: float) -> bool:
-        """Tell whether a value lies in the interval."""
+        """Return whether a value lies in the interval."""
         return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How well each score tells two groups of rows apart.
+    """How well each score separates two groups of rows.
 
     Attributes:
-        name: the fault, a variant of it, or a property of the truth.
-        within: the fault that this is a variant of.
-        wanted: the rows that should score above others have the property, rather than lacking the fault.
-        rows: with the fault or property.
-        others: rows that they are told from.
-        covered: share of all these rows that have the score, by score.
-        auc: by score; a score that no row of a side has is left out.
-        ahead: difference of the highest AUC to each other one, paired, by score.
+        name: The fault, a variant of it, or a property of the truth.
+        within: The fault of which this is a variant.
+        wanted: True for a property, whose rows should score above the others; False for a fault.
+        rows: Number of rows with the fault or property.
+        others: Number of rows they are compared with.
+        covered: Share of all these rows that have the score, by score.
+        auc: AUC by score; a score that no row of a side has is left out.
+        ahead: Difference of the highest AUC to each other one, paired, by score.
     """
 
     name: str
@@ -81,7 +97,7 @@ class Separation:
 
     @property
     def best(self) -> str:
-        """The score of the highest AUC."""
+        """The score with the highest AUC."""
         return max(self.auc, key=lambda score: self.auc[score].value)
 
 
@@ -102,16 +118,16 @@ class Variant:
     """negCLIPLoss under one setting.
 
     Attributes:
-        what: what differs from the configured setting: `as configured`, τ, B, K, `seed` or `estimator`.
+        what: The setting that differs from the configured ones: `as configured`, τ, B, K, `seed` or `estimator`.
         temperature: τ.
         batch_size: B.
         draws: K.
         estimator: `reference_negatives` or `random_partitions`.
-        spearman: rank correlation with the stored score.
-        best_overlap: share of the best 30 % by the stored score that are among the best 30 % by this one.
-        auc: by fault, where there is a truth.
+        spearman: Rank correlation with the stored score.
+        best_overlap: Share of the best 30 % by the stored score that are among the best 30 % by this one.
+        auc: AUC by fault; empty without a truth.
         all_faults: AUC of all faults together, with its interval.
-        gain: its difference to `as configured`, paired.
+        gain: Its difference to `as configured`, paired.
     """
 
     what: str
@@ -131,10 +147,10 @@ class Sensitivity:
     """negCLIPLoss of one encoder under other settings.
 
     Attributes:
-        score: its name.
-        rows: that were scored again: the studied rows that have embeddings and the score.
-        largest_change: of a row, between the stored score and the configured one computed again.
-        variants: the first is `as configured`.
+        score: Name of the score.
+        rows: Number of rows scored again: the studied rows that have embeddings and the score.
+        largest_change: Largest difference of a row between the stored score and the configured one computed again.
+        variants: The settings; the first is `as configured`.
     """
 
     score: str
@@ -145,23 +161,23 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Study:
-    """All figures of a page.
+    """All statistics of a page.
 
     Attributes:
-        project: its name.
-        pool_rows: rows of the pool.
-        rows: of these, studied.
-        truth: name of the truth's file.
-        kinds: studied rows by kind, where there is a truth.
-        unknown: uids of the truth that the pool does not have.
-        scores: studied scores, each with the number of studied rows that have it.
-        left_out: score columns that rank nothing, or that no studied row has.
-        separations: where there is a truth.
-        spearman: [s, s], in the order of `scores`.
-        selections: rows of each recipe's newest version.
-        overlaps: of each two of these.
-        sensitivities: one for each encoder with a negCLIPLoss.
-        resamples: of each bootstrap.
+        project: Name of the project.
+        pool_rows: Number of rows in the pool.
+        rows: Number of studied rows.
+        truth: Name of the truth's file.
+        kinds: Number of studied rows by kind; empty without a truth.
+        unknown: Number of uids in the truth that the pool does not have.
+        scores: Number of studied rows that have the score, by studied score.
+        left_out: Score columns that do not rank, or that no studied row has.
+        separations: One for each fault, variant and property; empty without a truth.
+        spearman: Rank correlations [s, s], in the order of `scores`.
+        selections: Rows of each recipe's newest version.
+        overlaps: One for each pair of selections.
+        sensitivities: One for each encoder with a negCLIPLoss.
+        resamples: Number of resamples in each bootstrap.
     """
 
     project: str
@@ -179,26 +195,34 @@ class Study:
     sensitivities: list[Sensitivity]
     resamples: int
 
-    def figures(self) -> dict[str, Any]:
-        """Give all figures as JSON values, rounded to six places; NaN is null."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return all statistics as JSON values, rounded to six places; NaN is null."""
         rounded: dict[str, Any] = _rounded(asdict(self))
         return rounded
 
 
-def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resamples: int = RESAMPLES) -> Study:
-    """Gather the figures of a project that was run.
+def study(
+    project: Project,
+    truth: Path | None = None,
+    *,
+    ranking: Sequence[str] | None = None,
+    rows: int = ROWS,
+    resamples: int = RESAMPLES,
+) -> Study:
+    """Compute the statistics of a project that has been run.
 
     Args:
-        project: the project; its catalog has to be there.
-        truth: a parquet file of columns `uid` and `kind`, `clean` or the name of a fault; if there, `variant` divides
-            the faults further, and each boolean column is a property that is wanted.
-        rows: how many are studied at most, of those that the truth knows where it is given.
-        resamples: of each bootstrap.
+        project: The project; its catalog must exist.
+        truth: A Parquet file with columns `uid` and `kind` (`clean`, or the name of a fault). An optional `variant`
+            divides the faults further, and each boolean column is a property that is wanted.
+        ranking: Score columns to compare, by their names in recipes; by default `ranking_columns(project)`.
+        rows: Largest number of studied rows. With a truth, only its rows are studied.
+        resamples: Number of resamples in each bootstrap.
 
     Raises:
-        FileNotFoundError: there is no catalog, or no such truth.
-        StudyError: the truth lacks columns or clean rows, contradicts itself, or is of another pool; or the pool is
-            empty.
+        FileNotFoundError: There is no catalog, or no such truth.
+        StudyError: The truth lacks columns or clean rows, contradicts itself, or belongs to another pool; or the pool
+            is empty.
     """
     labels = None if truth is None else _read_truth(truth)
     with read_catalog(project.catalog_path()) as con:
@@ -209,32 +233,29 @@ def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resa
                 f"{truth or project.catalog_path()}: no row of the pool is to be studied. Remedy: "
                 + ("the truth of this pool" if truth else "run the project first")
             )
+        unknown = 0 if labels is None else len(labels.join(con.sql("SELECT uid FROM pool").pl(), on="uid", how="anti"))
         selections, overlaps = _overlaps(con, list(project.settings.recipes))
-    names = frame.columns[frame.columns.index("key") + 1 :]
-    names = [name for name in names if labels is None or name not in labels.columns]
-    # Facts of captions and clusters are columns to choose by, and nothing that ranks: text, numbers and truth values.
-    numbers = [name for name in names if frame[name].dtype.is_float()]
-    ranking = [name for name in numbers if name.split("/")[0] not in _NO_METHOD and frame[name].is_finite().any()]
-    values = frame.select(ranking).cast(pl.Float64).to_numpy()
+    columns = frame.columns[frame.columns.index("key") + 1 :]
+    columns = [name for name in columns if labels is None or name not in labels.columns]
+    ranks = set(ranking_columns(project) if ranking is None else ranking)
+    compared = [n for n in columns if n in ranks and frame[n].cast(pl.Float64).is_finite().any()]
+    values = frame.select(compared).cast(pl.Float64).to_numpy()
     groups = [] if labels is None else _groups(frame, labels, truth)
+    sensitivities = (_sensitivity(project, e, frame, groups, resamples) for e in project.settings.neg_clip_loss)
     return Study(
         project=project.settings.name,
         pool_rows=pool_rows,
         rows=len(frame),
         truth=truth.name if truth else None,
         kinds={} if labels is None else dict(frame["kind"].value_counts().sort("kind").iter_rows()),
-        unknown=0 if labels is None else _unknown(project, labels),
-        scores={name: int(np.isfinite(values[:, i]).sum()) for i, name in enumerate(ranking)},
-        left_out=[name for name in names if name not in ranking],
-        separations=[_separation(group, values, ranking, resamples) for group in groups],
+        unknown=unknown,
+        scores={name: int(np.isfinite(values[:, i]).sum()) for i, name in enumerate(compared)},
+        left_out=[name for name in columns if name not in compared],
+        separations=[_separation(group, values, compared, resamples) for group in groups],
         spearman=spearman(values).tolist(),
         selections=selections,
         overlaps=overlaps,
-        sensitivities=[
-            found
-            for encoder in project.settings.neg_clip_loss
-            if (found := _sensitivity(project, encoder, frame, groups, resamples)) is not None
-        ],
+        sensitivities=[found for found in sensitivities if found is not None],
         resamples=resamples,
     )
 
@@ -254,12 +275,12 @@ def _read_truth(path: Path) -> pl.DataFrame:
     variant = ["variant"] if truth.schema.get("variant") == pl.String else []
     truth = truth.select("uid", "kind", *variant, *flags).unique().sort("uid")
     if truth["uid"].is_duplicated().any() or truth["kind"].has_nulls():
-        raise StudyError(f"{path}: a uid has two kinds, or none. Remedy: one row a uid")
+        raise StudyError(f"{path}: a uid has two kinds, or none. Remedy: one row per uid")
     return truth
 
 
 def _choose(con: duckdb.DuckDBPyConnection, labels: pl.DataFrame | None, rows: int) -> pl.DataFrame:
-    """Give the studied rows with their scores and labels, sorted by uid: those of the smallest keyed hash."""
+    """Return the rows with the smallest keyed hashes, with their scores and labels, sorted by uid."""
     pool = con.sql("SELECT DISTINCT uid, f0, f1 FROM pool").pl()
     if labels is not None:
         pool = pool.join(labels.select("uid"), on="uid", how="semi")
@@ -268,11 +289,6 @@ def _choose(con: duckdb.DuckDBPyConnection, labels: pl.DataFrame | None, rows: i
     frame = con.sql("SELECT * FROM scores SEMI JOIN chosen USING (f0, f1) ORDER BY f0, f1, shard, key").pl()
     frame = frame.unique(["f0", "f1"], keep="first", maintain_order=True)
     return frame if labels is None else frame.join(labels, on="uid", how="inner", maintain_order="left")
-
-
-def _unknown(project: Project, labels: pl.DataFrame) -> int:
-    with read_catalog(project.catalog_path()) as con:
-        return len(labels.join(con.sql("SELECT uid FROM pool").pl(), on="uid", how="anti"))
 
 
 # Separation
@@ -288,13 +304,13 @@ class _Group:
 
 
 def _groups(frame: pl.DataFrame, labels: pl.DataFrame, truth: Path | None) -> list[_Group]:
-    """Name the comparisons: every kind of fault, its variants, all faults, and every property of the truth."""
+    """Return the comparisons: every kind of fault, its variants, all faults, and every property of the truth."""
     kind = frame["kind"].to_numpy()
     clean = kind == CLEAN
     if not clean.any():
         raise StudyError(
-            f"{truth}: no studied row is of kind {CLEAN!r}. Remedy: give that kind to rows without a fault, which "
-            "the others are told from"
+            f"{truth}: no studied row is of kind {CLEAN!r}. Remedy: give that kind to rows without a fault, with which "
+            "the others are compared"
         )
     groups = []
     for fault in sorted(set(kind[~clean])):
@@ -362,73 +378,103 @@ def _overlaps(con: duckdb.DuckDBPyConnection, recipes: Sequence[str]) -> tuple[d
 # Sensitivity
 
 
+class _Setting(NamedTuple):
+    """A setting of negCLIPLoss; `seed` is added to the configured one."""
+
+    what: str
+    temperature: float
+    batch_size: int
+    draws: int
+    estimator: str
+    seed: int = 0
+
+
 def _sensitivity(
     project: Project, encoder: str, frame: pl.DataFrame, groups: Sequence[_Group], resamples: int
 ) -> Sensitivity | None:
-    """Score the studied rows under other settings; None where the lake has not what that needs."""
+    """Score the studied rows under other settings; return None if the score is not stored."""
     name = f"neg_clip_loss/{encoder}"
     stored = next((s for shard in project.lake.shards(name) if (s := project.lake.stored(name, shard))), None)
     if stored is None or name not in frame.columns:
         return None
     scorer = _Scorer(project, encoder, frame, stored.provenance.parameters)
-    places = scorer.places
-    before = frame[name].cast(pl.Float64).to_numpy()[places]
-    size, draws = scorer.size, scorer.draws
-    tau, estimator = stored.provenance.parameters["temperature"], stored.provenance.parameters["estimator"]
-    other = {"reference_negatives": "random_partitions", "random_partitions": "reference_negatives"}[estimator]
-    shared = min(size, len(places))  # a batch that both estimators can have
-    wanted = [("as configured", tau, size, draws, estimator, 0)]
-    wanted += [
-        ("τ", tau * factor, size, draws, estimator, 0) for factor in _TEMPERATURES if 0.001 <= tau * factor <= 10
-    ]
-    smaller = {size // d for d in _SMALLER_BATCHES if size // d >= 2} | {shared} - {size}
-    wanted += [("B", tau, b, draws, estimator, 0) for b in sorted(smaller)]
-    wanted += [("K", tau, size, k, estimator, 0) for k in sorted({1, 2, draws // 2}) if 0 < k < draws]
-    wanted += [("seed", tau, size, draws, estimator, 1)]
-    wanted += [("estimator", tau, shared, draws, other, 0)]
-    scored = np.stack([scorer.score(*setting) for _, *setting in wanted], axis=1)
-    cut = [(g, g.better[places], g.worse[places]) for g in groups if not g.within and not g.wanted]
-    by_fault = {g.name: auc(scored[better], scored[worse]) for g, better, worse in cut if better.any() and worse.any()}
-    drawn = next(
-        (
-            bootstrap_auc(scored[better], scored[worse], resamples=resamples, seed=SEED)
-            for g, better, worse in cut
-            if g.name == FAULTS and g.name in by_fault
-        ),
-        None,
-    )
-    variants = []
-    for i, (what, tau_, size_, draws_, estimator_, _) in enumerate(wanted):
-        overall = gain = None
-        if drawn is not None:
-            exact = by_fault[FAULTS]
-            overall = _interval(exact[i], drawn[:, i])
-            gain = _interval(exact[i] - exact[0], drawn[:, i] - drawn[:, 0])
-        variants.append(
-            Variant(
-                what,
-                float(tau_),
-                int(size_),
-                int(draws_),
-                estimator_,
-                float(spearman(np.stack([before, scored[:, i]], axis=1))[0, 1]),
-                best_overlap(before, scored[:, i], BEST) if len(before) * BEST >= 1 else math.nan,
-                {fault: float(values[i]) for fault, values in by_fault.items()},
-                overall,
-                gain,
-            )
+    before = frame[name].cast(pl.Float64).to_numpy()[scorer.places]
+    settings = _settings(scorer, stored.provenance.parameters)
+    scored = np.stack([scorer.score(setting) for setting in settings], axis=1)
+    by_fault, overall, gains = _fault_aucs(scored, groups, scorer.places, resamples)
+    variants = [
+        Variant(
+            what=setting.what,
+            temperature=float(setting.temperature),
+            batch_size=int(setting.batch_size),
+            draws=int(setting.draws),
+            estimator=setting.estimator,
+            spearman=float(spearman(np.stack([before, scored[:, i]], axis=1))[0, 1]),
+            best_overlap=best_overlap(before, scored[:, i], BEST) if len(before) * BEST >= 1 else math.nan,
+            auc={fault: float(values[i]) for fault, values in by_fault.items()},
+            all_faults=overall[i] if overall else None,
+            gain=gains[i] if gains else None,
         )
-    return Sensitivity(name, len(places), float(np.abs(before - scored[:, 0]).max()), variants)
+        for i, setting in enumerate(settings)
+    ]
+    return Sensitivity(name, len(before), float(np.abs(before - scored[:, 0]).max()), variants)
+
+
+def _settings(scorer: "_Scorer", parameters: Mapping[str, Any]) -> list[_Setting]:
+    """Return the settings to compare: the configured one, then others that differ from it in one value."""
+    tau, estimator = parameters["temperature"], parameters["estimator"]
+    size, draws = scorer.size, scorer.draws
+    configured = _Setting(CONFIGURED, tau, size, draws, estimator)
+    shared = min(size, len(scorer.places))  # the largest batch that both estimators can have
+    temperatures = [tau * factor for factor in _TEMPERATURES if 0.001 <= tau * factor <= 10]
+    sizes = sorted({size // d for d in _SMALLER_BATCHES if size // d >= 2} | {shared} - {size})
+    return [
+        configured,
+        *(configured._replace(what="τ", temperature=temperature) for temperature in temperatures),
+        *(configured._replace(what="B", batch_size=smaller) for smaller in sizes),
+        *(configured._replace(what="K", draws=k) for k in sorted({1, 2, draws // 2}) if 0 < k < draws),
+        configured._replace(what="seed", seed=1),
+        configured._replace(what="estimator", batch_size=shared, estimator=_OTHER_ESTIMATOR[estimator]),
+    ]
+
+
+def _fault_aucs(
+    scored: np.ndarray, groups: Sequence[_Group], places: np.ndarray, resamples: int
+) -> tuple[dict[str, np.ndarray], list[Interval], list[Interval]]:
+    """Compute the AUCs of every setting.
+
+    Args:
+        scored: Scores `[n, settings]`.
+        groups: The comparisons of the study.
+        places: Positions of the scored rows among the studied ones `[n]`.
+        resamples: Number of resamples.
+
+    Returns:
+        The AUCs `[settings]` by fault; for all faults together, the AUC of each setting and its difference to the first
+        one, paired, with intervals. The lists are empty if there are no faults.
+    """
+    sides = {
+        group.name: (scored[group.better[places]], scored[group.worse[places]])
+        for group in groups
+        if not group.within and not group.wanted
+    }
+    sides = {name: (better, worse) for name, (better, worse) in sides.items() if len(better) and len(worse)}
+    by_fault = {name: auc(better, worse) for name, (better, worse) in sides.items()}
+    if FAULTS not in sides:
+        return by_fault, [], []
+    exact, drawn = by_fault[FAULTS], bootstrap_auc(*sides[FAULTS], resamples=resamples, seed=SEED)
+    overall = [_interval(exact[i], drawn[:, i]) for i in range(len(exact))]
+    gains = [_interval(exact[i] - exact[0], drawn[:, i] - drawn[:, 0]) for i in range(len(exact))]
+    return by_fault, overall, gains
 
 
 class _Scorer:
-    """negCLIPLoss of the studied rows by the functions that the asset uses.
+    """negCLIPLoss of the studied rows, by the functions that the asset uses.
 
-    Draws are nested: a draw's first rows are a smaller draw, and the first draws are fewer draws. So the stored
-    negatives serve every smaller B and K.
+    Draws are nested: the first rows of a draw are a smaller draw. So the stored negatives serve every smaller B and K.
 
     Attributes:
-        places: which rows of the frame have embeddings and the score.
+        places: Positions in the frame of the rows that have embeddings and the score `[n]`, ascending.
         size: B as configured.
         draws: K as configured.
     """
@@ -446,41 +492,41 @@ class _Scorer:
         else:
             self.draws, self.size = settings.draws, settings.batch_size
 
-    def score(self, temperature: float, size: int, draws: int, estimator: str, seed: int) -> np.ndarray:
-        """Score the rows, float64 `[n]`; `seed` is added to the configured one."""
+    def score(self, setting: _Setting) -> np.ndarray:
+        """Return the scores of the rows under a setting, float64 `[n]`."""
         import torch
 
         import selection
 
         image, text = to_tensor(self.image), to_tensor(self.text)
-        if estimator == "random_partitions":
+        if setting.estimator == "random_partitions":
             found = selection.neg_clip_loss_in_batches(
                 image,
                 text,
-                temperature=temperature,
-                batch_size=size,
-                draws=draws,
-                seed=self.seed + seed,
+                temperature=setting.temperature,
+                batch_size=setting.batch_size,
+                draws=setting.draws,
+                seed=self.seed + setting.seed,
                 arithmetic=self.arithmetic,
             )
             return np.asarray(found.cpu().numpy(), np.float64)
-        if seed not in self._drawn:
-            self._drawn[seed] = self._draw(seed)
-        uids, *vectors = (part[:draws, :size] for part in self._drawn[seed])
+        if setting.seed not in self._drawn:
+            self._drawn[setting.seed] = self._draw(setting.seed)
+        uids, *vectors = (part[: setting.draws, : setting.batch_size] for part in self._drawn[setting.seed])
         rows = with_content(self.uids, self.image, self.text)
         member = membership(with_content(uids, *vectors), rows["f0"].copy(), rows["f1"].copy())
         found, _ = selection.neg_clip_loss(
             image,
             text,
             *(to_tensor(v) for v in vectors),
-            temperature=temperature,
+            temperature=setting.temperature,
             member=torch.from_numpy(member).to(image.device),
             arithmetic=self.arithmetic,
         )
         return np.asarray(found.cpu().numpy(), np.float64)
 
     def _draw(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw negatives from the pool as it is now, as the asset would with another seed."""
+        """Draw negatives from the current pool, as the asset would with another seed."""
         settings = self.project.settings
         changed = settings.neg_clip_loss[self.encoder].model_copy(
             update={"seed": self.seed + seed, "draws": self.draws, "batch_size": self.size}
@@ -493,33 +539,32 @@ class _Scorer:
 def _embedded(
     project: Project, encoder: str, frame: pl.DataFrame
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Read the studied rows' embeddings, each shard once.
+    """Read the embeddings of the studied rows that have the score.
 
     Returns:
-        The rows' places in the frame `[n]`, ascending; their uids as records of f0 and f1 `[n]`; float16 image and text
-        `[n, d]`.
+        The positions of these rows in the frame `[n]`, ascending; their uids as records of f0 and f1 `[n]`; float16
+        image and text `[n, d]`.
     """
     asset = f"embeddings/{encoder}"
     numbered = frame.with_row_index("place").filter(pl.col(f"neg_clip_loss/{encoder}").is_finite())
-    places, images, texts = [], [], []
+    shards: list[str] = []
+    parts = []
     for (shard,), rows in numbered.group_by("shard", maintain_order=True):
         if project.lake.stored(asset, str(shard)) is None:
             continue
-        table = project.lake.read(asset, str(shard))
-        here = pl.DataFrame(table.select(["f0", "f1"])).with_row_index("row").unique(["f0", "f1"], keep="first")
-        found = rows.join(here, on=["f0", "f1"], how="inner", maintain_order="left")
-        at = found["row"].to_numpy()
-        places.append(found["place"].to_numpy())
-        images.append(column_to_vectors(table["image"])[at])
-        texts.append(column_to_vectors(table["text"])[at])
-    if not places:
+        stored = pl.DataFrame(project.lake.read(asset, str(shard), ["f0", "f1"])).with_row_index("row")
+        found = rows.join(stored.unique(["f0", "f1"], keep="first"), on=["f0", "f1"], how="inner")
+        parts.append(found.select("place", "f0", "f1", "row", number=pl.lit(len(shards))))
+        shards.append(str(shard))
+    if not shards:
         raise StudyError(f"{asset}: no studied row has embeddings. Remedy: run the project")
-    place = np.concatenate(places)
-    order = np.argsort(place)
-    place = place[order]
-    uids = np.empty(len(place), dtype=UID_DTYPE)
-    uids["f0"], uids["f1"] = frame["f0"].to_numpy()[place], frame["f1"].to_numpy()[place]
-    return place, uids, np.concatenate(images)[order], np.concatenate(texts)[order]
+    chosen = pl.concat(parts).sort("place")
+    image, text = gather(
+        project.lake, asset, ["image", "text"], shards, chosen["number"].to_numpy(), chosen["row"].to_numpy()
+    )
+    uids = np.empty(len(chosen), dtype=UID_DTYPE)
+    uids["f0"], uids["f1"] = chosen["f0"].to_numpy(), chosen["f1"].to_numpy()
+    return chosen["place"].to_numpy(), uids, image, text
 
 
 def _rounded(value: Any) -> Any:
