@@ -60,9 +60,7 @@ def compare(bars: Mapping[str, float], part: str, found: Results) -> list[Compar
         ValueError: A bar has a ratio that the benchmark does not return.
     """
     if unknown := sorted(bars.keys() - found.keys()):
-        raise ValueError(
-            f"{BARS}: {part} gives no {', '.join(unknown)}. Remedy: correct the names, or delete the bars"
-        )
+        raise ValueError(f"{BARS}: {part} gives no {', '.join(unknown)}. Remedy: correct the names, or delete the bars")
     return [Compared(part, name, found[name], bar) for name, bar in bars.items() if found[name] is not None]
 
 

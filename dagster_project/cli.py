@@ -23,8 +23,9 @@ from rich.text import Text
 
 from assets.graph import Graph, build_graph
 from assets.project import ConfigError, Project, open_project
-from assets.study.figures import ROWS, StudyError, study
+from assets.study.figures import ROWS, study
 from assets.study.page import write_page
+from assets.study.results import StudyError
 from assets.subsets.catalog import write_catalog
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from assets.subsets.reproduction import rebuild

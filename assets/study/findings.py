@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from assets.study.figures import BEST, CHANCE, Overlap, Sensitivity, Separation, Study, Variant
 from assets.study.numbers import auc, difference, plain, rate, small
+from assets.study.results import BEST, CHANCE, Overlap, Sensitivity, Separation, Study, Variant
 
 SHOWN_OVERLAPS = 3  # of more, the largest and the smallest
 VARIED = ("τ", "B", "K")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from assets.study.figures import Interval
+from assets.study.results import Interval
 
 
 def rate(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The study page: the statistics of `assets.study.figures` as findings, plots and tables in one HTML file.
+"""The study page: the statistics of a study as findings, plots and tables in one HTML file.
 
 Here: writing the two files, and laying out the tables. Not here: the sentences (`findings`) and the plots (`plots`).
 The same statistics give the same bytes: nothing on the page depends on the time or the machine.
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from assets.base.pages import render
-from assets.study.figures import BEST, CONFIGURED, FAULTS, Interval, Sensitivity, Study
 from assets.study.findings import findings
 from assets.study.numbers import bounds, plain, rate, small
 from assets.study.plots import Panel, Plot, matrix_plot, sensitivity_plot, separation_plot
+from assets.study.results import BEST, CONFIGURED, FAULTS, Interval, Sensitivity, Study
 
 PAGE_FILE, FIGURES_FILE = "index.html", "figures.json"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from assets.base.pages import data_url
-from assets.study.figures import BEST, CHANCE, Interval, Sensitivity, Study
 from assets.study.numbers import plain
+from assets.study.results import BEST, CHANCE, Interval, Sensitivity, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -146,7 +146,7 @@ def _groups(selection: Selection) -> Iterator[_Group]:
             highest = "highest" if end == "best" else "lowest"
             yield _Group(
                 f"{end.capitalize()} {verdict} by {report.score}",
-                f"Step {report.step}, {report.text}: the {highest} of what was {verdict}{near.get((end, kept), '')}.",
+                f"Step {report.step}, {report.text}: the {highest} values {verdict}{near.get((end, kept), '')}.",
                 f"{before} AND {'' if kept else 'NOT '}({report.predicate})",
                 f"{report.value} {order}, f0, f1",
             )
@@ -177,7 +177,7 @@ def _alike(selection: Selection, report: StepReport) -> _Group:
     if report.step not in selection.tables:
         return _Group(
             f"Dropped by {report.by}",
-            f"Step {report.step}, {report.text}: the lowest of what was dropped, just above the limit.",
+            f"Step {report.step}, {report.text}: the lowest values dropped, just above the limit.",
             f"{selection.inside[report.step - 1]} AND NOT ({report.predicate})",
             f"{quoted(str(report.by))}, f0, f1",
         )

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assets.scores.negatives import read_draws
-from assets.study.figures import Study, StudyError, study
+from assets.study.figures import study
 from assets.study.findings import findings
 from assets.study.page import write_page
+from assets.study.results import Study, StudyError
 from dagster_project import cli as command
 from resources.catalog.build import read_catalog
 from resources.lake.files import column_to_vectors
