@@ -233,7 +233,7 @@ def _samples(project: Project, rows: pl.DataFrame) -> dict[tuple[int, int], Tile
 
 
 def _bytes(project: Project, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
-    """Return the bytes of each row's picture: None if the pool has no pictures, an error if it could not be read."""
+    """Give the bytes of each row's picture; None where the pool has no pictures, else the error that befell it."""
     if found["image_offset"].null_count():
         return [None] * found.height
     try:
