@@ -1,7 +1,7 @@
-"""What Dagster and our bookkeeping cost beside the work itself.
+"""The overhead of Dagster and of our bookkeeping.
 
-Here: many tiny shards through one asset in one run, the event log alone, and the start of a run's process. How the
-cost grows with the pool: `benchmarks.growth`.
+Here: many tiny shards through one asset in one run, the event log alone, and the start of a run's process. Growth of
+the cost with the pool: `benchmarks.growth`.
 
 python -m benchmarks.overhead
 """
@@ -45,7 +45,7 @@ EVENTS = 50
 
 
 def measure(shards: int = SHARDS) -> dict[str, Any]:
-    """Time a pass over `shards` tiny shards, and the same assets' own work without Dagster."""
+    """Time a pass over `shards` tiny shards, and the work of the same assets without Dagster."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_project(Path(folder), shards)
         began: list[tuple[str, float]] = []
@@ -75,7 +75,7 @@ def measure(shards: int = SHARDS) -> dict[str, Any]:
 
 
 def run_start() -> float:
-    """Give the seconds from the start of a run's process, as the web server's launcher starts it, to its first step."""
+    """Return the seconds from starting a run's process, as the web server's launcher does, to its first step."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_project(Path(folder), 1)
         project = open_project(config)
@@ -104,7 +104,7 @@ def run_start() -> float:
 
 
 def _events(*, kept: bool) -> float:
-    """Give the seconds an event, in a run that logs nothing else."""
+    """Return the seconds per event, in a run that logs nothing else."""
 
     @dg.asset(output_required=False)
     def logger(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
@@ -148,7 +148,7 @@ def write_shard(pool: Path, number: int) -> None:
 
 
 def write_project(folder: Path, shards: int, recipes: dict[str, Any] | None = None) -> Path:
-    """Write a pool of tiny shards and a project over it; give the project's YAML."""
+    """Write a pool of tiny shards and a project over it, and return the path of the YAML."""
     (folder / "pool").mkdir()
     for number in range(shards):
         write_shard(folder / "pool", number)

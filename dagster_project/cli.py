@@ -24,9 +24,11 @@ from rich.text import Text
 from assets.base.context import Context
 from assets.graph import Graph, build_graph
 from assets.settings import ConfigError, open_project
-from assets.study.figures import ROWS, StudyError, study
+from assets.study.figures import ROWS, study
 from assets.study.page import write_page
+from assets.study.results import StudyError
 from assets.subsets.catalog import write_catalog
+from assets.subsets.funnel import COLUMNS, funnel_rows
 from assets.subsets.reproduction import rebuild
 from dagster_project.dead_runs import close_dead_runs
 from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
@@ -304,19 +306,9 @@ def print_outcome(project: Context, graph: Graph, outcome: Outcome, console: Con
         if version is None:
             continue
         lineage = version.lineage
-        table = Table(
-            "step",
-            "entered",
-            "kept",
-            "of source",
-            "threshold",
-            title=f"{subset.key} {version.name}",
-            title_justify="left",
-        )
-        for step in lineage["steps"]:
-            threshold = "" if step["threshold"] is None else f"{step['threshold']:.5f}"
-            share = f"{step['kept'] / lineage['source']['rows']:.1%}"
-            table.add_row(Text(step["text"]), f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
+        table = Table(*COLUMNS, title=f"{subset.key} {version.name}", title_justify="left")
+        for step, *numbers in funnel_rows(lineage, ".5f"):
+            table.add_row(Text(step), *numbers)
         console.print(table)
         if version.samples != lineage["rows"]:
             console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)

@@ -1,4 +1,4 @@
-"""What a subset shows of itself: the right samples, their own pictures, in little space, whatever the pool holds."""
+"""The report of a subset: the right samples, their own pictures, small events, and hostile captions that stay inert."""
 
 import base64
 import io
@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow.compute as pc
 import pytest
 from dagster._serdes import serialize_value
+from markupsafe import escape
 from PIL import Image
 
 from assets.subsets.contact_sheets import Sheet, Tile, html_page, markdown, small_jpeg
@@ -78,7 +79,7 @@ def warnings(scenario: Scenario) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
-    """A project of which everything is made, with one caption that is no friend of pages."""
+    """A project with every asset materialized, and one hostile caption."""
     scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
     scenario.write_shard(SHARDS[0], text=HOSTILE.encode())
     scenario.set("recipes", "everything", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
@@ -137,7 +138,7 @@ def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
     text = (folder(made, "everything") / "index.html").read_text()
     shown = html_page("t", {}, {"Funnel": [["step"]]}, "scores.png", [Sheet("s", "", [Tile("0" * 32, HOSTILE)])])
     assert "script" not in Page(text).tags + Page(shown).tags
-    assert HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;") in shown
+    assert str(escape(HOSTILE)) in shown
     table = markdown(Sheet("s", "", [Tile("0" * 32, HOSTILE, {}, small_jpeg(picture(), 16))]))
     assert "<script" not in table
     (line,) = [line for line in table.splitlines() if "alert" in line]
@@ -188,7 +189,7 @@ def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) ->
 
 
 def beyond_the_tar(scenario: Scenario) -> str:
-    """Let `raw_pool` point behind the end of a shard's tar."""
+    """Let `raw_pool` point beyond the end of a shard's tar."""
     lake = scenario.open().lake
     stored, table = lake.stored("raw_pool", SHARDS[0]), lake.read("raw_pool", SHARDS[0])
     assert stored is not None
@@ -199,7 +200,7 @@ def beyond_the_tar(scenario: Scenario) -> str:
 
 
 def other_bytes(scenario: Scenario) -> str:
-    """Change the pictures of a shard behind the listing's back: same size, same time."""
+    """Change the pictures of a shard, but not its size and time, so that the listing is the same."""
     tar = scenario.folder / "pool" / f"{SHARDS[0]}.tar"
     stat, data = tar.stat(), bytearray(tar.read_bytes())
     for row in scenario.open().lake.read("raw_pool", SHARDS[0]).to_pylist():
@@ -228,7 +229,7 @@ def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
     assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
 
 
-def test_a_report_that_cannot_be_written_is_told_and_the_subset_stands(scenario: Scenario) -> None:
+def test_a_report_that_cannot_be_written_is_logged_and_the_subset_stays(scenario: Scenario) -> None:
     scenario.run()
     blocked = scenario.folder / "lake/subset/late/v0001"
     blocked.mkdir(parents=True)
