@@ -26,6 +26,7 @@ from assets.scores.sieve import sieve
 from assets.subsets.catalog import catalog
 from assets.subsets.export import export
 from assets.subsets.subset import SubsetAsset, subset
+from resources.pools.formats import pool_format
 
 REFERENCE = "reference_negatives"
 
@@ -124,8 +125,8 @@ def build_graph(project: Project) -> Graph:
         score = near_duplicates(project, encoder, search)
         nodes += [search, score]
         by_key[score.key] = score
-    with_images = settings.pool.format == "webdataset"
-    exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_images else []
+    with_tars = pool_format(settings.pool).has_tars
+    exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_tars else []
     return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(project))
 
 

@@ -32,7 +32,8 @@ from resources.lake.files import Lake
 from resources.models.captioners import Captioner
 from resources.models.encoders import Encoder
 from resources.models.text_encoders import TextEncoder
-from resources.pools.base import RAW_POOL_SCHEMA, Pool, open_pool
+from resources.pools.base import RAW_POOL_SCHEMA, Pool
+from resources.pools.formats import FORMATS, open_pool, pool_format
 from resources.settings import (
     CaptionerSettings,
     EncoderSettings,
@@ -241,8 +242,9 @@ class ProjectSettings(BaseModel):
     def _sieve_has_all_it_needs(self) -> "ProjectSettings":
         if "facts" in self.captioners:
             raise ValueError("captioners.facts: this name is taken by captions/facts. Remedy: another name")
-        if self.captioners and self.pool.format != "webdataset":
-            raise ValueError("captioners: the pool has no images to describe. Remedy: a pool of format webdataset")
+        if self.captioners and not pool_format(self.pool).has_images:
+            having = ", ".join(declared.name for declared in FORMATS.values() if declared.has_images)
+            raise ValueError(f"captioners: the pool has no images to describe. Remedy: a pool of format {having}")
         for captioner, names in (self.scores.sieve or {}).items():
             if captioner not in self.captioners:
                 raise ValueError(

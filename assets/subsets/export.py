@@ -16,8 +16,10 @@ from assets.project import Project
 from core.uids import UID_DTYPE
 from resources.lake.files import Provenance
 from resources.lake.versions import Version, Versions
+from resources.pools.base import TarPool
 from resources.storage import files, tars
-from resources.storage.tar_writer import copies, samples, write_tar
+from resources.storage.tar_samples import members_by_key
+from resources.storage.tar_writer import copies, write_tar
 
 CODE_VERSION = "1"
 SCHEMA = pa.schema(
@@ -36,7 +38,7 @@ def export(project: Project, recipe: str, pool: ShardAsset) -> ShardAsset:
     """Make the asset `export/<recipe>`.
 
     Args:
-        project: the project; its pool has images.
+        project: the project; its pool is of tars.
         recipe: the recipe's name.
         pool: the asset `raw_pool`.
     """
@@ -122,9 +124,10 @@ def _write(project: Project, shard: str, chosen: pl.DataFrame, tar: str) -> pa.T
     wanted = copies(rows.select("key", "times").iter_rows())
     if not wanted:
         return SCHEMA.empty_table()
-    url = project.pool.image_url(shard)
+    assert isinstance(project.pool, TarPool)
+    url = project.pool.tar_url(shard)
     with files.mapped(url) as view, project.lake.replacing(tar) as path:
-        write_tar(path, view, samples(tars.walk(view, url).members), wanted)
+        write_tar(path, view, members_by_key(tars.walk(view, url)), wanted)
     listed = pl.DataFrame([(c.key, c.source_key, c.copy) for c in wanted], ["key", "source_key", "copy"], orient="row")
     listed = listed.join(rows, left_on="source_key", right_on="key", maintain_order="left")
     return listed.select(SCHEMA.names).to_arrow().cast(SCHEMA)

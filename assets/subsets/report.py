@@ -21,8 +21,7 @@ from assets.project import Project
 from assets.subsets.contact_sheets import Sheet, Tile, data_url, escaped, html_page, image_path, markdown, small_jpeg
 from core.sql import quoted
 from resources.lake.versions import Version
-from resources.pools.base import PoolError
-from resources.storage import files
+from resources.pools.base import IMAGE_COLUMNS, PoolError
 from resources.storage.images import ImageError
 from selection.recipes.execute import Selection, StepReport
 from selection.scores.negatives import keyed_hash
@@ -212,7 +211,7 @@ def _samples(project: Project, rows: pl.DataFrame) -> dict[tuple[int, int], Tile
     """
     samples = {}
     for (shard,), uids in rows.group_by("shard", maintain_order=True):
-        columns = ["uid", "f0", "f1", "caption", "sha256", "image_offset", "image_size"]
+        columns = ["uid", "f0", "f1", "caption", "sha256", *IMAGE_COLUMNS]
         pool = pl.DataFrame(project.lake.read("raw_pool", str(shard), columns))
         found = pool.join(uids, on=["f0", "f1"], how="semi").unique(["f0", "f1"], keep="first", maintain_order=True)
         for row, data in zip(found.iter_rows(named=True), _bytes(project, str(shard), found), strict=True):
@@ -221,14 +220,10 @@ def _samples(project: Project, rows: pl.DataFrame) -> dict[tuple[int, int], Tile
 
 
 def _bytes(project: Project, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
-    """Give the bytes of each row's picture; None where the pool has no pictures, else the error that befell it."""
-    if found["image_offset"].null_count():
+    """Return the bytes of each row's picture, the error if it cannot be read, or None if the pool has no pictures."""
+    if not project.pool.has_images:
         return [None] * found.height
-    try:
-        ranges = list(found.select("image_offset", "image_size").iter_rows())
-        return files.read_ranges(project.pool.image_url(shard), ranges)
-    except (OSError, PoolError) as error:
-        return [error] * found.height
+    return project.pool.read_images(shard, found.to_arrow())
 
 
 def _sample(project: Project, shard: str, row: Mapping[str, Any], data: bytes | Exception | None) -> Tile:

@@ -83,9 +83,9 @@ class Captioner:
             EncoderError: the model cannot be used.
         """
         loaded = self.loaded
-        work = decoding.ShardWork(shards, pool, self.settings.batch_size)
+        work = decoding.ShardWork(shards, self.settings.batch_size)
         batches = decoding.run(
-            decoding.Prepare([loaded.look]), work, self.settings.workers, pin=loaded.device.type == "cuda"
+            decoding.Prepare([loaded.look], pool=pool), work, self.settings.workers, pin=loaded.device.type == "cuda"
         )
         with contextlib.closing(batches):
             for shard in shards:

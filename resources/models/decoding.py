@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from core.errors import UserError
-from resources.pools.base import Pool, PoolError
-from resources.storage import files, images
+from resources.pools.base import IMAGE_COLUMNS, Pool, PoolError
+from resources.storage import images
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +28,18 @@ class EncoderError(UserError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class RangesItem:
-    """Rows of one shard: where their images lie, and their captions."""
+class RowsItem:
+    """Rows of one shard, whose images the pool reads.
+
+    Attributes:
+        shard: its name.
+        rows: `key`, `caption` and what `Pool.read_images` needs.
+        total: rows of the shard.
+        last: whether these are its last.
+    """
 
     shard: str
-    url: str
-    keys: list[str]
-    ranges: list[tuple[int, int]]
-    captions: list[str]
+    rows: pa.Table
     total: int
     last: bool
 
@@ -94,33 +98,22 @@ class Batch:
 class ShardWork:
     """Work items of many shards, in order; a shard's table is asked for when its turn comes."""
 
-    def __init__(self, shards: Mapping[str, pa.Table], pool: Pool, batch_size: int) -> None:
+    def __init__(self, shards: Mapping[str, pa.Table], batch_size: int) -> None:
         self.shards = shards
-        self.pool = pool
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[RangesItem | FailedItem]:
+    def __iter__(self) -> Iterator[RowsItem | FailedItem]:
         for shard in self.shards:
             try:
-                url = self.pool.image_url(shard)
-                rows = self.shards[shard].select(["key", "image_offset", "image_size", "caption"])
+                rows = self.shards[shard].select([*IMAGE_COLUMNS, "caption"])
             except (PoolError, OSError, pa.ArrowException) as error:
                 yield FailedItem(f"{shard}: {error}")
                 continue
             total = rows.num_rows
             for start in range(0, max(total, 1), self.batch_size):
-                part = rows.slice(start, self.batch_size)
-                offsets = part["image_offset"].to_pylist()
-                sizes = part["image_size"].to_pylist()
-                yield RangesItem(
-                    shard,
-                    url,
-                    part["key"].to_pylist(),
-                    list(zip(offsets, sizes, strict=True)),
-                    part["caption"].to_pylist(),
-                    total,
-                    start + self.batch_size >= total,
-                )
+                # A copy: pickling a slice would send the shard's whole table.
+                part = rows.take(pa.array(range(start, min(start + self.batch_size, total)), pa.int64()))
+                yield RowsItem(shard, part, total, start + self.batch_size >= total)
 
 
 class ImageWork:
@@ -163,16 +156,17 @@ class Prepare:
     Each image is decoded once (for each `draft`), however many looks there are.
     """
 
-    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = ()) -> None:
+    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = (), pool: Pool | None = None) -> None:
         self.looks = looks
         self.tokenizers = tokenizers
+        self.pool = pool
 
-    def __getitem__(self, item: RangesItem | ImagesItem | FailedItem) -> Batch:
+    def __getitem__(self, item: RowsItem | ImagesItem | FailedItem) -> Batch:
         if isinstance(item, FailedItem):
             return Batch(0, error=item.error)
         if isinstance(item, ImagesItem):
             return self._images(item)
-        return self._ranges(item)
+        return self._rows(item)
 
     def _tensors(self, blob: bytes, max_pixels: int | None) -> "list[torch.Tensor]":
         """The image as each look sees it."""
@@ -193,25 +187,29 @@ class Prepare:
                 faults.append((name, str(fault)))
         return Batch(len(item.names), _stacked(tensors), (), kept, faults)
 
-    def _ranges(self, item: RangesItem) -> Batch:
-        rows = len(item.keys)
+    def _rows(self, item: RowsItem) -> Batch:
+        rows = item.rows.num_rows
         if rows == 0:
             return Batch(0, total=item.total, last=item.last)
+        assert self.pool is not None
         remedy = "The file changed after it was read: materialize raw_pool again."
         try:
-            blobs = files.read_ranges(item.url, item.ranges)
-        except OSError as error:
-            message = f"shard {item.shard}: {error}. {remedy}"
-            return Batch(rows, error=message, total=item.total, last=item.last)
+            blobs = self.pool.read_images(item.shard, item.rows)
+        except PoolError as error:  # the pool has no images
+            return Batch(rows, error=str(error), total=item.total, last=item.last)
         tensors = []
-        for key, blob in zip(item.keys, blobs, strict=True):
+        for key, blob in zip(item.rows["key"].to_pylist(), blobs, strict=True):
+            if isinstance(blob, PoolError):
+                message = f"shard {item.shard}: {blob}. {remedy}"
+                return Batch(rows, error=message, total=item.total, last=item.last)
             try:
-                # its size was judged when the pool was read
+                # The pool checked its size when it read the shard.
                 tensors.append(self._tensors(blob, None))
             except images.ImageError as fault:
-                message = f"shard {item.shard}, key {key} in {item.url}: {fault}. {remedy}"
+                message = f"shard {item.shard}, key {key} in {self.pool.settings.path}: {fault}. {remedy}"
                 return Batch(rows, error=message, total=item.total, last=item.last)
-        tokens = [tokenizer(item.captions) for tokenizer in self.tokenizers]
+        captions = item.rows["caption"].to_pylist()
+        tokens = [tokenizer(captions) for tokenizer in self.tokenizers]
         return Batch(rows, _stacked(tensors), tokens, list(range(rows)), [], None, item.total, item.last)
 
 

@@ -564,8 +564,8 @@ def embed_together(
     tokenizers = {model.tokenizer_key: model.tokenizer for model in models}
     look_of = [list(looks).index(model.look_key) for model in models]
     tokenizer_of = [list(tokenizers).index(model.tokenizer_key) for model in models]
-    prepare = decoding.Prepare(list(looks.values()), list(tokenizers.values()))
-    work = decoding.ShardWork(shards, pool, encoders[0].settings.batch_size)
+    prepare = decoding.Prepare(list(looks.values()), list(tokenizers.values()), pool)
+    work = decoding.ShardWork(shards, encoders[0].settings.batch_size)
     pin = any(model.device.type == "cuda" for model in models)
     batches = decoding.run(prepare, work, encoders[0].settings.workers, pin=pin)
     with contextlib.closing(batches):

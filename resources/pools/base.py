@@ -37,9 +37,9 @@ the sidecar's or .json's caption is. The uid is the sidecar's, else the .json's,
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +82,9 @@ REJECTS_SCHEMA = pa.schema(
     ]
 )
 
+IMAGE_COLUMNS = ("key", "source_row", "image_offset", "image_size")
+"""Columns of `raw_pool` by which a pool finds the images of rows."""
+
 UID = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -112,33 +115,48 @@ class ShardRead:
 
 
 class Pool(Protocol):
-    """A raw pool, whatever its format."""
+    """A raw pool of any format.
+
+    Pools are sent to decoding processes, so they can be pickled.
+
+    Attributes:
+        settings: the pool's settings.
+        has_images: whether `read_images` works.
+    """
 
     settings: PoolSettings
+    has_images: bool
 
     def list_shards(self) -> dict[str, str]:
-        """Name of each shard to its fingerprint, from the listing alone.
+        """Return the fingerprint of each shard by name, from the listing alone.
 
         Raises:
-            PoolError: no such folder, no shard in it, or a name that cannot be a partition.
+            PoolError: the folder or its shards are missing, or a name cannot be a partition.
         """
 
     def read_shard(self, name: str) -> ShardRead:
         """Read one shard and check every sample in it.
 
         Raises:
-            PoolError: no such shard, an empty one, or files that do not belong together.
+            PoolError: the shard is missing or empty, or its files do not belong together.
         """
 
-    def image_url(self, name: str) -> str:
-        """The file in which a shard's image_offset and image_size point.
+    def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
+        """Read the images of some rows of a shard.
+
+        Args:
+            shard: its name.
+            rows: n rows of its `raw_pool`, with at least the columns in `IMAGE_COLUMNS`.
+
+        Returns:
+            The n images as stored; in place of an image that cannot be read, the error.
 
         Raises:
             PoolError: the pool has no images.
         """
 
     def embeddings(self, name: str, rows: pa.Table, encoder_name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A precomputed encoder's embeddings of `rows` (the shard's raw_pool, or some of it).
+        """Read a precomputed encoder's embeddings of `rows` (the shard's `raw_pool`, or some of it).
 
         Returns:
             image and text, float16 [n, d], unit norm, row for row as `rows`.
@@ -148,36 +166,35 @@ class Pool(Protocol):
         """
 
 
-def open_pool(settings: PoolSettings, encoders: Mapping[str, EncoderSettings]) -> Pool:
-    """The reader for a pool's format. Nothing is read yet.
+@runtime_checkable
+class TarPool(Protocol):
+    """A pool whose shards are tars, so that the members of a sample can be copied."""
 
-    Args:
-        settings: the pool.
-        encoders: all encoders by name; the precomputed ones tell which embeddings to check.
+    def tar_url(self, shard: str) -> str:
+        """Return the path or URL of a shard's tar."""
 
-    Raises:
-        PoolError: an encoder needs what this format has not (images, or embeddings).
+
+@dataclass(frozen=True)
+class PoolFormat:
+    """The declaration of a pool format: `FORMAT` at the end of the format's module.
+
+    Attributes:
+        name: its name in the YAML.
+        files: the files that a pool of this format holds, for messages and documentation.
+        open: makes a pool of the settings and all encoders by name; reads nothing.
+        has_images: whether the pool stores images.
+        has_embeddings: whether the pool stores embeddings.
+        has_tars: whether its shards are tars (`TarPool`), so that subsets can be exported.
+        options: fields of `PoolSettings` that only some formats have, and this one does.
     """
-    if settings.format == "webdataset":
-        from resources.pools.webdataset import WebdatasetPool
 
-        for name, encoder in encoders.items():
-            if encoder.precomputed is not None:
-                raise PoolError(
-                    f"encoder {name} is precomputed, but the webdataset pool {settings.path} "
-                    "carries no embeddings. Give the encoder a `model` and drop `precomputed`, or "
-                    "set the pool's format to datacomp."
-                )
-        return WebdatasetPool(settings)
-    from resources.pools.datacomp import DatacompPool
-
-    for name, encoder in encoders.items():
-        if encoder.precomputed is None:
-            raise PoolError(
-                f"encoder {name} has a model only, but the datacomp pool {settings.path} carries "
-                "no images. Set `precomputed` to the embeddings it is to read (such as b32)."
-            )
-    return DatacompPool(settings, encoders)
+    name: str
+    files: str
+    open: Callable[[PoolSettings, Mapping[str, EncoderSettings]], Pool]
+    has_images: bool = False
+    has_embeddings: bool = False
+    has_tars: bool = False
+    options: frozenset[str] = frozenset()
 
 
 def content_uid(image_sha256: bytes, caption: str) -> str:
@@ -227,3 +244,11 @@ def rejects_table(shard: str, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
 def empty_shard(name: str, url: str) -> PoolError:
     """The error for a shard in which there is no sample at all."""
     return PoolError(f"empty shard {name}: there is no sample in {url}. Remove the file, or write it again.")
+
+
+def no_embeddings(settings: PoolSettings, shard: str, rows: pa.Table, encoder_name: str) -> PoolError:
+    """Return the error of a pool that carries no embeddings."""
+    return PoolError(
+        f"the {settings.format} pool {settings.path} carries no embeddings for {encoder_name} "
+        f"({shard}, {rows.num_rows} rows)"
+    )

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from resources.pools import base as pools
-from resources.pools.base import PoolError, ShardRead
+from resources.pools.base import PoolError, PoolFormat, ShardRead
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -84,6 +84,8 @@ class _Faults:
 class DatacompPool:
     """A folder of metadata with embeddings. See `pools.Pool`."""
 
+    has_images = False
+
     def __init__(self, settings: PoolSettings, encoders: Mapping[str, EncoderSettings]) -> None:
         self.settings = settings
         self.encoders = {
@@ -124,10 +126,10 @@ class DatacompPool:
         """See `pools.Pool`."""
         return {name: files.fingerprint(parts.all()) for name, parts in self._shards().items()}
 
-    def image_url(self, name: str) -> str:
-        """See `pools.Pool`: there are no images."""
+    def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
+        """See `pools.Pool`: there are none."""
         raise PoolError(
-            f"shard {name}: the datacomp pool {self.settings.path} carries no images. Set the "
+            f"shard {shard}, {rows.num_rows} rows: the datacomp pool {self.settings.path} carries no images. Set the "
             "encoder's `precomputed`, or point pool.path at the downloaded tars."
         )
 
@@ -454,3 +456,11 @@ def _fields(uids: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
         if uid is not None and pools.UID.fullmatch(uid):
             halves[row] = int(uid[:16], 16), int(uid[16:], 16)
     return halves[:, 0].copy(), halves[:, 1].copy()
+
+
+FORMAT = PoolFormat(
+    name="datacomp",
+    files="metadata with embeddings and no images (DataComp, dataset2metadata, clip-retrieval)",
+    has_embeddings=True,
+    open=DatacompPool,
+)

@@ -64,13 +64,14 @@ def list_tree(url: str) -> list[Listed]:
         FileNotFoundError: there is no such folder.
     """
     listed = list_folder(url)
-    for folder in _folders(url):
+    for folder in list_folders(url):
         inner = list_tree(f"{url.rstrip('/')}/{folder}")
         listed += [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in inner]
     return sorted(listed, key=lambda file: file.name)
 
 
-def _folders(url: str) -> list[str]:
+def list_folders(url: str) -> list[str]:
+    """Return the names of the folders directly in a folder; hidden ones are left out on local disks."""
     if not is_remote(url):
         with os.scandir(url) as entries:
             return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from resources.storage.tar_samples import split_name
 from resources.storage.tars import Member
 
 
@@ -25,32 +26,6 @@ class Copy:
     source_key: str
     key: str
     copy: int
-
-
-def samples(members: Iterable[Member]) -> dict[str, list[Member]]:
-    """Group a tar's members into samples, by key (the path up to the first dot of the file name).
-
-    A sample's members are neighbours; where a key comes again later, or a suffix comes twice, the first ones stay,
-    as in `raw_pool`.
-    """
-    found: dict[str, list[Member]] = {}
-    current, suffixes = None, set[str]()
-    for member in members:
-        key, suffix = _split(member.name)
-        if key != current:
-            current, suffixes = key, set()
-            if key not in found:
-                found[key] = []
-                suffixes.add(suffix)
-                found[key].append(member)
-            else:
-                current = None
-        elif suffix not in suffixes:
-            suffixes.add(suffix)
-            found[key].append(member)
-        else:
-            current = None
-    return found
 
 
 def copies(chosen: Iterable[tuple[str, int]]) -> list[Copy]:
@@ -86,13 +61,7 @@ def write_tar(path: Path, view: memoryview, found: Mapping[str, Sequence[Member]
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
         for copy in wanted:
             for member in found[copy.source_key]:
-                _, suffix = _split(member.name)
+                _, suffix = split_name(member.name)
                 info = tarfile.TarInfo(f"{copy.key}.{suffix}")
                 info.size = member.size
                 tar.addfile(info, io.BytesIO(view[member.offset : member.offset + member.size]))
-
-
-def _split(name: str) -> tuple[str, str]:
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return (folder + slash + stem).removeprefix("./"), suffix
