@@ -14,8 +14,8 @@ from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, each,
 from assets.base.score_tables import CHUNK_ROWS, IDENTITY, embedding_chunks, to_tensor
 from assets.base.unpartitioned import WholeAsset, up_to_date, whole_asset
 from assets.project import Project
+from core.hashing import sha256
 from resources.lake.files import LakeError, Provenance, column_to_vectors
-from resources.lake.versions import sha256
 
 CODE_VERSION = "1"
 GIVEN = "given centroids"  # the name of a file among what centroids are made from

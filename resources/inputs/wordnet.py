@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from core.errors import UserError
+from core.hashing import sha256
 
 PARTS = ("noun", "verb", "adj", "adv")
 _ENDINGS = {
@@ -137,8 +138,5 @@ def existing(path: str) -> Path:
 
 
 def digest(paths: list[Path]) -> str:
-    """Give a sha256 of files' contents."""
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(hashlib.sha256(path.read_bytes()).digest())
-    return sha.hexdigest()
+    """Return a SHA-256 of files' contents: that of their digests, one after the other."""
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in paths)).hexdigest()

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from core.hashing import sha256_of
+
 _GAP = 64 * 1024  # bytes: read over smaller holes rather than seek (or send another request)
 _STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime", "created")
 
@@ -121,6 +123,12 @@ def open_binary(url: str) -> BinaryIO:
         return open(url, "rb")
     fs, path = _filesystem(url)
     return fs.open(path, "rb")
+
+
+def sha256(url: str) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal characters."""
+    with open_binary(url) as file:
+        return sha256_of(file)
 
 
 @contextlib.contextmanager
