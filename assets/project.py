@@ -24,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from assets.base.score_names import score_names, score_type
 from core.errors import UserError
-from resources.catalog.build import score_names, score_type
 from resources.inputs.external import find
 from resources.inputs.targets import Target, open_target
 from resources.lake.files import Lake

@@ -1,12 +1,15 @@
 """`catalog`: one DuckDB file of views and macros over everything in the lake; it holds no data of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 
 from assets.base.checks import asset_key
-from assets.project import Project
+from assets.base.score_names import score_names, score_type
+from assets.project import Project, ProjectSettings
 from resources.catalog.build import build_catalog
+from resources.catalog.scores import CatalogColumn, CatalogScore
 
 CODE_VERSION = "3"
 
@@ -43,11 +46,29 @@ def write_catalog(project: Project) -> Path:
     build_catalog(
         project.lake.local_root(),
         path,
-        scores=project.settings.score_assets,
+        scores=catalog_scores(project.settings),
         targets=_targets(project),
         recipes=list(project.settings.recipes),
     )
     return path
+
+
+def catalog_scores(settings: ProjectSettings) -> list[CatalogScore]:
+    """Return the project's score assets as the catalog takes them."""
+    names = score_names(settings.score_assets)
+    found = []
+    for asset, columns in settings.score_assets.items():
+        kind, _, rest = asset.partition("/")
+        named = zip(columns, names[asset], strict=True)
+        score = CatalogScore(asset, tuple(CatalogColumn(name, recipe, score_type(name)) for name, recipe in named))
+        if kind == "norm_sim":
+            score = replace(score, nearest_target=f"nearest_target/{rest}", targets=f"target_embeddings/{rest}")
+        elif kind == "sieve":
+            score = replace(score, best_caption=f"sieve_caption/{rest}")
+        elif kind == "near_duplicates":
+            score = replace(score, in_favour_of=f"near_duplicate_of/{rest}")
+        found.append(score)
+    return found
 
 
 def _targets(project: Project) -> list[str]:
