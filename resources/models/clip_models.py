@@ -30,16 +30,16 @@ AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, with what prepares its input.
+    """A model ready to run, with its preprocessing.
 
     Attributes:
         model: open_clip's.
-        encode_image: its method, or what torch.compile made of it.
+        encode_image: its method, or the compiled one.
         encode_text: the same.
-        look: how it sees pictures.
-        look_key: equal for two encoders that see a picture alike.
+        look: its preprocessing of images.
+        look_key: equal for two encoders with the same preprocessing.
         tokenizer: from captions to int64 [n, context length].
-        tokenizer_key: equal for two encoders whose tokens are the same.
+        tokenizer_key: equal for two encoders with the same tokens.
         device: where it runs.
         dtype: of the pixels it takes.
         autocast: of the products inside, where that differs.
@@ -59,7 +59,7 @@ class LoadedModel:
     channels_last: bool
 
     def encode(self, images: "torch.Tensor", tokens: "torch.Tensor | None") -> Any:
-        """float16 unit-norm embeddings on the device: of images, and of tokens where given."""
+        """Return float16 embeddings of unit norm on the device: of images, and of tokens or None."""
         import torch
 
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -76,7 +76,7 @@ class ClipModel:
     """One model, not loaded yet.
 
     Args:
-        owner: what uses it, as errors begin ("encoder b32").
+        owner: its user, for the start of error messages ("encoder b32").
         settings: its model, and where and how it runs.
     """
 
@@ -127,7 +127,7 @@ class ClipModel:
             EncoderError: the model cannot be loaded.
         """
         model = self.settings.model
-        assert model is not None  # settings demand a temperature otherwise
+        assert model is not None  # otherwise the settings require a temperature
         if model.startswith(LOCAL_DIR):
             from safetensors import SafetensorError, safe_open
 
@@ -145,7 +145,7 @@ class ClipModel:
         """The model, loaded once.
 
         Raises:
-            EncoderError: naming the model and the remedy.
+            EncoderError: there is no such model, or it cannot be loaded.
         """
         if self.settings.model is None:
             raise EncoderError(
@@ -166,8 +166,8 @@ class ClipModel:
             assert tag is not None
             config = open_clip.get_pretrained_cfg(name, tag)
             if config.get("quick_gelu"):
-                # open_clip only warns when a tag needs another activation than the model's name
-                # says (ViT-B-32 with openai), and the embeddings would be subtly wrong
+                # open_clip only warns when a tag needs another activation than the model's name implies (ViT-B-32
+                # with openai), and the embeddings would be subtly wrong
                 options["force_quick_gelu"] = True
         device = torch_device(self.owner, self.settings.device)
         precision: str = self.settings.precision
@@ -189,7 +189,7 @@ class ClipModel:
         model.eval()
         channels_last = self.settings.channels_last
         if channels_last is None:
-            # a ViT has one convolution, for its patches, and gains nothing
+            # a ViT has one convolution, for its patches, and does not get faster
             channels_last = sum(isinstance(part, torch.nn.Conv2d) for part in model.visual.modules()) > 1
         if channels_last:
             model.visual.to(memory_format=torch.channels_last)
@@ -231,7 +231,7 @@ class ClipModel:
         return folder
 
     def _check_known(self) -> None:
-        """That the model's name and its pretrained tag are open_clip's."""
+        """Check that open_clip has the model's name and its pretrained tag."""
         import open_clip
 
         assert self.settings.model is not None
@@ -255,7 +255,7 @@ class ClipModel:
             )
 
     def _hub_files(self) -> dict[str, str]:
-        """Content hashes of the config and weights, which the hub's cache names its files by."""
+        """Return the content hashes of config and weights, after which the hub's cache names its files."""
         import open_clip.pretrained
 
         assert self.settings.model is not None
@@ -285,10 +285,14 @@ class ClipModel:
 
 
 def torch_device(owner: str, wanted: str) -> "torch.device":
-    """Give the device that the settings name; `owner` begins the error.
+    """Return the device for a setting.
+
+    Args:
+        owner: its user, for the start of the error message.
+        wanted: auto, cpu, cuda or cuda:<index>.
 
     Raises:
-        EncoderError: it is not there.
+        EncoderError: there is no such device.
     """
     import torch
 
@@ -304,7 +308,7 @@ def torch_device(owner: str, wanted: str) -> "torch.device":
 
 
 def image_size(model: Any) -> tuple[int, int]:
-    """Height and width of the pictures that a model takes."""
+    """Return height and width of a model's input in pixels."""
     size = model.visual.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 

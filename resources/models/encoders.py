@@ -1,10 +1,9 @@
-"""CLIP encoders through open_clip: one model, decoding processes beside it, unit-norm fp16 out.
+"""CLIP encoders: shards, targets and single batches to float16 embeddings of unit norm.
 
-Images go through open_clip's own evaluation transform, unchanged: EXIF orientation is not applied
-and transparency is dropped. Encoders that embed the same shards together share the reading, the
-decoding and, where their tokenizers agree, the tokens. What a worker process does is in
-`resources.models.decoding`. torch and open_clip are imported inside functions, so that this module loads
-at once.
+Images go through open_clip's own evaluation transform, unchanged: EXIF orientation is not applied and transparency is
+dropped. Encoders that embed the same shards in one run share the reading, the decoding and, where their tokenizers
+agree, the tokens. Loading a model is in `resources.models.clip_models`, the work of a decoding process in
+`resources.models.decoding`. torch is imported inside functions, so that this module loads at once.
 """
 
 import contextlib
@@ -34,13 +33,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Embeddings of one shard, row for row the table given.
+    """Embeddings of one shard, row-aligned with the given table.
 
     Attributes:
         image: float16 [n, d], unit norm.
         text: float16 [n, d], unit norm.
-        seconds: from the first batch to the last, decoding included.
-        notes: what a person should know, one sentence each.
+        seconds: from the first batch to the last, including decoding.
+        notes: remarks for the user, one sentence each.
     """
 
     image: np.ndarray
@@ -51,13 +50,13 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class ImageEmbeddings:
-    """Embeddings of images that came with a name.
+    """Embeddings of named images.
 
     Attributes:
         image: float16 [n, d], unit norm.
-        kept: int64 [n], the position of each among the images given.
-        faults: name and reason of each image that is not there.
-        notes: what a person should know, one sentence each.
+        kept: int64 [n], the position of each among the given images.
+        faults: name and reason of each image that cannot be decoded.
+        notes: remarks for the user, one sentence each.
     """
 
     image: np.ndarray
@@ -70,11 +69,11 @@ class Encoder:
     """One encoder of a project.
 
     Args:
-        name: what the project calls it.
+        name: its name in the project.
         settings: its model, or the embeddings to read.
 
     Attributes:
-        rows_at_once: samples a forward pass: the batch size, until the memory turned out not to hold it.
+        rows_at_once: samples per forward pass: the batch size, or less after the memory did not hold it.
     """
 
     def __init__(self, name: str, settings: EncoderSettings) -> None:
@@ -99,7 +98,7 @@ class Encoder:
         return identity | self._model.identity()
 
     def temperature(self) -> float:
-        """τ: the setting, else the model's own 1/exp(logit_scale).
+        """Return τ: the setting, else the model's own 1/exp(logit_scale).
 
         Raises:
             EncoderError: the model cannot be loaded.
@@ -117,14 +116,13 @@ class Encoder:
         """Embed shards one after the other, with one model and one set of decoding processes.
 
         Args:
-            shards: name to raw_pool rows, all or some of the shard. A mapping may load a table
-                only when it is asked for it; one or two are held at a time.
-            pool: where the bytes are.
-            on_rows: called with the number of rows just done.
+            shards: name to raw_pool rows, all or some of the shard. The mapping may load a table on access; one or two
+                are held at a time.
+            pool: reads the images.
+            on_rows: called with the number of rows just embedded.
 
         Yields:
-            Each shard's name, in order, with its embeddings, or with the error that this shard
-            met; the others are not touched by it.
+            Each shard's name, in order, with its embeddings, or with its error, which does not affect the others.
 
         Raises:
             EncoderError: the model itself cannot be loaded.
@@ -160,15 +158,15 @@ class Encoder:
         max_pixels: int = 50_000_000,
         on_rows: Callable[[int], None] | None = None,
     ) -> ImageEmbeddings:
-        """Embed images that come with a name, such as a target's.
+        """Embed named images, such as a target's.
 
         Args:
             images: name and bytes; read as the model needs them.
-            max_pixels: a larger image is a fault.
-            on_rows: called with the number of images just done.
+            max_pixels: width times height; a larger image is a fault.
+            on_rows: called with the number of images just embedded.
 
         Returns:
-            The embeddings of all that can be decoded, and the others by name.
+            The embeddings of all images that can be decoded, and the faults of the others.
 
         Raises:
             EncoderError: the encoder has no model, or it cannot be loaded.
@@ -194,22 +192,22 @@ class Encoder:
         return ImageEmbeddings(np.concatenate(blocks), np.array(kept, np.int64), faults, notes)
 
     def encode(self, images: "torch.Tensor", tokens: "torch.Tensor | None", notes: list[str]) -> Any:
-        """Embed a batch, in as many forward passes as the memory makes necessary.
+        """Embed a batch, in as many forward passes as the memory requires.
 
-        When a pass runs out of memory, its rows are halved, for this batch and for all that follow: a batch size that
-        is too large costs a few passes and never a shard. A row's embedding does not depend on the rows beside it, up
-        to rounding (`docs/own-pool.md`).
+        When a pass runs out of memory, its rows are halved for this and all later batches, so a batch size that is too
+        large costs a few passes and never a shard. A row's embedding does not depend on the other rows, up to rounding
+        (`docs/own-pool.md`).
 
         Args:
             images: float32 [n, 3, height, width].
             tokens: int64 [n, context length], or None for images alone.
-            notes: is given a sentence if the rows had to be halved.
+            notes: list to which a sentence is added if the rows had to be halved.
 
         Returns:
             float16 [n, d] of unit norm on the device: of the images, and of the tokens or None.
 
         Raises:
-            EncoderError: a single row is too much.
+            EncoderError: the memory does not hold a single row.
         """
         import torch
 
@@ -229,14 +227,14 @@ class Encoder:
         return torch.cat(image), None if tokens is None else torch.cat(text)
 
     def _try(self, images: "torch.Tensor", tokens: "torch.Tensor | None") -> Any:
-        """One forward pass, or None when the memory does not hold it."""
+        """Run one forward pass; return None if the memory does not hold it."""
         import torch
 
         try:
             return self.loaded.encode(images, tokens)
         except (RuntimeError, MemoryError) as error:
             if _is_out_of_memory(error):
-                return None  # the caller goes on when the error, and the tensors its frames hold, are gone
+                return None  # outside this block, where the error no longer holds the tensors of its frames
             if self.settings.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise EncoderError(
                     f"encoder {self.name}: torch.compile failed: {str(error).strip().splitlines()[0]}. Install a C++ "
@@ -245,7 +243,7 @@ class Encoder:
             raise
 
     def _halve(self, rows: int, notes: list[str]) -> None:
-        """Make do with half of the rows that were too many."""
+        """Halve the rows per forward pass."""
         import torch
 
         device = self.loaded.device
@@ -290,18 +288,18 @@ def embed_together(
 ) -> Generator[tuple[str, list[Embeddings | EncoderError]], None, None]:
     """Embed shards with several encoders in one pass over the images.
 
-    Bytes are read and decoded once; what two encoders prepare alike, pixels or tokens, is prepared once. The first
-    encoder's workers do it. Each model runs in batches of its own size, so no bit of an encoder's embeddings depends
-    on which others are there.
+    Bytes are read and decoded once, and pixels or tokens that two encoders share are prepared once, by the first
+    encoder's workers. Each model runs in batches of its own size, so no bit of an encoder's embeddings depends on the
+    other encoders.
 
     Args:
-        encoders: each with a model, or one alone whose embeddings the pool carries.
+        encoders: each with a model, or a single one whose embeddings the pool carries.
         shards: see `Encoder.embed_pool`.
-        pool: where the bytes are.
-        on_rows: called with the number of rows just done by all.
+        pool: reads the images.
+        on_rows: called with the number of rows just embedded by all.
 
     Yields:
-        Each shard's name, in order, with what each encoder made of it: embeddings or an error.
+        Each shard's name, in order, with the embeddings or the error of each encoder.
 
     Raises:
         EncoderError: a model cannot be loaded.
@@ -339,7 +337,7 @@ def embed_together(
 
 
 class _Filling:
-    """One encoder's embeddings of one shard while they come in, on the device."""
+    """One encoder's embeddings of one shard while batches arrive, on the device."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -351,11 +349,11 @@ class _Filling:
         self.text: Any = None
 
     def fail(self, error: EncoderError) -> None:
-        """Give the shard up; the first error is the one that is told."""
+        """Stop embedding the shard; the first error is kept."""
         self.error = self.error or error
 
     def add(self, images: "torch.Tensor", tokens: "torch.Tensor", total: int) -> None:
-        """Take the next rows of `total`, and embed as many as fill batches of the encoder's own size."""
+        """Add the next rows of `total`, and embed as many as fill batches of the encoder's own size."""
         import torch
 
         if self.error is not None:
@@ -389,7 +387,7 @@ class _Filling:
         self.done += len(image)
 
     def result(self, seconds: float) -> Embeddings | EncoderError:
-        """Give the shard's embeddings, or the error that befell it."""
+        """Return the shard's embeddings or its error."""
         if self.error is not None:
             return self.error
         if self.image is None:
@@ -399,7 +397,7 @@ class _Filling:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, the accelerator's or the system's, is what was missing; the CPU's allocator says so in words."""
+    """Return whether the error is a lack of memory, of the accelerator or the system."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

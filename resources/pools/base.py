@@ -1,38 +1,38 @@
-"""What a raw pool is to the rest of the project: shards, rows, rejects and embeddings.
+"""The interface of raw pools: shards, rows, rejects, images and embeddings.
 
-The formats are read in `pools_webdataset` and `pools_datacomp`; both give the tables below, so
-that nothing downstream knows where a sample came from. Samples seen = rows + rejects, always.
+Each format has a module beside this one, and `resources.pools.formats` lists them. All return the tables below, so
+downstream assets do not depend on the format. Samples seen = rows + rejects, always.
 
-Every reason for which a sample is rejected:
+Reasons for which a sample is rejected:
 
 | reason | the sample |
 |---|---|
-| unsafe_path | its members' path is absolute, climbs with `..` or has a backslash |
+| unsafe_path | its path is absolute, contains `..` or a backslash |
 | key_invalid | its key is not valid UTF-8 |
 | shard_truncated | the tar ends or is damaged inside it |
-| duplicate_key | its key came before in the shard (the first one stays) |
-| image_missing | no .jpg, .jpeg, .png, .webp, .gif or .bmp member |
+| duplicate_key | its key occurred before in the shard (the first one stays) |
+| image_missing | no .jpg, .jpeg, .png, .webp, .gif or .bmp, or a null in a column of images |
 | image_empty | zero bytes |
-| image_undecodable | not JPEG, PNG, WEBP, GIF or BMP, whatever its name, or damaged |
+| image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF or BMP, or are damaged |
 | image_truncated | the image's data ends early |
 | image_bomb | more than `max_pixels`, or thinner than 1 : 200; refused before it is decoded |
 | image_too_small | a side is under `min_side` |
-| caption_missing | no .txt, and no caption in the sidecar or .json either |
+| caption_missing | no .txt, and no caption in a sidecar, .json, table or column |
 | caption_empty | nothing, or white space only |
 | caption_too_long | more than `max_caption_chars` |
-| metadata_invalid | its .json cannot be read (and no sidecar row stands in for it) |
+| metadata_invalid | its .json cannot be read, and there is no sidecar row |
 | uid_invalid | its uid is not 32 hexadecimal digits |
-| duplicate_uid | its uid came before in the shard (the first one stays) |
+| duplicate_uid | its uid occurred before in the shard (the first one stays) |
 | download_failed | a sidecar row whose status is not success; nothing was stored |
 | missing_from_tar | a sidecar row with status success and no members in the tar |
 | embedding_not_finite | NaN or infinity in an embedding of an encoder in use |
 | embedding_not_unit | the norm of such an embedding differs from 1 by more than 0.01 |
 
-Not a reason: a caption that is not valid UTF-8 is repaired with replacement characters, and
-`caption_repaired` says so (caption_bad_utf8 in other tools).
+A caption that is not valid UTF-8 is no reason: it is repaired with replacement characters, and `caption_repaired` is
+true (caption_bad_utf8 in other tools).
 
-Captions are kept as they are, less line ends at their end. The .txt is the caption; without one,
-the sidecar's or .json's caption is. The uid is the sidecar's, else the .json's, else the content's.
+Captions are kept unchanged, except for line ends at their end. The .txt is the caption; without one, the sidecar's or
+.json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content.
 """
 
 import hashlib
@@ -95,13 +95,12 @@ class PoolError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ShardRead:
-    """One shard, read.
+    """The rows and rejects of one shard.
 
     Attributes:
         rows: accepted samples, in `RAW_POOL_SCHEMA`, in the order of the source.
         rejects: the others, in `REJECTS_SCHEMA`, in the order of the source.
-        notes: what a person should know about the shard, one sentence each.
-        samples: how many samples were seen: rows plus rejects.
+        notes: remarks about the shard for the user, one sentence each.
     """
 
     rows: pa.Table
@@ -159,7 +158,7 @@ class Pool(Protocol):
         """Read a precomputed encoder's embeddings of `rows` (the shard's `raw_pool`, or some of it).
 
         Returns:
-            image and text, float16 [n, d], unit norm, row for row as `rows`.
+            Image and text, float16 [n, d], unit norm, row-aligned with `rows`.
 
         Raises:
             PoolError: the pool has none for that encoder, or the file changed.
@@ -198,15 +197,15 @@ class PoolFormat:
 
 
 def content_uid(image_sha256: bytes, caption: str) -> str:
-    """Make a uid where a sample brings none: sha256(sha256(image) + caption), 32 hex digits."""
+    """Return the uid of a sample that has none: sha256(sha256(image) + caption), its first 32 hexadecimal digits."""
     return hashlib.sha256(image_sha256 + caption.encode()).hexdigest()[:32]
 
 
 def list_folder(settings: PoolSettings) -> list[files.Listed]:
-    """The pool's folder.
+    """List the files in the pool's folder.
 
     Raises:
-        PoolError: there is none.
+        PoolError: the folder is missing.
     """
     try:
         return files.list_folder(settings.path)
@@ -222,27 +221,27 @@ def list_folder(settings: PoolSettings) -> list[files.Listed]:
 
 
 def check_shard_name(name: str, url: str) -> str:
-    """The name, if it can be a partition key and a file name.
+    """Return the name of a shard, which must fit as partition key and file name.
 
     Raises:
-        PoolError: it cannot.
+        PoolError: it does not.
     """
     if not _SHARD_NAME.fullmatch(name):
         raise PoolError(
-            f"{url}: the shard's name {name!r} must begin with a letter or digit and hold only "
+            f"{url}: the shard's name {name!r} must start with a letter or digit and contain only "
             "letters, digits, '.', '_' and '-'. Rename the file."
         )
     return name
 
 
 def rejects_table(shard: str, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rejects in `REJECTS_SCHEMA`, in the order of the source."""
+    """Return rejects in `REJECTS_SCHEMA`, in the order of the source."""
     ordered = sorted(rejects, key=lambda reject: reject["source_row"])
     return pa.Table.from_pylist([{"shard": shard, **row} for row in ordered], REJECTS_SCHEMA)
 
 
 def empty_shard(name: str, url: str) -> PoolError:
-    """The error for a shard in which there is no sample at all."""
+    """Return the error of a shard without samples."""
     return PoolError(f"empty shard {name}: there is no sample in {url}. Remove the file, or write it again.")
 
 

@@ -1,6 +1,7 @@
 """New webdataset tars that hold chosen samples of an old one, byte for byte.
 
-Here: which members a sample has, and writing them again. Not here: which samples are chosen.
+Here: keys of copies, and writing. Not here: grouping members into samples (`resources.storage.tar_samples`), and which
+samples are selected.
 """
 
 import io
@@ -15,7 +16,7 @@ from resources.storage.tars import Member
 
 @dataclass(frozen=True)
 class Copy:
-    """A sample as it is written.
+    """A sample to write.
 
     Attributes:
         source_key: its key in the source tar.
@@ -29,10 +30,10 @@ class Copy:
 
 
 def copies(chosen: Iterable[tuple[str, int]]) -> list[Copy]:
-    """Give every copy a key of its own: `key`, then `key_1`, `key_2`, ... as far as no sample has that key.
+    """Assign a key to every copy of a sample: `key`, then `key_1`, `key_2`, ..., skipping keys of other samples.
 
     Args:
-        chosen: keys, each once, and how often each sample is wanted.
+        chosen: keys, each once, and the number of copies.
     """
     wanted = [(key, times) for key, times in chosen if times]
     taken = {key for key, _ in wanted}
@@ -53,10 +54,10 @@ def write_tar(path: Path, view: memoryview, found: Mapping[str, Sequence[Member]
     """Write a tar. The same samples give the same bytes: owner, mode and time are fixed.
 
     Args:
-        path: where to.
+        path: the new tar.
         view: the source tar's bytes.
-        found: its samples.
-        wanted: what is written, in this order.
+        found: its members by key.
+        wanted: copies to write, in this order.
     """
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
         for copy in wanted:
