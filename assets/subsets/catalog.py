@@ -1,76 +1,70 @@
 """`catalog`: one DuckDB file of views and macros over everything in the lake; it holds no data of its own."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 
-from assets.base.checks import asset_key
-from assets.base.score_names import score_names, score_type
-from assets.project import Project, ProjectSettings
+from assets.base.context import Context
+from assets.base.keys import asset_key
+from assets.base.runtime import REQUIRED_RESOURCES, run_context
+from assets.base.score_kind import Scores
 from resources.catalog.build import build_catalog
 from resources.catalog.scores import CatalogColumn, CatalogScore
 
 CODE_VERSION = "3"
+TARGET_EMBEDDINGS = "target_embeddings/"
 
 
-def catalog(project: Project) -> dg.AssetsDefinition:
-    """Make the asset `catalog`."""
-    settings = project.settings
-    deps = [
-        "raw_pool",
-        *settings.score_assets,
-        *_targets(project),
-        *(f"subset/{recipe}" for recipe in settings.recipes),
-    ]
+def catalog(project: Context, scores: Scores) -> dg.AssetsDefinition:
+    """Return the asset `catalog` of a project."""
+    subsets = [f"subset/{recipe}" for recipe in project.settings.recipes]
 
     @dg.asset(
         key="catalog",
-        deps=[asset_key(dep) for dep in deps],
+        deps=[asset_key(key) for key in ["raw_pool", *scores.assets, *_targets(scores), *subsets]],
         code_version=CODE_VERSION,
         group_name="subsets",
         kinds={"duckdb"},
-        description="`catalog.duckdb`: views over pool, rejects, scores and subsets, and the macros "
-        "`explain(uid)`, `versions(subset)`, `lineage(subset)`, `diff(subset, a, b)` "
-        "and `overlap(a, b)`. Opened read-only by any number of people.",
+        description="`catalog.duckdb`: views over pool, rejects, scores and subsets, and the macros `explain(uid)`, "
+        "`versions(subset)`, `lineage(subset)`, `diff(subset, a, b)` and `overlap(a, b)`. Any number of processes may "
+        "open it read-only.",
+        required_resource_keys=REQUIRED_RESOURCES,
     )
-    def body() -> dg.MaterializeResult:
-        return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(write_catalog(project)))})
+    def body(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        path = write_catalog(run_context(context, project))
+        return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(path))})
 
     return body
 
 
-def write_catalog(project: Project) -> Path:
-    """Build the project's catalog from what the lake holds now; give its path."""
-    path = project.catalog_path()
+def write_catalog(context: Context) -> Path:
+    """Build the project's catalog from the lake's files, and return its path."""
+    path, scores = context.catalog_path(), Scores(context.settings)
     build_catalog(
-        project.lake.local_root(),
+        context.lake.local_root(),
         path,
-        scores=catalog_scores(project.settings),
-        targets=_targets(project),
-        recipes=list(project.settings.recipes),
+        scores=catalog_scores(scores),
+        targets=_targets(scores),
+        recipes=list(context.settings.recipes),
     )
     return path
 
 
-def catalog_scores(settings: ProjectSettings) -> list[CatalogScore]:
+def catalog_scores(scores: Scores) -> list[CatalogScore]:
     """Return the project's score assets as the catalog takes them."""
-    names = score_names(settings.score_assets)
     found = []
-    for asset, columns in settings.score_assets.items():
-        kind, _, rest = asset.partition("/")
-        named = zip(columns, names[asset], strict=True)
-        score = CatalogScore(asset, tuple(CatalogColumn(name, recipe, score_type(name)) for name, recipe in named))
-        if kind == "norm_sim":
-            score = replace(score, nearest_target=f"nearest_target/{rest}", targets=f"target_embeddings/{rest}")
-        elif kind == "sieve":
-            score = replace(score, best_caption=f"sieve_caption/{rest}")
-        elif kind == "near_duplicates":
-            score = replace(score, in_favour_of=f"near_duplicate_of/{rest}")
-        found.append(score)
+    for asset, declared in scores.assets.items():
+        names = scores.names_of(asset)
+        columns = tuple(
+            CatalogColumn(column.name, name, column.sql_type)
+            for column, name in zip(declared.columns, names, strict=True)
+        )
+        shown = {c.explains: name for c, name in zip(declared.columns, names, strict=True) if c.explains is not None}
+        targets = next((dep.key for dep in declared.deps if dep.key.startswith(TARGET_EMBEDDINGS)), None)
+        found.append(CatalogScore(asset, columns, targets=targets, **shown))
     return found
 
 
-def _targets(project: Project) -> list[str]:
-    norm_sim = project.settings.norm_sim
-    return [f"target_embeddings/{encoder}/{target}" for encoder, targets in norm_sim.items() for target in targets]
+def _targets(scores: Scores) -> list[str]:
+    """List the target embeddings whose rows a score points to."""
+    return [s.targets for s in catalog_scores(scores) if s.nearest_target is not None and s.targets is not None]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from assets.subsets.lineage import told_steps
+from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from core.uids import format_uids, subset_array
 from resources.catalog.build import build_catalog, read_catalog
@@ -197,7 +197,7 @@ class SmallLake:
                     "duplicates": made.duplicates,
                 },
                 "sets": sets,
-                "steps": told_steps(selection),
+                "steps": recorded_steps(selection),
                 "rows": selection.rows,
                 "samples": selection.samples,
                 "shards": {
