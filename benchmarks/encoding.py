@@ -20,7 +20,8 @@ from PIL import Image
 from assets.settings import open_project
 from resources.models.decoding import Prepare, ShardWork
 from resources.models.encoders import Embeddings, Encoder, embed_together
-from resources.pools.base import Pool, open_pool
+from resources.pools.base import Pool
+from resources.pools.formats import open_pool
 from resources.settings import EncoderSettings, PoolSettings
 
 WARM_BATCHES = 3
@@ -165,8 +166,8 @@ def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[
     import torch
 
     model = encoder.loaded
-    prepare = Prepare([model.look], [model.tokenizer])
-    items = list(ShardWork({"00000": rows.slice(0, DECODED)}, pool, 32))
+    prepare = Prepare([model.look], [model.tokenizer], pool)
+    items = list(ShardWork({"00000": rows.slice(0, DECODED)}, 32))
     captions = rows["caption"].slice(0, DECODED).to_pylist()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a decoding process
@@ -213,11 +214,7 @@ def draft(config: Path, folder: Path) -> dict[str, float]:
     project = open_project(config)
     shard = min(project.listing())
     rows = project.pool.read_shard(shard).rows.slice(0, PHOTOGRAPHS)
-    with Path(project.pool.image_url(shard)).open("rb") as file:
-        pictures = [
-            _at(file, *where)
-            for where in zip(rows["image_offset"].to_pylist(), rows["image_size"].to_pylist(), strict=True)
-        ]
+    pictures = [data for data in project.pool.read_images(shard, rows) if isinstance(data, bytes)]
     given = next(iter(project.settings.encoders.values()))
     encoders = [Encoder(mode, given.model_copy(update={"decode": mode})) for mode in ("exact", "draft")]
     figures: dict[str, float] = {"photographs": len(rows)}
@@ -243,11 +240,6 @@ def draft(config: Path, folder: Path) -> dict[str, float]:
             f"times_{times}_top_30_percent_changed": 1 - len(top[0] & top[1]) / kept,
         }
     return figures
-
-
-def _at(file: Any, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
 
 
 def _enlarged(data: bytes, times: int) -> bytes:

@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks import encoding
-from resources.pools.base import Pool, open_pool
+from resources.pools.base import Pool
+from resources.pools.formats import open_pool
 from resources.settings import EncoderSettings, PoolSettings, available_cores
 from resources.storage.tars import walk
 

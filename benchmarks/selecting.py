@@ -26,6 +26,7 @@ from assets.base.selection_table import MEMORY, CachedTable, open_selection
 from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from resources.catalog.build import build_catalog, read_catalog
+from resources.catalog.scores import CatalogColumn, CatalogScore
 from resources.lake.files import LOOKED_UP, Lake, write_parquet
 from resources.lake.versions import Versions, write_selection
 from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA
@@ -100,8 +101,8 @@ def _version(lake: Path, out: Path) -> None:
             "fingerprint": "",
         }
         Versions(Lake(str(lake)), "two_stages").write(manifest(selection), record, lambda _: None)
-    columns = {asset: [column] for asset, column in SCORES.values()}
-    build_catalog(lake, out / "catalog.duckdb", scores=columns, targets=[], recipes=["two_stages"])
+    scores = [CatalogScore(asset, (CatalogColumn(column, name),)) for name, (asset, column) in SCORES.items()]
+    build_catalog(lake, out / "catalog.duckdb", scores=scores, targets=[], recipes=["two_stages"])
 
 
 def _explain(lake: Path, out: Path) -> None:

@@ -26,6 +26,11 @@ def path(value: object) -> str:
     return text(glob.escape(str(value)))
 
 
+def pattern(root: object, files: str) -> str:
+    """Return the files in a folder as an SQL string: DuckDB sees a pattern in `files` and none in `root`."""
+    return text(f"{glob.escape(str(root))}/{files}")
+
+
 def literal(number: float) -> str:
     """Return a float64 as SQL that DuckDB reads as the same float64; it would read a bare 0.1 as a decimal."""
     return f"'{number!r}'::DOUBLE"

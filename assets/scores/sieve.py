@@ -18,6 +18,7 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import COSINE_BOUNDS, rows_aligned, within_bounds
 from assets.scores.captions import captions
 from resources.models.text_encoders import TextEncoder
+from resources.pools.formats import FORMATS, pool_format
 
 ROWS_AT_ONCE = 4096
 
@@ -109,8 +110,9 @@ def _instances(settings: ProjectSettings) -> Iterable[dict[str, str]]:
 def _validate(settings: ProjectSettings) -> None:
     if "facts" in settings.captioners:
         raise ValueError("captioners.facts: this name is taken by captions/facts. Remedy: another name")
-    if settings.captioners and settings.pool.format != "webdataset":
-        raise ValueError("captioners: the pool has no images to describe. Remedy: a pool of format webdataset")
+    if settings.captioners and not pool_format(settings.pool).has_images:
+        having = ", ".join(declared.name for declared in FORMATS.values() if declared.has_images)
+        raise ValueError(f"captioners: the pool has no images to describe. Remedy: a pool of format {having}")
     for captioner, names in (settings.scores.sieve or {}).items():
         if captioner not in settings.captioners:
             raise ValueError(

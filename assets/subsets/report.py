@@ -22,8 +22,7 @@ from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markd
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.sql import quoted
 from resources.lake.versions import Version
-from resources.pools.base import PoolError
-from resources.storage import files
+from resources.pools.base import IMAGE_COLUMNS, PoolError
 from resources.storage.images import ImageError
 from selection.recipes.execute import Selection, StepReport
 from selection.scores.negatives import keyed_hash
@@ -224,7 +223,7 @@ def _samples(project: Context, rows: pl.DataFrame) -> dict[tuple[int, int], Tile
     """
     samples = {}
     for (shard,), uids in rows.group_by("shard", maintain_order=True):
-        columns = ["uid", "f0", "f1", "caption", "sha256", "image_offset", "image_size"]
+        columns = ["uid", "f0", "f1", "caption", "sha256", *IMAGE_COLUMNS]
         pool = pl.DataFrame(project.lake.read("raw_pool", str(shard), columns))
         found = pool.join(uids, on=["f0", "f1"], how="semi").unique(["f0", "f1"], keep="first", maintain_order=True)
         for row, data in zip(found.iter_rows(named=True), _bytes(project, str(shard), found), strict=True):
@@ -233,14 +232,10 @@ def _samples(project: Context, rows: pl.DataFrame) -> dict[tuple[int, int], Tile
 
 
 def _bytes(project: Context, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
-    """Give the bytes of each row's picture; None where the pool has no pictures, else the error that befell it."""
-    if found["image_offset"].null_count():
+    """Return the bytes of each row's picture, the error if it cannot be read, or None if the pool has no pictures."""
+    if not project.pool.has_images:
         return [None] * found.height
-    try:
-        ranges = list(found.select("image_offset", "image_size").iter_rows())
-        return files.read_ranges(project.pool.image_url(shard), ranges)
-    except (OSError, PoolError) as error:
-        return [error] * found.height
+    return project.pool.read_images(shard, found.to_arrow())
 
 
 def _sample(project: Context, shard: str, row: Mapping[str, Any], data: bytes | Exception | None) -> Tile:

@@ -153,7 +153,7 @@ def test_a_damaged_file_a_pickle_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "plain.npy", np.zeros(3))
-    for name, message in (("bad.parquet", "can't be read"), ("pickled.npy", "pickle"), ("plain.npy", "f0 and f1")):
+    for name, message in (("bad.parquet", "cannot be read"), ("pickled.npy", "pickle"), ("plain.npy", "f0 and f1")):
         with pytest.raises(ExternalError, match=message), opened(find([str(tmp_path / name)])):
             pass
     with pytest.raises(ExternalError, match=r"gone.*no such file.*Remedy"):

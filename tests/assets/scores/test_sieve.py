@@ -17,7 +17,7 @@ from assets.subsets.reproduction import rebuild
 from resources.models.captioners import Captioner, choose, penalised, uniforms
 from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
-from resources.pools.base import open_pool
+from resources.pools.formats import open_pool
 from resources.settings import CaptionerSettings, EncoderSettings, PoolSettings, TextEncoderSettings
 from selection.scores.sieve import mask
 from tests.support.pool_factory import TINY_CONFIG, sample, uid, write_clip, write_shard

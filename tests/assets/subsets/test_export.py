@@ -11,10 +11,9 @@ import pytest
 from assets.graph import build_graph
 from assets.settings import open_project
 from dagster_project.headless import RANGE_END, RANGE_START
-from resources.pools.base import open_pool
+from resources.pools.formats import open_pool
 from resources.settings import PoolSettings
-from resources.storage import tars
-from resources.storage.tar_writer import Copy, copies, samples, write_tar
+from resources.storage.tar_writer import copies
 from tests.support.pool_factory import datacomp_shard
 from tests.support.pool_factory import write_tar as write_source
 from tests.support.scenario import SHARDS, Scenario
@@ -145,31 +144,24 @@ def test_a_pool_without_images_has_no_export(tmp_path: Path) -> None:
     assert build_graph(open_project(tmp_path / "project.yaml")).exports == ()
 
 
-def test_samples_are_grouped_as_the_pools_reader_does(tmp_path: Path) -> None:
-    path = write_source(
-        tmp_path / "a.tar",
-        [
-            ("x/a.jpg", b"1"),
-            ("x/a.txt", b"2"),
-            ("b.seg.png", b"3"),
-            ("b.jpg", b"4"),
-            ("b.jpg", b"5"),
-            ("x/a.json", b"6"),
-            ("./c.jpg", b"7"),
-        ],
-    )
-    data = memoryview(path.read_bytes())
-    found = samples(tars.walk(data, str(path)).members)
-    assert {key: [bytes(data[m.offset : m.offset + m.size]) for m in group] for key, group in found.items()} == {
-        "x/a": [b"1", b"2"],
-        "b": [b"3", b"4"],
-        "c": [b"7"],
-    }
-    out = tmp_path / "b.tar"
-    write_tar(out, data, found, [Copy("b", "b", 0), Copy("x/a", "x/a", 0), Copy("b", "b_1", 1)])
-    assert list(members(out)) == ["b.seg.png", "b.jpg", "x/a.jpg", "x/a.txt", "b_1.seg.png", "b_1.jpg"]
-
-
 def test_a_copys_key_is_nobody_elses() -> None:
     given = [copy.key for copy in copies([("a", 3), ("a_1", 2), ("b", 1), ("c", 0)])]
     assert given == ["a", "a_2", "a_3", "a_1", "a_1_1", "b"]
+
+
+@pytest.mark.parametrize("stray", ["._{name}", "log-{name}.md", "{key}.thumb.png"])
+def test_stray_members_between_those_of_a_sample_do_not_cost_the_export_any(scenario: Scenario, stray: str) -> None:
+    for shard in SHARDS:
+        path = scenario.folder / "pool" / f"{shard}.tar"
+        mixed = []
+        for name, data in members(path).items():
+            mixed += [(stray.format(name=name, key=name.split(".")[0]), b"stray"), (name, data)]
+        write_source(path, mixed)
+    scenario.run()
+    assert export(scenario).success
+    for shard in SHARDS:
+        keys = {row["key"] for row in scenario.manifest("clip_third").filter(shard=shard).to_dicts()}
+        path = folder(scenario) / f"{shard}.tar"
+        found = members(path) if path.exists() else {}
+        suffixes = ["jpg", "json", "txt", *(["thumb.png"] if "thumb" in stray else [])]
+        assert set(found) == {f"{key}.{suffix}" for key in keys for suffix in suffixes}

@@ -15,7 +15,9 @@ import pytest
 from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from core.uids import format_uids, subset_array
-from resources.catalog.build import POOL_COLUMNS, build_catalog, read_catalog
+from resources.catalog.build import build_catalog, read_catalog
+from resources.catalog.scores import CatalogColumn, CatalogScore
+from resources.catalog.views import POOL_COLUMNS
 from resources.lake.files import Lake, LakeError, Provenance, vectors_to_column
 from resources.lake.pool_scores import mark_sets, source_relation
 from resources.lake.versions import set_file, write_selection
@@ -23,10 +25,18 @@ from selection.recipes.execute import select, set_column
 from selection.recipes.recipe import Recipe, set_kind
 
 CLIP, NEAR = "clip_score/b32", "norm_sim_inf/b32/flowers"
-SCORES = {
-    "clip_score/b32": ["clip_score"],
-    "norm_sim/b32/flowers": ["norm_sim_2", "norm_sim_inf", "nearest_target"],
-}
+CLIP_SCORE = CatalogScore("clip_score/b32", (CatalogColumn("clip_score", CLIP),))
+NORM_SIM = CatalogScore(
+    "norm_sim/b32/flowers",
+    (
+        CatalogColumn("norm_sim_2", "norm_sim_2/b32/flowers"),
+        CatalogColumn("norm_sim_inf", NEAR),
+        CatalogColumn("nearest_target", "nearest_target/b32/flowers", "BIGINT"),
+    ),
+    nearest_target="nearest_target/b32/flowers",
+    targets="target_embeddings/b32/flowers",
+)
+SCORES = (CLIP_SCORE, NORM_SIM)
 TARGETS = ["target_embeddings/b32/flowers"]
 RECIPES = {
     "wide": {"steps": [{"where": "width >= 202"}, {"keep_top": {"score": CLIP, "fraction": 0.5}}]},
@@ -358,7 +368,7 @@ def test_a_score_that_left_the_project_leaves_the_other_recipes_explained(lake):
     build_catalog(
         lake.root,
         lake.catalog,
-        scores={"clip_score/b32": ["clip_score"]},
+        scores=[CLIP_SCORE],
         targets=[],
         recipes=list(RECIPES),
     )
@@ -570,8 +580,8 @@ def test_explain_reads_only_the_row_groups_that_may_hold_the_uid(lake):
 
 def test_explain_opens_no_file_of_another_shard(lake):
     """Only the pool's files have to be looked into; of all else the first file is opened too, for its columns."""
-    for asset in SCORES:
-        (lake.root / asset / "00002.parquet").write_bytes(b"not parquet")
+    for score in SCORES:
+        (lake.root / score.asset / "00002.parquet").write_bytes(b"not parquet")
     f0, f1 = lake.rows["00001"][0]["f0"], lake.rows["00001"][0]["f1"]
     with lake.build() as con:
         told = fetch(con, "FROM explain(?) WHERE score IS NOT NULL", f"{f0:016x}{f1:016x}")
@@ -636,10 +646,22 @@ def test_explain_sees_shards_that_came_changed_or_went_after_the_catalog_was_bui
         lake.add_shard("00002", [100, 101])
         assert [line["verdict"] for line in told((100, 2**64 - 101))][:2] == ["dropped", "not reached"]
         lake.add_shard("00001", [f0 for f0, _ in reversed(second)], clip=lambda f0: f0 % 11 + 20)
-        for asset in ("raw_pool", *SCORES):
+        for asset in ("raw_pool", *(score.asset for score in SCORES)):
             lake.lake.remove(asset, "00000")
         for uid in second:
             (line,) = (line for line in told(uid) if line["recipe"] == "wide" and line["step"] == 2)
             if uid not in lake.members["wide"]:
                 assert line["value"] == uid[0] % 11 + 20
         assert told(gone)[0]["verdict"] == "unknown uid"
+
+
+def test_every_score_leads_to_its_asset_and_an_unknown_one_to_itself(lake):
+    named = {
+        "norm_sim_2/b32/flowers": "norm_sim/b32/flowers",
+        NEAR: "norm_sim/b32/flowers",
+        CLIP: "clip_score/b32",
+        "it's gone": "it's gone",
+    }
+    with lake.build() as con:
+        found = con.execute("SELECT list_transform(?, lambda score: score_asset(score))", [list(named)]).fetchone()
+    assert found == (list(named.values()),)

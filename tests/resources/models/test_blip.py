@@ -16,7 +16,7 @@ from PIL import Image
 from resources.models.captioners import Captioner, uniforms
 from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
-from resources.pools.base import open_pool
+from resources.pools.formats import open_pool
 from resources.settings import CaptionerSettings, PoolSettings, TextEncoderSettings
 from tests.assets.scores.test_sieve import SPEECH, UIDS, oracle, pixels
 from tests.support.pool_factory import sample, write_shard

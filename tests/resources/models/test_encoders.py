@@ -22,7 +22,8 @@ from PIL import Image
 
 from resources.models.decoding import ImageWork, Look, Prepare
 from resources.models.encoders import Embeddings, Encoder, EncoderError, embed_together
-from resources.pools.base import Pool, open_pool
+from resources.pools.base import Pool
+from resources.pools.formats import open_pool
 from resources.settings import EncoderSettings, PoolSettings
 from resources.storage import images
 from tests.support.pool_factory import (
@@ -180,7 +181,7 @@ def test_processes_end_when_the_main_one_is_killed(tiny_clip: Path, tmp_path: Pa
     code = f"""
 import multiprocessing, os, signal
 from resources.models.encoders import Encoder
-from resources.pools.base import open_pool
+from resources.pools.formats import open_pool
 from resources.settings import EncoderSettings, PoolSettings
 
 def stop(rows):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA, ShardRead, open_pool
+from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA, ShardRead
+from resources.pools.formats import open_pool
 from resources.settings import PoolSettings
 from tests.support.pool_factory import SHARED, BrokenCase, broken_shard
 
