@@ -21,9 +21,9 @@ from assets.graph import build_graph
 from assets.settings import open_project
 from benchmarks.discovery import Ticks
 from benchmarks.overhead import write_project, write_shard
-from dagster_project import cli as command
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, materialize
+from dagster_project.instance import open_instance
 from dagster_project.sqlite_event_log import kept_open
 
 SHARDS = (10, 1000)
@@ -54,7 +54,7 @@ def _one_more(count: int) -> dict[str, float]:
         config = write_project(Path(folder), count, RECIPES)
         project = open_project(config)
         graph = build_graph(project)
-        with command.open_instance(project) as instance:
+        with open_instance(project) as instance:
             materialize(project, graph, instance, notice=lambda *_: None)
             ticks = Ticks(instance, build_defs(project, graph))
             _settle(ticks, [])

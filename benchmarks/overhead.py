@@ -7,6 +7,7 @@ python -m benchmarks.overhead
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,9 +34,10 @@ from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
 from assets.graph import build_graph
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import CONFIG_VARIABLE, build_defs
+from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, materialize
+from dagster_project.instance import SETTINGS, open_instance
+from dagster_project.location import CONFIG_VARIABLE
 from dagster_project.sqlite_event_log import kept_open
 
 SHARDS = 100
@@ -50,7 +52,7 @@ def measure(shards: int = SHARDS) -> dict[str, Any]:
         config = write_project(Path(folder), shards)
         began: list[tuple[str, float]] = []
         project = open_project(config)
-        with command.open_instance(project) as instance:
+        with open_instance(project) as instance:
             materialize(
                 project, build_graph(project), instance, notice=lambda key, _: began.append((key, time.perf_counter()))
             )
@@ -79,7 +81,7 @@ def run_start() -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = write_project(Path(folder), 1)
         project = open_project(config)
-        with command.open_instance(project) as instance:
+        with open_instance(project) as instance:
             shards = sorted(project.listing())
             instance.add_dynamic_partitions(SHARDS_NAME, shards)
             job = build_defs(project).resolve_implicit_global_asset_job_def()
@@ -115,12 +117,10 @@ def _events(*, kept: bool) -> float:
         seconds.append((time.perf_counter() - started) / EVENTS)
 
     seconds: list[float] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        dg.DagsterInstance.local_temp(folder) as instance,
-        kept_open(instance) if kept else nullcontext(),
-    ):
-        dg.materialize([logger], instance=instance, run_config=QUIET)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SETTINGS, folder)
+        with dg.DagsterInstance.from_config(folder) as instance, kept_open(instance) if kept else nullcontext():
+            dg.materialize([logger], instance=instance, run_config=QUIET)
     return seconds[0]
 
 

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from assets.base.context import Context
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import DEMO_CONFIG
+from dagster_project import console as terminal
+from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets, make_truth
 from examples.demo.truth import truth_table
 from resources.catalog.build import read_catalog
@@ -28,12 +28,12 @@ def main() -> int:
     _draw_missing(pool, FIRST)
     if not (pool.parent / "targets").exists():
         make_targets(pool.parent / "targets")
-    status = command.run(project, console)
+    status = terminal.run(project, console)
 
     console.rule("Two more shards arrive")
     _draw_missing(pool, ALL)
     make_truth(truth, ALL)
-    status = max(status, command.run(project, console))
+    status = max(status, terminal.run(project, console))
 
     console.rule("How the scores and recipes handled the planted faults")
     for table in truth_table(pl.read_parquet(truth), _scores(project), _subsets(project)):
@@ -77,4 +77,4 @@ def _subsets(project: Context) -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    command.leave(main())
+    terminal.leave(main())

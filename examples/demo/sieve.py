@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import DEMO_CONFIG
+from dagster_project import console as terminal
+from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_truth
 from examples.demo.truth import auc
 from resources.catalog.build import read_catalog
@@ -54,7 +54,7 @@ def main() -> int:
     if missing:
         make_pool(pool, missing)
     make_truth(pool.parent / "truth.parquet", SHARDS)
-    if status := command.run(project, console):
+    if status := terminal.run(project, console):
         return status
     names = [name for name in project.settings.score_columns if name.startswith(("clip_score/", "sieve/"))]
     with read_catalog(project.catalog_path()) as con:
@@ -70,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.leave(main())
+    terminal.leave(main())

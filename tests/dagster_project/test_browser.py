@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from assets.base.keys import SHARDS_NAME
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import DEMO_CONFIG
+from dagster_project.instance import open_instance
+from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
@@ -88,7 +88,7 @@ class Browser:
 
     def register(self, *shards: str) -> None:
         """Add shards to the partitions, as the discovery does."""
-        with command.open_instance(open_project(self.project)) as instance:
+        with open_instance(open_project(self.project)) as instance:
             instance.add_dynamic_partitions(SHARDS_NAME, list(shards))
 
     def launch(self, button: str) -> None:

@@ -17,7 +17,7 @@ from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import Queued
 from dagster_graphql.schema import create_schema
 
 from assets.base.keys import SHARDS_NAME
-from dagster_project.definitions import CONFIG_VARIABLE
+from dagster_project.location import CONFIG_VARIABLE
 from tests.support.scenario import SHARDS, Scenario
 
 # Of Dagster's own code, when it answers the page.

@@ -19,7 +19,7 @@ from assets.study.figures import study
 from assets.study.findings import findings
 from assets.study.page import write_page
 from assets.study.results import Study, StudyError
-from dagster_project import cli as command
+from dagster_project import cli
 from resources.catalog.build import read_catalog
 from resources.lake.files import column_to_vectors
 from selection.scores.negatives import keyed_hash
@@ -289,7 +289,7 @@ def test_a_page_loads_nothing_and_labels_stay_inert(found: Study, tmp_path: Path
 
 def test_without_a_truth_the_page_has_no_auc(made: Scenario, tmp_path: Path) -> None:
     config = str(made.folder / "project.yaml")
-    assert command.main(["study", config, "--into", str(tmp_path / "page")]) == 0
+    assert cli.main(["study", config, "--into", str(tmp_path / "page")]) == 0
     text = re.sub(r'src="[^"]*"', "", (tmp_path / "page/index.html").read_text())
     figures = json.loads((tmp_path / "page/figures.json").read_text())
     assert figures["separations"] == []
@@ -356,6 +356,6 @@ def test_a_truth_that_is_wrong_is_refused_with_the_reason(
     assert "'clean'" in refused(made, truth.filter(pl.col("kind") != "clean"), tmp_path)
     assert "no row of the pool" in refused(made, truth.with_columns(uid=pl.lit("a" * 30) + "00").head(1), tmp_path)
     config, wrong = str(made.folder / "project.yaml"), str(tmp_path / "absent.parquet")
-    assert command.main(["study", config, "--truth", wrong, "--into", str(tmp_path / "page")]) == 2
+    assert cli.main(["study", config, "--truth", wrong, "--into", str(tmp_path / "page")]) == 2
     assert "absent.parquet" in capsys.readouterr().err
     assert not (tmp_path / "page").exists()

@@ -13,7 +13,7 @@ from dagster import AssetKey
 
 from assets.subsets.reproduction import choose_again, rebuild
 from assets.subsets.subset import SHOWN
-from dagster_project.catalog import Catalog, open_catalog
+from dagster_project.notebook import open_project
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake, fetch
@@ -274,7 +274,7 @@ def test_what_is_asked_of_the_whole_path(scenario: Scenario) -> None:
     scenario.run()
     scenario.write_shard("00007")
     scenario.run()
-    catalog = open_catalog(scenario.folder / "project.yaml")
+    catalog = open_project(scenario.folder / "project.yaml")
 
     versions = catalog.versions("paper")
     assert versions["version"].to_list() == ["v0001", "v0002"]
@@ -410,7 +410,7 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
     assert event is not None
     assert {"read/subset/paper", "read/subset/mixed"} <= set(event.asset_materialization.metadata)
 
-    catalog = open_catalog(scenario.folder / "project.yaml")
+    catalog = open_project(scenario.folder / "project.yaml")
     facts = {(what, name): value for what, name, value in catalog.lineage("last").iter_rows()}
     assert facts["set", "mixed version"] == "v0001"
     assert facts["set", "lists/some.txt in_pool"] == "2"
@@ -443,7 +443,7 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
         rebuild(_record(scenario, "last"), tmp_path / "later")
 
     assert set(scenario.run().computed) == {"subset/last", "catalog"}
-    changes = open_catalog(scenario.folder / "project.yaml").diff("last", "v0001", "v0002")
+    changes = open_project(scenario.folder / "project.yaml").diff("last", "v0001", "v0002")
     assert sorted(changes.select("uid", "change", "reason").iter_rows()) == sorted(
         [(others[0], "left", "list changed"), (others[2], "entered", "list changed")]
     )
@@ -501,8 +501,3 @@ def test_the_event_of_a_subset_names_and_links_all_that_it_read(scenario: Scenar
     assert metadata["files_read"].value == len(read) == 11
     assert metadata["read/neg_clip_loss/tiny"].asset_key == AssetKey(["neg_clip_loss", "tiny"])
     assert Path(metadata["lineage"].value).is_file()
-
-
-def test_a_catalog_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no catalog"):
-        Catalog(tmp_path / "catalog.duckdb").versions("paper")
