@@ -1,4 +1,4 @@
-"""One small project that all tests of the graph share: three shards of twelve samples, two targets, three recipes."""
+"""The project that tests of the asset graph share: three shards of twelve samples, one target, three recipes."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -24,12 +24,12 @@ SHARDS = ("00000", "00001", "00002")
 
 
 class Scenario:
-    """A project in a folder of its own, opened anew for every pass, as by a new process.
+    """A project in its own folder. Every pass opens it again, as a new process would.
 
     Attributes:
         folder: holds `pool`, `pets`, `project.yaml` and `lake`.
-        instance: Dagster's records, in memory.
-        document: the YAML as it is written before each pass.
+        instance: an ephemeral Dagster instance.
+        document: the YAML, written before each pass.
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
@@ -55,13 +55,13 @@ class Scenario:
         }
 
     def write_shard(self, shard: str, rows: int = ROWS, **changed: Any) -> None:
-        """Write a shard of the pool; `changed` replaces parts of its first sample."""
+        """Write a shard of the pool; `changed` replaces fields of its first `Sample`."""
         first = int(shard) * 100
         samples = [sample(first + i, shard, **(changed if i == 0 else {})) for i in range(rows)]
         write_shard(self.folder / "pool", samples, shard)
 
     def set(self, *path: str, value: Any) -> None:
-        """Change a field of the YAML."""
+        """Set one field of the YAML."""
         place = self.document
         for part in path[:-1]:
             place = place[part]
@@ -81,14 +81,14 @@ class Scenario:
         return project, build_graph(project)
 
     def run(self, *, redraw: bool = False) -> Outcome:
-        """Bring everything up to date, as `clip-select run` does."""
+        """Compute everything that is missing or stale, as `clip-select run` does."""
         project, graph = self.open_graph()
         return materialize(project, graph, self.instance, notice=lambda *_: None, redraw=redraw)
 
     def execute(
         self, *assets: str, shard: str | None = None, tags: dict[str, str] | None = None
     ) -> dg.ExecuteInProcessResult:
-        """Run assets in one run, as a click on "Materialize" does; no assets named: those of every shard."""
+        """Materialize assets in one run, as the UI's button does; by default every asset that has shards."""
         project, graph = self.open_graph()
         defs = build_defs(project, graph)
         job = defs.resolve_implicit_global_asset_job_def() if assets else defs.resolve_job_def("process_shards")
@@ -109,16 +109,16 @@ class Scenario:
         return version
 
     def manifest(self, recipe: str) -> pl.DataFrame:
-        """Read the selected rows of a recipe's newest version."""
+        """Read the manifest of a recipe's newest version."""
         return pl.read_parquet(self.subset(recipe).manifest)
 
     def scores(self, asset: str, shards: Sequence[str] = SHARDS) -> pl.DataFrame:
-        """Read a score asset's rows."""
+        """Read a score asset's files as one table."""
         lake = self.open().lake
         return pl.concat([pl.from_arrow(lake.read(asset, shard)) for shard in shards])
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Give every data file of the lake with its time and inode, which a rewrite changes."""
+        """Return modification time and inode of every file in the lake; a rewrite changes them."""
         lake = self.folder / "lake"
         return {
             str(path.relative_to(lake)): (path.stat().st_mtime_ns, path.stat().st_ino)
@@ -127,18 +127,18 @@ class Scenario:
         }
 
     def array(self, recipe: str) -> np.ndarray:
-        """Load a recipe's newest `.npy`."""
+        """Load the uid array of a recipe's newest version."""
         return np.load(self.subset(recipe).uids, allow_pickle=False)
 
 
 def keep(score: str, **limit: float) -> dict[str, Any]:
-    """Write a `keep_top` step."""
+    """Return a `keep_top` step."""
     return {"keep_top": {"score": score, **limit}}
 
 
 @pytest.fixture
 def scenario(tmp_path: Path, tiny_clip: Path) -> Iterator[Scenario]:
-    """A fresh project."""
+    """Yield a project in which nothing has run."""
     scenario = Scenario(tmp_path, tiny_clip)
     yield scenario
     scenario.instance.dispose()

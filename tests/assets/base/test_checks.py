@@ -20,11 +20,11 @@ from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, RANGE_END, RANGE_START
 from resources.lake.files import Provenance, column_to_vectors, vectors_to_column
+from tests.support.corruption import Spoil, put, swapped
 from tests.support.pool_factory import datacomp_shard, sample
 from tests.support.scenario import ROWS, SHARDS, Scenario
 
 ALL = {RANGE_START: SHARDS[0], RANGE_END: SHARDS[-1]}
-Spoil = Callable[[pa.Table], pa.Table]
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +62,6 @@ def launch_checks(scenario: Scenario, asset: str, *names: str, shard: str | None
     return result.success
 
 
-def put(column: str, row: int, value: object) -> Spoil:
-    """Spoil one value of a table."""
-
-    def spoil(table: pa.Table) -> pa.Table:
-        place = table.column_names.index(column)
-        values = table[column].to_pylist()
-        values[row] = value
-        return table.set_column(place, table.schema.field(place), pa.array(values, table[column].type))
-
-    return spoil
-
-
 def stretched(column: str, factor: float) -> Spoil:
     def spoil(table: pa.Table) -> pa.Table:
         vectors = column_to_vectors(table[column]).copy()
@@ -81,10 +69,6 @@ def stretched(column: str, factor: float) -> Spoil:
         return table.set_column(table.column_names.index(column), column, vectors_to_column(vectors))
 
     return spoil
-
-
-def swapped(table: pa.Table) -> pa.Table:
-    return table.take([1, 0, *range(2, table.num_rows)])
 
 
 def without_first(table: pa.Table) -> pa.Table:

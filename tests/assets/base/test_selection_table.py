@@ -8,8 +8,8 @@ import pytest
 
 from assets.base.selection_table import SharedSource, chosen
 from selection.recipes.recipe import Recipe
-from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake
 from tests.support.scenario import keep
+from tests.support.small_lake import CLIP, NEAR, SmallLake
 
 SCORES = {CLIP: ("clip_score/b32", "clip_score"), NEAR: ("norm_sim/b32/flowers", "norm_sim_inf")}
 

@@ -14,7 +14,7 @@ from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard
 from resources.settings import HypeSettings
 from resources.storage.arrays import ArrayError
-from tests.selection.scores.test_hyperbolic import published_aperture, published_distance, published_exterior
+from tests.support.hyperbolic import published_aperture, published_distance, published_exterior
 from tests.support.pool_factory import datacomp_shard, uid, unit_rows
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 

@@ -30,8 +30,8 @@ from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors, vectors_to_column
 from resources.lake.versions import Versions
 from selection.scores.near_duplicates import CHUNK_ROWS, nearest_before
-from tests.assets.base.test_checks import put, swapped
-from tests.dagster_project.test_sensors import Automation
+from tests.support.automation import Automation
+from tests.support.corruption import put, swapped
 from tests.support.pool_factory import datacomp_shard, picture, unit_rows
 from tests.support.pool_factory import uid as uid_of
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep

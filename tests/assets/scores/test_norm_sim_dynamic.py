@@ -19,7 +19,7 @@ from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors
 from selection.scores.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
-from tests.dagster_project.test_sensors import Automation
+from tests.support.automation import Automation
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
 CPU = torch.device("cpu")

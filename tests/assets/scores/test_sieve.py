@@ -20,48 +20,9 @@ from resources.models.text_encoders import TextEncoder
 from resources.pools.base import open_pool
 from resources.settings import CaptionerSettings, EncoderSettings, PoolSettings, TextEncoderSettings
 from selection.scores.sieve import mask
-from tests.support.pool_factory import TINY_CONFIG, sample, uid, write_clip, write_shard
+from tests.support.captioning import SPEECH, UIDS, nucleus_token, pixels
+from tests.support.pool_factory import sample, uid, write_shard
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
-
-TOWER = {"width": 16, "heads": 2, "layers": 1, "context_length": 16, "vocab_size": 49408}
-COCA_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {
-            **TINY_CONFIG["model_cfg"]["vision_cfg"],
-            "attentional_pool": True,
-            "attn_pooler_queries": 4,
-            "attn_pooler_heads": 2,
-            "output_tokens": True,
-        },
-        "text_cfg": {**TOWER, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {**TOWER, "attn_pooler_heads": 2},
-        "custom_text": True,
-    },
-    "preprocess_cfg": TINY_CONFIG["preprocess_cfg"],
-}
-SPEECH = {"captions": 3, "max_tokens": 6, "min_tokens": 2}
-
-
-@pytest.fixture(scope="session")
-def tiny_coca(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CoCa with random weights that has something to say: its decoder ends in words far apart."""
-    folder = write_clip(tmp_path_factory.mktemp("tiny_coca"), COCA_CONFIG)
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(folder / "open_clip_model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    projection = torch.full((16, 49408), -9.0)
-    projection[:, 1000:1060] = torch.randn(16, 60, generator=generator)
-    projection[:, 49407] = 0.5 * torch.randn(16, generator=generator)
-    projection[-1, :] = -30.0
-    projection[-1, [*range(1000, 1060), 49407]] = 0.0
-    projection[-1, 49407] = 8.0
-    state["text_decoder.text_projection"] = projection
-    state["text_decoder.ln_final.weight"][-1] = 0.0
-    state["text_decoder.ln_final.bias"][-1] = 1.0
-    save_file(state, folder / "open_clip_model.safetensors")
-    return folder
 
 
 def captioner(folder: Path, **settings: object) -> Captioner:
@@ -69,32 +30,7 @@ def captioner(folder: Path, **settings: object) -> Captioner:
     return Captioner("tiny", CaptionerSettings(**document))
 
 
-def pixels(n: int) -> torch.Tensor:
-    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-UIDS = [uid("described", number) for number in range(4)]
-
-
 # Sampling
-
-
-def oracle(logits: np.ndarray, uniform: float, top_p: float) -> int:
-    wide = np.exp(logits.astype(np.float64) - logits.max())
-    wide /= wide.sum()
-    order = np.argsort(-wide, kind="stable")
-    nucleus, mass = [], 0.0
-    for token in order:
-        nucleus.append(token)
-        mass += wide[token]
-        if mass >= top_p:
-            break
-    reached = 0.0
-    for token in nucleus:
-        reached += wide[token]
-        if reached > uniform * mass:
-            return int(token)
-    return int(nucleus[-1])
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
@@ -105,7 +41,7 @@ def test_a_token_is_chosen_from_the_nucleus_as_in_float64(top_p, vocabulary):
     uniform = rng.random(64)
     uniform[0] = 0.0
     found = choose(torch.from_numpy(logits), torch.from_numpy(uniform), top_p)
-    assert found.tolist() == [oracle(row, u, top_p) for row, u in zip(logits, uniform, strict=True)]
+    assert found.tolist() == [nucleus_token(row, u, top_p) for row, u in zip(logits, uniform, strict=True)]
 
 
 def test_what_has_no_probability_is_never_chosen():
@@ -165,7 +101,7 @@ def test_the_words_are_those_that_open_clips_own_forward_pass_makes_likely(tiny_
                 logits[[tokenizer.sot_token_id, 0]] = -np.inf
                 if place < 2:
                     logits[tokenizer.eot_token_id] = -np.inf
-                tokens.append(oracle(logits, uniform, 0.9))
+                tokens.append(nucleus_token(logits, uniform, 0.9))
                 if tokens[-1] == tokenizer.eot_token_id:
                     tokens.pop()
                     break

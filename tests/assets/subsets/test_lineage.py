@@ -7,7 +7,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 from dagster import AssetKey
 
@@ -16,8 +15,9 @@ from assets.subsets.subset import SHOWN
 from dagster_project.catalog import Catalog, open_catalog
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
-from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake, fetch
 from tests.support.scenario import SHARDS, Scenario, keep
+from tests.support.small_lake import CLIP, NEAR, SmallLake, fetch
+from tests.support.versions import assert_same_bytes
 
 ASSETS = {CLIP: "clip_score/b32", NEAR: "norm_sim/b32/flowers"}
 
@@ -314,12 +314,6 @@ def _record(scenario: Scenario, recipe: str) -> dict:
     return json.loads(Path(scenario.subset(recipe).folder, "lineage.json").read_text())
 
 
-def _same_bytes(scenario: Scenario, recipe: str, folder: Path) -> None:
-    version = scenario.subset(recipe)
-    assert Path(version.uids).read_bytes() == (folder / "subset.npy").read_bytes()
-    assert pq.read_table(version.manifest).equals(pq.read_table(folder / "manifest.parquet"))
-
-
 def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Scenario, tmp_path: Path) -> None:
     scenario.run()
     scenario.write_shard("00007")  # comes after the draw, so the negatives are of the first three shards
@@ -333,7 +327,7 @@ def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Sce
     folders = {recipe: rebuild(record, tmp_path / recipe) for recipe, record in records.items()}
     (scenario.folder / "away").rename(scenario.folder / "lake")
     for recipe, folder in folders.items():
-        _same_bytes(scenario, recipe, folder)
+        assert_same_bytes(scenario, recipe, folder)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "paper/lake").rglob("*.*")}
     rebuild(records["paper"], tmp_path / "paper")  # what is there is not made again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "paper/lake").rglob("*.*")} == before
@@ -436,8 +430,10 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
                 assert "changed" not in verdicts
 
     for name in ("last", "weighed"):
-        _same_bytes(scenario, name, choose_again(scenario.open().lake, _record(scenario, name), tmp_path / f"c_{name}"))
-        _same_bytes(scenario, name, rebuild(_record(scenario, name), tmp_path / name))
+        assert_same_bytes(
+            scenario, name, choose_again(scenario.open().lake, _record(scenario, name), tmp_path / f"c_{name}")
+        )
+        assert_same_bytes(scenario, name, rebuild(_record(scenario, name), tmp_path / name))
     (scenario.folder / "lists/some.txt").write_text("\n".join(others[1:3]))
     with pytest.raises(LakeError, match=r"lists/some.txt: not the uid list that the subset was made with"):
         rebuild(_record(scenario, "last"), tmp_path / "later")
@@ -456,7 +452,7 @@ def test_negatives_of_a_pool_smaller_than_a_draw_are_drawn_again_from_the_shards
     scenario.run()
     record = _record(scenario, "paper")
     scenario.write_shard("00007")
-    _same_bytes(scenario, "paper", rebuild(record, tmp_path / "again"))
+    assert_same_bytes(scenario, "paper", rebuild(record, tmp_path / "again"))
 
 
 def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
@@ -465,7 +461,7 @@ def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
     scenario.run()
     lake = scenario.open().lake
     for recipe in ("paper", "inside"):
-        _same_bytes(scenario, recipe, choose_again(lake, _record(scenario, recipe), tmp_path / recipe))
+        assert_same_bytes(scenario, recipe, choose_again(lake, _record(scenario, recipe), tmp_path / recipe))
 
     record = _record(scenario, "paper")
     wrong = {**record, "files": {**record["files"], "subset.npy": "0" * 64}, "packages": {"torch": "0.1"}}

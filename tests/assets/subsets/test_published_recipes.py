@@ -24,9 +24,9 @@ from core.uids import format_uids, parse_uids, subset_array
 from dagster_project.headless import materialize
 from examples.demo import pool as demo
 from resources.lake.versions import Versions
-from tests.assets.scores.test_baselines import write_wordnet
-from tests.selection.recipes.test_steps import brute_force as plain_draws
 from tests.support.pool_factory import Sample, uid, write_shard, write_tar
+from tests.support.soft_cap import draw_row_by_row
+from tests.support.wordnet import write_wordnet
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ROOT / "config/recipes"
@@ -70,7 +70,7 @@ class Rows:
         scores = [np.array([row[name] for row in self.rows], np.float64) for name in (one, other)]
         values = sum((score - score.mean()) / score.std() for score in scores)
         uids = parse_uids([row["uid"] for row in self.rows])
-        copies = plain_draws(values, *uids, int(self.of * Fraction(share)), 100_000, 0.15, 1.0, 0)
+        copies = draw_row_by_row(values, *uids, int(self.of * Fraction(share)), 100_000, 0.15, 1.0, 0)
         return Rows([row for row, times in zip(self.rows, copies, strict=True) for _ in range(times)], self.of)
 
     def halves(self, one: str, other: str) -> Callable[[Row], float]:

@@ -6,7 +6,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake, fetch
+from tests.support.small_lake import CLIP, NEAR, SmallLake, fetch
 
 ALIKE = {"deduplicate": {"by": "caption", "best": CLIP}}
 STRATA = {"stratify": {"by": "width", "score": NEAR, "count": 2}}

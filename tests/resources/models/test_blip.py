@@ -18,7 +18,7 @@ from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
 from resources.pools.base import open_pool
 from resources.settings import CaptionerSettings, PoolSettings, TextEncoderSettings
-from tests.assets.scores.test_sieve import SPEECH, UIDS, oracle, pixels
+from tests.support.captioning import SPEECH, UIDS, nucleus_token, pixels
 from tests.support.pool_factory import sample, write_shard
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -144,7 +144,7 @@ def test_the_words_are_those_that_transformers_own_forward_pass_makes_likely(tin
                 logits[[PAD, UNK, CLS, MASK, DEC, ENC]] = -np.inf
                 if place < 2:
                     logits[SEP] = -np.inf
-                token = oracle(logits, uniform, 0.9)
+                token = nucleus_token(logits, uniform, 0.9)
                 if token == SEP:
                     break
                 tokens.append(token)

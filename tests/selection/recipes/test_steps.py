@@ -18,7 +18,7 @@ from selection.recipes import sampling
 from selection.recipes.execute import select
 from selection.recipes.recipe import Recipe, check_recipes
 from selection.recipes.sampling import soft_cap_sample
-from selection.scores.negatives import keyed_hash
+from tests.support.soft_cap import draw_row_by_row
 
 A, B, LANGUAGE = "clip_score/b32", "norm_sim_inf/b32/imagenet", "language/facts"
 TYPES = {"f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR", "width": "INTEGER"}
@@ -272,22 +272,6 @@ def words(n, seed=0):
     return np.random.default_rng(seed).integers(0, 2**64, (2, n), dtype=np.uint64)
 
 
-def brute_force(values, f0, f1, samples, batch, penalty, temperature, seed):
-    """Draw row by row in plain Python, sorting all rows in every round."""
-    copies, left, round_ = [0] * len(values), samples, 0
-    while left:
-        keys = []
-        for i, value in enumerate(values):
-            bits = int(keyed_hash(seed, 2**63 + round_, f0[i : i + 1], f1[i : i + 1])[0]) >> 12
-            gumbel = -math.log(-math.log((bits + 0.5) / 2**52))
-            keys.append(((value - penalty * copies[i]) / temperature + gumbel, -int(f0[i]), -int(f1[i]), i))
-        take = min(batch, left, len(values))
-        for *_, i in sorted(keys, reverse=True)[:take]:
-            copies[i] += 1
-        left, round_ = left - take, round_ + 1
-    return copies
-
-
 @pytest.mark.parametrize(
     ("n", "samples", "batch", "penalty", "temperature"),
     [(1, 5, 3, 0.15, 1.0), (40, 7, 100, 0.15, 1.0), (40, 333, 10, 0.25, 0.1), (40, 100, 40, 0.0, 2.0), (9, 8, 1, 9, 1)],
@@ -297,7 +281,7 @@ def test_draws_are_those_of_the_plain_way(n, samples, batch, penalty, temperatur
     values = np.random.default_rng(1).normal(size=n)
     how = {"samples": samples, "batch": batch, "penalty": penalty, "temperature": temperature, "seed": 3}
     copies = soft_cap_sample(values, f0, f1, **how)
-    assert copies.tolist() == brute_force(values, f0, f1, **how)
+    assert copies.tolist() == draw_row_by_row(values, f0, f1, **how)
     assert copies.sum() == samples
     shuffled = np.random.default_rng(2).permutation(n)
     np.testing.assert_array_equal(
@@ -385,7 +369,7 @@ def test_draws_do_not_depend_on_how_rows_are_shared_out(monkeypatch, at_once):
     values = np.random.default_rng(1).normal(size=100)
     how = {"samples": 150, "batch": 40, "penalty": 0.15, "temperature": 1.0, "seed": 0}
     monkeypatch.setattr(sampling, "_ROWS", at_once)
-    assert soft_cap_sample(values, f0, f1, **how).tolist() == brute_force(values, f0, f1, **how)
+    assert soft_cap_sample(values, f0, f1, **how).tolist() == draw_row_by_row(values, f0, f1, **how)
 
 
 def test_the_same_rows_give_the_same_subset_on_any_number_of_threads():
