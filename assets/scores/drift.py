@@ -13,6 +13,7 @@ from assets.base.checks import Check, Finding, Tables
 from assets.base.score_tables import to_tensor
 from assets.project import Project
 from resources.lake.versions import Versions
+from selection.statistics import spearman
 
 
 def drift(encoder: str) -> Check:
@@ -98,14 +99,9 @@ def probe_scores(negatives: pa.Table, fresh: pa.Table, probe: int, temperature: 
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Give Spearman's correlation of two scores `[n]`, equal values with their mean rank; 1 where one is constant."""
-    ranks = []
-    for values in (a, b):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
-    if min(np.ptp(r) for r in ranks) == 0:
-        return 1.0
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    """Return Spearman's correlation of two scores `[n]`; 1 where one is constant."""
+    found = float(spearman(np.column_stack([a, b]))[0, 1])
+    return 1.0 if np.isnan(found) else found
 
 
 def sides_changed(before: np.ndarray, after: np.ndarray, threshold: float, *, ranked: bool) -> int:

@@ -386,17 +386,19 @@ def test_a_pool_that_has_not_changed_has_not_drifted(made: Scenario) -> None:
 
 
 def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(scenario: Scenario) -> None:
+    scenario.set("scores", "neg_clip_loss", "tiny", value={"batch_size": 24, "draws": 2})  # enough rows to change ranks
     scenario.run()
     before = scenario.open().lake.stored("negatives/tiny")
     for shard in ("00003", "00004", "00005"):
         scenario.write_shard(shard)
     scenario.run()
-    scenario.set("scores", "drift", value={"rank_correlation": 1.0, "changed": 0.1, "probe": 5})
+    scenario.set("scores", "drift", value={"rank_correlation": 1.0, "changed": 0.1, "probe": 20})
     assert launch_checks(scenario, "negatives/tiny", "drift")
     found = evaluation(scenario.instance, "negatives/tiny", "drift")
     figures = {name: value.value for name, value in found.metadata.items()}
     assert scenario.open().lake.stored("negatives/tiny") == before
-    assert figures["probe_rows"] == 5
+    assert figures["probe_rows"] == 20
+    assert -1 <= figures["rank_correlation"] < 1
     assert 0 < figures["draws_replaced"] < 1
 
     uids = pl.from_arrow(scenario.open().lake.read("negatives/tiny").select(["draw", "f0", "f1"]))
@@ -404,7 +406,7 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     scenario.run(redraw=True)
     again = pl.from_arrow(scenario.open().lake.read("negatives/tiny").select(["draw", "rank", "f0", "f1"]))
     new = scenario.scores("neg_clip_loss/tiny", [*SHARDS, "00003", "00004", "00005"])
-    probe = again.filter((pl.col("draw") == 0) & (pl.col("rank") < 5)).select("f0", "f1")
+    probe = again.filter((pl.col("draw") == 0) & (pl.col("rank") < 20)).select("f0", "f1")
     pair = probe.join(old, on=["f0", "f1"]).join(new, on=["f0", "f1"], suffix="_new")
     moved = (pair["neg_clip_loss_new"] - pair["neg_clip_loss"]).to_numpy()
     assert figures["mean_shift"] == pytest.approx(moved.mean(), abs=1e-6)

@@ -159,7 +159,7 @@ def test_a_version_may_have_more_rows_than_its_fraction_where_the_rule_keeps_equ
 
 
 def test_a_rule_without_a_fraction_is_refused() -> None:
-    with pytest.raises(ValueError, match="rule datacomp says what a fraction keeps"):
+    with pytest.raises(ValueError, match="rule datacomp applies to a fraction only"):
         Recipe.model_validate({"steps": [{"keep_top": {"score": "a/b", "count": 3, "rule": "datacomp"}}]})
 
 

@@ -179,7 +179,7 @@ def test_the_moment_is_exact_and_subtracting_rows_leaves_no_trace() -> None:
 
 def test_fewer_rows_than_shall_stay_are_refused() -> None:
     parts = parts_of(embeddings(10), *uids(10), cuts=[], outside=(0,))
-    with pytest.raises(ValueError, match="begins with 9 rows, fewer than the 10"):
+    with pytest.raises(ValueError, match="has 9 rows, fewer than the 10"):
         next(dynamic_rounds(parts, keep=10, rounds=2, device=CPU))
 
 
@@ -362,7 +362,7 @@ def test_rounds_that_begin_with_what_rests_on_them_are_refused(scenario: Scenari
 
 def test_more_rows_to_keep_than_there_are_to_begin_with_are_refused(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third", keep=0.9)
-    assert "begins with 12 rows, fewer than the 32 that shall stay" in scenario.run().failures["dynamic_rounds/tiny"]
+    assert "has 12 rows, fewer than the 32 to keep" in scenario.run().failures["dynamic_rounds/tiny"]
 
 
 def test_a_version_that_rests_on_rounds_is_made_again_from_its_record(scenario: Scenario, tmp_path: Path) -> None:

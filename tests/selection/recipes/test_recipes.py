@@ -507,7 +507,7 @@ def test_a_set_step_that_keeps_nothing_is_an_error_with_recipe_and_step(con):
         ({"keep_top": {"score": A, "rank_sum": [A, B], "count": 1}}, "found score and rank_sum"),
         ({"keep_top": {"rank_sum": [A], "count": 1}}, "two or more different scores"),
         ({"keep_top": {"rank_sum": [A, A], "count": 1}}, "two or more different scores"),
-        ({"keep_top": {"rank_sum": [A, B], "threshold": 1.0}}, "no threshold"),
+        ({"keep_top": {"rank_sum": [A, B], "threshold": 1.0}}, "no meaningful threshold"),
         ({"keep_top": {"weighted": {A: 1, B: 2}, "count": 1}}, "together or not at all"),
         ({"keep_top": {"score": A, "normalise": "rank", "count": 1}}, "together or not at all"),
         ({"keep_top": {"weighted": {A: 1, B: 0}, "normalise": "rank", "count": 1}}, "other than 0"),
@@ -667,19 +667,19 @@ def test_recipes_that_rest_on_one_another_are_told_once():
     recipes["f"] = recipe({"union": "g"}, {"except": "a"})
     recipes["g"] = recipe({"within": "x.npy"}, {"intersect": "f"}, {"within": "h"})
     recipes["h"] = recipe({"where": "true"}, {"except": "f"})
-    with pytest.raises(ValueError, match="recipes rest") as error:
+    with pytest.raises(ValueError, match="recipes depend") as error:
         check_recipes(recipes, scores=[], pool_columns=[])
     assert str(error.value).splitlines() == [
-        "recipes rest on one another: a on b on c on a",
-        "recipes rest on one another: e on e",
-        "recipes rest on one another: f on g on f",
-        "recipes rest on one another: f on g on h on f",
+        "recipes depend on each other: a on b on c on a",
+        "recipes depend on each other: e on e",
+        "recipes depend on each other: f on g on f",
+        "recipes depend on each other: f on g on h on f",
     ]
 
 
 @pytest.mark.parametrize("name", ["pool", "mine.npy", "mine.txt"])
 def test_a_recipe_named_like_another_kind_of_source_is_refused(name):
-    with pytest.raises(ValueError, match=f"recipe {re.escape(name)}: .*call it otherwise"):
+    with pytest.raises(ValueError, match=f"recipe {re.escape(name)}: .*rename the recipe"):
         check_recipes({name: recipe()}, scores=[], pool_columns=[])
 
 

@@ -238,17 +238,17 @@ def test_later_steps_rank_what_the_grouped_steps_left(con):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"deduplicate": {"by": B, "above": 0.9, "best": A}}, "which of two rows is the better one"),
+        ({"deduplicate": {"by": B, "above": 0.9, "best": A}}, "has decided already which row is better"),
         ({"deduplicate": {"by": "uid", "best": A}}, "copies of a uid are one sample"),
         ({"deduplicate": {"by": B, "above": math.nan}}, "finite"),
         ({"deduplicate": {}}, "Field required"),
         ({"deduplicate": {"by": "image", "above": 0.9}}, "image is no number"),
-        ({"deduplicate": {"by": "near_duplicate/b32"}}, "Remedy: above"),
+        ({"deduplicate": {"by": "near_duplicate/b32"}}, "Remedy: set above"),
         ({"stratify": {"by": "width", "score": A}}, "stratify needs exactly one of fraction, count"),
         ({"stratify": {"by": "width", "fraction": 0.5}}, "stratify needs exactly one of score, rank_sum, weighted"),
         ({"stratify": {"by": "width", "score": A, "threshold": 1.0}}, "Extra inputs"),
         ({"soft_cap_sample": {"score": A}}, "soft_cap_sample needs exactly one of fraction, count"),
-        ({"soft_cap_sample": {"rank_sum": [A, B], "count": 1}}, "ranks have no softmax"),
+        ({"soft_cap_sample": {"rank_sum": [A, B], "count": 1}}, "ranks have no meaningful softmax"),
         ({"soft_cap_sample": {"score": A, "count": 1, "penalty": -1}}, "greater than or equal to 0"),
         ({"soft_cap_sample": {"score": A, "count": 1, "temperature": 0}}, "greater than 0"),
         ({"report": ["width"]}, "found none"),
@@ -261,7 +261,7 @@ def test_a_step_that_makes_no_sense_is_refused(step, message):
 
 def test_nothing_follows_a_draw():
     draw = {"soft_cap_sample": {"score": A, "count": 1}}
-    with pytest.raises(ValidationError, match=r"step 1 draws samples.*Remedy: soft_cap_sample as the last step"):
+    with pytest.raises(ValidationError, match=r"step 1 draws rows several times.*Remedy: make soft_cap_sample the last step"):
         recipe(draw, {"where": "true"})
 
 
@@ -449,7 +449,7 @@ def test_a_row_that_a_null_dropped_is_among_the_dropped(con):
 
 def test_a_text_can_not_be_ranked():
     recipes = {"mine": recipe({"deduplicate": {"by": "image", "best": LANGUAGE}})}
-    with pytest.raises(ValueError, match="language/facts holds texts, which have no rank"):
+    with pytest.raises(ValueError, match="language/facts holds text, which has no rank"):
         check_recipes(recipes, scores=[LANGUAGE], pool_columns=["sha256"], texts=[LANGUAGE, "sha256"])
 
 
