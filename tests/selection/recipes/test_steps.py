@@ -261,7 +261,9 @@ def test_a_step_that_makes_no_sense_is_refused(step, message):
 
 def test_nothing_follows_a_draw():
     draw = {"soft_cap_sample": {"score": A, "count": 1}}
-    with pytest.raises(ValidationError, match=r"step 1 draws rows several times.*Remedy: make soft_cap_sample the last step"):
+    with pytest.raises(
+        ValidationError, match=r"step 1 draws rows several times.*Remedy: make soft_cap_sample the last step"
+    ):
         recipe(draw, {"where": "true"})
 
 
