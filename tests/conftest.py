@@ -11,6 +11,6 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 from tests.support.automation import automation
 from tests.support.captioning import tiny_coca
 from tests.support.pool_factory import tiny_clip
-from tests.support.scenario import scenario
+from tests.support.scenario import finished, finished_pass, scenario
 
-__all__ = ["automation", "scenario", "tiny_clip", "tiny_coca"]
+__all__ = ["automation", "finished", "finished_pass", "scenario", "tiny_clip", "tiny_coca"]

@@ -1,4 +1,4 @@
-"""The tests' own structure: what they share lies in `tests.support`, and their folders are those of the product."""
+"""The structure of the tests: shared helpers are in `tests.support`, and folders mirror the product."""
 
 import ast
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_no_module_imports_a_test_module() -> None:
             for name in imported(path)
             if name.startswith("tests.") and any(p[:5] == "test_" for p in name.split("."))
         }
-        assert not tests, f"{path.relative_to(ROOT)} imports {tests}. Remedy: move what they share to tests/support."
+        assert not tests, f"{path.relative_to(ROOT)} imports {tests}. Remedy: move shared helpers to tests/support."
 
 
 def test_every_folder_of_tests_mirrors_one_of_the_product() -> None:

@@ -1,4 +1,4 @@
-"""What `clip-select run` prints: every loss is said, and text is printed as it is."""
+"""Output of `clip-select run`: it reports every loss, and prints text unchanged."""
 
 import io
 from pathlib import Path
@@ -19,13 +19,13 @@ def printed(scenario: Scenario) -> "Printed":
 
 
 class Printed:
-    """Runs the scenario and gives what is printed of it."""
+    """Runs the scenario and returns the printed text."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
 
     def __call__(self) -> str:
-        """Make a pass and give the text."""
+        """Run a pass and return the printed text."""
         outcome = self.scenario.run()
         project = self.scenario.open()
         text = io.StringIO()

@@ -1,4 +1,4 @@
-"""Running the project day by day: runs whose process was killed, pools, old versions."""
+"""Day-to-day operation: killed runs, concurrency pools, old versions."""
 
 import json
 import os
@@ -31,7 +31,7 @@ OURS = Path(dagster_project.__file__).with_name("dagster.yaml")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """The folder of an instance with the project's own settings."""
+    """Return the folder of an instance with the project's settings."""
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(OURS, home / "dagster.yaml")
@@ -45,7 +45,7 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def launch(scenario: Scenario, home: Path, shard: str) -> subprocess.Popen[bytes]:
-    """Make a run of everything for one shard in a process of its own, as the UI's launcher does."""
+    """Run every asset of one shard in another process, as the UI's launcher does."""
     dagster = Path(sys.executable).parent / "dagster"
     arguments = ["job", "execute", "-m", "dagster_project.definitions", "-j", "process_shards"]
     return subprocess.Popen(
@@ -57,13 +57,13 @@ def launch(scenario: Scenario, home: Path, shard: str) -> subprocess.Popen[bytes
 
 
 def holding_a_pool(instance: dg.DagsterInstance) -> set[str]:
-    """Give the runs that have a place in a pool."""
+    """Return the runs that hold a slot of a pool."""
     storage = instance.event_log_storage
     return {run for pool in storage.get_concurrency_keys() for run in storage.get_concurrency_info(pool).active_run_ids}
 
 
 def is_finished(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Tell whether Dagster counts a run as ended."""
+    """Check whether Dagster counts a run as finished."""
     found = instance.get_run_by_id(run.run_id)
     assert found is not None
     return found.is_finished

@@ -63,7 +63,7 @@ class Server:
         assert done.returncode == 0, log.read_text()
 
     def start(self) -> None:
-        """Make the database and wait until it answers."""
+        """Create the database and wait until it answers."""
         secret = self.folder / "password"
         secret.write_text(self.password)
         secret.chmod(0o644)
@@ -75,12 +75,12 @@ class Server:
         self.run("pg_ctl", "-D", data, "-o", options, "-w", "start")
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
 
 def find_programs() -> Path:
-    """Give the folder of PostgreSQL's programs; skip where there is none."""
+    """Return the folder of PostgreSQL's programs, or skip the test."""
     pytest.importorskip("dagster_postgres", reason="dagster-postgres is not installed (the extra `postgres`)")
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     found = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
@@ -91,7 +91,7 @@ def find_programs() -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DAGSTER_HOME with the project's dagster.yaml and the block that the page tells to add."""
+    """Return a DAGSTER_HOME with the project's dagster.yaml and the block from the page."""
     (block,) = re.findall(r"```yaml\n(storage:\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     ours = Path(dagster_project.__file__).with_name("dagster.yaml").read_text(encoding="utf-8")
     home = tmp_path / "home"
@@ -103,7 +103,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that answers, and the page's environment variables."""
+    """Yield a running server, with the page's environment variables set."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         server.start()

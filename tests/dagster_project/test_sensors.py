@@ -1,4 +1,4 @@
-"""Automation with real ticks and real runs: what arrives is computed, the subset follows, nothing runs in a storm.
+"""Automation with real ticks and runs: new shards are computed, subsets follow, and no run is repeated.
 
 Every test drives rounds of ticks until nothing is requested, compares the subset with what a headless pass over
 the same pool selects, and counts the runs.
@@ -18,7 +18,7 @@ SELECT = "subset/best catalog"
 
 
 def chain(shards: str) -> list[tuple[str, str]]:
-    """The runs that a group of new shards takes once there are negatives."""
+    """Return the runs that new shards take once there are negatives."""
     return [("raw_pool", shards), ("embeddings/b32", shards), ("clip_score/b32 neg_clip_loss/b32", shards)]
 
 
@@ -98,7 +98,7 @@ def test_a_shard_that_lands_in_the_tick_in_which_the_subset_ends_is_in_the_next_
 
 
 def until_subset(automation: Automation) -> dg.RunRequest:
-    """Tick and execute until the subset's run is requested; give that request, not executed."""
+    """Tick and execute until the subset's run is requested; return that request without executing it."""
     for _ in range(20):
         for request in [request for name in SENSORS for request in automation.tick(name)]:
             if dg.AssetKey("catalog") in (request.asset_selection or []):
@@ -310,6 +310,6 @@ def test_a_subset_chosen_with_the_first_shards_scores_names_the_others_and_is_re
 
 
 def click(shard: str, assets: Sequence[str]) -> dg.RunRequest:
-    """What the UI launches when somebody selects assets of all kinds and one shard."""
+    """Return the run that the UI launches for a selection of all kinds of assets and one shard."""
     keys = [dg.AssetKey(key.split("/")) for key in assets]
     return dg.RunRequest(asset_selection=keys, tags={"dagster/partition": shard})

@@ -1,4 +1,4 @@
-"""What keeping the event log's files open must not change."""
+"""Keeping the event log's files open changes no result."""
 
 import threading
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def files(instance: dg.DagsterInstance) -> Path:
-    """The folder of the event log."""
+    """Return the folder of the event log."""
     assert isinstance(instance.event_log_storage, SqliteEventLogStorage)
     return Path(instance.event_log_storage.path_for_shard("index")).parent
 
@@ -99,7 +99,7 @@ def test_what_fails_leaves_no_trace_and_the_files_usable(instance: dg.DagsterIns
 
 
 def test_the_files_are_closed_behind_the_block(instance: dg.DagsterInstance) -> None:
-    """SQLite removes its own log when the last one closes a file."""
+    """SQLite removes its own log when the last connection closes."""
     with kept_open(instance), kept_open(instance):
         result = run(instance)
         assert (files(instance) / f"{result.run_id}.db-wal").exists()

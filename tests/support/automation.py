@@ -1,6 +1,6 @@
 """A project whose sensors tick, and whose runs execute, in the test's own process.
 
-Here: the project, its ticks and comparisons with a headless pass. Not here: what the ticks should request.
+Here: the project, its ticks and comparisons with a headless pass. Not here: the expected requests.
 """
 
 import shutil
@@ -127,7 +127,7 @@ class Automation:
         return bool(result.success)
 
     def round(self) -> int:
-        """Tick every sensor once, execute what it requests, and return the number of runs."""
+        """Tick every sensor once, execute its requests, and return the number of runs."""
         before = len(self.runs)
         for name in SENSORS:
             for request in self.tick(name):

@@ -1,6 +1,8 @@
 """The project that tests of the asset graph share: three shards of twelve samples, one target, three recipes."""
 
 import copy
+import gc
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class Scenario:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
         self.instance = dg.DagsterInstance.ephemeral()
+        folder.mkdir(exist_ok=True)
         for shard in SHARDS:
             self.write_shard(shard)
         class_folders(folder / "pets")
@@ -136,9 +139,52 @@ def keep(score: str, **limit: float) -> dict[str, Any]:
     return {"keep_top": {"score": score, **limit}}
 
 
+class FinishedPass:
+    """The scenario after its first pass: computed once per test process, and copied for each test that starts from it.
+
+    Provenance holds absolute paths, so every copy is put back at the path where the pass ran.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self._kept = folder / "kept"
+        self._finished = Scenario(folder / "project", model)
+        assert self._finished.run().failures == {}
+        shutil.copytree(self._finished.folder, self._kept)  # with times, which provenance holds too
+
+    def restore(self, scenario: Scenario) -> None:
+        """Turn a fresh scenario into a finished one, with the same files and Dagster records."""
+        gc.collect()  # DuckDB gives an open database of the same path again, so those of the last test must be closed
+        shutil.rmtree(self._finished.folder)
+        shutil.copytree(self._kept, self._finished.folder)
+        scenario.folder = self._finished.folder
+        for storage in ("event_log_storage", "run_storage"):
+            source, target = (getattr(owner.instance, storage) for owner in (self._finished, scenario))
+            # An ephemeral instance keeps its records in SQLite databases in memory, and has no public way to copy them.
+            source._held_conn.connection.driver_connection.backup(target._held_conn.connection.driver_connection)
+
+    def dispose(self) -> None:
+        """Release the records."""
+        self._finished.instance.dispose()
+
+
+@pytest.fixture(scope="session")
+def finished_pass(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[FinishedPass]:
+    """Yield the pass that `finished` copies."""
+    kept = FinishedPass(tmp_path_factory.mktemp("finished"), tiny_clip)
+    yield kept
+    kept.dispose()
+
+
 @pytest.fixture
 def scenario(tmp_path: Path, tiny_clip: Path) -> Iterator[Scenario]:
     """Yield a project in which nothing has run."""
     scenario = Scenario(tmp_path, tiny_clip)
     yield scenario
     scenario.instance.dispose()
+
+
+@pytest.fixture
+def finished(scenario: Scenario, finished_pass: FinishedPass) -> Scenario:
+    """Let the `scenario` of this test start with everything computed; its folder is another than `tmp_path`."""
+    finished_pass.restore(scenario)
+    return scenario

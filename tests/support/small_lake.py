@@ -1,6 +1,6 @@
 """A lake of handwritten files: rows, scores, targets and subset versions, without Dagster or an encoder.
 
-Here: the lake and what it takes to fill and query it. Not here: projects that run assets (`tests.support.scenario`).
+Here: the lake, filling it and querying it. Not here: projects that run assets (`tests.support.scenario`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is checked before a file is written, what a failed check stops, and how Dagster hears of it."""
+"""Checks before a file is written: what they find, what a failure stops, and the results in Dagster."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ ALL = {RANGE_START: SHARDS[0], RANGE_END: SHARDS[-1]}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
-    """A project of which everything is made; for tests that change nothing in it."""
+    """A project with every asset computed, for tests that change nothing."""
     scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
     assert scenario.run().failures == {}
     yield scenario
@@ -37,14 +37,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[
 
 
 def statuses(instance: dg.DagsterInstance, asset: str, check: str) -> dict[str | None, str]:
-    """Give the latest status of a check, by partition."""
+    """Return a check's latest status by partition."""
     key = dg.AssetCheckKey(dg.AssetKey(asset.split("/")), check)
     records = instance.event_log_storage.get_asset_check_execution_history(key, limit=50)
     return {record.partition: record.status.value for record in reversed(records)}
 
 
 def evaluation(instance: dg.DagsterInstance, asset: str, check: str) -> dg.AssetCheckEvaluation:
-    """Give the latest result of a check."""
+    """Return a check's latest result."""
     key = dg.AssetCheckKey(dg.AssetKey(asset.split("/")), check)
     (record,) = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
     assert record.event is not None
@@ -52,7 +52,7 @@ def evaluation(instance: dg.DagsterInstance, asset: str, check: str) -> dg.Asset
 
 
 def launch_checks(scenario: Scenario, asset: str, *names: str, shard: str | None = None) -> bool:
-    """Run checks without their asset, as the button in the UI does."""
+    """Run checks without their asset, as the UI's button does."""
     project, graph = scenario.open_graph()
     keys = {dg.AssetCheckKey(dg.AssetKey(asset.split("/")), name) for name in names}
     job = build_defs(project, graph).resolve_implicit_global_asset_job_def()
@@ -303,6 +303,7 @@ def test_each_result_is_about_its_shards_latest_materialization(made: Scenario) 
     assert all(info.is_current and info.latest_target_materialization_storage_id for info in found)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_fresh_shard_tells_its_results_again(scenario: Scenario) -> None:
     scenario.run()
     before = scenario.files()
@@ -311,6 +312,7 @@ def test_a_fresh_shard_tells_its_results_again(scenario: Scenario) -> None:
     assert scenario.files() == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_shard_that_fails_a_check_is_not_written_and_the_others_are(scenario: Scenario) -> None:
     scenario.run()
     project = scenario.open()
@@ -350,6 +352,7 @@ def test_a_shard_that_fails_a_check_is_not_written_and_the_others_are(scenario: 
     assert project.lake.shards("clip_score/tiny") == [SHARDS[0], SHARDS[2]]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_check_launched_by_itself_looks_at_the_file_that_is_there(scenario: Scenario) -> None:
     scenario.run()
     lake = scenario.open().lake
@@ -418,6 +421,7 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     assert found.severity is dg.AssetCheckSeverity.WARN
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_yaml_says_when_drift_warns_and_no_result_depends_on_it(scenario: Scenario) -> None:
     scenario.run()
     scenario.set("scores", "drift", value={"changed": 0.5})

@@ -17,12 +17,12 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "dfn.yaml"
 
 @pytest.fixture(scope="module")
 def other_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Another CLIP than the scenario's: the same shape, other weights."""
+    """A CLIP of the scenario's shape with other weights."""
     return f"local-dir:{write_clip(tmp_path_factory.mktemp('other_clip'), TINY_CONFIG, seed=1)}"
 
 
 def best(scores: pl.DataFrame, column: str, rows: int) -> pl.DataFrame:
-    """Give the rows with the largest values, ties to the smaller uid."""
+    """Return the rows with the largest values; smaller uids win ties."""
     return scores.sort([column, "f0", "f1"], descending=[True, False, False]).head(rows)
 
 

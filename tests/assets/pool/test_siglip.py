@@ -1,4 +1,4 @@
-"""Encoders trained with a sigmoid loss: negCLIPLoss by their own logit scale, whatever their logit bias is."""
+"""Encoders trained with a sigmoid loss: negCLIPLoss uses their logit scale and ignores their logit bias."""
 
 import json
 from pathlib import Path
@@ -33,12 +33,12 @@ SIGLIP_CONFIG = {
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of SigLIP's kind: bias beside the scale, a text tower of its own, random weights."""
+    """A SigLIP with random weights: a logit bias, and a custom text tower."""
     return write_clip(tmp_path_factory.mktemp("siglip"), SIGLIP_CONFIG, seed=4)
 
 
 def with_bias(siglip: Path, folder: Path, bias: float | None) -> Path:
-    """Write the same model with another bias, or without any."""
+    """Write the same model with another bias, or without one."""
     config = json.loads((siglip / "open_clip_config.json").read_text())
     config["model_cfg"]["init_logit_bias"] = bias
     state = load_file(siglip / "open_clip_model.safetensors")

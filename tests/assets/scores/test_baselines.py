@@ -1,4 +1,4 @@
-"""DataComp's baseline filters, in the words of its paper and code, against plain Python over the rows."""
+"""DataComp's baseline filters against plain Python, after the paper and its code."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ ENGLISH = [True, False, False, True, True, True, False, True]
 
 
 def write_pool(scenario: Scenario) -> pl.DataFrame:
-    """Write shard 00000 anew: its samples have these captions and sizes; give what is known of them."""
+    """Replace the pool by one shard with these captions and sizes, and return its rows."""
     samples = []
     for number, (text, (width, height)) in enumerate(zip(CAPTIONS, SIZES, strict=True)):
         meta = {"uid": f"{number:032x}", "caption": text}
@@ -251,7 +251,7 @@ def test_k_means_finds_clusters_that_are_there() -> None:
 
 
 def in_clusters(scenario: Scenario, centroids: np.ndarray) -> list[bool]:
-    """Tell, in float64, which rows share the nearest centroid with a target image."""
+    """Return, from float64, which rows share their nearest centroid with a target image."""
     lake = scenario.open().lake
     pets = column_to_vectors(lake.read("target_embeddings/tiny/pets")["image"]).astype(np.float64)
     vectors = np.concatenate([column_to_vectors(lake.read("embeddings/tiny", s)["image"]) for s in SHARDS])

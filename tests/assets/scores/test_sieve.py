@@ -1,4 +1,4 @@
-"""Captions by a small random CoCa, and SIEVE from them: in the graph, in recipes and in the catalog."""
+"""Captions by a small random CoCa, and SIEVE from them: in the graph, recipes and catalog."""
 
 import copy
 import importlib.util
@@ -84,7 +84,7 @@ def test_captions_follow_the_uid_whatever_the_batch_and_the_order(tiny_coca):
 
 
 def test_the_words_are_those_that_open_clips_own_forward_pass_makes_likely(tiny_coca):
-    """One step after the other by the model's public forward pass, in float64, without anything that saves work."""
+    """Step by step with the model's public forward pass, in float64, without a cache."""
     images = pixels(2)
     ours = captioner(tiny_coca, batch_size=2, captions=2, repetition_penalty=1.3)
     said = ours.describe(images, UIDS[:2])
@@ -214,7 +214,7 @@ def test_a_missing_sentence_encoder_is_one_error_with_a_remedy(tmp_path):
 
 @pytest.fixture
 def described(scenario: Scenario, tiny_coca: Path) -> Scenario:
-    """The scenario with a captioner, its own text tower as text encoder, and a recipe that ranks by SIEVE."""
+    """Return the scenario with a captioner, a text encoder, and a recipe that ranks by SIEVE."""
     scenario.document["captioners"] = {
         "coca": {"model": f"local-dir:{tiny_coca}", "workers": 0, "batch_size": 5, **SPEECH}
     }

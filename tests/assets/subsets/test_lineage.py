@@ -1,4 +1,4 @@
-"""Claims about versions: what diff and lineage tell, and that a version can be made again from its record."""
+"""Versions: diff and lineage, and reproducing a version from its record."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ ASSETS = {CLIP: "clip_score/b32", NEAR: "norm_sim/b32/flowers"}
 
 @pytest.fixture
 def small(tmp_path):
-    """One shard of twenty rows, not chosen from yet."""
+    """Return a lake with one shard of twenty rows and no subset."""
     small = SmallLake(tmp_path / "the [lake]'s")
     small.add_shard("00000", range(20))
     small.add_targets()
@@ -32,18 +32,18 @@ def small(tmp_path):
 
 
 def diff(small, name="wide", a="v0001", b="v0002"):
-    """Ask for the diff, by f0."""
+    """Query the diff, by f0."""
     with small.build() as con:
         return {int(row["uid"][:16], 16): row for row in fetch(con, "FROM diff(?, ?, ?)", name, a, b)}
 
 
 def reasons(told):
-    """Count changes by their kind, step and reason."""
+    """Count changes by kind, step and reason."""
     return Counter((row["change"], row["step"], row["reason"]) for row in told.values())
 
 
 def top(count, score=CLIP):
-    """Write a recipe of one step."""
+    """Return a recipe of one step."""
     return {"steps": [keep(score, count=count)]}
 
 
@@ -204,7 +204,7 @@ def test_a_uid_list_that_changed_is_the_source(small):
 
 
 def uid_list(f0s):
-    """Give the uids of rows of a `SmallLake` as DataComp's array."""
+    """Return the uids of rows of a `SmallLake` as DataComp's array."""
     return np.array([(f0, 2**64 - 1 - f0) for f0 in f0s], dtype="u8,u8")
 
 
@@ -270,6 +270,7 @@ def test_lineage_gives_every_fact_of_the_record_as_a_row(small):
     assert facts["step", "1"].startswith("where width >= 202: 20 entered, ")
 
 
+@pytest.mark.usefixtures("finished")
 def test_what_is_asked_of_the_whole_path(scenario: Scenario) -> None:
     scenario.run()
     scenario.write_shard("00007")
@@ -310,10 +311,11 @@ def _version(scenario: Scenario, recipe: str, name: str):
 
 
 def _record(scenario: Scenario, recipe: str) -> dict:
-    """Read a record as JSON from its file, as somebody would who has nothing else."""
+    """Read a lineage record from its file."""
     return json.loads(Path(scenario.subset(recipe).folder, "lineage.json").read_text())
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Scenario, tmp_path: Path) -> None:
     scenario.run()
     scenario.write_shard("00007")  # comes after the draw, so the negatives are of the first three shards
@@ -341,7 +343,7 @@ def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Sce
 
 
 def add_set_recipes(scenario: Scenario) -> None:
-    """Give the project recipes that rest on one another and on a uid list, and rank by several scores."""
+    """Add recipes that depend on each other and on a uid list, and rank by several scores."""
     scenario.set(
         "recipes",
         value={
@@ -455,6 +457,7 @@ def test_negatives_of_a_pool_smaller_than_a_draw_are_drawn_again_from_the_shards
     assert_same_bytes(scenario, "paper", rebuild(record, tmp_path / "again"))
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
     scenario: Scenario, tmp_path: Path
 ) -> None:
@@ -480,6 +483,7 @@ def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
         choose_again(lake, _record(scenario, "clip_third"), tmp_path / "later")
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_event_of_a_subset_names_and_links_all_that_it_read(scenario: Scenario) -> None:
     scenario.run()
     event = scenario.instance.get_latest_materialization_event(AssetKey(["subset", "paper"]))

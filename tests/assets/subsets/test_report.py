@@ -1,4 +1,4 @@
-"""What a subset shows of itself: the right samples, their own pictures, in little space, whatever the pool holds."""
+"""The report of a subset: the right samples with their own pictures, small, and safe for any caption."""
 
 import base64
 import io
@@ -39,7 +39,7 @@ def warnings(scenario: Scenario) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
-    """A project of which everything is made, with one caption that is no friend of pages."""
+    """A project with every asset computed, and one caption full of markup."""
     scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
     scenario.write_shard(SHARDS[0], text=HOSTILE.encode())
     scenario.set("recipes", "everything", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
@@ -140,6 +140,7 @@ def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
     assert materialization(made, "clip_third").asset_materialization.metadata["contact_sheet"] == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
     scenario.run()
     shutil.rmtree(report_folder(scenario, "paper"))
@@ -149,7 +150,7 @@ def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) ->
 
 
 def beyond_the_tar(scenario: Scenario) -> str:
-    """Let `raw_pool` point behind the end of a shard's tar."""
+    """Let `raw_pool` point past the end of a shard's tar."""
     lake = scenario.open().lake
     stored, table = lake.stored("raw_pool", SHARDS[0]), lake.read("raw_pool", SHARDS[0])
     assert stored is not None
@@ -160,7 +161,7 @@ def beyond_the_tar(scenario: Scenario) -> str:
 
 
 def other_bytes(scenario: Scenario) -> str:
-    """Change the pictures of a shard behind the listing's back: same size, same time."""
+    """Change the pictures of a shard without changing its size and time."""
     tar = scenario.folder / "pool" / f"{SHARDS[0]}.tar"
     stat, data = tar.stat(), bytearray(tar.read_bytes())
     for row in scenario.open().lake.read("raw_pool", SHARDS[0]).to_pylist():
@@ -171,6 +172,7 @@ def other_bytes(scenario: Scenario) -> str:
 
 
 @pytest.mark.parametrize("spoil", [beyond_the_tar, other_bytes])
+@pytest.mark.usefixtures("finished")
 def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
     scenario: Scenario, spoil: Callable[[Scenario], str]
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
     assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_report_that_cannot_be_written_is_told_and_the_subset_stands(scenario: Scenario) -> None:
     scenario.run()
     blocked = scenario.folder / "lake/subset/late/v0001"

@@ -1,4 +1,4 @@
-"""Claims about the whole path of recipes that drop duplicates, choose by stratum, or draw: files, checks, report."""
+"""Recipes that drop duplicates, select by stratum, or draw, from settings to files, checks and report."""
 
 import tarfile
 from collections import Counter
@@ -33,7 +33,7 @@ RECIPES = {
 
 @pytest.fixture
 def scenario(scenario: Scenario) -> Scenario:
-    """Three shards, of which each begins with the same picture; one score."""
+    """Return a project of three shards that start with the same picture, and one score."""
     for shard in SHARDS:
         scenario.write_shard(shard, image=picture(7000))
     scenario.set("scores", value={"clip_score": ["tiny"], "neg_clip_loss": {}, "norm_sim": {}})

@@ -1,4 +1,4 @@
-"""Claims about the catalog, on a small lake whose subsets were chosen by `select`."""
+"""The catalog of a small lake whose subsets were selected by `select`."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from tests.support.small_lake import CLIP, LABELS, NEAR, RECIPES, SCORES, TARGET
 
 @pytest.fixture
 def lake(tmp_path):
-    """Two shards of which the second repeats uids of the first, and one version of each recipe."""
+    """Return a lake of two shards that share some uids, and one version of each recipe."""
     small = SmallLake(tmp_path / "the [lake]'s")
     small.add_shard("00000", [i * 2**59 for i in range(20)])
     small.add_shard("00001", [1, 2, 2**59, 3, 3, 2**63, *range(5, 15)])
@@ -37,7 +37,7 @@ def lake(tmp_path):
 
 
 def expected_verdicts(lake, uid):
-    """Judge a uid the plain way: for each recipe the verdicts of step 0, 1, ..."""
+    """Compute a uid's verdicts in plain Python: for each recipe those of step 0, 1, ..."""
     row = next(r for shard in sorted(lake.rows) for r in lake.rows[shard] if (r["f0"], r["f1"]) == uid)
     unique = {}
     for shard in sorted(lake.rows):
@@ -67,7 +67,7 @@ def expected_verdicts(lake, uid):
 
 
 def without_filters(lake, *shards):
-    """Write shards of the pool again as they were written before they had Bloom filters."""
+    """Write shards of the pool again without Bloom filters, as earlier versions did."""
     for shard in shards:
         path = lake.root / "raw_pool" / f"{shard}.parquet"
         pq.write_table(pq.read_table(path), path, compression="zstd")
@@ -372,7 +372,7 @@ def test_explain_reads_only_the_row_groups_that_may_hold_the_uid(lake):
 
 
 def test_explain_opens_no_file_of_another_shard(lake):
-    """Only the pool's files have to be looked into; of all else the first file is opened too, for its columns."""
+    """Only files of the pool are searched; of other assets the first file is opened too, for its columns."""
     for asset in SCORES:
         (lake.root / asset / "00002.parquet").write_bytes(b"not parquet")
     f0, f1 = lake.rows["00001"][0]["f0"], lake.rows["00001"][0]["f1"]

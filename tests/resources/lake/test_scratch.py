@@ -1,4 +1,4 @@
-"""Work files have their bytes before anything is written to them."""
+"""Work files reserve their bytes before anything is written."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Claims about steps that look at a row among others: deduplicate, stratify, soft_cap_sample; and about reports."""
+"""Steps that compare rows: deduplicate, stratify, soft_cap_sample; and reports."""
 
 import itertools
 import math
