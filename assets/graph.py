@@ -1,33 +1,43 @@
-"""The lineage graph of a project: every asset that its YAML asks for, in an order in which each follows its inputs."""
+"""The asset graph of a project: every asset that its YAML asks for, upstream first.
 
+```mermaid
+graph LR
+  raw_pool --> embeddings["embeddings/&lt;encoder&gt;"]
+  embeddings --> negatives["negatives/&lt;encoder&gt;"]
+  embeddings --> scores["scores, such as<br>clip_score, neg_clip_loss, norm_sim"]
+  negatives --> scores
+  targets["target_embeddings/&lt;encoder&gt;/&lt;target&gt;"] --> scores
+  external["external_files, external_uids"] --> scores
+  scores --> subset["subset/&lt;recipe&gt;"]
+  raw_pool --> subset
+  subset --> export["export/&lt;recipe&gt;"]
+  subset --> catalog
+```
+
+Some scores compare the rows of a subset with each other, so a subset may also be upstream of a score.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
-from assets.base.partitioned import ShardAsset
-from assets.base.selection_table import SharedSource
-from assets.base.unpartitioned import WholeAsset
+from assets.base.asset import Declared
+from assets.base.context import Context
+from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
+from assets.base.score_kind import Scores
+from assets.base.selection_table import CachedTable
+from assets.base.unpartitioned import UnpartitionedAsset, UnpartitionedTemplate
 from assets.pool.embeddings import embeddings
 from assets.pool.raw_pool import raw_pool
-from assets.pool.target_embeddings import target_embeddings
-from assets.project import Project
-from assets.scores.caption_facts import captions
-from assets.scores.captions import captioned
-from assets.scores.clip_score import clip_score
-from assets.scores.clusters import centroids, clusters
-from assets.scores.external import external_files, external_scores, external_uids
-from assets.scores.hype import hype
-from assets.scores.near_duplicates import duplicate_search, near_duplicates
-from assets.scores.neg_clip_loss import neg_clip_loss
-from assets.scores.negatives import negatives
-from assets.scores.norm_sim import norm_sim
-from assets.scores.norm_sim_dynamic import dynamic_rounds, norm_sim_dynamic
-from assets.scores.sieve import sieve
+from assets.scores.external_uids import external_uids
 from assets.subsets.catalog import catalog
 from assets.subsets.export import export
 from assets.subsets.subset import SubsetAsset, subset
 
-REFERENCE = "reference_negatives"
+Node = PartitionedAsset | UnpartitionedAsset
+Template = PartitionedTemplate | UnpartitionedTemplate
 
 
 @dataclass(frozen=True)
@@ -35,112 +45,91 @@ class Graph:
     """All assets of a project.
 
     Attributes:
-        nodes: assets of shards and unpartitioned ones, upstream first.
-        subsets: the subsets, a recipe after those it rests on.
-        exports: the subsets' samples as new shards, which are made only when somebody asks.
+        nodes: assets of files, partitioned by shard or unpartitioned, upstream first.
+        subsets: the subsets, a recipe after those it reads.
+        exports: the subsets' samples as new shards, which are written on demand only.
         catalog: the catalog.
     """
 
-    nodes: tuple[ShardAsset | WholeAsset, ...]
+    nodes: tuple[Node, ...]
     subsets: tuple[SubsetAsset, ...]
-    exports: tuple[ShardAsset, ...]
+    exports: tuple[PartitionedAsset, ...]
     catalog: dg.AssetsDefinition
 
     @property
-    def in_order(self) -> list[ShardAsset | WholeAsset | SubsetAsset]:
-        """Nodes and subsets, each after all that it reads: a score may begin with a subset."""
-        by_key = {node.key: node for node in (*self.nodes, *self.subsets)}
-        placed: dict[str, ShardAsset | WholeAsset | SubsetAsset] = {}
-
-        def place(key: str) -> None:
-            if key in by_key and key not in placed:
-                for dep in by_key[key].deps:
-                    place(dep)
-                placed[key] = by_key[key]
-
-        for key in by_key:
-            place(key)
-        return list(placed.values())
+    def in_order(self) -> list[Node | SubsetAsset]:
+        """Nodes and subsets, each after everything that it reads."""
+        by_key: dict[str, Node | SubsetAsset] = {node.key: node for node in (*self.nodes, *self.subsets)}
+        return [by_key[key] for key in _upstream_first(by_key)]
 
     @property
     def definitions(self) -> list[dg.AssetsDefinition]:
         """The Dagster assets."""
-        return [
-            *(node.definition for node in self.nodes),
-            *(node.definition for node in self.subsets),
-            *(node.definition for node in self.exports),
-            self.catalog,
-        ]
+        assets = (*self.nodes, *self.subsets, *self.exports)
+        return [*(asset.definition for asset in assets), self.catalog]
 
 
-def build_graph(project: Project) -> Graph:
+def build_graph(context: Context) -> Graph:
     """Build every asset of a project."""
-    settings = project.settings
-    nodes: list[ShardAsset | WholeAsset] = [raw_pool(project)]
-    nodes.extend(embeddings(project, encoder) for encoder in settings.encoders)
-    targets = {pair: target_embeddings(project, *pair) for pair in settings.embedded_targets}
-    draws = {
-        encoder: negatives(project, encoder)
-        for encoder, score in settings.neg_clip_loss.items()
-        if score.estimator == REFERENCE
-    }
-    nodes.extend(targets.values())
-    nodes.extend(draws.values())
-    nodes.extend(clip_score(project, encoder) for encoder in settings.clip_score)
-    nodes.extend(neg_clip_loss(project, encoder, draws.get(encoder)) for encoder in settings.neg_clip_loss)
-    nodes.extend(norm_sim(project, e, t, targets[e, t]) for e, names in settings.norm_sim.items() for t in names)
-    for encoder, settled in settings.scores.clusters.items():
-        found = centroids(project, encoder)
-        nodes.append(found)
-        nodes.extend(clusters(project, encoder, t, found, targets[encoder, t]) for t in settled.targets)
-    read = {name: external_files(project, name) for name in settings.external_scores}
-    nodes.extend(read.values())
-    nodes.extend(external_scores(project, *pair) for pair in read.items())
-    nodes.extend(external_uids(project, name) for name in settings.external_uids)
-    if settings.scores.captions is not None:
-        nodes.append(captions(project))
-
-    by_key = {node.key: node for node in nodes if isinstance(node, ShardAsset)}
-    for name, given in settings.hype.items():
-        score = hype(project, name, by_key.get(f"clusters/{given.clusters}"))
-        nodes.append(score)
-        by_key[score.key] = score
-    shared = SharedSource()
-    subsets = [subset(project, recipe, by_key, shared) for recipe in _in_order(project)]
-    by_recipe = {node.recipe: node for node in subsets}
-    for encoder, dynamic in settings.norm_sim_dynamic.items():
-        rounds = dynamic_rounds(project, encoder, by_recipe[dynamic.recipe] if dynamic.recipe else None)
-        score = norm_sim_dynamic(project, encoder, rounds)
-        nodes += [rounds, score]
-        by_key[score.key] = score  # which the subsets look up when they are asked what they read
-    for captioner, described in settings.captioners.items():
-        said = captioned(project, captioner, by_recipe[described.recipe] if described.recipe else None)
-        scores = [sieve(project, name, said) for name in settings.sieve.get(captioner, ())]
-        nodes += [said, *scores]
-        by_key |= {node.key: node for node in (said, *scores)}
-    for encoder, near in settings.near_duplicates.items():
-        best = by_key[settings.score_columns[near.best][0]]
-        search = duplicate_search(project, encoder, by_recipe[near.recipe] if near.recipe else None, best, by_key)
-        score = near_duplicates(project, encoder, search)
-        nodes += [search, score]
-        by_key[score.key] = score
-    with_images = settings.pool.format == "webdataset"
-    exports = [export(project, recipe.recipe, by_key["raw_pool"]) for recipe in subsets] if with_images else []
-    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(project))
+    settings, scores = context.settings, Scores(context.settings)
+    assets: dict[str, Any] = {}  # which every asset looks its upstream assets up in
+    for declared in _declared(context, scores):
+        template = declared.template
+        assert isinstance(template, PartitionedTemplate | UnpartitionedTemplate)
+        assets[declared.key] = template.build(declared, context, assets)
+    keys = set(assets)
+    cached = CachedTable()
+    subsets = [subset(context, recipe, scores, assets, cached) for recipe in _recipes_in_order(context)]
+    assets |= {node.key: node for node in subsets}
+    exports: list[PartitionedAsset] = []
+    if settings.pool.format == "webdataset":
+        exports = [export.build(export.declare(settings, recipe=node.recipe), context, assets) for node in subsets]
+    nodes = [assets[key] for key in _upstream_first(assets) if key in keys]
+    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores))
 
 
-def _in_order(project: Project) -> list[str]:
-    """Name the recipes, each after those it rests on (`check_recipes` has refused circles)."""
-    recipes = project.settings.recipes
-    ordered: list[str] = []
+def _declared(context: Context, scores: Scores) -> Iterator[Declared]:
+    """Yield every asset of files that the settings ask for, each once."""
+    settings = context.settings
+    seen = set()
+    found: list[Declared] = [raw_pool.declare(settings)]
+    found += [embeddings.declare(settings, encoder=encoder) for encoder in settings.encoders]
+    for kind in settings.kinds:
+        found += kind.upstream(settings)
+    found += scores.assets.values()
+    found += [external_uids.declare(settings, name=name) for name in settings.external_uids]
+    for declared in found:
+        if declared.key not in seen:
+            seen.add(declared.key)
+            yield declared
+
+
+def _recipes_in_order(context: Context) -> Iterable[str]:
+    """List the recipes, each after those it reads (`check_recipes` has refused cycles)."""
+    recipes = context.settings.recipes
+    ordered: dict[str, None] = {}
 
     def place(name: str) -> None:
-        if name in ordered:
-            return
-        for other in recipes[name].recipes:
-            place(other)
-        ordered.append(name)
+        if name not in ordered:
+            for other in recipes[name].recipes:
+                place(other)
+            ordered[name] = None
 
     for name in recipes:
         place(name)
     return ordered
+
+
+def _upstream_first(assets: Mapping[str, Any]) -> list[str]:
+    """List keys, each after the deps that are among them."""
+    placed: dict[str, None] = {}
+
+    def place(key: str) -> None:
+        if key in assets and key not in placed:
+            for dep in assets[key].deps:
+                place(dep)
+            placed[key] = None
+
+    for key in assets:
+        place(key)
+    return list(placed)

@@ -15,9 +15,11 @@ import dagster as dg
 import pyarrow as pa
 import yaml
 
-from assets.base.partitioned import SHARDS_NAME, ShardAsset
+from assets.base.context import Context
+from assets.base.keys import SHARDS_NAME
+from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
-from assets.project import Project, open_project
+from assets.settings import open_project
 from dagster_project.definitions import build_defs
 
 SHARDS = 10_000
@@ -91,10 +93,10 @@ def _config(folder: Path) -> Path:
     return path
 
 
-def _fill(project: Project, graph: Graph, shards: list[str]) -> None:
+def _fill(project: Context, graph: Graph, shards: list[str]) -> None:
     """Write what every run would have written, without rows."""
     for node in graph.nodes:
-        assert isinstance(node, ShardAsset)
+        assert isinstance(node, PartitionedAsset)
         for shard in shards:
             project.lake.write(pa.table({"f0": pa.array([], pa.uint64())}), node.provenance(shard))
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from assets.project import open_project
+from assets.settings import open_project
 from resources.models.decoding import Prepare, ShardWork
 from resources.models.encoders import Embeddings, Encoder, embed_together
 from resources.pools.base import Pool, open_pool

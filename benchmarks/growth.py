@@ -18,7 +18,7 @@ from typing import Any
 import dagster as dg
 
 from assets.graph import build_graph
-from assets.project import open_project
+from assets.settings import open_project
 from benchmarks.discovery import Ticks
 from benchmarks.overhead import write_project, write_shard
 from dagster_project import cli as command

@@ -27,9 +27,12 @@ from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster._core.utils import make_new_run_id
 from dagster._grpc.types import ExecuteRunArgs
 
-from assets.base.partitioned import SHARDS_NAME, Result, ShardAsset
+from assets.base.context import Context
+from assets.base.keys import SHARDS_NAME
+from assets.base.partitioned import PartitionedAsset
+from assets.base.results import Result
 from assets.graph import build_graph
-from assets.project import Project, open_project
+from assets.settings import open_project
 from dagster_project import cli as command
 from dagster_project.definitions import CONFIG_VARIABLE, build_defs
 from dagster_project.headless import QUIET, materialize
@@ -121,10 +124,10 @@ def _events(*, kept: bool) -> float:
     return seconds[0]
 
 
-def _own_work(project: Project, key: str) -> float:
+def _own_work(project: Context, key: str) -> float:
     """Compute and write an asset again without Dagster."""
     node = next(node for node in build_graph(project).nodes if node.key == key)
-    if not isinstance(node, ShardAsset):
+    if not isinstance(node, PartitionedAsset):
         raise TypeError(f"{key} is not an asset of shards")
     started = time.perf_counter()
     for shard, outcome in node.compute(sorted(project.listing())):

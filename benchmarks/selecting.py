@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.base.selection_table import MEMORY, SharedSource, chosen
-from assets.subsets.lineage import told_steps
+from assets.base.selection_table import MEMORY, CachedTable
+from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from resources.catalog.build import build_catalog, read_catalog
 from resources.lake.files import LOOKED_UP, Lake, write_parquet
@@ -77,7 +77,7 @@ def _ours(lake: Path, out: Path) -> None:
 
 def _many(lake: Path, out: Path) -> None:
     """Choose by RECIPES recipes one after another, as a run of several subsets does."""
-    shared, shards = SharedSource(), _shards(lake)
+    shared, shards = CachedTable(), _shards(lake)
     for _ in range(RECIPES):
         with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, {}, shared) as (selection, _):
             write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
@@ -93,7 +93,7 @@ def _version(lake: Path, out: Path) -> None:
             "definition": RECIPE.definition(),
             "source": {"kind": "pool", "name": "pool", "rows": selection.source_rows, "duplicates": duplicates},
             "sets": {},
-            "steps": told_steps(selection),
+            "steps": recorded_steps(selection),
             "rows": selection.rows,
             "shards": _shards(lake),
             "shards_missing": {},

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from assets.project import open_project
+from assets.settings import open_project
 from dagster_project.definitions import config_path
 from resources.catalog.build import read_catalog
 
@@ -25,7 +25,7 @@ def open_catalog(config: Path | str | None = None) -> "Catalog":
         config: the project's YAML; without it the one that the environment names, else the demo's.
 
     Raises:
-        ConfigError: see `assets.project.load_settings`.
+        ConfigError: see `assets.settings.load_settings`.
     """
     return Catalog(open_project(Path(config or config_path())).catalog_path())
 

@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from assets.base.context import Context
 from assets.graph import Graph, build_graph
-from assets.project import ConfigError, Project, open_project
+from assets.settings import ConfigError, open_project
 from assets.study.figures import ROWS, StudyError, study
 from assets.study.page import write_page
 from assets.subsets.catalog import write_catalog
@@ -97,18 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def run(project: Project, console: Console, *, redraw: bool = False) -> int:
+def run(project: Context, console: Console, *, redraw: bool = False) -> int:
     """Bring a project up to date and print what came of it; 1 if anything failed."""
     with open_instance(project) as instance, _only_pass(project):
         close_dead_runs(instance)
         graph = build_graph(project)
-        with _progress(project, console) as notice:
-            outcome = materialize(project, graph, instance, notice=notice, redraw=redraw)
+        with _progress(project, console) as bars:
+            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
     print_outcome(project, graph, outcome, console)
     return 1 if outcome.failures else 0
 
 
-def ui(project: Project, port: int) -> int:
+def ui(project: Context, port: int) -> int:
     """Open Dagster on 127.0.0.1 in the place of this process."""
     home = prepare_home(project)
     with open_instance(project) as instance:
@@ -124,7 +125,7 @@ def ui(project: Project, port: int) -> int:
     os.execve(dagster, ["dagster", "dev", *arguments], environment)
 
 
-def explain(project: Project, uid: str, console: Console) -> int:
+def explain(project: Context, uid: str, console: Console) -> int:
     """Print what every recipe did with a sample."""
     with read_catalog(project.catalog_path()) as con:
         rows = con.sql("FROM explain($uid)", params={"uid": uid}).pl().to_dicts()
@@ -157,7 +158,7 @@ def explain(project: Project, uid: str, console: Console) -> int:
     return 0
 
 
-def prune(project: Project, keep: int, console: Console, *, dry_run: bool = False) -> int:
+def prune(project: Context, keep: int, console: Console, *, dry_run: bool = False) -> int:
     """Delete all but the newest versions of every recipe's subset, and let the catalog forget them."""
     with _only_pass(project):
         for recipe in project.settings.recipes:
@@ -177,7 +178,7 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def prepare_home(project: Project) -> Path:
+def prepare_home(project: Context) -> Path:
     """Give the folder of the Dagster instance: DAGSTER_HOME, else a folder in the lake.
 
     A project has an instance of its own, because shard names are partitions and every pool has a `00000`.
@@ -198,7 +199,7 @@ def prepare_home(project: Project) -> Path:
     return home
 
 
-def _refuse_another_lake(owner: Path, project: Project) -> None:
+def _refuse_another_lake(owner: Path, project: Context) -> None:
     """Two projects in one instance would take each other's partitions for shards that have gone."""
     if not owner.exists():
         owner.write_text(project.settings.lake, encoding="utf-8")
@@ -211,7 +212,7 @@ def _refuse_another_lake(owner: Path, project: Project) -> None:
 
 
 @contextmanager
-def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
+def open_instance(project: Context) -> Iterator[dg.DagsterInstance]:
     """Open the project's Dagster instance.
 
     Raises:
@@ -231,7 +232,7 @@ def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
 
 
 @contextmanager
-def _only_pass(project: Project) -> Iterator[None]:
+def _only_pass(project: Context) -> Iterator[None]:
     """Hold the project's lock: two passes at once would do the same work twice."""
     project.lake.local_root().mkdir(parents=True, exist_ok=True)
     with open(project.lake.local_root() / ".pass.lock", "w") as lock:
@@ -245,11 +246,10 @@ def _only_pass(project: Project) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(project: Project, console: Console) -> Iterator["_Bars"]:
+def _progress(project: Context, console: Console) -> Iterator["_Bars"]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bars = _Bars(project, progress)
-        project.on_progress = bars.advance
         yield bars
         bars.finish()
 
@@ -257,7 +257,7 @@ def _progress(project: Project, console: Console) -> Iterator["_Bars"]:
 class _Bars:
     """One progress bar an asset."""
 
-    def __init__(self, project: Project, progress: Progress) -> None:
+    def __init__(self, project: Context, progress: Progress) -> None:
         self.project = project
         self.progress = progress
         self.asset = ""
@@ -270,7 +270,7 @@ class _Bars:
         if shards and asset != "raw_pool":
             rows = sum(
                 stored.rows
-                for shard in self.project.listing()
+                for shard in self.project.pool.list_shards()
                 if (stored := self.project.lake.stored("raw_pool", shard)) is not None
             )
         text = f"{asset} ({shards} shards)" if shards else asset
@@ -290,7 +290,7 @@ class _Bars:
             self.progress.update(self.task, total=done or 1, completed=done or 1)  # type: ignore[arg-type]
 
 
-def print_outcome(project: Project, graph: Graph, outcome: Outcome, console: Console) -> None:
+def print_outcome(project: Context, graph: Graph, outcome: Outcome, console: Console) -> None:
     """Print what was computed, what failed, the pool's rejects and every recipe's funnel."""
     if outcome.added:
         console.print(f"New shards: {', '.join(outcome.added)}")
@@ -332,7 +332,7 @@ def print_outcome(project: Project, graph: Graph, outcome: Outcome, console: Con
         console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _print_pool(project: Project, console: Console) -> None:
+def _print_pool(project: Context, console: Console) -> None:
     rows = rejected = 0
     reasons: dict[str, int] = {}
     notes: list[tuple[str, str]] = []

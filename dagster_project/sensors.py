@@ -1,8 +1,8 @@
-"""Automation: three sensors that notice what is to be done and request runs. They compute nothing.
+"""Automation: three sensors that find out what is to be done and request runs. They compute nothing.
 
-All are level-triggered: every tick asks what is out of date, from the pool's listing and the lake's provenance, so
-no event can be lost. A cursor holds only what saves work or bounds retries; after "reset cursor" everything is
-looked at and tried afresh. Why not declarative automation: `docs/decisions/0002-automation.md`.
+All are level-triggered: every tick compares the pool's listing with the lake's provenance, so no event can be lost. A
+cursor only saves work and bounds retries; after "reset cursor" everything is looked at and tried again.
+`docs/decisions/0002-automation.md` explains why declarative automation is not used.
 """
 
 import json
@@ -12,22 +12,22 @@ from dataclasses import asdict, dataclass, field
 
 import dagster as dg
 
-from assets.base.checks import asset_key
-from assets.base.partitioned import SHARDS, SHARDS_NAME, NotReady
+from assets.base.context import Context, Snapshot
+from assets.base.keys import SHARDS, SHARDS_NAME, asset_key
+from assets.base.results import NotReady
 from assets.graph import Graph
-from assets.project import Project
 from assets.subsets.subset import SubsetAsset
+from core.errors import UserError
 from dagster_project.dead_runs import close_dead_runs
 from dagster_project.staleness import (
     ATTEMPTS,
-    BAD_INPUT,
     RANGE_END,
     RANGE_START,
+    change_token,
     clear,
+    diff_partitions,
     find_due,
-    glance,
     lake_folders,
-    look,
 )
 
 UNFINISHED = [
@@ -37,7 +37,8 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 SHOWN = 10
-Tick = dg.SensorResult | dg.SkipReason
+TickResult = dg.SensorResult | dg.SkipReason
+Tick = Callable[[Snapshot, Graph, dg.SensorEvaluationContext], TickResult]
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Memory:
     """A sensor's cursor.
 
     Attributes:
-        seen: what the last tick saw, as `glance` puts it.
-        quiet: whether nothing was to be done about that.
+        seen: the last tick's `change_token`.
+        quiet: whether nothing was due then.
         tried: how often work that is still out of date was requested, by its mark.
     """
 
@@ -71,22 +72,21 @@ class Memory:
     def result(
         self, skip: str | None = None, runs: Sequence[dg.RunRequest] = (), quiet: bool = False
     ) -> dg.SensorResult:
-        """Give the tick's result, with the cursor."""
+        """Return the tick's result, with the cursor."""
         self.quiet = quiet
         return dg.SensorResult(run_requests=list(runs), skip_reason=skip, cursor=json.dumps(asdict(self)))
 
 
-def build_sensors(project: Project, graph: Graph) -> list[dg.SensorDefinition]:
-    """Make the sensors of a project; all are stopped until somebody switches them on."""
-    # They share the project, which remembers the pool's listing; ticks may come from several threads.
-    turn = threading.Lock()
+def build_sensors(context: Context, graph: Graph) -> list[dg.SensorDefinition]:
+    """Return the sensors of a project; all are stopped until they are switched on."""
+    turn = threading.Lock()  # ticks may come from several threads, and share the lake's cache
 
-    def guarded(tick: Callable[[dg.SensorEvaluationContext], Tick]) -> Callable[[dg.SensorEvaluationContext], Tick]:
-        def evaluate(context: dg.SensorEvaluationContext) -> Tick:
+    def guarded(tick: Tick) -> Callable[[dg.SensorEvaluationContext], TickResult]:
+        def evaluate(sensor: dg.SensorEvaluationContext) -> TickResult:
             with turn:
                 try:
-                    return tick(context)
-                except BAD_INPUT as error:
+                    return tick(Snapshot(context), graph, sensor)
+                except UserError as error:
                     return dg.SkipReason(f"{type(error).__name__}: {error}")
 
         return evaluate
@@ -94,45 +94,45 @@ def build_sensors(project: Project, graph: Graph) -> list[dg.SensorDefinition]:
     found = [
         dg.SensorDefinition(
             name="discover_shards",
-            evaluation_fn=guarded(lambda context: _discover(project, graph, context)),
+            evaluation_fn=guarded(_discover),
             minimum_interval_seconds=30,
-            description="Lists the pool and keeps the partitions in step with it: new shards are added, and what "
-            "a removed shard left in the lake is cleared away. Reads no shard. Switch it on together with "
-            "follow_shards, which computes what this one finds.",
+            description="Lists the pool and keeps the partitions in step with it: adds new shards, and removes the "
+            "lake's files of removed ones. Reads no shard. Switch it on together with follow_shards, which computes the "
+            "new shards.",
         ),
         dg.SensorDefinition(
             name="follow_shards",
-            evaluation_fn=guarded(lambda context: _follow(project, graph, context)),
+            evaluation_fn=guarded(_follow),
             asset_selection=dg.AssetSelection.assets(*(node.definition for node in graph.nodes)),
             minimum_interval_seconds=30,
-            description="Computes what is missing or out of date, one step of the graph after the other: shards "
-            "that are new or changed, targets, negatives, scores. Neighbouring shards share a run. Waits while "
-            f"any run is under way; tries the same work {ATTEMPTS} times at most. Needs discover_shards.",
+            description="Computes missing and stale files, one step of the graph after the other: new or changed "
+            "shards, targets, negatives, scores. Neighbouring shards share a run. Waits while "
+            f"any run is in progress; tries the same work {ATTEMPTS} times at most. Needs discover_shards.",
         ),
     ]
     if graph.subsets:
         found.append(
             dg.SensorDefinition(
                 name="refresh_subsets",
-                evaluation_fn=guarded(lambda context: _refresh(project, graph, context)),
+                evaluation_fn=guarded(_refresh),
                 asset_selection=dg.AssetSelection.assets(
                     *(subset.definition for subset in graph.subsets), graph.catalog
                 ),
                 minimum_interval_seconds=60,
-                description="Chooses subsets again and rebuilds the catalog when scores, recipes or the pool have "
-                "changed and have come to rest: no run under way, and nothing new since this sensor's last tick. "
-                "A shard that failed is left out and named on the subset. Works with or without follow_shards.",
+                description="Selects stale subsets again and rebuilds the catalog when scores, recipes or the pool have "
+                "changed, no run is in progress, and nothing changed since this sensor's last tick. The subset lists "
+                "shards that failed and were left out. Works with or without follow_shards.",
             )
         )
     return found
 
 
-def _discover(project: Project, graph: Graph, context: dg.SensorEvaluationContext) -> Tick:
-    change = look(project, graph, context.instance)
+def _discover(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> TickResult:
+    change = diff_partitions(snapshot, graph, sensor.instance)
     if not change.added and not change.gone:
-        return dg.SkipReason(f"The pool's {len(project.listing())} shards all have a partition; none has gone.")
-    clear(project, graph, change.gone)
-    partitions = set(context.instance.get_dynamic_partitions(SHARDS_NAME))
+        return dg.SkipReason(f"The pool's {len(snapshot.listing)} shards all have a partition; none has gone.")
+    clear(snapshot.context.lake, graph, change.gone)
+    partitions = set(sensor.instance.get_dynamic_partitions(SHARDS_NAME))
     delete = [shard for shard in change.gone if shard in partitions]
     return dg.SensorResult(
         skip_reason=f"New shards: {_some(change.added)}. Shards that have gone: {_some(change.gone)}.",
@@ -143,18 +143,17 @@ def _discover(project: Project, graph: Graph, context: dg.SensorEvaluationContex
     )
 
 
-def _follow(project: Project, graph: Graph, context: dg.SensorEvaluationContext) -> Tick:
-    memory = Memory.read(context.cursor)
-    if under_way := _under_way(context.instance):
-        return dg.SkipReason(under_way)
-    partitions = context.instance.get_dynamic_partitions(SHARDS_NAME)
-    shards = _present(project, partitions)
-    seen = glance(project, graph, shards)
+def _follow(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> TickResult:
+    memory = Memory.read(sensor.cursor)
+    if in_progress := _in_progress(sensor.instance):
+        return dg.SkipReason(in_progress)
+    partitions = sensor.instance.get_dynamic_partitions(SHARDS_NAME)
+    shards = _present(snapshot, partitions)
+    seen = change_token(snapshot, graph, shards)
     if memory.quiet and memory.seen == seen:
         return dg.SkipReason(_rest(memory.tried))
     memory.seen = seen
-    with project.at_rest():
-        due = find_due(project, graph, shards, memory.tried)
+    due = find_due(snapshot, graph, shards, memory.tried)
     memory.keep(due.marks())
     runs = due.runs(partitions)
     if not runs:
@@ -164,18 +163,18 @@ def _follow(project: Project, graph: Graph, context: dg.SensorEvaluationContext)
     return memory.result(runs=[_request(keys, group) for keys, group in runs])
 
 
-def _refresh(project: Project, graph: Graph, context: dg.SensorEvaluationContext) -> Tick:
-    memory = Memory.read(context.cursor)
-    if under_way := _under_way(context.instance):
-        return dg.SkipReason(under_way)
-    seen = glance(project, graph, _present(project, context.instance.get_dynamic_partitions(SHARDS_NAME)))
+def _refresh(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> TickResult:
+    memory = Memory.read(sensor.cursor)
+    if in_progress := _in_progress(sensor.instance):
+        return dg.SkipReason(in_progress)
+    seen = change_token(snapshot, graph, _present(snapshot, sensor.instance.get_dynamic_partitions(SHARDS_NAME)))
     if memory.seen != seen:
         memory.seen = seen
-        return memory.result("Something has changed since the last tick; waiting until it comes to rest.")
+        return memory.result("Something has changed since the last tick; waiting until nothing changes.")
     if memory.quiet:
         return dg.SkipReason(_rest(memory.tried))
-    marks = {subset.key: mark for subset in graph.subsets if (mark := _subset_mark(project, subset)) is not None}
-    if _catalog_is_behind(project, graph):
+    marks = {subset.key: mark for subset in graph.subsets if (mark := _subset_mark(snapshot, subset)) is not None}
+    if _catalog_is_behind(snapshot.context, graph):
         marks["catalog"] = f"catalog {seen[:16]}"
     memory.keep(list(marks.values()))
     wanted = {key: mark for key, mark in marks.items() if memory.tried.get(mark, 0) < ATTEMPTS}
@@ -185,16 +184,16 @@ def _refresh(project: Project, graph: Graph, context: dg.SensorEvaluationContext
     return memory.result(runs=[_request(_with_what_follows(graph, wanted), [])])
 
 
-def _subset_mark(project: Project, subset: SubsetAsset) -> str | None:
-    """Give a short name of the version that a run would write, or None where it would write none."""
+def _subset_mark(snapshot: Snapshot, subset: SubsetAsset) -> str | None:
+    """Return a short name of the version that a run would write, or None where it would write none."""
     try:
-        return None if subset.is_fresh(project) else subset.inputs().fingerprint(subset.model)[:16]
+        return None if subset.is_fresh(snapshot) else subset.inputs(snapshot).fingerprint(subset.model)[:16]
     except NotReady:
         return None
 
 
 def _with_what_follows(graph: Graph, wanted: Mapping[str, str]) -> list[str]:
-    """Name the subsets wanted, those that begin with one of them, and the catalog."""
+    """List the wanted subsets, those that start from one of them, and the catalog."""
     keys: list[str] = []
     for subset in graph.subsets:
         if subset.key in wanted or f"subset/{subset.model.source}" in keys:
@@ -202,22 +201,20 @@ def _with_what_follows(graph: Graph, wanted: Mapping[str, str]) -> list[str]:
     return [*keys, "catalog"]
 
 
-def _catalog_is_behind(project: Project, graph: Graph) -> bool:
-    """Tell whether something was written to the lake since the catalog was built."""
-    path = project.catalog_path()
-    times = [folder.stat().st_mtime_ns for folder in lake_folders(project, graph) if folder.exists()]
+def _catalog_is_behind(context: Context, graph: Graph) -> bool:
+    """Check whether the lake was written to since the catalog was built."""
+    path = context.catalog_path()
+    times = [folder.stat().st_mtime_ns for folder in lake_folders(context.lake, graph) if folder.exists()]
     return bool(times) and (not path.exists() or path.stat().st_mtime_ns < max(times))
 
 
-def _present(project: Project, partitions: Sequence[str]) -> list[str]:
-    """List the pool afresh; give the partitions whose shard is there."""
-    project.look_again()
-    listing = project.listing()
-    return [shard for shard in partitions if shard in listing]
+def _present(snapshot: Snapshot, partitions: Sequence[str]) -> list[str]:
+    """List the partitions whose shard is in the pool."""
+    return [shard for shard in partitions if shard in snapshot.listing]
 
 
-def _under_way(instance: dg.DagsterInstance) -> str:
-    """Say which runs have not ended; nothing where there are none."""
+def _in_progress(instance: dg.DagsterInstance) -> str:
+    """Return a message about the runs that have not ended; empty where there are none."""
     close_dead_runs(instance)
     runs = instance.get_runs(filters=dg.RunsFilter(statuses=UNFINISHED), limit=SHOWN + 1)
     if not runs:
@@ -236,7 +233,7 @@ def _request(keys: Sequence[str], shards: Sequence[str]) -> dg.RunRequest:
 
 
 def _rest(tried: Mapping[str, int]) -> str:
-    failed = f", but for {len(tried)} that failed {ATTEMPTS} times" if tried else ""
+    failed = f", except for {len(tried)} that failed {ATTEMPTS} times" if tried else ""
     return f"Nothing has changed; everything is up to date{failed}."
 
 

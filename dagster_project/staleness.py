@@ -1,7 +1,6 @@
-"""The bookkeeping of shards: which come and go, what is due, and what one run covers.
+"""What is out of date, and what one run covers: for sensors and for the headless pass, which start the runs.
 
-Here: what the sensors and the headless pass both have to know, read from the pool's listing and the lake's
-provenance. Not here: starting runs.
+Everything follows from the pool's listing and the lake's provenance.
 """
 
 import itertools
@@ -11,33 +10,27 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.base.partitioned import SHARDS_NAME, NotReady, ShardAsset
-from assets.base.unpartitioned import WholeAsset
-from assets.graph import Graph
-from assets.project import Project
+from assets.base.context import Snapshot
+from assets.base.keys import SHARDS_NAME
+from assets.base.partitioned import PartitionedAsset
+from assets.base.results import NotReady
+from assets.base.unpartitioned import UnpartitionedAsset
+from assets.graph import Graph, Node
 from assets.subsets.subset import SubsetAsset
+from core.errors import UserError
 from core.hashing import digest
-from resources.inputs.external import ExternalError
-from resources.inputs.languages import LanguageError
-from resources.inputs.targets import TargetError
-from resources.inputs.wordnet import WordNetError
-from resources.lake.files import LakeError
-from resources.models.encoders import EncoderError
-from resources.pools.base import PoolError
+from resources.lake.files import Lake
 from selection.recipes.recipe import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
-
-BAD_INPUT = (PoolError, EncoderError, TargetError, ExternalError, LanguageError, WordNetError, LakeError)
-"""What a person has to mend; the message says how."""
 
 ATTEMPTS = 3
 """How often automation tries the same work before it leaves it to a person."""
 
 
 @dataclass(frozen=True)
-class Change:
+class PartitionChanges:
     """How Dagster's partitions differ from the pool's folder.
 
     Attributes:
@@ -49,46 +42,48 @@ class Change:
     gone: list[str]
 
 
-def look(project: Project, graph: Graph, instance: dg.DagsterInstance) -> Change:
-    """Compare the pool's folder with Dagster's partitions and with the lake; listings alone are read.
+def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstance) -> PartitionChanges:
+    """Compare the pool's folder with Dagster's partitions and with the lake; only listings are read.
 
-    The lake is asked too because a run that was under way when its shard was retired may have written since.
+    The lake is compared too, because a run that was in progress when its shard was removed may have written since.
 
     Raises:
-        PoolError: the pool's folder is not there or holds no shard, so that nobody can tell what is gone.
+        PoolError: the pool's folder is missing or holds no shard, so that it is unknown which shards are gone.
     """
-    project.look_again()
-    listed = project.listing()
+    listed = snapshot.listing
     partitions = set(instance.get_dynamic_partitions(SHARDS_NAME))
-    stored = {shard for node in _sharded(graph) for shard in project.lake.shards(node.key)}
-    return Change(added=sorted(listed.keys() - partitions), gone=sorted((partitions | stored) - listed.keys()))
+    lake = snapshot.context.lake
+    stored = {shard for node in _partitioned(graph) for shard in lake.shards(node.key)}
+    return PartitionChanges(
+        added=sorted(listed.keys() - partitions), gone=sorted((partitions | stored) - listed.keys())
+    )
 
 
-def clear(project: Project, graph: Graph, shards: Sequence[str]) -> None:
-    """Remove what the lake holds of shards; what was exported of a version stays with that version.
+def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:
+    """Remove the lake's files of shards; exported tars stay with their version.
 
-    To be done before their partitions are deleted, so that a pass that is killed in between does it again.
+    Call it before the partitions are deleted, so that a pass that is killed in between does it again.
     """
     for shard in shards:
-        for node in (*graph.exports, *reversed(_sharded(graph))):
-            project.lake.remove(node.key, shard)
-        project.lake.remove("rejects", shard)
+        for node in (*graph.exports, *reversed(_partitioned(graph))):
+            lake.remove(node.key, shard)
+        lake.remove("rejects", shard)
 
 
 def neighbours(shards: Sequence[str], due: set[str]) -> list[list[str]]:
-    """Put shards that are due and follow one another together: a Dagster run covers a range of partitions."""
+    """Group shards that are due and follow one another: a Dagster run covers a range of partitions."""
     return [list(group) for is_due, group in itertools.groupby(shards, due.__contains__) if is_due]
 
 
 @dataclass
 class Due:
-    """What is out of date.
+    """The work that is out of date.
 
     Attributes:
-        now: what can be computed at once, by asset: the wanted provenance's mark by shard (None for an asset
-            without partitions). What it would read is not due itself.
-        given_up: what has been tried too often: asset and shard by mark.
-        problems: messages of what a person has to mend before it can be told what is due.
+        now: what can be computed at once, by asset: a mark of the wanted provenance by shard (None for an
+            unpartitioned asset). None of its inputs is due.
+        given_up: work that was tried too often: asset and shard by mark.
+        problems: errors that keep it unknown whether something is due.
     """
 
     now: dict[str, dict[str | None, str]] = field(default_factory=dict)
@@ -96,11 +91,11 @@ class Due:
     problems: list[str] = field(default_factory=list)
 
     def marks(self) -> list[str]:
-        """Give the marks of all that is out of date and not waiting for something else."""
+        """List the marks of all work that is out of date and does not wait for other work."""
         return [mark for wanted in self.now.values() for mark in wanted.values()] + list(self.given_up)
 
     def runs(self, partitions: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-        """Give the runs that would bring it up to date: assets, and neighbouring shards (none for whole assets).
+        """List the runs that would do the work: assets, and neighbouring shards (none for unpartitioned assets).
 
         Args:
             partitions: all of Dagster's partitions, in their order.
@@ -113,14 +108,14 @@ class Due:
         return [(keys, list(group)) for group, keys in together.items()]
 
 
-def find_due(project: Project, graph: Graph, shards: Sequence[str], tried: Mapping[str, int]) -> Due:
+def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Mapping[str, int]) -> Due:
     """Find what is out of date and can be computed now.
 
-    A shard waits for its inputs: as long as something that an asset reads is due itself, the asset isn't, so that
-    nothing is computed twice. What was tried `ATTEMPTS` times without success is no longer waited for.
+    An asset waits while one of its inputs is due itself, so nothing is computed twice. Work that was tried `ATTEMPTS`
+    times without success is no longer waited for.
 
     Args:
-        project: the opened project.
+        snapshot: the project's inputs.
         graph: its assets.
         shards: shards that are in the pool and have a partition.
         tried: how often work was tried, by its mark.
@@ -129,15 +124,15 @@ def find_due(project: Project, graph: Graph, shards: Sequence[str], tried: Mappi
     moving: dict[str, set[str | None]] = {}
     for node in graph.in_order:
         upstream: set[str | None] = set().union(*(moving.get(dep, ()) for dep in node.deps))
-        moving[node.key] = set() if isinstance(node, WholeAsset) else set(upstream)
+        moving[node.key] = set() if isinstance(node, UnpartitionedAsset) else set(upstream)
         if isinstance(node, SubsetAsset):
-            continue  # chosen when all has come to rest; what begins with it waits for what it reads
-        for shard in shards if isinstance(node, ShardAsset) else [None]:
+            continue  # selected when nothing else is due; assets that read it wait for its inputs
+        for shard in shards if isinstance(node, PartitionedAsset) else [None]:
             if shard is not None and (shard in upstream or None in upstream):
                 continue
             try:
-                mark = _mark(project, node, shard)
-            except BAD_INPUT as error:
+                mark = _mark(snapshot, node, shard)
+            except UserError as error:
                 if str(error) not in due.problems:
                     due.problems.append(str(error))
                 continue
@@ -152,59 +147,58 @@ def find_due(project: Project, graph: Graph, shards: Sequence[str], tried: Mappi
     return due
 
 
-def _mark(project: Project, node: ShardAsset | WholeAsset, shard: str | None) -> str | None:
-    """Give a short name of what a run would write, or None where a run would write nothing."""
+def _mark(snapshot: Snapshot, node: Node, shard: str | None) -> str | None:
+    """Return a short name of the file that a run would write, or None where a run would write nothing."""
     try:
-        wanted = _wanted(node, shard)
+        wanted = _wanted(snapshot, node, shard)
     except NotReady:
         return None
-    stored = project.lake.stored(node.key, shard)
+    stored = snapshot.context.lake.stored(node.key, shard)
     return None if stored is not None and stored.provenance.digest() == wanted else wanted[:16]
 
 
-def _wanted(node: ShardAsset | WholeAsset, shard: str | None) -> str:
-    if isinstance(node, ShardAsset):
+def _wanted(snapshot: Snapshot, node: Node, shard: str | None) -> str:
+    if isinstance(node, PartitionedAsset):
         assert shard is not None
-        return node.provenance(shard).digest()
-    return node.provenance(False).digest()
+        return node.provenance(snapshot, shard).digest()
+    return node.provenance(snapshot).digest()
 
 
-def glance(project: Project, graph: Graph, shards: Sequence[str]) -> str:
-    """Give a digest that changes whenever something may have become due; few assets cost a look into every shard.
+def change_token(snapshot: Snapshot, graph: Graph, shards: Sequence[str]) -> str:
+    """Return a digest that changes whenever something may have become due; few assets need a look at every shard.
 
-    It covers the pool's listing, settings and code (through what is wanted of one shard), targets, uid lists, and
-    the times of the lake's folders, which change with every file that is written or removed. What is wanted of an
-    asset that is made from all shards, such as a search of near duplicates, is asked of each of them.
+    It covers the pool's listing, settings and code (through the provenance wanted of one shard), targets, uid lists,
+    and the times of the lake's folders, which change with every file that is written or removed. Assets that are
+    computed from all shards, such as a search of near duplicates, look at each of them.
 
     Raises:
         PoolError: the pool's folder can't be listed.
         LakeError: the lake is not in a local folder.
     """
     wanted: list[str] = []
-    with project.at_rest():
-        for node in graph.nodes:
-            try:
-                wanted.append(_wanted(node, shards[0] if shards else None) if shards or _is_whole(node) else "")
-            except (NotReady, *BAD_INPUT) as error:
-                wanted.append(str(error))
-    folder = project.config.resolve().parent
+    for node in graph.nodes:
+        try:
+            whole = isinstance(node, UnpartitionedAsset)
+            wanted.append(_wanted(snapshot, node, shards[0] if shards else None) if shards or whole else "")
+        except (NotReady, UserError) as error:
+            wanted.append(str(error))
+    folder = snapshot.context.config.resolve().parent
     lists = [folder / name for subset in graph.subsets for name in subset.model.sets if set_kind(name) == "uids"]
-    listing = project.listing()
     return digest(
         {
-            "pool": {shard: listing[shard] for shard in shards},
+            "pool": {shard: snapshot.listing[shard] for shard in shards},
             "wanted": wanted,
             "recipes": {subset.key: subset.model.definition() for subset in graph.subsets},
-            "times": [_time(path) for path in (*lake_folders(project, graph), *lists)],
+            "times": [_time(path) for path in (*lake_folders(snapshot.context.lake, graph), *lists)],
         }
     )
 
 
-def lake_folders(project: Project, graph: Graph) -> list[Path]:
-    """Name the folders of the lake in which a file is renamed whenever an asset is made."""
-    root = project.lake.local_root()
+def lake_folders(lake: Lake, graph: Graph) -> list[Path]:
+    """List the folders of the lake in which a file is renamed whenever an asset is materialized."""
+    root = lake.local_root()
     folders = {
-        root / (node.key if isinstance(node, ShardAsset) else node.key.rsplit("/", 1)[0]) for node in graph.nodes
+        root / (node.key if isinstance(node, PartitionedAsset) else node.key.rsplit("/", 1)[0]) for node in graph.nodes
     }
     return sorted(folders | {root / subset.key for subset in graph.subsets})
 
@@ -213,9 +207,5 @@ def _time(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def _sharded(graph: Graph) -> list[ShardAsset]:
-    return [node for node in graph.nodes if isinstance(node, ShardAsset)]
-
-
-def _is_whole(node: ShardAsset | WholeAsset) -> bool:
-    return isinstance(node, WholeAsset)
+def _partitioned(graph: Graph) -> list[PartitionedAsset]:
+    return [node for node in graph.nodes if isinstance(node, PartitionedAsset)]

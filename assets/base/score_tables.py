@@ -1,36 +1,23 @@
-"""What the score assets share: reading embeddings in chunks, and a score table with its figures.
+"""Tensors from stored vectors, and score tables with their statistics.
 
 Here: nothing that computes a score; `selection` does that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from assets.project import Project
-from resources.lake.files import column_to_vectors
-
 if TYPE_CHECKING:
     import torch
 
 CHUNK_ROWS = 16_384
-IDENTITY = [
-    pa.field("shard", pa.string(), nullable=False),
-    pa.field("f0", pa.uint64(), nullable=False),
-    pa.field("f1", pa.uint64(), nullable=False),
-]
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def score_schema(**columns: pa.DataType) -> pa.Schema:
-    """Give the schema of a score asset: the sample's identity and the given columns."""
-    return pa.schema([*IDENTITY, *(pa.field(n, t, nullable=False) for n, t in columns.items())])
-
-
 def device() -> "torch.device":
-    """Give the device that scores are computed on: a GPU where there is one."""
+    """Return the device that scores are computed on: a GPU where there is one."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,36 +30,35 @@ def to_tensor(vectors: np.ndarray) -> "torch.Tensor":
     return torch.from_numpy(np.array(vectors)).to(device())
 
 
-def embedding_chunks(
-    project: Project, asset: str, embeddings: pa.Table, *columns: str
-) -> Iterator[tuple[slice, list["torch.Tensor"]]]:
-    """Give a shard's embeddings chunk by chunk on the device, as `[rows, d]` tensors, one a column.
+def chunks(vectors: Sequence[np.ndarray]) -> Iterator[tuple[slice, list["torch.Tensor"]]]:
+    """Yield arrays of n rows chunk by chunk on the device; the next chunk is fetched while the caller computes.
 
     Args:
-        project: is told of the rows that are through, under the name `asset`.
-        asset: key of the asset that works on them.
-        embeddings: a shard's table of `embeddings/<encoder>`, with its `shard` in the schema's metadata.
-        columns: `image`, `text` or both.
+        vectors: `[n, d]` each.
+
+    Yields:
+        The rows, and a `[rows, d]` tensor of each array.
     """
     import torch
 
     from selection.similarity.streaming import resident
 
-    vectors = [column_to_vectors(embeddings[column]) for column in columns]
-
     def read(rows: slice) -> list[torch.Tensor]:
         return [torch.from_numpy(np.array(v[rows])) for v in vectors]
 
-    for rows, parts in resident(embeddings.num_rows, CHUNK_ROWS, device(), read):
-        yield rows, parts
-        project.on_progress(asset, "", rows.stop - rows.start)
+    yield from resident(len(vectors[0]), CHUNK_ROWS, device(), read)
 
 
-def score_table(shard: str, embeddings: pa.Table, **columns: np.ndarray) -> pa.Table:
-    """Put a shard's scores beside the identity of its rows.
+def score_table(shard: str, identity: pa.Table, **columns: np.ndarray) -> pa.Table:
+    """Return a shard's scores beside the identity of its rows.
+
+    Args:
+        shard: its name.
+        identity: a table with f0 and f1 of its n rows.
+        columns: `[n]` values by name.
 
     Raises:
-        ValueError: a floating-point score is not finite; NaN is allowed in standard errors alone.
+        ValueError: a floating-point score is not finite; only standard errors may be NaN.
     """
     for name, values in columns.items():
         if values.dtype.kind == "f" and not name.endswith("_stderr") and not np.isfinite(values).all():
@@ -80,16 +66,16 @@ def score_table(shard: str, embeddings: pa.Table, **columns: np.ndarray) -> pa.T
             raise ValueError(f"{name} of shard {shard}: row {row} is {values[row]}")
     return pa.table(
         {
-            "shard": pa.array([shard] * embeddings.num_rows, pa.string()),
-            "f0": embeddings["f0"],
-            "f1": embeddings["f1"],
+            "shard": pa.array([shard] * identity.num_rows, pa.string()),
+            "f0": identity["f0"],
+            "f1": identity["f1"],
             **{name: pa.array(values) for name, values in columns.items()},
         }
     )
 
 
-def figures(name: str, values: np.ndarray) -> dict[str, float | str]:
-    """Give the figures of a score that the UI shows: mean, spread, range and a small histogram in text."""
+def score_stats(name: str, values: np.ndarray) -> dict[str, float | str]:
+    """Return mean, spread, range and a small text histogram of a score, by names that the UI shows."""
     if not len(values):
         return {}
     wide = values.astype(np.float64)

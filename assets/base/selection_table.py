@@ -1,8 +1,8 @@
-"""Choosing from the lake's files: the table that recipes choose from, kept for the next recipe of the same process.
+"""The table that recipes select from: pool rows and scores of the lake's files, cached for the next recipe.
 
-Here: which files become that table, and when it can serve again. Not here: how files are joined
-(`resources.lake.pool_scores`),
-what a recipe does with the rows (`selection.recipes.execute`), and what is written of it (`assets.subsets.subset`).
+Here: which files become that table, and when it can be reused. Not here: how files are joined
+(`resources.lake.pool_scores`), how a recipe selects (`selection.recipes.execute`), and what is written of a selection
+(`assets.subsets.subset`).
 """
 
 import shutil
@@ -21,17 +21,17 @@ from resources.lake.pool_scores import Source, mark_sets, source_relation
 from selection.recipes.execute import Selection, select, set_column
 from selection.recipes.recipe import Recipe
 
-MEMORY = "2GB"  # of DuckDB while it chooses; what is larger goes through temporary files
+MEMORY = "2GB"  # of DuckDB while it selects; larger data spills to temporary files
 
 _Mark = tuple[str, str, tuple[str, ...]]
 """A score's asset, its column there, and the fingerprint of each shard's file."""
 
 
-class SharedSource:
-    """The pool's rows with every score that was asked for so far; made again when other shards are asked for."""
+class CachedTable:
+    """The pool's rows with every score that was asked for so far; built again when other shards are asked for."""
 
     def __init__(self) -> None:
-        self._finalizer: weakref.finalize[..., SharedSource] | None = None
+        self._finalizer: weakref.finalize[..., CachedTable] | None = None
         self._pool: dict[str, str] = {}
         self._scores: dict[str, _Mark] = {}
         self._columns: set[str] = set()
@@ -43,13 +43,13 @@ class SharedSource:
         pool_columns: Collection[str],
         shards: Mapping[str, Mapping[str, str]],
     ) -> tuple[duckdb.DuckDBPyConnection, Source]:
-        """Give a connection whose table `source` has these shards' rows and at least these columns.
+        """Return a connection whose table `source` has these shards' rows and at least these columns.
 
         Args:
-            lake: where the files lie.
+            lake: the lake.
             scores: asset and column of every score.
             pool_columns: columns of `raw_pool` besides uid, shard and key.
-            shards: the fingerprint of each file that is read, by shard and asset.
+            shards: the fingerprint of each file, by shard and asset.
         """
         pool = {shard: read["raw_pool"] for shard, read in shards.items()}
         wanted = {
@@ -67,7 +67,7 @@ class SharedSource:
         return self._con, self._source
 
     def close(self) -> None:
-        """Let go of the table and its temporary files."""
+        """Close the table and remove its temporary files."""
         if self._finalizer is not None:
             self._finalizer()
         self._pool, self._scores, self._columns = {}, {}, set()
@@ -89,30 +89,30 @@ class SharedSource:
 
 
 @contextmanager
-def chosen(
+def open_selection(
     lake: Lake,
     name: str,
     recipe: Recipe,
     scores: Mapping[str, tuple[str, str]],
     shards: Mapping[str, Mapping[str, str]],
     sets: Mapping[str, pa.Table],
-    shared: SharedSource | None = None,
+    cached: CachedTable | None = None,
 ) -> Iterator[tuple[Selection, int]]:
     """Run a recipe over the lake's files.
 
     Args:
-        lake: where they lie.
+        lake: the lake.
         name: the recipe's name.
         recipe: the recipe.
         scores: asset and column of every score that it reads.
-        shards: the shards to choose from, with the fingerprints of the files that are read, by asset.
+        shards: the shards to select from, with the fingerprints of their files, by asset.
         sets: f0 and f1 of each of the recipe's sets, by name.
-        shared: kept for the next recipe; without it the rows are read for this recipe alone.
+        cached: reused by the next recipe; without it the rows are read for this recipe alone.
 
     Yields:
-        What is chosen, valid within the block, and the number of rows left out because their uid came before.
+        The selection, valid within the block, and the number of rows left out because an earlier row has their uid.
     """
-    table = SharedSource() if shared is None else shared
+    table = CachedTable() if cached is None else cached
     columns = {set_column(other): f"uids of {other}" for other in sets}
     con, source = table.open(lake, scores, recipe.columns().pool, shards)
     try:
@@ -121,14 +121,14 @@ def chosen(
         mark_sets(con, "source", columns)
         yield select(con, name, recipe), source.duplicates
     finally:
-        if shared is None:
+        if cached is None:
             table.close()
         else:
-            _tidy(con, columns)
+            _remove_temporaries(con, columns)
 
 
-def _tidy(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str]) -> None:
-    """Remove what one recipe has put beside the rows: its steps' columns and tables, and its sets."""
+def _remove_temporaries(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str]) -> None:
+    """Remove the columns, tables and sets that one recipe added."""
     made = con.execute(
         "SELECT 'VIEW', view_name FROM duckdb_views() WHERE temporary AND NOT internal UNION ALL "
         "SELECT 'TABLE', table_name FROM duckdb_tables() WHERE temporary AND NOT internal AND table_name <> 'source'"
@@ -149,18 +149,18 @@ def rows_of(
     scores: Mapping[str, tuple[str, str]],
     pool_columns: Collection[str],
 ) -> Iterator[tuple[duckdb.DuckDBPyConnection, Source]]:
-    """Give a connection with the rows of some shards, for an asset that looks at all of them together.
+    """Open the rows of some shards, for an asset that compares all of them.
 
     Args:
-        lake: where the files lie.
+        lake: the lake.
         shards: the shards.
-        manifest: path of a subset's manifest, whose rows are wanted; None for all.
+        manifest: path of the manifest of a subset, to restrict the rows to; None for all.
         scores: asset and column of every score.
         pool_columns: as `source_relation` takes them.
 
     Yields:
         The connection, valid within the block, with a view `wanted` of the rows, each uid once, and a view `copies` of
-        the rows left out because their uid came before; and what `shards` hold.
+        the rows left out because an earlier row has their uid; and the numbers of both.
     """
     with tempfile.TemporaryDirectory() as spill, _connect(spill) as con:
         if manifest is not None:

@@ -1,148 +1,183 @@
-"""What the assets without partitions have in common: skip when the lake already holds what a run would write.
+"""Assets of one file: the decorator `unpartitioned`, and how Dagster runs such an asset.
 
-Here: `WholeAsset` and its body. Not here: any computation, and not subsets, of which every version stays.
+Here: assets that are skipped when the lake holds what a run would write. Not here: any computation, and subsets, of
+which every version stays.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import dagster as dg
-import pyarrow as pa
 
+from assets.base.asset import Declared, FileAsset, Step, Template, event_metadata
 from assets.base.checks import (
     SUMMARY_KEY,
     CheckFailed,
-    Tables,
-    asset_key,
-    checks_of,
-    examine,
-    examine_before_writing,
-    results,
-    specs,
-    tell,
+    check_before_writing,
+    check_results,
+    check_specs,
+    log_checks,
+    run_checks,
 )
-from assets.base.partitioned import NotReady, Result, asset_spec, event_metadata, once
-from assets.project import Project
+from assets.base.context import Context, Snapshot
+from assets.base.keys import asset_key
+from assets.base.results import NotReady, Result
+from assets.base.runtime import REQUIRED_RESOURCES, begin_step
 from resources.inputs.targets import TargetError
-from resources.lake.files import Provenance
-from resources.models.encoders import EncoderError
+from resources.lake.files import Provenance, Stored
+from resources.models.decoding import EncoderError
 
 
 class Redraw(dg.Config):
-    """Run configuration of an asset that is kept once made.
+    """Run configuration of an unpartitioned asset.
 
     Attributes:
-        redraw: make it again from what the lake holds now, although its settings are unchanged.
+        redraw: compute it again from the lake's current inputs, although its settings are unchanged.
     """
 
     redraw: bool = False
 
 
-@dataclass(frozen=True)
-class WholeAsset:
-    """An asset of one file.
+def unpartitioned(**arguments: Any) -> "Callable[[Callable[[Step], Result]], UnpartitionedTemplate]":
+    """Declare an asset of one file. The decorated function computes a `Step` and returns a `Result`.
+
+    Args:
+        arguments: the fields of `UnpartitionedTemplate`.
+    """
+    return lambda function: UnpartitionedTemplate(function=function, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnpartitionedTemplate(Template):
+    """A template of assets of one file.
 
     Attributes:
-        key: its key, such as `negatives/b32`.
-        deps: keys of the assets it reads.
-        provenance: gives the provenance of the file that a run would write now, told whether a redraw is asked
-            for; raises NotReady.
-        compute: makes it.
-        definition: the Dagster asset.
+        keeps: whether a stored file stays although its inputs have changed, as long as its parameters are the same and
+            no redraw is asked for. By default it does not.
     """
 
-    key: str
-    deps: tuple[str, ...]
-    provenance: Callable[[bool], Provenance]
-    compute: Callable[[], Result]
-    definition: dg.AssetsDefinition
+    keeps: Callable[[Declared, Stored], bool] = lambda declared, stored: False
 
-    def is_fresh(self, project: Project) -> bool:
-        """Tell whether the lake holds what a run would write; False also when inputs are missing."""
+    def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "UnpartitionedAsset":
+        """Return a project's asset."""
+
+        @dg.multi_asset(
+            name=declared.key.replace("/", "__"),
+            specs=[declared.spec()],
+            check_specs=check_specs(declared.checks, declared.key),
+            can_subset=True,
+            pool=self.pool,
+            required_resource_keys=REQUIRED_RESOURCES,
+        )
+        def body(context: dg.AssetExecutionContext, config: Redraw) -> Iterator[dg.MaterializeResult]:
+            step = begin_step(context, asset)
+            if context.selected_asset_keys:
+                yield _run(context, asset, step, redraw=config.redraw)
+            else:
+                requested = {check.name for check in context.selected_asset_check_keys}
+                checks = [check for check in asset.checks if check.name in requested]
+                log_checks(context, asset.key, None, run_checks(checks, asset.tables(step.snapshot, None)))
+
+        asset = UnpartitionedAsset(declared, project, assets, body)
+        return asset
+
+
+@dataclass(frozen=True, eq=False)
+class UnpartitionedAsset(FileAsset):
+    """An asset of a project of one file."""
+
+    partitioned: ClassVar[bool] = False
+
+    def provenance(self, snapshot: Snapshot, *, redraw: bool = False) -> Provenance:
+        """Return the provenance of the file that a run would write now.
+
+        Raises:
+            NotReady: an input is missing or out of date.
+        """
+        if redraw:
+            return self._wanted(snapshot, redraw=True)
+        return snapshot.memoized(f"{self.key} provenance", lambda: self._wanted(snapshot, redraw=False))
+
+    def _wanted(self, snapshot: Snapshot, *, redraw: bool) -> Provenance:
+        template = self.declared.template
+        assert isinstance(template, UnpartitionedTemplate)
+        stored = snapshot.context.lake.stored(self.key)
+        if stored is not None and not redraw and template.keeps(self.declared, stored):
+            parameters = template.parameters(snapshot.context, self.declared) if template.parameters else {}
+            kept = Provenance(self.key, None, template.code_version, parameters, stored.provenance.inputs)
+            if stored.is_from(kept):
+                return kept
+        return self._provenance(snapshot, None)
+
+    def is_fresh(self, snapshot: Snapshot) -> bool:
+        """Check whether the lake holds the file that a run would write; False also when inputs are missing."""
         try:
-            wanted = self.provenance(False)
+            wanted = self.provenance(snapshot)
         except NotReady:
             return False
-        stored = project.lake.stored(self.key)
+        stored = snapshot.context.lake.stored(self.key)
         return stored is not None and stored.is_from(wanted)
 
+    def fingerprint(self, snapshot: Snapshot) -> str:
+        """Return the fingerprint of the file, for an asset that reads it.
 
-def up_to_date(project: Project, asset: WholeAsset) -> str:
-    """Give the fingerprint of an asset that another one reads.
+        Raises:
+            NotReady: the file is missing, can't be made, or is out of date: a score must not combine embeddings of one
+                encoder with targets or negatives of another.
+        """
+        return snapshot.memoized(f"{self.key} fingerprint", lambda: self._fingerprint(snapshot))
 
-    Raises:
-        NotReady: it is not there, can't be made, or is not what a run would write now: a score must not join
-            embeddings of one encoder with targets or negatives of another.
-    """
-    return once(project, asset.key, lambda: _up_to_date(project, asset))
-
-
-def _up_to_date(project: Project, asset: WholeAsset) -> str:
-    try:
-        wanted = asset.provenance(False)
-    except (NotReady, TargetError, EncoderError) as error:
-        raise NotReady(f"{asset.key} can't be made: {error}") from error
-    stored = project.lake.stored(asset.key)
-    if stored is None or not stored.is_from(wanted):
-        raise NotReady(f"{asset.key} is {'not there yet' if stored is None else 'out of date'}. Remedy: materialize it")
-    return stored.fingerprint
-
-
-def whole_asset(
-    project: Project,
-    *,
-    key: str,
-    deps: Sequence[str],
-    provenance: Callable[[bool], Provenance],
-    compute: Callable[[], Result],
-    code_version: str,
-    group: str,
-    kinds: set[str],
-    description: str,
-    columns: pa.Schema,
-    pool: str | None = None,
-) -> WholeAsset:
-    """Make an unpartitioned asset from the provenance it would write and its computation."""
-    checks = checks_of(project, key)
-
-    @dg.multi_asset(
-        name=key.replace("/", "__"),
-        specs=[asset_spec(project, key, deps, code_version, group, kinds, description, columns)],
-        check_specs=specs(checks, key),
-        can_subset=True,
-        pool=pool,
-    )
-    def body(context: dg.AssetExecutionContext, config: Redraw) -> Iterator[dg.MaterializeResult]:
-        project.look_again()
-        if not context.selected_asset_keys:
-            asked = {check.name for check in context.selected_asset_check_keys}
-            chosen = [check for check in checks if check.name in asked]
-            tell(context, key, None, examine(chosen, Tables(project, None)))
-            return
+    def _fingerprint(self, snapshot: Snapshot) -> str:
         try:
-            wanted = provenance(config.redraw)
-        except NotReady as error:
-            raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
-        stored = project.lake.stored(key)
-        computed = stored is None or not stored.is_from(wanted)
-        started = time.perf_counter()
-        if stored is None or computed:
-            result = compute()
-            try:
-                findings = examine_before_writing(checks, project, key, None, {key: result.table})
-            except CheckFailed as error:
-                tell(context, key, None, error.findings)
-                raise dg.Failure(str(error), allow_retries=False) from error
-            summary = {**result.summary, SUMMARY_KEY: findings}
-            stored = project.lake.write(result.table, wanted, content=result.content, summary=summary)
-        metadata = event_metadata(stored, computed, time.perf_counter() - started)
-        metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
-        yield dg.MaterializeResult(
-            asset_key=asset_key(key),
-            metadata=metadata,
-            check_results=results(context, stored.summary.get(SUMMARY_KEY, {})),
-            data_version=dg.DataVersion(stored.fingerprint),
-        )
+            wanted = self.provenance(snapshot)
+        except (NotReady, TargetError, EncoderError) as error:
+            raise NotReady(f"{self.key} can't be made: {error}") from error
+        stored = snapshot.context.lake.stored(self.key)
+        if stored is None or not stored.is_from(wanted):
+            state = "not there yet" if stored is None else "out of date"
+            raise NotReady(f"{self.key} is {state}. Remedy: materialize it")
+        return stored.fingerprint
 
-    return WholeAsset(key, tuple(deps), provenance, compute, body)
+    def compute(self, step: Step) -> Result:
+        """Compute it."""
+        result: Result = self.declared.template.function(step)
+        return result
+
+    def write(self, snapshot: Snapshot, provenance: Provenance, result: Result) -> Stored:
+        """Write the table.
+
+        Raises:
+            CheckFailed: a blocking check failed, and nothing was written.
+        """
+        findings = check_before_writing(self.checks, self.tables(snapshot, None, {self.key: result.table}))
+        summary = {**result.summary, SUMMARY_KEY: findings}
+        return snapshot.context.lake.write(result.table, provenance, content=result.content, summary=summary)
+
+
+def _run(
+    context: dg.AssetExecutionContext, asset: UnpartitionedAsset, step: Step, *, redraw: bool
+) -> dg.MaterializeResult:
+    try:
+        wanted = asset.provenance(step.snapshot, redraw=redraw)
+    except NotReady as error:
+        raise dg.Failure(f"{asset.key}: {error}", allow_retries=False) from error
+    stored = step.stored(asset.key)
+    computed = stored is None or not stored.is_from(wanted)
+    started = time.perf_counter()
+    if stored is None or computed:
+        result = asset.compute(replace(step, wanted={None: wanted}))
+        try:
+            stored = asset.write(step.snapshot, wanted, result)
+        except CheckFailed as error:
+            log_checks(context, asset.key, None, error.findings)
+            raise dg.Failure(str(error), allow_retries=False) from error
+    metadata = event_metadata(stored, computed, time.perf_counter() - started)
+    metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
+    return dg.MaterializeResult(
+        asset_key=asset_key(asset.key),
+        metadata=metadata,
+        check_results=check_results(context, stored.summary.get(SUMMARY_KEY, {})),
+        data_version=dg.DataVersion(stored.fingerprint),
+    )

@@ -1,22 +1,24 @@
-"""`embeddings/<encoder>`: unit-norm float16 embeddings of a shard's images and captions, in `raw_pool`'s order.
+"""`embeddings/<encoder>`: unit-norm float16 embeddings of a shard's images and captions, in the order of `raw_pool`.
 
-When a run asks for several encoders, the first one's step decodes the images for all of them and writes what the
-others are missing too (`docs/decisions/0006-decode-once.md`); their own steps then find their files fresh.
+When a run computes several encoders, the first one's step decodes the images for all of them and writes the missing
+files of the others too (`docs/decisions/0006-decode-once.md`). Their own steps then find those files up to date.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from assets.base.checks import checks_of
-from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, input_fingerprint, sharded_asset, write
-from assets.project import Project
+from assets.base.asset import Declared, FileAsset, Step
+from assets.base.context import Context, Snapshot
+from assets.base.partitioned import PartitionedAsset, partitioned
+from assets.base.results import NotReady, Outcome, Result
+from assets.base.standard_checks import rows_aligned, unit_norm
 from resources.lake.files import LakeError, Provenance, vectors_to_column
 from resources.models.encoders import Embeddings, EncoderError, embed_together
 
-CODE_VERSION = "1"
 SCHEMA = pa.schema(
     [
         pa.field("f0", pa.uint64(), nullable=False),
@@ -27,58 +29,55 @@ SCHEMA = pa.schema(
 )
 
 
-def embeddings(project: Project, encoder: str) -> ShardAsset:
-    """Make the asset `embeddings/<encoder>`."""
-    key = _key(encoder)
-
-    def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        for along, some in _with_others(project, encoder, shards):
-            others = {name: project.encoder(name) for name in along}
-            rows = _Rows(project, some)
-            found = embed_together(
-                [project.encoder(encoder), *others.values()],
-                rows,
-                project.pool,
-                on_rows=lambda done: project.on_progress(key, "", done),
-            )
-            with contextlib.closing(found):
-                for shard, (own, *theirs) in found:
-                    for name, result in zip(others, theirs, strict=True):
-                        _write_along(project, name, along[name][shard], result)
-                    yield shard, _outcome(project, shard, own)
-
-    return sharded_asset(
-        project,
-        key=key,
-        deps=("raw_pool",),
-        provenance=lambda shard: _provenance(project, encoder, shard),
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="embeddings",
-        kinds={"pytorch", "arrow"},
-        description=f"Image and text embeddings by encoder `{encoder}`: float16, unit norm, row for row the order "
-        "of `raw_pool`. Memory-mapped Arrow.",
-        columns=SCHEMA,
-        pool="gpu",
-    )
+def encoder_parameters(context: Context, asset: Declared) -> dict[str, Any]:
+    """Return the settings that embeddings depend on: the encoder's identity."""
+    return {"encoder": context.models.encoder(asset.names["encoder"]).identity()}
 
 
-def _key(encoder: str) -> str:
-    return f"embeddings/{encoder}"
+def _source(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    assert shard is not None
+    encoder = snapshot.context.settings.encoders[asset.declared.names["encoder"]]
+    return {"source": snapshot.listing[shard]} if encoder.precomputed is not None else {}
 
 
-def _provenance(project: Project, encoder: str, shard: str) -> Provenance:
-    inputs = {"raw_pool": input_fingerprint(project, "raw_pool", shard)}
-    if project.settings.encoders[encoder].precomputed is not None:
-        inputs["source"] = project.listing()[shard]
-    return Provenance(_key(encoder), shard, CODE_VERSION, parameters(project, encoder), inputs)
+@partitioned(
+    key="embeddings/{encoder}",
+    deps=["raw_pool"],
+    columns=SCHEMA,
+    checks=[rows_aligned, unit_norm("image", "text")],
+    code_version="1",
+    group_name="embeddings",
+    kinds={"pytorch", "arrow"},
+    pool="gpu",
+    description="Image and text embeddings by encoder `{encoder}`: float16, unit norm, in the row order of `raw_pool`. "
+    "Memory-mapped Arrow.",
+    parameters=encoder_parameters,
+    inputs=_source,
+    streams=True,
+)
+def embeddings(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
+    """Embed shards in order."""
+    models = step.context.models
+    for due, some in _with_other_encoders(step, shards):
+        others = {asset: models.encoder(asset.declared.names["encoder"]) for asset in due}
+        found = embed_together(
+            [models.encoder(step.names["encoder"]), *others.values()],
+            _Rows(step, some),
+            step.context.pool,
+            on_rows=step.progress,
+        )
+        with contextlib.closing(found):
+            for shard, (own, *theirs) in found:
+                for asset, result in zip(others, theirs, strict=True):
+                    _write_for(step, asset, due[asset][shard], result)
+                yield shard, _outcome(step, shard, own)
 
 
-def _outcome(project: Project, shard: str, found: Embeddings | EncoderError) -> Outcome:
-    """Give the table of a shard's embeddings, or the error."""
+def _outcome(step: Step, shard: str, found: Embeddings | EncoderError) -> Outcome:
+    """Return the table of a shard's embeddings, or the error."""
     if isinstance(found, EncoderError):
         return found
-    uids = project.lake.read("raw_pool", shard, ["f0", "f1"])
+    uids = step.read("raw_pool", shard, ["f0", "f1"])
     table = pa.table(
         {
             "f0": uids["f0"],
@@ -91,81 +90,81 @@ def _outcome(project: Project, shard: str, found: Embeddings | EncoderError) -> 
     return Result(table, {"dimensions": int(found.image.shape[1]), **notes})
 
 
-# What is written for the other encoders of the run
+# Files that are written for the other encoders of the run
+
+_Due = dict[PartitionedAsset, dict[str, Provenance]]
 
 
-def _with_others(
-    project: Project, encoder: str, shards: Sequence[str]
-) -> Iterator[tuple[dict[str, dict[str, Provenance]], list[str]]]:
-    """Part the shards by the other encoders that are to be embedded with them.
+def _with_other_encoders(step: Step, shards: Sequence[str]) -> Iterator[tuple[_Due, list[str]]]:
+    """Group the shards by the other encoders that are to be embedded with them.
 
     Yields:
-        By encoder and shard, the provenance of what is to be written; and the shards.
+        By encoder's asset and shard, the provenance of the file to be written; and the shards.
     """
-    parts: dict[tuple[str, ...], list[str]] = {}
-    wanted: dict[str, dict[str, Provenance]] = {}
-    for name in _others(project, encoder):
-        due = {shard: found for shard in shards if (found := _due(project, name, shard)) is not None}
-        if due and _loads(project, name):
-            wanted[name] = due
+    wanted: _Due = {}
+    for asset in _others(step):
+        due = {shard: found for shard in shards if (found := _due(step, asset, shard)) is not None}
+        if due and _loads(step, asset):
+            wanted[asset] = due
+    groups: dict[tuple[PartitionedAsset, ...], list[str]] = {}
     for shard in shards:
-        parts.setdefault(tuple(name for name, due in wanted.items() if shard in due), []).append(shard)
-    for names, some in parts.items():
-        yield {name: wanted[name] for name in names}, some
+        groups.setdefault(tuple(asset for asset, due in wanted.items() if shard in due), []).append(shard)
+    for assets, some in groups.items():
+        yield {asset: wanted[asset] for asset in assets}, some
 
 
-def _others(project: Project, encoder: str) -> Iterator[str]:
-    """Name the other encoders that this run was asked for and that embed the pool's images, too."""
-    encoders = project.settings.encoders
-    if encoders[encoder].precomputed is not None:
+def _others(step: Step) -> Iterator[PartitionedAsset]:
+    """Yield the other embeddings that this run was asked for and that are computed from the pool's images, too."""
+    encoders = step.context.settings.encoders
+    if encoders[step.names["encoder"]].precomputed is not None:
         return
     for name, settings in encoders.items():
-        if name != encoder and settings.precomputed is None and _key(name) in project.asked:
-            yield name
+        key = f"embeddings/{name}"
+        if name != step.names["encoder"] and settings.precomputed is None and key in step.requested:
+            yield step.asset.assets[key]
 
 
-def _loads(project: Project, encoder: str) -> bool:
-    """Load an encoder's model, if it can be loaded; if not, its own step says why."""
+def _loads(step: Step, asset: PartitionedAsset) -> bool:
+    """Load an encoder's model; return False if that fails, since its own step will report why."""
     try:
-        _ = project.encoder(encoder).loaded
+        _ = step.context.models.encoder(asset.declared.names["encoder"]).loaded
     except EncoderError:
         return False
     return True
 
 
-def _due(project: Project, encoder: str, shard: str) -> Provenance | None:
-    """Give the provenance that the encoder's own step would write, or None if it would not write."""
+def _due(step: Step, asset: PartitionedAsset, shard: str) -> Provenance | None:
+    """Return the provenance that the encoder's own step would write, or None if it would not write."""
     try:
-        provenance = _provenance(project, encoder, shard)
-        stored = project.lake.stored(_key(encoder), shard)
+        provenance = asset.provenance(step.snapshot, shard)
+        stored = step.stored(asset.key, shard)
     except (NotReady, LakeError, EncoderError):
-        return None  # its own step says why
+        return None  # its own step reports why
     return None if stored is not None and stored.is_from(provenance) else provenance
 
 
-def _write_along(project: Project, encoder: str, provenance: Provenance, found: Embeddings | EncoderError) -> None:
+def _write_for(step: Step, asset: PartitionedAsset, provenance: Provenance, found: Embeddings | EncoderError) -> None:
     """Write another encoder's embeddings of a shard, with its own provenance and checks."""
     assert provenance.shard is not None
-    outcome = _outcome(project, provenance.shard, found)
+    outcome = _outcome(step, provenance.shard, found)
     if isinstance(outcome, Exception):
-        return  # its own step tries again, and says why
-    key = _key(encoder)
+        return  # its own step tries again, and reports why
     try:
-        stored = write(project, key, checks_of(project, key), provenance, outcome)
-    except Exception:  # noqa: BLE001 - its own step tries again, and raises it if it stays
+        stored = asset.write(step.snapshot, provenance, outcome)
+    except Exception:  # noqa: BLE001 - its own step tries again, and raises it if it persists
         return
-    project.made_along.add(stored.fingerprint)
+    step.state.written_for_others.add(stored.fingerprint)
 
 
 class _Rows(Mapping[str, pa.Table]):
     """The rows of many shards, each read when its turn comes."""
 
-    def __init__(self, project: Project, shards: Sequence[str]) -> None:
-        self.project = project
+    def __init__(self, step: Step, shards: Sequence[str]) -> None:
+        self.step = step
         self.shards = shards
 
     def __getitem__(self, shard: str) -> pa.Table:
-        return self.project.lake.read("raw_pool", shard)
+        return self.step.read("raw_pool", shard)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shards)
@@ -174,25 +173,20 @@ class _Rows(Mapping[str, pa.Table]):
         return len(self.shards)
 
 
-def parameters(project: Project, encoder: str) -> dict[str, object]:
-    """Give what embeddings depend on besides the pixels and captions: the encoder's identity."""
-    return {"encoder": project.encoder(encoder).identity()}
-
-
-def check_vectors(vectors: np.ndarray, what: str) -> None:
-    """Refuse embeddings that are not finite or not of unit norm.
+def check_vectors(vectors: np.ndarray, source: str) -> None:
+    """Check that embeddings are finite and of unit norm.
 
     Args:
         vectors: float16 `[n, d]`.
-        what: file or asset they come from, for the message.
+        source: the file or asset they come from, for the message.
 
     Raises:
-        ValueError: names the first bad row.
+        ValueError: some are not; the message has the first bad row.
     """
     norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
     bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))
     if len(bad):
         raise ValueError(
-            f"{what}: {len(bad)} rows are not of unit norm, the first is row {bad[0]} with norm {norms[bad[0]]}. "
+            f"{source}: {len(bad)} rows are not of unit norm, the first is row {bad[0]} with norm {norms[bad[0]]}. "
             "Remedy: look at the encoder's output there"
         )

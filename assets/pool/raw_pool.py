@@ -1,67 +1,109 @@
-"""`raw_pool`: one row a sample of the shard, and the rejected samples with the reason.
+"""`raw_pool`: one row per sample of a shard, and the rejected samples with the reason.
 
-The shard's images are decoded here, once, to know which samples are fit; every later asset is row-aligned with
-what this one keeps.
+Images are decoded here once, to find the usable samples. Every later asset has its rows in the order of this one.
 """
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
-from assets.base.partitioned import NotReady, Result, ShardAsset, each, sharded_asset
-from assets.project import Project, json_settings
-from resources.lake.files import Provenance, sample_digest
+import numpy as np
+
+from assets.base.asset import Declared, FileAsset
+from assets.base.checks import Check, Finding, Tables
+from assets.base.context import Context, Snapshot
+from assets.base.partitioned import partitioned
+from assets.base.results import NotReady, Result
+from assets.base.settings import json_settings
+from assets.base.shard import Shard
+from assets.base.standard_checks import uid_records
+from core.uids import format_uids
+from resources.lake.files import sample_digest
 from resources.pools.base import RAW_POOL_SCHEMA
 
-CODE_VERSION = "1"
-KEY = "raw_pool"
+
+def _rows_and_rejects(tables: Tables) -> Finding:
+    rows = tables.read("raw_pool", ["source_row"])["source_row"].to_numpy()
+    rejects = tables.read("rejects", ["source_row"])["source_row"].to_numpy()
+    seen = np.sort(np.concatenate([rows, rejects]))
+    figures = {"rows": len(rows), "rejects": len(rejects), "samples_seen": int(seen[-1]) + 1 if len(seen) else 0}
+    wrong = np.flatnonzero(seen != np.arange(len(seen)))
+    if not len(wrong):
+        return Finding(True, figures)
+    first, place = int(seen[wrong[0]]), int(wrong[0])
+    why = f"sample {first} occurs twice" if first < place else f"sample {place} is neither a row nor a reject"
+    return Finding(False, figures, f"rows + rejects = samples seen does not hold: {why}")
 
 
-def raw_pool(project: Project) -> ShardAsset:
-    """Make the asset `raw_pool`."""
-    parameters = {
-        "pool": json_settings(project.settings.pool),
+def _uids_unique(tables: Tables) -> Finding:
+    table = tables.read("raw_pool", ["uid", "f0", "f1"])
+    uids = uid_records(table)
+    repeated = len(uids) - len(np.unique(uids))
+    if repeated:
+        return Finding(False, {"repeated": repeated}, f"{repeated} rows repeat the uid of another row in the shard")
+    spelled = format_uids(uids["f0"], uids["f1"])
+    for row, (uid, text) in enumerate(zip(table["uid"].to_pylist(), spelled, strict=True)):
+        if uid != text:
+            return Finding(False, {"repeated": 0}, f"row {row}: uid {uid} is not f0, f1 ({text})")
+    return Finding(True, {"repeated": 0})
+
+
+ROWS_AND_REJECTS = Check(
+    "rows_and_rejects",
+    "Rows + rejects = samples seen: every position in the source is a row or a reject, once.",
+    _rows_and_rejects,
+)
+UIDS_UNIQUE = Check("uids_unique", "Each uid occurs once in the shard, and f0, f1 spell the uid.", _uids_unique)
+
+
+def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
+    settings = context.settings
+    return {
+        "pool": json_settings(settings.pool),
         "precomputed": {
             name: encoder.precomputed if isinstance(encoder.precomputed, str) else json_settings(encoder.precomputed)
-            for name, encoder in project.settings.encoders.items()
+            for name, encoder in settings.encoders.items()
             if encoder.precomputed is not None
         },
     }
 
-    def provenance(shard: str) -> Provenance:
-        source = project.listing().get(shard)
-        if source is None:
-            raise NotReady(
-                f"{project.settings.pool.path}: no shard {shard} in the pool. Remedy: put it back, or remove its "
-                "partition"
-            )
-        return Provenance(KEY, shard, CODE_VERSION, parameters, {"source": source})
 
-    def read(shard: str) -> Result:
-        found = project.pool.read_shard(shard)
-        project.on_progress(KEY, shard, found.rows.num_rows)
-        reasons = Counter(found.rejects["reason"].to_pylist())
-        return Result(
-            table=found.rows,
-            content=sample_digest(found.rows),
-            summary={
-                "samples_seen": found.rows.num_rows + found.rejects.num_rows,
-                "rejected": found.rejects.num_rows,
-                **{f"rejected/{reason}": count for reason, count in sorted(reasons.items())},
-                **({"notes": "\n".join(found.notes)} if found.notes else {}),
-            },
-            beside={"rejects": found.rejects},
-        )
+def _source(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    assert shard is not None
+    fingerprint = snapshot.listing.get(shard)
+    if fingerprint is None:
+        path = snapshot.context.settings.pool.path
+        raise NotReady(f"{path}: no shard {shard} in the pool. Remedy: put it back, or remove its partition")
+    return {"source": fingerprint}
 
-    return sharded_asset(
-        project,
-        key=KEY,
-        deps=(),
-        provenance=provenance,
-        compute=each(read),
-        code_version=CODE_VERSION,
-        group="pool",
-        kinds={"parquet"},
-        description="Every usable sample of a shard: identity, caption, sizes, digest, and where its bytes lie. "
-        "Samples that can't be used are in `rejects`, each with its reason; rows + rejects = samples seen.",
-        columns=RAW_POOL_SCHEMA,
-        pool="cpu",
+
+@partitioned(
+    key="raw_pool",
+    deps=[],
+    columns=RAW_POOL_SCHEMA,
+    checks=[lambda _: ROWS_AND_REJECTS, lambda _: UIDS_UNIQUE],
+    code_version="1",
+    group_name="pool",
+    kinds={"parquet"},
+    pool="cpu",
+    description="Every usable sample of a shard: identity, caption, sizes, SHA-256, and where its bytes are. Samples "
+    "that can't be used are in `rejects`, each with its reason; rows + rejects = samples seen.",
+    parameters=_parameters,
+    inputs=_source,
+)
+def raw_pool(shard: Shard) -> Result:
+    """Read one shard and check every sample in it."""
+    found = shard.step.context.pool.read_shard(shard.name)
+    shard.step.progress(found.rows.num_rows, shard.name)
+    reasons = Counter(found.rejects["reason"].to_pylist())
+    return Result(
+        table=found.rows,
+        content=sample_digest(found.rows),
+        summary={
+            "samples_seen": found.rows.num_rows + found.rejects.num_rows,
+            "rejected": found.rejects.num_rows,
+            **{f"rejected/{reason}": count for reason, count in sorted(reasons.items())},
+            **({"notes": "\n".join(found.notes)} if found.notes else {}),
+        },
+        beside={"rejects": found.rejects},
     )

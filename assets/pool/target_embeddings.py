@@ -1,15 +1,17 @@
 """`target_embeddings/<encoder>/<target>`: image embeddings of a downstream task's data, which NormSim compares to."""
 
+from collections.abc import Mapping
+
 import pyarrow as pa
 
-from assets.base.partitioned import Result
-from assets.base.unpartitioned import WholeAsset, whole_asset
-from assets.pool.embeddings import check_vectors
-from assets.pool.embeddings import parameters as encoder_parameters
-from assets.project import Project
-from resources.lake.files import Provenance, sample_digest, vectors_to_column
+from assets.base.asset import FileAsset, Step
+from assets.base.context import Snapshot
+from assets.base.results import Result
+from assets.base.standard_checks import unit_norm
+from assets.base.unpartitioned import unpartitioned
+from assets.pool.embeddings import check_vectors, encoder_parameters
+from resources.lake.files import sample_digest, vectors_to_column
 
-CODE_VERSION = "1"
 SCHEMA = pa.schema(
     [
         pa.field("target_index", pa.int64(), nullable=False),
@@ -20,45 +22,38 @@ SCHEMA = pa.schema(
 )
 
 
-def target_embeddings(project: Project, encoder: str, target: str) -> WholeAsset:
-    """Make the asset `target_embeddings/<encoder>/<target>`."""
-    key = f"target_embeddings/{encoder}/{target}"
+def _files(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    encoder, target = asset.declared.names["encoder"], asset.declared.names["target"]
+    return {f"target/{target}": snapshot.target_fingerprint(target, encoder)}
 
-    def provenance(redraw: bool) -> Provenance:
-        del redraw  # the same target gives the same embeddings
-        fingerprint = project.target_fingerprint(target, encoder)
-        return Provenance(
-            key, None, CODE_VERSION, encoder_parameters(project, encoder), {f"target/{target}": fingerprint}
-        )
 
-    def compute() -> Result:
-        found = project.target(target).embed(
-            project.encoder(encoder), on_rows=lambda done: project.on_progress(key, "", done)
-        )
-        check_vectors(found.image, key)
-        table = pa.table(
-            {
-                "target_index": pa.array(range(len(found.labels)), pa.int64()),
-                "label": pa.array(found.labels, pa.string()),
-                "name": pa.array(found.names, pa.string()),
-                "image": vectors_to_column(found.image),
-            }
-        )
-        summary: dict[str, object] = {"classes": len(set(found.labels)), "dimensions": int(found.image.shape[1])}
-        if found.notes:
-            summary["notes"] = "\n".join(found.notes)
-        return Result(table, summary, content=sample_digest(table))
-
-    return whole_asset(
-        project,
-        key=key,
-        deps=(),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="target_embeddings",
-        kinds={"pytorch", "arrow"},
-        description=f"Image embeddings of target set `{target}` by encoder `{encoder}`, with class and file name.",
-        columns=SCHEMA,
-        pool="gpu",
+@unpartitioned(
+    key="target_embeddings/{encoder}/{target}",
+    deps=[],
+    columns=SCHEMA,
+    checks=[unit_norm("image")],
+    code_version="1",
+    group_name="target_embeddings",
+    kinds={"pytorch", "arrow"},
+    pool="gpu",
+    description="Image embeddings of target set `{target}` by encoder `{encoder}`, with class and file name.",
+    parameters=encoder_parameters,
+    inputs=_files,
+)
+def target_embeddings(step: Step) -> Result:
+    """Embed a target set, or read its ready-made features."""
+    encoder = step.context.models.encoder(step.names["encoder"])
+    found = step.context.target(step.names["target"]).embed(encoder, on_rows=step.progress)
+    check_vectors(found.image, step.asset.key)
+    table = pa.table(
+        {
+            "target_index": pa.array(range(len(found.labels)), pa.int64()),
+            "label": pa.array(found.labels, pa.string()),
+            "name": pa.array(found.names, pa.string()),
+            "image": vectors_to_column(found.image),
+        }
     )
+    summary: dict[str, object] = {"classes": len(set(found.labels)), "dimensions": int(found.image.shape[1])}
+    if found.notes:
+        summary["notes"] = "\n".join(found.notes)
+    return Result(table, summary, content=sample_digest(table))

@@ -1,43 +1,84 @@
-"""`clip_score/<encoder>`: the cosine of each image and its own caption. With a DFN encoder, the DFN score."""
+"""`clip_score/<encoder>`: CLIPScore, the cosine of each image and its own caption. With a DFN encoder, the DFN score."""
 
 import numpy as np
 import pyarrow as pa
 
-from assets.base.partitioned import Result, ShardAsset, each, input_fingerprint, sharded_asset
-from assets.base.score_tables import embedding_chunks, figures, score_schema, score_table
-from assets.project import Project
-from resources.lake.files import Provenance
+import selection
+from assets.base.asset import Declared
+from assets.base.checks import Check, Finding, Tables
+from assets.base.columns import Column
+from assets.base.partitioned import partitioned
+from assets.base.results import Result
+from assets.base.score_kind import ScoreKind, require_encoders
+from assets.base.settings import Name, ProjectSettings
+from assets.base.shard import Shard
+from assets.base.standard_checks import COSINE_BOUNDS, rows_aligned, within_bounds
 
-CODE_VERSION = "1"
+POOL_SCORE_TOLERANCE = 0.02  # twice what resized images cause; stored embeddings come within 0.003
+POOL_SCORES = {"b32": "clip_b32_similarity_score", "l14": "clip_l14_similarity_score"}
 
 
-def clip_score(project: Project, encoder: str) -> ShardAsset:
-    """Make the asset `clip_score/<encoder>`."""
-    key = f"clip_score/{encoder}"
-    source = f"embeddings/{encoder}"
+def near_the_pools_own(asset: Declared) -> Check | None:
+    """Check the scores of DataComp's own embeddings against the scores that its metadata carries."""
+    prefix = asset.settings.encoders[asset.names["encoder"]].precomputed
+    if not isinstance(prefix, str) or prefix not in POOL_SCORES:
+        return None
+    column = POOL_SCORES[prefix]
 
-    def provenance(shard: str) -> Provenance:
-        return Provenance(key, shard, CODE_VERSION, {}, {source: input_fingerprint(project, source, shard)})
+    def run(tables: Tables) -> Finding:
+        ours = tables.read(columns=["clip_score"])["clip_score"].to_numpy()
+        theirs = tables.read("raw_pool", [column])[column].to_numpy().astype(np.float32)
+        known = np.isfinite(theirs)
+        off = np.abs(ours[known] - theirs[known])
+        far = int((off > POOL_SCORE_TOLERANCE).sum())
+        figures = {"rows_compared": len(off), "rows_far": far, "largest_difference": float(off.max(initial=0))}
+        why = f"{far} of {len(off)} rows differ by more than {POOL_SCORE_TOLERANCE}" if far else ""
+        return Finding(not far, figures, why)
 
-    def score(shard: str) -> Result:
-        import selection
+    text = f"CLIPScore is within {POOL_SCORE_TOLERANCE} of the pool's own `{column}`, where the pool has one."
+    return Check("near_the_pools_own", text, run, blocking=False)
 
-        embeddings = project.lake.read(source, shard)
-        scores = np.empty(embeddings.num_rows, np.float32)
-        for rows, (image, text) in embedding_chunks(project, key, embeddings, "image", "text"):
-            scores[rows] = selection.clip_score(image, text).cpu().numpy()
-        return Result(score_table(shard, embeddings, clip_score=scores), figures("clip_score", scores))
 
-    return sharded_asset(
-        project,
-        key=key,
-        deps=(source,),
-        provenance=provenance,
-        compute=each(score),
-        code_version=CODE_VERSION,
-        group="clip_score",
-        kinds={"pytorch", "parquet"},
-        description=f"CLIPScore by encoder `{encoder}`: cosine of image and caption, larger is better.",
-        columns=score_schema(clip_score=pa.float32()),
-        pool="gpu",
-    )
+@partitioned(
+    key="clip_score/{encoder}",
+    deps=["embeddings/{encoder}"],
+    columns=[
+        Column(
+            name="clip_score",
+            type=pa.float32(),
+            description="Cosine of the image and its caption.",
+            direction="larger",
+            bounds=COSINE_BOUNDS,
+        )
+    ],
+    checks=[rows_aligned, within_bounds, near_the_pools_own],
+    code_version="1",
+    group_name="clip_score",
+    kinds={"pytorch", "parquet"},
+    pool="gpu",
+    description="CLIPScore by encoder `{encoder}`: cosine of image and caption, larger is better.",
+)
+def clip_score(shard: Shard) -> Result:
+    """Compute CLIPScore of one shard."""
+    (scores,) = shard.map(selection.clip_score, "image", "text")
+    return shard.scores(clip_score=scores)
+
+
+def encoders(settings: ProjectSettings) -> tuple[str, ...]:
+    """Return the encoders that CLIPScore is computed with: by default all."""
+    chosen: tuple[str, ...] | None = settings.scores.clip_score
+    return tuple(settings.encoders) if chosen is None else chosen
+
+
+CLIP_SCORE = ScoreKind(
+    name="clip_score",
+    asset=clip_score,
+    settings=tuple[Name, ...] | None,
+    configured=encoders,
+    instances=lambda settings: [{"encoder": encoder} for encoder in encoders(settings)],
+    upstream=lambda settings: (),
+    validate=lambda settings: require_encoders(settings, "scores.clip_score", settings.scores.clip_score or ()),
+    recorded=lambda settings, wanted: {
+        "scores": {"clip_score": [encoder for encoder in encoders(settings) if f"clip_score/{encoder}" in wanted]}
+    },
+)

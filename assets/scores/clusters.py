@@ -1,163 +1,203 @@
 """DataComp's image-based filter (arXiv 2304.14108): `centroids/<encoder>`, and `clusters/<encoder>/<target>` from it.
 
-A row is in a target's cluster when the centroid nearest to its image is the nearest of some target image, too. Like
-negatives, centroids that were computed from the pool stay while shards arrive.
+A row is in a target's cluster when the centroid nearest to its image is also the nearest of some target image. Like
+negatives, centroids that were computed from the pool are kept while shards arrive.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
-from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
-from assets.base.score_tables import CHUNK_ROWS, IDENTITY, embedding_chunks, to_tensor
-from assets.base.unpartitioned import WholeAsset, up_to_date, whole_asset
-from assets.project import Project
-from resources.lake.files import LakeError, Provenance, column_to_vectors
-from resources.lake.versions import sha256
+from assets.base.asset import Declared, Dep, FileAsset, Step
+from assets.base.columns import Column
+from assets.base.context import Context, Snapshot
+from assets.base.freshness import embedded_shards
+from assets.base.partitioned import partitioned
+from assets.base.results import NotReady, Result
+from assets.base.score_kind import ScoreKind, recorded_entries, recorded_targets, require_encoders, require_targets
+from assets.base.score_tables import CHUNK_ROWS, to_tensor
+from assets.base.settings import Name, ProjectSettings
+from assets.base.shard import Shard
+from assets.base.standard_checks import rows_aligned
+from assets.base.unpartitioned import unpartitioned
+from assets.pool.target_embeddings import target_embeddings
+from core.hashing import sha256
+from resources.lake.files import Lake, LakeError, Stored, column_to_vectors
+from resources.settings import Location, Settings
 
-CODE_VERSION = "1"
-GIVEN = "given centroids"  # the name of a file among what centroids are made from
-COLUMNS = {"cluster": pa.int64(), "in_target_cluster": pa.bool_()}
-SCHEMA = pa.schema([*IDENTITY, *(pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items())])
+if TYPE_CHECKING:
+    import torch
+
+GIVEN = "given centroids"  # name of a centroids file among the recorded inputs
+TARGETS = "target_embeddings/{encoder}/{target}"
 CENTROIDS = pa.schema(
     [pa.field("cluster", pa.int64(), nullable=False), pa.field("centroid", pa.list_(pa.float32()), nullable=False)]
 )
 
 
-def centroids(project: Project, encoder: str) -> WholeAsset:
-    """Make the asset `centroids/<encoder>`: given, or k-means of a sample of the pool."""
-    key = f"centroids/{encoder}"
-    source = f"embeddings/{encoder}"
-    settings = project.settings.scores.clusters[encoder]
+class ClusterSettings(Settings):
+    """How one encoder's images are clustered (`docs/methods/datacomp_baselines.md`).
 
-    def embedded() -> dict[str, str]:
-        found = {shard: project.lake.stored(source, shard) for shard in sorted(project.listing())}
-        return {shard: stored.fingerprint for shard, stored in found.items() if stored is not None}
-
-    def provenance(redraw: bool) -> Provenance:
-        if settings.centroids is not None:
-            return Provenance(key, None, CODE_VERSION, {}, {GIVEN: _digest(settings.centroids)})
-        parameters = settings.model_dump(include={"clusters", "sample", "iterations", "seed"})
-        stored = project.lake.stored(key)
-        if stored is not None and not redraw:
-            kept = Provenance(key, None, CODE_VERSION, parameters, stored.provenance.inputs)
-            if stored.is_from(kept):
-                return kept
-        inputs = embedded()
-        if len(inputs) < len(project.listing()) / 2:
-            raise NotReady(
-                f"{len(inputs)} of the pool's {len(project.listing())} shards have {source}, too few to stand for it. "
-                f"Remedy: materialize {source} for the others first"
-            )
-        return Provenance(key, None, CODE_VERSION, parameters, inputs)
-
-    def compute() -> Result:
-        from selection.scores.clustering import spherical_k_means
-
-        if settings.centroids is not None:
-            found = _given(settings.centroids)
-        else:
-            rows = to_tensor(_sample(project, source, list(embedded()), settings.sample, settings.seed))
-            means = spherical_k_means(rows, clusters=settings.clusters, iterations=settings.iterations)
-            found = means.cpu().numpy()
-        flat = pa.array(np.ascontiguousarray(found).reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(flat, found.shape[1])
-        table = pa.table({"cluster": np.arange(len(found)), "centroid": column})
-        return Result(table, {"clusters": len(found), "dimensions": found.shape[1]})
-
-    return whole_asset(
-        project,
-        key=key,
-        deps=(source,) if settings.centroids is None else (),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="clusters",
-        kinds={"pytorch", "parquet"},
-        description=f"Centroids of images by encoder `{encoder}`: "
-        + (f"those in `{settings.centroids}`." if settings.centroids else "k-means of a sample of the pool, kept."),
-        columns=CENTROIDS,
-        pool="gpu",
-    )
-
-
-def clusters(project: Project, encoder: str, target: str, found: WholeAsset, targets: WholeAsset) -> ShardAsset:
-    """Make the asset `clusters/<encoder>/<target>`.
-
-    Args:
-        project: the project.
-        encoder: the encoder's name.
-        target: the target set's name.
-        found: the encoder's centroids.
-        targets: the target set's embeddings by that encoder.
+    Attributes:
+        targets: target sets whose clusters are marked.
+        centroids: an .npy of centroids `[K, d]`; by default they are computed from the pool by k-means.
+        clusters: K.
+        sample: rows of the pool that k-means uses.
+        iterations: of k-means, at most.
+        seed: chooses the sample.
     """
-    key = f"clusters/{encoder}/{target}"
-    source = f"embeddings/{encoder}"
 
-    def provenance(shard: str) -> Provenance:
-        inputs = {
-            source: input_fingerprint(project, source, shard),
-            found.key: up_to_date(project, found),
-            targets.key: up_to_date(project, targets),
-        }
-        return Provenance(key, shard, CODE_VERSION, {}, inputs)
-
-    def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        from selection.scores.clustering import nearest_centroid
-
-        table = project.lake.read(found.key)
-        means = to_tensor(column_to_vectors(table["centroid"]))
-        vectors = column_to_vectors(project.lake.read(targets.key)["image"])
-        if vectors.shape[1] != means.shape[1]:
-            raise LakeError(
-                f"{found.key} has {means.shape[1]} dimensions, {targets.key} {vectors.shape[1]}. "
-                "Remedy: other centroids"
-            )
-        hit = np.zeros(len(means), dtype=bool)
-        for start in range(0, len(vectors), CHUNK_ROWS):
-            hit[nearest_centroid(to_tensor(vectors[start : start + CHUNK_ROWS]), means).cpu().numpy()] = True
-
-        def assign(shard: str) -> Result:
-            embeddings = project.lake.read(source, shard)
-            cluster = np.empty(embeddings.num_rows, np.int64)
-            for rows, (image,) in embedding_chunks(project, key, embeddings, "image"):
-                cluster[rows] = nearest_centroid(image, means).cpu().numpy()
-            inside = hit[cluster]
-            columns = [pa.array([shard] * len(cluster), pa.string()), embeddings["f0"], embeddings["f1"]]
-            assigned = pa.table([*columns, pa.array(cluster), pa.array(inside)], schema=SCHEMA)
-            return Result(assigned, {"in_target_cluster": int(inside.sum()), "clusters_hit": int(hit.sum())})
-
-        yield from each(assign)(shards)
-
-    return sharded_asset(
-        project,
-        key=key,
-        deps=(source, found.key, targets.key),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="clusters",
-        kinds={"pytorch", "parquet"},
-        description=f"The centroid nearest to each image by encoder `{encoder}`, and whether an image of target set "
-        f"`{target}` is nearest to it as well.",
-        columns=SCHEMA,
-        pool="gpu",
-    )
+    targets: tuple[Name, ...] = Field(min_length=1)
+    centroids: Location | None = None
+    clusters: int = Field(default=100_000, ge=1)
+    sample: int = Field(default=1_000_000, ge=1)
+    iterations: int = Field(default=20, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-def _digest(path: str) -> str:
-    if not Path(path).is_file():
-        raise NotReady(f"{path}: no such file of centroids. Remedy: correct scores.clusters")
-    return sha256(Path(path))
+def _settings(asset: Declared) -> ClusterSettings:
+    found: ClusterSettings = asset.settings.scores.clusters[asset.names["encoder"]]
+    return found
+
+
+def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
+    settings = _settings(asset)
+    if settings.centroids is not None:
+        return {}
+    return settings.model_dump(include={"clusters", "sample", "iterations", "seed"})
+
+
+def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    path = _settings(asset.declared).centroids
+    if path is not None:
+        if not Path(path).is_file():
+            raise NotReady(f"{path}: no such file of centroids. Remedy: correct scores.clusters")
+        return {GIVEN: sha256(Path(path))}
+    source = f"embeddings/{asset.declared.names['encoder']}"
+    found, total = embedded_shards(snapshot, source), len(snapshot.listing)
+    if len(found) < total / 2:
+        raise NotReady(
+            f"{len(found)} of the pool's {total} shards have {source}, too few to represent it. "
+            f"Remedy: materialize {source} for the others first"
+        )
+    return found
+
+
+def _keeps(asset: Declared, stored: Stored) -> bool:
+    return _settings(asset).centroids is None
+
+
+def _centroids_description(asset: Declared) -> str:
+    path = _settings(asset).centroids
+    origin = f"read from `{path}`." if path else "k-means of a sample of the pool, kept while shards arrive."
+    return f"Centroids of images by encoder `{asset.names['encoder']}`: {origin}"
+
+
+@unpartitioned(
+    key="centroids/{encoder}",
+    deps=lambda asset: [Dep("embeddings/{encoder}", recorded=False)] if _settings(asset).centroids is None else [],
+    columns=CENTROIDS,
+    checks=[],
+    code_version="1",
+    group_name="clusters",
+    kinds={"pytorch", "parquet"},
+    pool="gpu",
+    description=_centroids_description,
+    parameters=_parameters,
+    inputs=_inputs,
+    keeps=_keeps,
+)
+def centroids(step: Step) -> Result:
+    """Read the given centroids, or compute them by k-means of a sample of the pool."""
+    from selection.scores.clustering import spherical_k_means
+
+    settings = _settings(step.asset.declared)
+    if settings.centroids is not None:
+        found = _given(settings.centroids)
+    else:
+        source = f"embeddings/{step.names['encoder']}"
+        shards = list(embedded_shards(step.snapshot, source))
+        rows = to_tensor(_sample(step.context.lake, source, shards, settings.sample, settings.seed))
+        means = spherical_k_means(rows, clusters=settings.clusters, iterations=settings.iterations)
+        found = means.cpu().numpy()
+    flat = pa.array(np.ascontiguousarray(found).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(flat, found.shape[1])
+    table = pa.table({"cluster": np.arange(len(found)), "centroid": column})
+    return Result(table, {"clusters": len(found), "dimensions": found.shape[1]})
+
+
+@dataclass(frozen=True)
+class Means:
+    """Centroids on the device, float32 `[K, d]`, and whether each is the nearest of a target image, `[K]` bool."""
+
+    centroids: "torch.Tensor"
+    hit: np.ndarray
+
+
+def _means(step: Step) -> Means:
+    from selection.scores.clustering import nearest_centroid
+
+    means = to_tensor(column_to_vectors(step.read("centroids/{encoder}")["centroid"]))
+    vectors = column_to_vectors(step.read(TARGETS)["image"])
+    if vectors.shape[1] != means.shape[1]:
+        raise LakeError(
+            f"centroids/{step.names['encoder']} has {means.shape[1]} dimensions, {TARGETS.format(**step.names)} "
+            f"{vectors.shape[1]}. Remedy: other centroids"
+        )
+    hit = np.zeros(len(means), dtype=bool)
+    for start in range(0, len(vectors), CHUNK_ROWS):
+        hit[nearest_centroid(to_tensor(vectors[start : start + CHUNK_ROWS]), means).cpu().numpy()] = True
+    return Means(means, hit)
+
+
+@partitioned(
+    key="clusters/{encoder}/{target}",
+    deps=["embeddings/{encoder}", "centroids/{encoder}", TARGETS],
+    columns=[
+        Column(
+            name="cluster",
+            type=pa.int64(),
+            description="Index of the centroid nearest to the image.",
+            direction=None,
+            bounds=None,
+        ),
+        Column(
+            name="in_target_cluster",
+            type=pa.bool_(),
+            description="Whether that centroid is also the nearest of an image of the target set.",
+            direction=None,
+            bounds=None,
+        ),
+    ],
+    checks=[rows_aligned],
+    code_version="1",
+    group_name="clusters",
+    kinds={"pytorch", "parquet"},
+    pool="gpu",
+    description="The centroid nearest to each image by encoder `{encoder}`, and whether it is also the nearest of an "
+    "image of target set `{target}`.",
+    prepare=_means,
+)
+def clusters(shard: Shard, means: Means) -> Result:
+    """Assign the images of one shard to clusters."""
+    from selection.scores.clustering import nearest_centroid
+
+    (cluster,) = shard.map(lambda image: nearest_centroid(image, means.centroids), "image")
+    inside = means.hit[cluster]
+    summary = {"in_target_cluster": int(inside.sum()), "clusters_hit": int(means.hit.sum())}
+    return shard.scores(summary, cluster=cluster.astype(np.int64), in_target_cluster=inside)
 
 
 def _given(path: str) -> np.ndarray:
-    """Read centroids from an .npy: float32 [K, d].
+    """Read centroids from an .npy, float32 `[K, d]`.
 
     Raises:
-        LakeError: the file is something else.
+        LakeError: the file has other content.
     """
     try:
         found = np.load(path, allow_pickle=False)
@@ -168,22 +208,69 @@ def _given(path: str) -> np.ndarray:
     return found.astype(np.float32)
 
 
-def _sample(project: Project, source: str, shards: Sequence[str], size: int, seed: int) -> np.ndarray:
-    """Read the image embeddings of a sample of the pool, float16 [n, d], in an order that the uids alone decide."""
+def _sample(lake: Lake, source: str, shards: Sequence[str], size: int, seed: int) -> np.ndarray:
+    """Read the image embeddings of a sample of the pool, float16 `[n, d]`, in an order that only the uids decide."""
     from selection.scores.negatives import candidates, merge
 
     def drawn() -> Iterator[np.ndarray]:
         for number, shard in enumerate(shards):
-            uids = project.lake.read(source, shard, ["f0", "f1"])
+            uids = lake.read(source, shard, ["f0", "f1"])
             f0, f1 = uids["f0"].to_numpy(), uids["f1"].to_numpy()
             yield candidates(f0, f1, draws=1, size=size, seed=seed, shard=number)
 
     (chosen,) = merge(drawn(), size)
     found: np.ndarray | None = None
     for number, shard in enumerate(shards):
-        vectors = column_to_vectors(project.lake.read(source, shard)["image"])
+        vectors = column_to_vectors(lake.read(source, shard)["image"])
         found = np.empty((len(chosen), vectors.shape[1]), np.float16) if found is None else found
         places = np.flatnonzero(chosen["shard"] == number)
         found[places] = vectors[chosen["row"][places]]
     assert found is not None
     return found
+
+
+def configured(settings: ProjectSettings) -> Mapping[str, ClusterSettings]:
+    """Return the settings by encoder."""
+    found: Mapping[str, ClusterSettings] = settings.scores.clusters
+    return found
+
+
+def _instances(settings: ProjectSettings) -> Iterable[dict[str, str]]:
+    for encoder, chosen in configured(settings).items():
+        for target in chosen.targets:
+            yield {"encoder": encoder, "target": target}
+
+
+def _upstream(settings: ProjectSettings) -> Iterable[Declared]:
+    for encoder in configured(settings):
+        yield centroids.declare(settings, encoder=encoder)
+    for names in _instances(settings):
+        yield target_embeddings.declare(settings, **names)
+
+
+def _validate(settings: ProjectSettings) -> None:
+    require_encoders(settings, "scores.clusters", configured(settings))
+    for encoder, chosen in configured(settings).items():
+        require_targets(settings, f"scores.clusters.{encoder}", encoder, chosen.targets)
+
+
+def _recorded(settings: ProjectSettings, wanted: Collection[str]) -> dict[str, Any]:
+    chosen = configured(settings)
+    entries = recorded_entries(
+        "clusters", chosen, wanted, lambda encoder: [f"clusters/{encoder}/{t}" for t in chosen[encoder].targets]
+    )
+    targets = [target for encoder in entries["scores"]["clusters"] for target in chosen[encoder].targets]
+    return entries | recorded_targets(settings, targets)
+
+
+CLUSTERS = ScoreKind(
+    name="clusters",
+    asset=clusters,
+    settings=dict[Name, ClusterSettings],
+    default={},
+    configured=configured,
+    instances=_instances,
+    upstream=_upstream,
+    validate=_validate,
+    recorded=_recorded,
+)

@@ -1,29 +1,29 @@
-"""The coverage checks of what comes from elsewhere: how much of the pool do files know, and how much do they not?
+"""The coverage checks of imported scores and uid lists: how much of the pool the files cover.
 
-Here: the checks. Over the pool they are looked at when the files are new and whenever somebody launches them; per shard
-when the shard is joined.
+Over the whole pool they run when the files are new and on demand; per shard when the shard is joined.
 """
 
 from pathlib import Path
 from typing import Any
 
+from assets.base.asset import Declared
 from assets.base.checks import Check, Finding, Tables
 from resources.inputs.external import find, opened
 
 
-def of_pool(field: str, name: str) -> Check:
-    """Make the check of a score's files, or of a uid list, over the shards whose `raw_pool` is there.
+def pool_coverage(field: str, name: str) -> Check:
+    """Check a score's files, or a uid list, against the shards whose `raw_pool` is there.
 
     Args:
         field: of the YAML: `external_scores` or `external_uids`.
         name: the name there.
     """
 
-    def look(tables: Tables) -> Finding:
-        project = tables.project
-        settings = getattr(project.settings, field)[name]
-        there = set(project.lake.shards("raw_pool"))
-        pool = [Path(project.lake.path("raw_pool", shard)) for shard in sorted(project.listing()) if shard in there]
+    def run(tables: Tables) -> Finding:
+        lake = tables.context.lake
+        settings = getattr(tables.context.settings, field)[name]
+        there = set(lake.shards("raw_pool"))
+        pool = [Path(lake.path("raw_pool", shard)) for shard in sorted(tables.snapshot.listing) if shard in there]
         with opened(find(settings.files), uid=settings.uid) as table:
             found = table.coverage(pool)
         figures: dict[str, Any] = {
@@ -48,19 +48,19 @@ def of_pool(field: str, name: str) -> Check:
 
     return Check(
         "pool_coverage",
-        "The files have the uids of enough of the pool's rows, as far as they are in raw_pool by now. Tells too how "
-        "many of the files' uids no row has.",
-        look,
+        "The files have the uids of enough of the pool's rows, as far as they are in raw_pool by now. Also counts the "
+        "files' uids that no row has.",
+        run,
     )
 
 
-def of_shard(name: str) -> Check:
-    """Make the check of one shard of `external_scores/<name>`."""
-    key = f"external_scores/{name}"
+def shard_coverage(asset: Declared) -> Check:
+    """Check that enough rows of a shard have a value, in every column of `external_scores/<name>`."""
+    name = asset.names["name"]
+    settings = asset.settings.external_scores[name]
 
-    def look(tables: Tables) -> Finding:
-        settings = tables.project.settings.external_scores[name]
-        table = tables.read(key, list(settings.columns))
+    def run(tables: Tables) -> Finding:
+        table = tables.read(columns=list(settings.columns))
         figures: dict[str, Any] = {"rows": table.num_rows}
         low = []
         for column in settings.columns:
@@ -72,4 +72,4 @@ def of_shard(name: str) -> Check:
         asked = f". Asked for: {settings.minimum_coverage:.1%} (external_scores.{name}.minimum_coverage)"
         return Finding(not low, figures, "; ".join(low) + asked if low else "")
 
-    return Check("coverage", "Enough of the shard's rows have a value, in every column.", look, blocking=False)
+    return Check("coverage", "Enough of the shard's rows have a value, in every column.", run, blocking=False)

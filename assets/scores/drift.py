@@ -1,7 +1,7 @@
-"""The drift check of `negatives/<encoder>`: what would drawing again change, now that the pool has grown?
+"""The drift check of `negatives/<encoder>`: how far drawing again would change the scores, now that the pool has grown.
 
-Here: the check. It runs when somebody launches it, because it draws and scores. Not here: its limits (`scores.drift`
-of the YAML), nor drawing again, which is a decision (the job `redraw_negatives`).
+The check runs on demand, because it draws and scores. Its limits are `scores.drift` of the YAML. Drawing again is a
+separate decision (the job `redraw_negatives`).
 """
 
 from typing import Any
@@ -9,31 +9,37 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from assets.base.asset import Declared
 from assets.base.checks import Check, Finding, Tables
+from assets.base.context import Context
+from assets.base.freshness import embedded_shards
 from assets.base.score_tables import to_tensor
-from assets.project import Project
+from assets.scores.draws import draw, read_draws, with_content
+from assets.scores.neg_clip_loss_settings import DriftLimits, configured, temperature
 from resources.lake.versions import Versions
 from selection.statistics import spearman
 
 
-def drift(encoder: str) -> Check:
-    """Make the drift check of `negatives/<encoder>`.
+def drift(asset: Declared) -> Check:
+    """Check the stored negatives against a fresh draw.
 
-    The probe is the first rows of the fresh first draw: the rows of today's pool with the smallest keyed hash, a
-    uniform sample that stays the same but for rows that have come and gone.
+    The probe is the first rows of the fresh first draw: the rows of the current pool with the smallest keyed hash. It
+    is a uniform sample, and changes only by rows that arrived or left.
     """
-    key = f"negatives/{encoder}"
+    encoder = asset.names["encoder"]
 
-    def look(tables: Tables) -> Finding:
-        from assets.scores.negatives import negatives
-
-        project = tables.project
-        limits = project.settings.scores.drift
-        kept = tables.read(key)
-        fresh = negatives(project, encoder).compute().table
-        temperature = project.temperature(encoder)
-        before = probe_scores(kept, fresh, limits.probe, temperature)
-        after = probe_scores(fresh, fresh, limits.probe, temperature)
+    def run(tables: Tables) -> Finding:
+        context = tables.context
+        limits: DriftLimits = context.settings.scores.drift
+        settings, key = configured(context.settings)[encoder], f"embeddings/{encoder}"
+        kept = tables.read()
+        shards = embedded_shards(tables.snapshot, key)
+        fresh = draw(
+            context.lake, key, shards, draws=settings.draws, batch_size=settings.batch_size, seed=settings.seed
+        ).table
+        tau = temperature(context, encoder)
+        before = probe_scores(kept, fresh, limits.probe, tau)
+        after = probe_scores(fresh, fresh, limits.probe, tau)
         figures: dict[str, Any] = {
             "probe_rows": len(before),
             "rank_correlation": rank_correlation(before, after),
@@ -42,7 +48,7 @@ def drift(encoder: str) -> Check:
             "draws_replaced": 1 - _share_kept(kept, fresh),
         }
         worst = 0.0
-        for name, threshold, ranked in _thresholds(project, encoder):
+        for name, threshold, ranked in _thresholds(context, encoder):
             changed = sides_changed(before, after, threshold, ranked=ranked)
             figures[f"changed_sides/{name}"] = changed
             worst = max(worst, changed / len(before))
@@ -51,16 +57,16 @@ def drift(encoder: str) -> Check:
             reasons.append(f"the rank correlation is under {limits.rank_correlation}")
         if worst > limits.changed:
             reasons.append(f"{worst:.1%} of the probe rows change sides at a threshold, more than {limits.changed:.1%}")
-        remedy = ". Remedy: draw again (job redraw_negatives); every negCLIPLoss is computed anew then"
+        remedy = ". Remedy: draw again (job redraw_negatives); every negCLIPLoss is then computed again"
         return Finding(not reasons, figures, " and ".join(reasons) + remedy if reasons else "")
 
     return Check(
         "drift",
-        "Launch it by itself: scores a probe against the negatives that are in use and against a fresh draw from "
-        "today's pool, and says what drawing again would change.",
-        look,
+        "Launch it by itself: it scores a probe against the stored negatives and against a fresh draw from the "
+        "current pool, and reports how far the scores differ.",
+        run,
         blocking=False,
-        when_asked=True,
+        on_demand=True,
     )
 
 
@@ -69,7 +75,7 @@ def probe_scores(negatives: pa.Table, fresh: pa.Table, probe: int, temperature: 
 
     Args:
         negatives: a table of `negatives/<encoder>`.
-        fresh: a fresh one, which the probe is taken from.
+        fresh: a fresh one, from which the probe is taken.
         probe: its number of rows, at most; a draw may be smaller.
         temperature: τ.
 
@@ -79,7 +85,6 @@ def probe_scores(negatives: pa.Table, fresh: pa.Table, probe: int, temperature: 
     import torch
 
     import selection
-    from assets.scores.negatives import read_draws, with_content
     from selection.scores.negatives import membership
 
     probe_uids, probe_image, probe_text = (part[0, :probe] for part in read_draws(fresh))
@@ -123,11 +128,11 @@ def sides_changed(before: np.ndarray, after: np.ndarray, threshold: float, *, ra
     return int((kept != again).sum())
 
 
-def _thresholds(project: Project, encoder: str) -> list[tuple[str, float, bool]]:
-    """Give the thresholds of current subsets at this encoder's negCLIPLoss: name, value, whether it is a rank's."""
+def _thresholds(context: Context, encoder: str) -> list[tuple[str, float, bool]]:
+    """List the thresholds of current subsets at this encoder's negCLIPLoss: name, value, whether it follows a rank."""
     found = []
-    for recipe in project.settings.recipes:
-        version = Versions(project.lake, recipe).current()
+    for recipe in context.settings.recipes:
+        version = Versions(context.lake, recipe).current()
         for step in version.lineage["steps"] if version is not None else ():
             if step["score"] == f"neg_clip_loss/{encoder}":
                 found.append((f"{recipe}/step{step['step']}", step["threshold"], step["wanted"] is not None))
@@ -135,7 +140,7 @@ def _thresholds(project: Project, encoder: str) -> list[tuple[str, float, bool]]
 
 
 def _share_kept(kept: pa.Table, fresh: pa.Table) -> float:
-    """Tell which share of the fresh draws is in the kept ones already."""
+    """Return the share of the fresh draws that the kept ones already hold."""
     import polars as pl
 
     columns = ["draw", "f0", "f1"]

@@ -1,238 +1,309 @@
 """Near duplicates by an encoder: `duplicate_search/<encoder>`, and `near_duplicates/<encoder>` from it.
 
-How alike a row is to a better one depends on every better row, so the search is one asset without partitions. What it
-found of each row is then told shard by shard, as a score like any other; as with NormSim_2-D
+The similarity of a row to a higher-scoring one depends on every higher-scoring row, so the search is one unpartitioned
+asset. A score like any other then holds each row's result, shard by shard, as for NormSim_2-D
 (`docs/decisions/0007-dynamic-norm-sim.md`).
 
 A search works on files beside its result: arrays over all rows, and `state.json`, which is replaced after every block.
-A run that is killed goes on behind the last block that stands there. Each provenance has a folder of its own,
-`<lake>/duplicate_search/<encoder>/<16 digits>/`, so a score reads the search that its provenance names, whatever is
-searched meanwhile.
+An interrupted search resumes after the last complete block. Each provenance has a folder of its own,
+`<lake>/duplicate_search/<encoder>/<16 digits>/`, so a score reads the search that its provenance names, also while
+another one runs.
 """
 
 import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, each, input_fingerprint, once, sharded_asset
-from assets.base.score_tables import CHUNK_ROWS, IDENTITY, device, figures
+from assets.base.asset import Declared, Dep, FileAsset, Step
+from assets.base.columns import Column
+from assets.base.context import Context, Snapshot
+from assets.base.freshness import newest_version, shard_inputs
+from assets.base.partitioned import partitioned
+from assets.base.results import NotReady, Result
+from assets.base.score_kind import (
+    ScoreKind,
+    Scores,
+    recorded_entries,
+    require_encoders,
+    require_no_cycle,
+    require_recipe,
+)
+from assets.base.score_tables import CHUNK_ROWS, device, score_stats
 from assets.base.selection_table import rows_of
-from assets.base.unpartitioned import WholeAsset, up_to_date, whole_asset
-from assets.project import Project
-from assets.subsets.subset import SubsetAsset, newest, shard_inputs
+from assets.base.settings import Name, OfSubset, ProjectSettings
+from assets.base.shard import Shard
+from assets.base.standard_checks import NORM_TOLERANCE, rows_aligned, within_bounds
+from assets.base.unpartitioned import unpartitioned
 from core.hashing import digest
 from core.uids import format_uids
 from resources.lake.files import LakeError, Provenance, column_to_vectors
 from resources.lake.scratch import reserve
-from resources.lake.versions import Versions
+from resources.lake.versions import Version
 
-CODE_VERSION = "2"
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order
 LIMITS = tuple(percent / 100 for percent in range(100))
+SUMMARY_LIMITS = (0.9, 0.95, 0.99)
 SEARCH = pa.schema(
     [pa.field("limit", pa.float64(), nullable=False), pa.field("above", pa.int64(), nullable=False)],
 )
-SCHEMA = pa.schema(
-    [
-        *IDENTITY,
-        pa.field("near_duplicate", pa.float32(), nullable=True),
-        pa.field("near_duplicate_of", pa.string(), nullable=True),
+
+
+class NearDuplicateSettings(OfSubset):
+    """How one encoder's near duplicates are found (`docs/methods/near_duplicates.md`).
+
+    Attributes:
+        best: the score, named as in recipes, by which the better of two rows is the one with the larger value.
+    """
+
+    best: str
+
+
+def configured(settings: ProjectSettings) -> Mapping[str, NearDuplicateSettings]:
+    """Return the settings by encoder."""
+    found: Mapping[str, NearDuplicateSettings] = settings.scores.near_duplicates
+    return found
+
+
+def _settings(asset: Declared) -> NearDuplicateSettings:
+    return configured(asset.settings)[asset.names["encoder"]]
+
+
+def _best_asset(asset: Declared) -> str:
+    """Return the key of the asset that holds the score that orders rows."""
+    return Scores(asset.settings).by_name[_settings(asset).best].asset
+
+
+def _deps(asset: Declared) -> Sequence[Dep]:
+    of = _settings(asset).of
+    deps = [Dep("embeddings/{encoder}", recorded=False), Dep(_best_asset(asset), recorded=False)]
+    return [*deps, *([Dep(of)] if of is not None else [])]
+
+
+def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
+    settings = _settings(asset)
+    return {"of": settings.of, "best": settings.best}
+
+
+def _complete_shards(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    """Return the embeddings' fingerprints of shards that also have the ordering score, and one of all those scores."""
+    source, best = f"embeddings/{asset.declared.names['encoder']}", _best_asset(asset.declared)
+    found = {}
+    for name in sorted(snapshot.listing):
+        with contextlib.suppress(NotReady):
+            found[name] = shard_inputs(snapshot, name, [source, best], asset.assets)
+    if not found:
+        raise NotReady(f"no shard has both {source} and {best}, up to date. Remedy: materialize them first")
+    inputs = {name: read[source] for name, read in found.items()}
+    inputs[best] = digest({name: read[best] for name, read in found.items()})
+    return inputs
+
+
+def _search_description(asset: Declared) -> str:
+    settings = _settings(asset)
+    return (
+        f"Finds, for every image of {settings.of or 'the pool'}, the most similar one with a higher `{settings.best}`, "
+        f"by encoder `{asset.names['encoder']}`. The table counts near duplicates at each similarity threshold. "
+        "Interrupted searches resume after the last complete block."
+    )
+
+
+@unpartitioned(
+    key="duplicate_search/{encoder}",
+    deps=_deps,
+    columns=SEARCH,
+    checks=[],
+    code_version="2",
+    group_name="near_duplicates",
+    kinds={"pytorch", "parquet"},
+    pool="gpu",
+    description=_search_description,
+    parameters=_parameters,
+    inputs=_complete_shards,
+)
+def duplicate_search(step: Step) -> Result:
+    """Search the most similar higher-scoring image of every image."""
+    from selection.scores.near_duplicates import nearest_before
+
+    wanted = step.wanted[None]
+    work = _Work(step, wanted.digest())
+    if not work.exists():
+        stored = step.stored(step.asset.key)
+        work.remove_others(stored.fingerprint if stored is not None else "")
+        of = _settings(step.asset.declared).of
+        work.begin(wanted, None if of is None else newest_version(step.snapshot, step.asset.assets[of]))
+    if not work.is_complete():
+        for at, value, better in nearest_before(work.vectors(), device=device(), done=work.state["done"]):
+            work.add(at, value, better)
+            step.progress(len(value))
+    rising = np.sort(work.value)
+    above = len(rising) - np.searchsorted(rising, np.array(LIMITS), side="right")
+    work.remove_vectors()
+    counts = {f"above/{limit}": int(above[LIMITS.index(limit)]) for limit in SUMMARY_LIMITS}
+    return Result(
+        pa.table([pa.array(LIMITS), pa.array(above)], schema=SEARCH), {"rows_compared": len(rising), **counts}
+    )
+
+
+def _search_knows_the_shard(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    key = f"duplicate_search/{asset.declared.names['encoder']}"
+    stored = snapshot.context.lake.stored(key)
+    if stored is None or shard not in stored.provenance.inputs:
+        raise NotReady(f"{key} was computed without shard {shard}. Remedy: materialize its inputs first")
+    return {}
+
+
+@partitioned(
+    key="near_duplicates/{encoder}",
+    deps=["embeddings/{encoder}", "duplicate_search/{encoder}"],
+    columns=[
+        Column(
+            name="near_duplicate",
+            type=pa.float32(),
+            description="Largest cosine of the image and one with a higher score; -1 for the highest.",
+            direction=None,
+            bounds=(-((1 + NORM_TOLERANCE) ** 2), (1 + NORM_TOLERANCE) ** 2),
+            nullable=True,
+        ),
+        Column(
+            name="near_duplicate_of",
+            type=pa.string(),
+            description="The uid of that row.",
+            direction=None,
+            bounds=None,
+            nullable=True,
+            explains="in_favour_of",
+        ),
+    ],
+    checks=[rows_aligned, within_bounds],
+    code_version="2",
+    group_name="near_duplicates",
+    kinds={"parquet"},
+    description=lambda asset: (
+        f"Near duplicates by encoder `{asset.names['encoder']}`: the largest cosine of a row's image and that of a row "
+        f"with a higher `{_settings(asset).best}` (-1 for the highest), and the uid of that row. NULL for rows outside "
+        "of `of`. Smaller is better."
+    ),
+    inputs=_search_knows_the_shard,
+)
+def near_duplicates(shard: Shard) -> Result:
+    """Read the search's result for one shard."""
+    step = shard.step
+    work = _Work(step, step.wanted[shard.name].inputs[f"duplicate_search/{step.names['encoder']}"])
+    if not work.exists() or not work.is_complete():
+        key = f"duplicate_search/{step.names['encoder']}"
+        raise LakeError(
+            f"{work.folder}: these are not the rows of the stored {key}. "
+            f"Remedy: remove {shard.lake.path(key)}, and materialize it again"
+        )
+    rows = shard.read(step.asset.row_source, ["f0", "f1"])
+    value, better = work.rows(shard.name)
+    columns = [rows["f0"], rows["f1"], pa.array(value, from_pandas=True), pa.array(better, pa.string())]
+    table = pa.table([pa.array([shard.name] * len(value), pa.string()), *columns], schema=step.asset.declared.schema)
+    step.progress(len(value), shard.name)
+    compared = value[~np.isnan(value)]
+    return Result(table, {"rows_compared": len(compared), **score_stats("near_duplicate", compared)})
+
+
+def _validate_recipes(settings: ProjectSettings) -> None:
+    scores = Scores(settings)
+    ordering = [
+        name
+        for name, score in scores.by_name.items()
+        if score.column.sql_type != "VARCHAR" and score.kind is not NEAR_DUPLICATES
     ]
+    for encoder, chosen in configured(settings).items():
+        if chosen.best not in ordering:
+            raise ValueError(
+                f"scores.near_duplicates.{encoder}.best: there is no such score to order rows by. "
+                f"Remedy: one of {ordering}"
+            )
+    for encoder, chosen in configured(settings).items():
+        field, asset = f"scores.near_duplicates.{encoder}", f"near_duplicates/{encoder}"
+        require_recipe(settings, f"{field}.of", chosen.recipe)
+        require_no_cycle(settings, f"{field}.of", asset, chosen.recipe)
+        for upstream in scores.with_upstream({scores.by_name[chosen.best].asset}):
+            require_no_cycle(settings, f"{field}.best", asset, scores.starts_from(upstream))
+
+
+def _made_from(asset: Declared) -> Collection[str]:
+    return (_best_asset(asset),)
+
+
+NEAR_DUPLICATES = ScoreKind(
+    name="near_duplicates",
+    asset=near_duplicates,
+    settings=dict[Name, NearDuplicateSettings],
+    default={},
+    configured=configured,
+    instances=lambda settings: [{"encoder": encoder} for encoder in configured(settings)],
+    upstream=lambda settings: (duplicate_search.declare(settings, encoder=e) for e in configured(settings)),
+    validate=lambda settings: require_encoders(settings, "scores.near_duplicates", configured(settings)),
+    validate_recipes=_validate_recipes,
+    starts_from=lambda asset: _settings(asset).recipe,
+    made_from=_made_from,
+    recorded=lambda settings, wanted: recorded_entries(
+        "near_duplicates", configured(settings), wanted, lambda encoder: [f"near_duplicates/{encoder}"]
+    ),
 )
 
 
-def duplicate_search(
-    project: Project, encoder: str, of: SubsetAsset | None, best: ShardAsset, sharded: Mapping[str, ShardAsset]
-) -> WholeAsset:
-    """Make the asset `duplicate_search/<encoder>`.
-
-    Args:
-        project: the project.
-        encoder: the encoder's name.
-        of: the subset whose rows are compared, None for the pool.
-        best: the asset of the score that says which of two rows is the better.
-        sharded: the project's assets of shards, by key.
-    """
-    key = f"duplicate_search/{encoder}"
-    source = f"embeddings/{encoder}"
-    settings = project.settings.near_duplicates[encoder]
-
-    def provenance(redraw: bool) -> Provenance:
-        del redraw  # the same rows are as alike as before
-        return once(project, f"{key} wanted", look)
-
-    def look() -> Provenance:
-        found = {}
-        begin = {}
-        with project.at_rest():
-            for shard in sorted(project.listing()):
-                with contextlib.suppress(NotReady):
-                    found[shard] = shard_inputs(project, shard, [source, best.key], sharded)
-            if of is not None:
-                begin[of.key] = newest(project, of).lineage["fingerprint"]
-        if not found:
-            raise NotReady(f"no shard has both {source} and {best.key}, up to date. Remedy: materialize them first")
-        inputs = {shard: read[source] for shard, read in found.items()}
-        inputs[best.key] = digest({shard: read[best.key] for shard, read in found.items()})
-        return Provenance(key, None, CODE_VERSION, {"of": settings.of, "best": settings.best}, inputs | begin)
-
-    def compute() -> Result:
-        from selection.scores.near_duplicates import nearest_before
-
-        wanted = provenance(False)
-        work = _Work(project, encoder, wanted.digest())
-        if not work.is_there():
-            stored = project.lake.stored(key)
-            work.remove_others(stored.fingerprint if stored is not None else "")
-            work.begin(wanted, of)
-        if not work.is_done():
-            for at, value, better in nearest_before(work.vectors(), device=device(), done=work.state["done"]):
-                work.add(at, value, better)
-                project.on_progress(key, "", len(value))
-        rising = np.sort(work.value)
-        above = len(rising) - np.searchsorted(rising, np.array(LIMITS), side="right")
-        work.tidy()
-        return Result(
-            pa.table([pa.array(LIMITS), pa.array(above)], schema=SEARCH),
-            {"rows_compared": len(rising), **{f"above/{limit}": int(above[LIMITS.index(limit)]) for limit in _TOLD}},
-        )
-
-    return whole_asset(
-        project,
-        key=key,
-        deps=(source, best.key, *([of.key] if of is not None else [])),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="near_duplicates",
-        kinds={"pytorch", "parquet"},
-        description=f"Compares each image of {of.key if of is not None else 'the pool'}, by encoder `{encoder}`, with "
-        f"all that have a better `{settings.best}`. Its rows say how many images are more alike to a better one than "
-        "each limit. A run that is killed goes on behind its last whole block.",
-        columns=SEARCH,
-        pool="gpu",
-    )
-
-
-_TOLD = (0.9, 0.95, 0.99)
-
-
-def near_duplicates(project: Project, encoder: str, search: WholeAsset) -> ShardAsset:
-    """Make the asset `near_duplicates/<encoder>`; `search` is the encoder's `duplicate_search`."""
-    key = f"near_duplicates/{encoder}"
-    source = f"embeddings/{encoder}"
-    named: dict[str, str] = {}  # the search that a shard's provenance names, which is the one to read
-
-    def provenance(shard: str) -> Provenance:
-        found = up_to_date(project, search)
-        stored = project.lake.stored(search.key)
-        if stored is None or shard not in stored.provenance.inputs:
-            raise NotReady(f"{search.key} was made without shard {shard}. Remedy: materialize what it reads first")
-        inputs = {source: input_fingerprint(project, source, shard), search.key: found}
-        named[shard] = found
-        return Provenance(key, shard, CODE_VERSION, {}, inputs)
-
-    def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        searches = {found: _Work(project, encoder, found) for found in {named[shard] for shard in shards}}
-
-        def score(shard: str) -> Result:
-            work = searches[named[shard]]
-            if not work.is_there() or not work.is_done():
-                raise LakeError(
-                    f"{work.folder}: not the rows that {search.key} tells of. "
-                    f"Remedy: remove {project.lake.path(search.key)}, and materialize it again"
-                )
-            pool = project.lake.read(source, shard, ["f0", "f1"])
-            value, better = work.rows(shard)
-            table = pa.table(
-                [
-                    pa.array([shard] * len(value), pa.string()),
-                    pool["f0"],
-                    pool["f1"],
-                    pa.array(value, from_pandas=True),
-                    pa.array(better, pa.string()),
-                ],
-                schema=SCHEMA,
-            )
-            project.on_progress(key, shard, len(value))
-            compared = value[~np.isnan(value)]
-            return Result(table, {"rows_compared": len(compared), **figures("near_duplicate", compared)})
-
-        yield from each(score)(shards)
-
-    return sharded_asset(
-        project,
-        key=key,
-        deps=(source, search.key),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="near_duplicates",
-        kinds={"parquet"},
-        description=f"Near duplicates by encoder `{encoder}`: the largest cosine of a row's image and that of a row "
-        f"with a better `{project.settings.near_duplicates[encoder].best}` (-1 for the best), and the uid of that row. "
-        "NULL for rows that `of` leaves out. Smaller is better.",
-        columns=SCHEMA,
-    )
-
-
 class _Work:
-    """The files that a search works on. A row's place is that in the pool, its rank that in the order, 0 the best.
+    """The files that a search works on. A row's place is its position in the pool, its rank that in the order, 0 the best.
 
     The file `rank` has −1 for a row that is not compared, and −2 − r for one whose uid is that of the row of rank r.
 
     Args:
-        project: the project.
-        encoder: name of the encoder.
+        step: of the search, or of the score.
         search: digest of the search's provenance.
 
     Attributes:
-        folder: where they lie.
-        state: what `state.json` says: for each shard the place of its first row and the number of its rows; how many
-            places there are, and how many rows are compared; the embeddings' width and of how many rows they are
-            gathered; how many rows are done.
+        folder: their folder.
+        state: the content of `state.json`: for each shard the place of its first row and the number of its rows; the
+            number of places and of compared rows; the embeddings' width, and the numbers of rows gathered and done.
     """
 
-    def __init__(self, project: Project, encoder: str, search: str) -> None:
-        self.project = project
+    def __init__(self, step: Step, search: str) -> None:
+        encoder = step.names["encoder"]
+        self.lake = step.context.lake
         self.source = f"embeddings/{encoder}"
-        self.settings = project.settings.near_duplicates[encoder]
-        self.folder = project.lake.local_root() / "duplicate_search" / encoder / search[:16]
+        self.settings = configured(step.context.settings)[encoder]
+        self.best = Scores(step.context.settings).places([self.settings.best])[self.settings.best]
+        self.folder = self.lake.local_root() / "duplicate_search" / encoder / search[:16]
         self._path = self.folder / "state.json"
         self.state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
-    def is_there(self) -> bool:
-        """Tell whether the search has begun, and none of its files is gone."""
+    def exists(self) -> bool:
+        """Check whether the search has started, and all of its files exist."""
         if not self.state:
             return False
-        names = set(self._shapes()) - ({"vectors"} if self.is_done() else set())
+        names = set(self._shapes()) - ({"vectors"} if self.is_complete() else set())
         return all((self.folder / name).exists() for name in names)
 
-    def is_done(self) -> bool:
-        """Tell whether all rows are compared."""
+    def is_complete(self) -> bool:
+        """Check whether all rows are compared."""
         return bool(self.state["done"] == self.state["rows"])
 
     def remove_others(self, stored: str) -> None:
-        """Remove what other searches left, but for the one whose result is stored: scores may be reading that."""
+        """Remove other searches' files, except those of the stored result, which scores may be reading."""
         for folder in self.folder.parent.glob("*/"):
             if folder.name not in (self.folder.name, stored[:16]):
                 shutil.rmtree(folder)
 
-    def begin(self, provenance: Provenance, of: SubsetAsset | None) -> None:
-        """Make the files anew: which rows are compared, and in which order.
+    def begin(self, provenance: Provenance, subset: Version | None) -> None:
+        """Create the files: which rows are compared, and in which order.
 
         Raises:
             ValueError: a row has no score to order it by, or there is no row.
             LakeError: there is no room for the files.
         """
         self._path.unlink(missing_ok=True)
-        lake = self.project.lake
+        lake = self.lake
         shards: dict[str, list[int]] = {}
         places = 0
         for shard in provenance.inputs:
@@ -241,9 +312,8 @@ class _Work:
                 assert stored is not None
                 shards[shard] = [places, stored.rows]
                 places += stored.rows
-        current = Versions(lake, of.recipe).current() if of is not None else None
-        manifest = current.manifest if current is not None else None
-        scores = {"best": self.project.settings.score_columns[self.settings.best]}
+        manifest = subset.manifest if subset is not None else None
+        scores = {"best": self.best}
         with rows_of(lake, shards, manifest, scores, ["file_row_number"]) as (con, found):
             self._check_scores(con)
             starts = pa.table({"shard": list(shards), "start": [start for start, _ in shards.values()]})
@@ -283,7 +353,7 @@ class _Work:
         self._write()
 
     def vectors(self) -> np.memmap:
-        """Give the embeddings in order, float16 `[n, d]`; each window of them is gathered once.
+        """Return the embeddings in order, float16 `[n, d]`; each window of them is gathered once.
 
         Raises:
             LakeError: one is not finite.
@@ -300,7 +370,7 @@ class _Work:
         """Gather the embeddings of ranks from `start` to before `stop`, going through the shards once."""
         found = self._map("vectors", "r+")
         for shard in self.state["shards"]:
-            image = column_to_vectors(self.project.lake.read(self.source, shard, ["image"])["image"])
+            image = column_to_vectors(self.lake.read(self.source, shard, ["image"])["image"])
             rank = self._ranks(shard)
             inside = np.flatnonzero((rank >= start) & (rank < stop))
             for at in range(0, len(inside), CHUNK_ROWS):
@@ -310,14 +380,14 @@ class _Work:
                 for row in wrong[:1]:
                     (uid,) = self._uids(rank[some[row : row + 1]])
                     raise LakeError(
-                        f"{self.project.lake.path(self.source, shard)}: the image embedding of uid {uid} holds NaN or "
+                        f"{self.lake.path(self.source, shard)}: the image embedding of uid {uid} holds NaN or "
                         f"infinity. Remedy: mend what it is made from, and materialize {self.source} of shard {shard}"
                     )
                 found[rank[some]] = vectors
         found.flush()
 
     def add(self, at: slice, value: np.ndarray, better: np.ndarray) -> None:
-        """Keep what was found of some rows."""
+        """Record the result of some rows."""
         for name, found in (("value", value), ("better", better)):
             kept = self._map(name, "r+")
             kept[at] = found
@@ -325,19 +395,19 @@ class _Work:
         self.state["done"] = at.stop
         self._write()
 
-    def tidy(self) -> None:
-        """Remove what only the search itself needs."""
+    def remove_vectors(self) -> None:
+        """Remove the gathered embeddings, which only the search itself needs."""
         (self.folder / "vectors").unlink(missing_ok=True)
 
     @property
     def value(self) -> np.ndarray:
-        """What was found of the rows, float32 `[n]`, in order."""
+        """The largest similarity of each row, float32 `[n]`, in order."""
         return self._map("value", "r")
 
     def rows(self, shard: str) -> tuple[np.ndarray, list[str | None]]:
-        """Give a shard's values, float32 `[n]`, NaN for a row that was not compared, and uids of the better rows.
+        """Return a shard's values, float32 `[n]`, NaN for a row that was not compared, and uids of the better rows.
 
-        All rows with one uid are given the same: a recipe that sees fewer shards may choose from another one of them.
+        All rows with one uid get the same values: a recipe over fewer shards may select another one of them.
         """
         rank = self._ranks(shard)
         rank = np.where(rank < -1, -2 - rank, rank)
@@ -352,8 +422,8 @@ class _Work:
         return value, uids
 
     def _uids(self, ranks: np.ndarray) -> list[str]:
-        words = np.asarray(self._map("uid", "r")[ranks])
-        return format_uids(words[:, 0], words[:, 1])
+        halves = np.asarray(self._map("uid", "r")[ranks])
+        return format_uids(halves[:, 0], halves[:, 1])
 
     def _ranks(self, shard: str) -> np.ndarray:
         start, rows = self.state["shards"][shard]
@@ -368,7 +438,7 @@ class _Work:
             (uid,) = format_uids(np.array([f0], np.uint64), np.array([f1], np.uint64))
             raise ValueError(
                 f"{self.settings.best} is {'NULL' if best is None else best} for uid {uid} ({count} such rows in all), "
-                "so it can't be told whether it is better than others. Remedy: another score for `best`, or `of` a "
+                "so it has no place in the order. Remedy: another score for `best`, or `of` a "
                 "subset whose rows all have one"
             )
 
@@ -386,5 +456,5 @@ class _Work:
         }
 
     def _write(self) -> None:
-        with self.project.lake.replacing(str(self._path)) as temporary:
+        with self.lake.replacing(str(self._path)) as temporary:
             temporary.write_text(json.dumps(self.state), encoding="utf-8")

@@ -1,62 +1,141 @@
-"""`norm_sim/<encoder>/<target>`: how near each image is to a target set (arXiv 2405.19547, section 3.2)."""
+"""`norm_sim/<encoder>/<target>`: how similar each image is to a target set (arXiv 2405.19547, section 3.2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from assets.base.partitioned import Outcome, Result, ShardAsset, each, input_fingerprint, sharded_asset
-from assets.base.score_tables import embedding_chunks, figures, score_schema, score_table, to_tensor
-from assets.base.unpartitioned import WholeAsset, up_to_date
-from assets.project import Project
-from resources.lake.files import Provenance, column_to_vectors
+import selection
+from assets.base.asset import Step
+from assets.base.checks import Tables
+from assets.base.columns import Bounds, Column
+from assets.base.partitioned import partitioned
+from assets.base.results import Result
+from assets.base.score_kind import ScoreKind, recorded_targets, require_encoders, require_targets
+from assets.base.score_tables import to_tensor
+from assets.base.settings import Name, ProjectSettings
+from assets.base.shard import Shard
+from assets.base.standard_checks import COSINE_TOLERANCE, rows_aligned, within_bounds
+from assets.pool.target_embeddings import target_embeddings
+from resources.lake.files import column_to_vectors
 
-CODE_VERSION = "1"
+if TYPE_CHECKING:
+    import torch
+
+TARGETS = "target_embeddings/{encoder}/{target}"
 
 
-def norm_sim(project: Project, encoder: str, target: str, targets: WholeAsset) -> ShardAsset:
-    """Make the asset `norm_sim/<encoder>/<target>`; `targets` is the target set's embeddings by that encoder."""
-    key = f"norm_sim/{encoder}/{target}"
-    source = f"embeddings/{encoder}"
+@dataclass(frozen=True)
+class Targets:
+    """A target set on the device: its embeddings `[m, d]`, and their second moment `[d, d]` in float64."""
 
-    def provenance(shard: str) -> Provenance:
-        inputs = {
-            source: input_fingerprint(project, source, shard),
-            targets.key: up_to_date(project, targets),
-        }
-        return Provenance(key, shard, CODE_VERSION, {}, inputs)
+    vectors: "torch.Tensor"
+    moment: "torch.Tensor"
 
-    def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        import selection
 
-        vectors = to_tensor(column_to_vectors(project.lake.read(targets.key)["image"]))
-        moment = selection.second_moment(vectors)
+def _targets(step: Step) -> Targets:
+    vectors = to_tensor(column_to_vectors(step.read(TARGETS)["image"]))
+    return Targets(vectors, selection.second_moment(vectors))
 
-        def score(shard: str) -> Result:
-            embeddings = project.lake.read(source, shard)
-            euclidean = np.empty(embeddings.num_rows, np.float32)
-            nearest = np.empty(embeddings.num_rows, np.float32)
-            index = np.empty(embeddings.num_rows, np.int64)
-            for rows, (image,) in embedding_chunks(project, key, embeddings, "image"):
-                euclidean[rows] = selection.norm_sim_from_moment(image, moment).cpu().numpy()
-                value, where = selection.nearest_target(image, vectors)
-                nearest[rows], index[rows] = value.cpu().numpy(), where.cpu().numpy()
-            table = score_table(shard, embeddings, norm_sim_2=euclidean, norm_sim_inf=nearest, nearest_target=index)
-            return Result(table, figures("norm_sim_2", euclidean) | figures("norm_sim_inf", nearest))
 
-        yield from each(score)(shards)
+def _number_of_targets(tables: Tables) -> int:
+    stored = tables.context.lake.stored(f"target_embeddings/{tables.asset.partition('/')[2]}")
+    return stored.rows if stored is not None else 0
 
-    return sharded_asset(
-        project,
-        key=key,
-        deps=(source, targets.key),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="norm_sim",
-        kinds={"pytorch", "parquet"},
-        description=f"NormSim of each image to target set `{target}` by encoder `{encoder}`: p = 2 (root of the "
-        "sum of squared cosines), p = ∞ (largest absolute cosine), and which target is the nearest.",
-        columns=score_schema(norm_sim_2=pa.float32(), norm_sim_inf=pa.float32(), nearest_target=pa.int64()),
-        pool="gpu",
-    )
+
+def _norm_bounds(tables: Tables) -> Bounds:
+    return 0, _number_of_targets(tables) ** 0.5 * (1 + COSINE_TOLERANCE)
+
+
+def _index_bounds(tables: Tables) -> Bounds:
+    return 0, _number_of_targets(tables) - 1
+
+
+@partitioned(
+    key="norm_sim/{encoder}/{target}",
+    deps=["embeddings/{encoder}", TARGETS],
+    columns=[
+        Column(
+            name="norm_sim_2",
+            type=pa.float32(),
+            description="NormSim_2: root of the sum of squared cosines of the image and all targets; ≤ √targets.",
+            direction="larger",
+            bounds=_norm_bounds,
+        ),
+        Column(
+            name="norm_sim_inf",
+            type=pa.float32(),
+            description="NormSim_∞: largest absolute cosine of the image and a target.",
+            direction="larger",
+            bounds=(0, 1 + COSINE_TOLERANCE),
+        ),
+        Column(
+            name="nearest_target",
+            type=pa.int64(),
+            description="Index of that target in `target_embeddings`.",
+            direction=None,
+            bounds=_index_bounds,
+            explains="nearest_target",
+        ),
+    ],
+    checks=[rows_aligned, within_bounds],
+    code_version="1",
+    group_name="norm_sim",
+    kinds={"pytorch", "parquet"},
+    pool="gpu",
+    description="NormSim of each image to target set `{target}` by encoder `{encoder}`: p = 2 (root of the sum of "
+    "squared cosines), p = ∞ (largest absolute cosine), and the index of the nearest target.",
+    prepare=_targets,
+)
+def norm_sim(shard: Shard, targets: Targets) -> Result:
+    """Compute NormSim of one shard."""
+
+    def score(image: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+        return selection.norm_sim_from_moment(image, targets.moment), *selection.nearest_target(image, targets.vectors)
+
+    euclidean, largest, nearest = shard.map(score, "image")
+    return shard.scores(norm_sim_2=euclidean, norm_sim_inf=largest, nearest_target=nearest.astype(np.int64))
+
+
+def configured(settings: ProjectSettings) -> Mapping[str, tuple[str, ...]]:
+    """Return the target sets that NormSim compares to, by encoder: by default all with all."""
+    found: Mapping[str, tuple[str, ...]] | None = settings.scores.norm_sim
+    if found is None:
+        return {encoder: tuple(settings.targets) for encoder in settings.encoders if settings.targets}
+    return found
+
+
+def _instances(settings: ProjectSettings) -> Iterable[dict[str, str]]:
+    for encoder, targets in configured(settings).items():
+        for target in targets:
+            yield {"encoder": encoder, "target": target}
+
+
+def _validate(settings: ProjectSettings) -> None:
+    require_encoders(settings, "scores.norm_sim", settings.scores.norm_sim or ())
+    for encoder, targets in configured(settings).items():
+        require_targets(settings, f"scores.norm_sim.{encoder}", encoder, targets)
+
+
+def _recorded(settings: ProjectSettings, wanted: Collection[str]) -> dict[str, Any]:
+    kept = {
+        encoder: found
+        for encoder, targets in configured(settings).items()
+        if (found := [target for target in targets if f"norm_sim/{encoder}/{target}" in wanted])
+    }
+    targets = [target for found in kept.values() for target in found]
+    return {"scores": {"norm_sim": kept}} | recorded_targets(settings, targets)
+
+
+NORM_SIM = ScoreKind(
+    name="norm_sim",
+    asset=norm_sim,
+    settings=dict[Name, tuple[Name, ...]] | None,
+    configured=configured,
+    instances=_instances,
+    upstream=lambda settings: (target_embeddings.declare(settings, **names) for names in _instances(settings)),
+    validate=_validate,
+    recorded=_recorded,
+)

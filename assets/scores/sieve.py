@@ -1,89 +1,166 @@
-"""`sieve/<captioner>/<text_encoder>`: how near each caption is to what a captioner says of its image."""
+"""`sieve/<captioner>/<text_encoder>`: similarity of each caption to generated captions of its image (arXiv 2310.02110)."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from assets.base.partitioned import NotReady, Result, ShardAsset, each, input_fingerprint, sharded_asset
-from assets.base.score_tables import IDENTITY, figures
-from assets.project import Project
-from resources.lake.files import Provenance
+from assets.base.asset import Declared, Dep
+from assets.base.columns import Column
+from assets.base.context import Context
+from assets.base.partitioned import partitioned
+from assets.base.results import Result
+from assets.base.score_kind import ScoreKind, require_no_cycle, require_recipe
+from assets.base.score_tables import score_stats
+from assets.base.settings import Name, ProjectSettings, json_settings
+from assets.base.shard import Shard
+from assets.base.standard_checks import COSINE_BOUNDS, rows_aligned, within_bounds
+from assets.scores.captions import captions
+from resources.models.text_encoders import TextEncoder
 
-CODE_VERSION = "1"
 ROWS_AT_ONCE = 4096
-SCHEMA = pa.schema(
-    [
-        *IDENTITY,
-        pa.field("sieve", pa.float32(), nullable=True),
-        pa.field("sieve_caption", pa.string(), nullable=True),
-    ]
+
+
+def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
+    return {"text_encoder": context.models.text_encoder(asset.names["text_encoder"]).identity()}
+
+
+@partitioned(
+    key="sieve/{captioner}/{text_encoder}",
+    deps=["raw_pool", Dep("captions/{captioner}", fresh=True)],
+    columns=[
+        Column(
+            name="sieve",
+            type=pa.float32(),
+            description="Largest cosine of the caption and a generated one, both without words for the medium.",
+            direction="larger",
+            bounds=COSINE_BOUNDS,
+            nullable=True,
+        ),
+        Column(
+            name="sieve_caption",
+            type=pa.string(),
+            description="That generated caption.",
+            direction=None,
+            bounds=None,
+            nullable=True,
+            explains="best_caption",
+        ),
+    ],
+    checks=[rows_aligned, within_bounds],
+    code_version="1",
+    group_name="sieve",
+    kinds={"pytorch", "parquet"},
+    pool="gpu",
+    description="SIEVE by captioner `{captioner}` and text encoder `{text_encoder}`: the largest cosine of the caption "
+    "and a generated caption of its image, with words for the medium masked in both, and that generated caption. NULL "
+    "for images without generated captions. Larger is better.",
+    parameters=_parameters,
 )
-
-
-def sieve(project: Project, text_encoder: str, captions: ShardAsset) -> ShardAsset:
-    """Make the asset `sieve/<captioner>/<text_encoder>`; `captions` is the captioner's `captions/<captioner>`."""
-    captioner = captions.key.removeprefix("captions/")
-    key = f"sieve/{captioner}/{text_encoder}"
-
-    def provenance(shard: str) -> Provenance:
-        if not captions.is_fresh(project, shard):
-            raise NotReady(f"{captions.key} of shard {shard} is not there yet, or out of date. Remedy: materialize it")
-        inputs = {name: input_fingerprint(project, name, shard) for name in ("raw_pool", captions.key)}
-        parameters = {"text_encoder": project.text_encoder(text_encoder).identity()}
-        return Provenance(key, shard, CODE_VERSION, parameters, inputs)
-
-    def score(shard: str) -> Result:
-        pool = project.lake.read("raw_pool", shard, ["f0", "f1", "caption"])
-        said = project.lake.read(captions.key, shard, ["captions"])["captions"]
-        described = np.flatnonzero(said.is_valid())
-        values = np.full(pool.num_rows, np.nan, np.float32)
-        best: list[str | None] = [None] * pool.num_rows
-        for start in range(0, len(described), ROWS_AT_ONCE):
-            rows = described[start : start + ROWS_AT_ONCE]
-            spoken = said.take(pa.array(rows)).to_pylist()
-            values[rows], chosen = _scores(
-                project, text_encoder, pool["caption"].take(pa.array(rows)).to_pylist(), spoken
-            )
-            for row, captions_of_row, place in zip(rows.tolist(), spoken, chosen.tolist(), strict=True):
-                best[row] = captions_of_row[place]
-            project.on_progress(key, shard, len(rows))
-        table = pa.table(
-            [
-                pa.array([shard] * pool.num_rows, pa.string()),
-                pool["f0"],
-                pool["f1"],
-                pa.array(values, from_pandas=True),
-                pa.array(best, pa.string()),
-            ],
-            schema=SCHEMA,
-        )
-        return Result(table, {"described": len(described), **figures("sieve", values[described])})
-
-    return sharded_asset(
-        project,
-        key=key,
-        deps=("raw_pool", captions.key),
-        provenance=provenance,
-        compute=each(score),
-        code_version=CODE_VERSION,
-        group="sieve",
-        kinds={"pytorch", "parquet"},
-        description=f"SIEVE by captioner `{captioner}` and text encoder `{text_encoder}`: the largest cosine of the "
-        "caption and what was said of the image, with the medium masked in both, and what was said. NULL where nothing "
-        "was said. Larger is better.",
-        columns=SCHEMA,
-        pool="gpu",
+def sieve(shard: Shard) -> Result:
+    """Compute SIEVE of one shard."""
+    text_encoder = shard.step.context.models.text_encoder(shard.step.names["text_encoder"])
+    pool = shard.read("raw_pool", ["f0", "f1", "caption"])
+    generated = shard.read("captions/{captioner}", ["captions"])["captions"]
+    described = np.flatnonzero(generated.is_valid())
+    values = np.full(pool.num_rows, np.nan, np.float32)
+    best: list[str | None] = [None] * pool.num_rows
+    for start in range(0, len(described), ROWS_AT_ONCE):
+        rows = described[start : start + ROWS_AT_ONCE]
+        some = generated.take(pa.array(rows)).to_pylist()
+        values[rows], chosen = _scores(text_encoder, pool["caption"].take(pa.array(rows)).to_pylist(), some)
+        for row, of_row, place in zip(rows.tolist(), some, chosen.tolist(), strict=True):
+            best[row] = of_row[place]
+        shard.step.progress(len(rows), shard.name)
+    columns = [pool["f0"], pool["f1"], pa.array(values, from_pandas=True), pa.array(best, pa.string())]
+    table = pa.table(
+        [pa.array([shard.name] * pool.num_rows, pa.string()), *columns], schema=shard.step.asset.declared.schema
     )
+    return Result(table, {"described": len(described), **score_stats("sieve", values[described])})
 
 
 def _scores(
-    project: Project, text_encoder: str, alts: list[str], spoken: list[list[str]]
+    text_encoder: TextEncoder, captions: list[str], generated: list[list[str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give SIEVE of some rows and the place of each one's best caption; equal texts are embedded once."""
+    """Return SIEVE of n rows, float32 `[n]`, and the place of each one's best caption; equal texts are embedded once."""
     from selection.scores.sieve import mask, sieve
 
-    texts = [[mask(alt), *(mask(caption) for caption in said)] for alt, said in zip(alts, spoken, strict=True)]
+    texts = [[mask(caption), *map(mask, of_row)] for caption, of_row in zip(captions, generated, strict=True)]
     places = {text: place for place, text in enumerate(dict.fromkeys(text for row in texts for text in row))}
-    vectors = project.text_encoder(text_encoder).encode(list(places))
+    vectors = text_encoder.encode(list(places))
     found = np.array([[places[text] for text in row] for row in texts])
     empty = np.array([[not text for text in row] for row in texts])
     return sieve(vectors[found[:, 0]], vectors[found[:, 1:]], empty[:, 0], empty[:, 1:])
+
+
+def configured(settings: ProjectSettings) -> Mapping[str, tuple[str, ...]]:
+    """Return the text encoders that SIEVE compares by, for each captioner: by default all with all."""
+    found: Mapping[str, tuple[str, ...]] | None = settings.scores.sieve
+    return {name: tuple(settings.text_encoders) for name in settings.captioners} if found is None else found
+
+
+def _instances(settings: ProjectSettings) -> Iterable[dict[str, str]]:
+    for captioner, names in configured(settings).items():
+        for text_encoder in names:
+            yield {"captioner": captioner, "text_encoder": text_encoder}
+
+
+def _validate(settings: ProjectSettings) -> None:
+    if "facts" in settings.captioners:
+        raise ValueError("captioners.facts: this name is taken by captions/facts. Remedy: another name")
+    if settings.captioners and settings.pool.format != "webdataset":
+        raise ValueError("captioners: the pool has no images to describe. Remedy: a pool of format webdataset")
+    for captioner, names in (settings.scores.sieve or {}).items():
+        if captioner not in settings.captioners:
+            raise ValueError(
+                f"scores.sieve: there is no captioner {captioner!r}. Remedy: one of {sorted(settings.captioners)}"
+            )
+        for name in names:
+            if name not in settings.text_encoders:
+                raise ValueError(
+                    f"scores.sieve.{captioner}: there is no text encoder {name!r}. "
+                    f"Remedy: one of {sorted(settings.text_encoders)}"
+                )
+    for name, text_encoder in settings.text_encoders.items():
+        if text_encoder.encoder is not None and text_encoder.encoder not in settings.encoders:
+            raise ValueError(
+                f"text_encoders.{name}: there is no encoder {text_encoder.encoder!r}. "
+                f"Remedy: one of {sorted(settings.encoders)}"
+            )
+
+
+def _validate_recipes(settings: ProjectSettings) -> None:
+    for name, captioner in settings.captioners.items():
+        require_recipe(settings, f"captioners.{name}.of", captioner.recipe)
+    for names in _instances(settings):
+        field, recipe = f"captioners.{names['captioner']}.of", settings.captioners[names["captioner"]].recipe
+        require_no_cycle(settings, field, "sieve/{captioner}/{text_encoder}".format(**names), recipe)
+
+
+def _recorded(settings: ProjectSettings, wanted: Collection[str]) -> dict[str, Any]:
+    kept = {
+        captioner: found
+        for captioner, names in configured(settings).items()
+        if (found := [name for name in names if f"sieve/{captioner}/{name}" in wanted])
+    }
+    used = {name for names in kept.values() for name in names}
+    return {
+        "scores": {"sieve": kept},
+        "captioners": {captioner: json_settings(settings.captioners[captioner]) for captioner in kept},
+        "text_encoders": {name: json_settings(model) for name, model in settings.text_encoders.items() if name in used},
+    }
+
+
+SIEVE = ScoreKind(
+    name="sieve",
+    asset=sieve,
+    settings=dict[Name, tuple[Name, ...]] | None,
+    configured=configured,
+    instances=_instances,
+    upstream=lambda settings: (captions.declare(settings, captioner=name) for name in settings.captioners),
+    validate=_validate,
+    validate_recipes=_validate_recipes,
+    starts_from=lambda asset: asset.settings.captioners[asset.names["captioner"]].recipe,
+    recorded=_recorded,
+)

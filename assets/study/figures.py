@@ -17,9 +17,12 @@ import duckdb
 import numpy as np
 import polars as pl
 
+from assets.base.context import Context, Snapshot
+from assets.base.freshness import embedded_shards
+from assets.base.score_kind import Scores
 from assets.base.score_tables import to_tensor
-from assets.project import Project
-from assets.scores.negatives import negatives, read_draws, with_content
+from assets.scores.draws import draw, read_draws, with_content
+from assets.scores.neg_clip_loss_settings import configured
 from core.errors import UserError
 from core.uids import UID_DTYPE
 from resources.catalog.build import read_catalog
@@ -33,7 +36,6 @@ CLEAN = "clean"
 FAULTS = "all faults"
 BEST = 0.3  # share of the rows whose overlap is told of each setting
 SEED = 0
-_NO_METHOD = ("nearest_target", "neg_clip_loss_stderr", "norm_sim_2_last", "near_duplicate")
 _TEMPERATURES = (1 / 4, 1 / 2, 2, 4)
 _SMALLER_BATCHES = (64, 16, 4)
 
@@ -185,7 +187,7 @@ class Study:
         return rounded
 
 
-def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resamples: int = RESAMPLES) -> Study:
+def study(project: Context, truth: Path | None = None, *, rows: int = ROWS, resamples: int = RESAMPLES) -> Study:
     """Gather the figures of a project that was run.
 
     Args:
@@ -212,9 +214,8 @@ def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resa
         selections, overlaps = _overlaps(con, list(project.settings.recipes))
     names = frame.columns[frame.columns.index("key") + 1 :]
     names = [name for name in names if labels is None or name not in labels.columns]
-    # Facts of captions and clusters are columns to choose by, and nothing that ranks: text, numbers and truth values.
-    numbers = [name for name in names if frame[name].dtype.is_float()]
-    ranking = [name for name in numbers if name.split("/")[0] not in _NO_METHOD and frame[name].is_finite().any()]
+    scores = Scores(project.settings).by_name
+    ranking = [name for name in names if scores[name].column.direction is not None and frame[name].is_finite().any()]
     values = frame.select(ranking).cast(pl.Float64).to_numpy()
     groups = [] if labels is None else _groups(frame, labels, truth)
     return Study(
@@ -232,7 +233,7 @@ def study(project: Project, truth: Path | None = None, *, rows: int = ROWS, resa
         overlaps=overlaps,
         sensitivities=[
             found
-            for encoder in project.settings.neg_clip_loss
+            for encoder in configured(project.settings)
             if (found := _sensitivity(project, encoder, frame, groups, resamples)) is not None
         ],
         resamples=resamples,
@@ -270,7 +271,7 @@ def _choose(con: duckdb.DuckDBPyConnection, labels: pl.DataFrame | None, rows: i
     return frame if labels is None else frame.join(labels, on="uid", how="inner", maintain_order="left")
 
 
-def _unknown(project: Project, labels: pl.DataFrame) -> int:
+def _unknown(project: Context, labels: pl.DataFrame) -> int:
     with read_catalog(project.catalog_path()) as con:
         return len(labels.join(con.sql("SELECT uid FROM pool").pl(), on="uid", how="anti"))
 
@@ -363,7 +364,7 @@ def _overlaps(con: duckdb.DuckDBPyConnection, recipes: Sequence[str]) -> tuple[d
 
 
 def _sensitivity(
-    project: Project, encoder: str, frame: pl.DataFrame, groups: Sequence[_Group], resamples: int
+    project: Context, encoder: str, frame: pl.DataFrame, groups: Sequence[_Group], resamples: int
 ) -> Sensitivity | None:
     """Score the studied rows under other settings; None where the lake has not what that needs."""
     name = f"neg_clip_loss/{encoder}"
@@ -433,11 +434,11 @@ class _Scorer:
         draws: K as configured.
     """
 
-    def __init__(self, project: Project, encoder: str, frame: pl.DataFrame, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, project: Context, encoder: str, frame: pl.DataFrame, parameters: Mapping[str, Any]) -> None:
         self.project, self.encoder = project, encoder
         self.arithmetic = parameters["arithmetic"]
         self.places, self.uids, self.image, self.text = _embedded(project, encoder, frame)
-        settings = project.settings.neg_clip_loss[encoder]
+        settings = configured(project.settings)[encoder]
         self.seed = settings.seed
         self._drawn: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         if parameters["estimator"] == "reference_negatives":
@@ -480,18 +481,15 @@ class _Scorer:
         return np.asarray(found.cpu().numpy(), np.float64)
 
     def _draw(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw negatives from the pool as it is now, as the asset would with another seed."""
-        settings = self.project.settings
-        changed = settings.neg_clip_loss[self.encoder].model_copy(
-            update={"seed": self.seed + seed, "draws": self.draws, "batch_size": self.size}
-        )
-        scores = settings.scores.model_copy(update={"neg_clip_loss": {self.encoder: changed}})
-        other = Project(settings.model_copy(update={"scores": scores}), self.project.config)
-        return read_draws(negatives(other, self.encoder).compute().table)
+        """Draw negatives from the current pool, as the asset would with another seed."""
+        key = f"embeddings/{self.encoder}"
+        shards = embedded_shards(Snapshot(self.project), key)
+        drawn = draw(self.project.lake, key, shards, draws=self.draws, batch_size=self.size, seed=self.seed + seed)
+        return read_draws(drawn.table)
 
 
 def _embedded(
-    project: Project, encoder: str, frame: pl.DataFrame
+    project: Context, encoder: str, frame: pl.DataFrame
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Read the studied rows' embeddings, each shard once.
 

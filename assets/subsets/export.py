@@ -1,25 +1,24 @@
 """`export/<recipe>`: new webdataset shards that hold only the samples of a subset's current version.
 
-Off the default path, because it copies data: `clip-select run` leaves it alone, and somebody materializes it when
-a training run is due. Each source shard gives one tar, `<lake>/export/<recipe>/<version>/<shard>.tar`, and beside it
+It copies data, so `clip-select run` skips it: materialize it when a training run needs it. Each source shard gives one tar, `<lake>/export/<recipe>/<version>/<shard>.tar`, and beside it
 a parquet with key and uid, so that the folder is itself a pool. The asset's own file lists what was written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from assets.base.partitioned import NotReady, Outcome, Result, ShardAsset, each, sharded_asset
-from assets.project import Project
+from assets.base.asset import Dep, FileAsset, Step
+from assets.base.context import Context, Snapshot
+from assets.base.partitioned import partitioned
+from assets.base.results import NotReady, Outcome, Result
 from core.uids import UID_DTYPE
-from resources.lake.files import Provenance
 from resources.lake.versions import Version, Versions
 from resources.storage import files, tars
 from resources.storage.tar_writer import copies, samples, write_tar
 
-CODE_VERSION = "1"
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -32,82 +31,79 @@ SCHEMA = pa.schema(
 )
 
 
-def export(project: Project, recipe: str, pool: ShardAsset) -> ShardAsset:
-    """Make the asset `export/<recipe>`.
+def _tar(context: Context, recipe: str, version: str, shard: str) -> str:
+    return f"{context.lake.root}/export/{recipe}/{version}/{shard}.tar"
 
-    Args:
-        project: the project; its pool has images.
-        recipe: the recipe's name.
-        pool: the asset `raw_pool`.
-    """
-    key = f"export/{recipe}"
-    versions = Versions(project.lake, recipe)
-    newest: list[Version] = []
 
-    def current() -> Version:
-        names = versions.names()
-        if not names:
+def _current(snapshot: Snapshot, recipe: str) -> Version:
+    def read() -> Version:
+        found = Versions(snapshot.context.lake, recipe).current()
+        if found is None:
             raise NotReady(f"subset/{recipe} has no version yet. Remedy: materialize it first")
-        if not newest or newest[0].name != names[-1]:
-            newest[:] = [versions.read(names[-1])]
-        return newest[0]
+        return found
 
-    def tar(version: Version, shard: str) -> str:
-        return f"{project.lake.root}/{key}/{version.name}/{shard}.tar"
-
-    def provenance(shard: str) -> Provenance:
-        version = current()
-        if not pool.is_fresh(project, shard):
-            raise NotReady("raw_pool is out of date. Remedy: materialize it")
-        stored = project.lake.stored("raw_pool", shard)
-        chosen_from = version.lineage["shards"].get(shard, {}).get("raw_pool")
-        if stored is None or stored.fingerprint != chosen_from:
-            raise NotReady(
-                f"subset/{recipe} {version.name} was not chosen from shard {shard} as it is now. Remedy: "
-                f"materialize subset/{recipe} first"
-            )
-        written = project.lake.stored(key, shard)
-        if written is not None and written.rows and not project.lake.fs.exists(tar(version, shard)):
-            project.lake.remove(key, shard)  # a list of a tar that somebody removed
-        inputs = {
-            "raw_pool": stored.fingerprint,
-            f"subset/{recipe}": version.lineage["fingerprint"],
-            "source": project.listing()[shard],
-        }
-        return Provenance(key, shard, CODE_VERSION, {"version": version.name}, inputs)
-
-    def compute(shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
-        version = current()
-        chosen = _chosen(project, version, shards)
-
-        def write(shard: str) -> Result:
-            index = _write(project, shard, chosen.filter(pl.col("shard") == shard), tar(version, shard))
-            project.on_progress(key, shard, index.num_rows)
-            return Result(index, {"version": version.name}, beside={f"{key}/{version.name}": index})
-
-        yield from each(write)(shards)
-
-    return sharded_asset(
-        project,
-        key=key,
-        deps=("raw_pool", f"subset/{recipe}"),
-        provenance=provenance,
-        compute=compute,
-        code_version=CODE_VERSION,
-        group="exports",
-        kinds={"webdataset", "parquet"},
-        description=f"Webdataset shards that hold only the samples of `subset/{recipe}`'s current version, members "
-        "byte for byte as in the pool. Copies data: materialize it when a training run is due.",
-        columns=SCHEMA,
-        pool="cpu",
-    )
+    return snapshot.memoized(f"export/{recipe} version", read)
 
 
-def _chosen(project: Project, version: Version, shards: Sequence[str]) -> pl.DataFrame:
-    """Give the version's rows of some shards (shard, key, f0, f1), and how often its `.npy` names each (times)."""
-    with project.lake.fs.open(version.manifest) as file:
+def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
+    assert shard is not None
+    lake, recipe = snapshot.context.lake, asset.declared.names["recipe"]
+    version = _current(snapshot, recipe)
+    if not asset.assets["raw_pool"].is_fresh(snapshot, shard):
+        raise NotReady("raw_pool is out of date. Remedy: materialize it")
+    stored = lake.stored("raw_pool", shard)
+    selected_from = version.lineage["shards"].get(shard, {}).get("raw_pool")
+    if stored is None or stored.fingerprint != selected_from:
+        raise NotReady(
+            f"subset/{recipe} {version.name} was not selected from shard {shard} as it is now. Remedy: "
+            f"materialize subset/{recipe} first"
+        )
+    written = lake.stored(asset.key, shard)
+    if written is not None and written.rows and not lake.fs.exists(_tar(snapshot.context, recipe, version.name, shard)):
+        lake.remove(asset.key, shard)  # a list of a tar that was removed
+    return {
+        "raw_pool": stored.fingerprint,
+        f"subset/{recipe}": version.lineage["fingerprint"],
+        "source": snapshot.listing[shard],
+    }
+
+
+@partitioned(
+    key="export/{recipe}",
+    deps=[Dep("raw_pool", recorded=False), Dep("subset/{recipe}", recorded=False)],
+    columns=SCHEMA,
+    checks=[],
+    code_version="1",
+    group_name="exports",
+    kinds={"webdataset", "parquet"},
+    pool="cpu",
+    description="Webdataset shards that hold only the samples of `subset/{recipe}`'s current version, members byte for "
+    "byte as in the pool. Copies data: materialize it when a training run needs it.",
+    parameters=lambda context, asset: {"version": Versions(context.lake, asset.names["recipe"]).names()[-1]},
+    inputs=_inputs,
+    streams=True,
+)
+def export(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
+    """Write the tars of shards."""
+    recipe = step.names["recipe"]
+    version = _current(step.snapshot, recipe)
+    selected = _selected(step.context, version, shards)
+    for shard in shards:
+        try:
+            rows = selected.filter(pl.col("shard") == shard)
+            index = _write(step.context, shard, rows, _tar(step.context, recipe, version.name, shard))
+        except Exception as error:  # noqa: BLE001 - stays with its shard
+            yield shard, error
+            continue
+        step.progress(index.num_rows, shard)
+        yield shard, Result(index, {"version": version.name}, beside={f"export/{recipe}/{version.name}": index})
+
+
+def _selected(context: Context, version: Version, shards: Sequence[str]) -> pl.DataFrame:
+    """Read the version's rows of some shards (shard, key, f0, f1), and how often its `.npy` lists each (times)."""
+    with context.lake.fs.open(version.manifest) as file:
         rows = pl.read_parquet(file, columns=["shard", "key", "f0", "f1"]).filter(pl.col("shard").is_in(shards))
-    with project.lake.fs.open(version.uids) as file:
+    with context.lake.fs.open(version.uids) as file:
         uids = np.load(file, allow_pickle=False)
     wanted = np.empty(len(rows), UID_DTYPE)
     wanted["f0"], wanted["f1"] = rows["f0"], rows["f1"]
@@ -115,15 +111,15 @@ def _chosen(project: Project, version: Version, shards: Sequence[str]) -> pl.Dat
     return rows.with_columns(times=pl.Series(times, dtype=pl.Int64))
 
 
-def _write(project: Project, shard: str, chosen: pl.DataFrame, tar: str) -> pa.Table:
-    """Write a shard's tar, in the order of the source, unless nothing of the shard is chosen; give its list."""
-    pool = pl.DataFrame(project.lake.read("raw_pool", shard, ["key", "uid", "caption", "url"]))
-    rows = pool.join(chosen.select("key", "times"), on="key", how="inner", maintain_order="left")
+def _write(context: Context, shard: str, selected: pl.DataFrame, tar: str) -> pa.Table:
+    """Write a shard's tar, in the order of the source, unless nothing of the shard is selected; return its list."""
+    pool = pl.DataFrame(context.lake.read("raw_pool", shard, ["key", "uid", "caption", "url"]))
+    rows = pool.join(selected.select("key", "times"), on="key", how="inner", maintain_order="left")
     wanted = copies(rows.select("key", "times").iter_rows())
     if not wanted:
         return SCHEMA.empty_table()
-    url = project.pool.image_url(shard)
-    with files.mapped(url) as view, project.lake.replacing(tar) as path:
+    url = context.pool.image_url(shard)
+    with files.mapped(url) as view, context.lake.replacing(tar) as path:
         write_tar(path, view, samples(tars.walk(view, url).members), wanted)
     listed = pl.DataFrame([(c.key, c.source_key, c.copy) for c in wanted], ["key", "source_key", "copy"], orient="row")
     listed = listed.join(rows, left_on="source_key", right_on="key", maintain_order="left")

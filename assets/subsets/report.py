@@ -17,7 +17,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from assets.project import Project
+from assets.base.context import Context
 from assets.subsets.contact_sheets import Sheet, Tile, data_url, escaped, html_page, image_path, markdown, small_jpeg
 from core.sql import quoted
 from resources.lake.versions import Version
@@ -33,7 +33,7 @@ BINS = 60
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 
 
-def write_report(project: Project, version: Version, selection: Selection) -> None:
+def write_report(project: Context, version: Version, selection: Selection) -> None:
     """Write a version's report, while the rows that it was chosen from are still at hand.
 
     Whatever goes wrong is told in the run's log and nowhere else: the version is there already.
@@ -46,7 +46,7 @@ def write_report(project: Project, version: Version, selection: Selection) -> No
         )
 
 
-def report_metadata(project: Project, version: Version) -> dict[str, Any]:
+def report_metadata(project: Context, version: Version) -> dict[str, Any]:
     """Give what the UI shows of a version besides its funnel: thresholds, distributions, contact sheets, the page."""
     fs, folder = project.lake.fs, _folder(version)
     metadata: dict[str, Any] = {
@@ -76,7 +76,7 @@ class _Group:
     verdict: str | None = None
 
 
-def _write_report(project: Project, version: Version, selection: Selection) -> None:
+def _write_report(project: Context, version: Version, selection: Selection) -> None:
     lineage, fs, folder = version.lineage, project.lake.fs, _folder(version)
     groups = list(_groups(selection))
     picked = [_pick(selection, group) for group in groups]
@@ -203,7 +203,7 @@ def _pick(selection: Selection, group: _Group) -> pl.DataFrame:
 # Their captions and pictures
 
 
-def _samples(project: Project, rows: pl.DataFrame) -> dict[tuple[int, int], Tile]:
+def _samples(project: Context, rows: pl.DataFrame) -> dict[tuple[int, int], Tile]:
     """Read captions from `raw_pool` and pictures from the pool, each shard once.
 
     Args:
@@ -220,7 +220,7 @@ def _samples(project: Project, rows: pl.DataFrame) -> dict[tuple[int, int], Tile
     return samples
 
 
-def _bytes(project: Project, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
+def _bytes(project: Context, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
     """Give the bytes of each row's picture; None where the pool has no pictures, else the error that befell it."""
     if found["image_offset"].null_count():
         return [None] * found.height
@@ -231,7 +231,7 @@ def _bytes(project: Project, shard: str, found: pl.DataFrame) -> Sequence[bytes 
         return [error] * found.height
 
 
-def _sample(project: Project, shard: str, row: Mapping[str, Any], data: bytes | Exception | None) -> Tile:
+def _sample(project: Context, shard: str, row: Mapping[str, Any], data: bytes | Exception | None) -> Tile:
     tile = Tile(row["uid"], row["caption"])
     if data is None:
         return tile

@@ -1,7 +1,7 @@
-"""Making a version of a subset again, bit for bit, from its lineage record.
+"""Reproducing a version of a subset, bit for bit, from its lineage record.
 
-Here: `choose_again`, from the scores that lie in a lake, and `rebuild`, from the pool itself. Both check every
-fingerprint that they rely on and say which one differs. Not here: what a record holds (`assets.subsets.lineage`).
+Here: `choose_again`, from the scores in a lake, and `rebuild`, from the pool itself. Both check every fingerprint that
+they rely on and report the ones that differ. Not here: the content of a record (`assets.subsets.lineage`).
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,157 +12,163 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from assets.base.partitioned import ShardAsset
-from assets.base.selection_table import chosen
-from assets.base.unpartitioned import WholeAsset
-from assets.graph import build_graph
-from assets.project import Project, ProjectSettings, load_settings
-from assets.scores.clusters import GIVEN
-from assets.scores.external import read_uids
-from assets.subsets.lineage import FORMAT, FROM_SHARDS, packages
+from assets.base.asset import Step
+from assets.base.context import Context, Snapshot
+from assets.base.partitioned import PartitionedAsset
+from assets.base.score_kind import Scores
+from assets.base.selection_table import open_selection
+from assets.base.unpartitioned import UnpartitionedAsset
+from assets.graph import Node, build_graph
+from assets.scores import KINDS
+from assets.scores.external_uids import read_uids
+from assets.settings import Kinds, load_settings, open_context, settings_model
+from assets.subsets.lineage import FORMAT, packages
 from assets.subsets.subset import manifest, read_uid_list
 from core.hashing import sha256
-from resources.lake.files import Lake, LakeError, sample_digest
+from resources.lake.files import Lake, LakeError, Provenance, sample_digest
 from resources.lake.versions import Versions, set_file, write_selection
 from resources.settings import ExternalUids
 from selection.recipes.recipe import UID_LIST_ASSETS, is_uid_list_asset
 
 
 def choose_again(
-    lake: Lake, record: Mapping[str, Any], folder: Path, sets: Mapping[str, pa.Table] | None = None
+    lake: Lake,
+    record: Mapping[str, Any],
+    folder: Path,
+    sets: Mapping[str, pa.Table] | None = None,
+    kinds: Kinds = KINDS,
 ) -> Path:
-    """Choose a version's rows again from the files in a lake.
+    """Select a version's rows again from the files in a lake.
 
     Args:
-        lake: where the scores lie.
+        lake: the lake.
         record: the version's lineage record.
-        folder: where `manifest.parquet` and `subset.npy` are written; it is made.
-        sets: the uids of each recipe and uid list that the recipe reads, by name; without them those that lie beside
-            the version in the lake.
+        folder: where `manifest.parquet` and `subset.npy` are written; it is created.
+        sets: the uids of each recipe and uid list that the recipe reads, by name; by default those stored beside the
+            version in the lake.
+        kinds: the score kinds that the record may use.
 
     Returns:
         The folder.
 
     Raises:
-        LakeError: a file is no longer the one that the version was chosen from, or what was chosen differs from
-            the version. The message names every difference.
+        LakeError: a file is not the one that the version was selected from, or the selection differs from the version.
+            The message lists the differences.
     """
     _check_format(record)
-    settings = ProjectSettings.model_validate({**record["project"], "lake": str(lake.root)})
+    settings = settings_model(kinds).model_validate({**record["project"], "lake": str(lake.root)})
     name = record["recipe"]
     recipe = settings.recipes[name]
     _refuse(record, _other_files(lake, record["shards"]))
     if sets is None:
         sets = {other: Versions(lake, name).read_uids(record["version"], set_file(other)) for other in recipe.sets}
-    scores = {score: settings.score_columns[score] for score in recipe.columns().scores}
+    scores = Scores(settings).places(recipe.columns().scores)
     folder.mkdir(parents=True, exist_ok=True)
-    with chosen(lake, name, recipe, scores, record["shards"], sets) as (selection, _):
+    with open_selection(lake, name, recipe, scores, record["shards"], sets) as (selection, _):
         found = write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
-    _refuse(
-        record,
-        [
-            f"{folder / file}: sha256 {found[file]}, not {wanted}"
-            for file, wanted in record["files"].items()
-            if found[file] != wanted
-        ],
-    )
+    differences = [
+        f"{folder / file}: sha256 {found[file]}, not {wanted}"
+        for file, wanted in record["files"].items()
+        if found[file] != wanted
+    ]
+    _refuse(record, differences)
     return folder
 
 
-def rebuild(record: Mapping[str, Any], folder: Path) -> Path:
-    """Make a version again from the pool: every row, embedding, draw and score that it rests on, and the choice.
+def rebuild(record: Mapping[str, Any], folder: Path, kinds: Kinds = KINDS) -> Path:
+    """Reproduce a version from the pool: every row, embedding, draw and score that it needs, and the selection.
 
-    Needs the pool, the models, the targets and the uid list where the record says, and nothing else. What was made
-    before a run was killed is not made again.
+    Needs the pool, the models, the targets and the uid list where the record says, and nothing else. An interrupted
+    call resumes: existing files are not computed again.
 
     Args:
         record: the version's lineage record.
-        folder: gets `project.yaml`, `lake/`, `manifest.parquet` and `subset.npy`; for a recipe that rests on
-            another, `sets/<recipe>/` holds the same of that one.
+        folder: gets `project.yaml`, `lake/`, `manifest.parquet` and `subset.npy`; for a recipe that reads another one,
+            `sets/<recipe>/` holds the same of that one.
+        kinds: the score kinds that the record may use.
 
     Returns:
         The folder.
 
     Raises:
-        LakeError: something is no longer what it was; the message names it.
+        LakeError: an input differs from the recorded one; the message names it.
     """
     _check_format(record)
     folder.mkdir(parents=True, exist_ok=True)
     named = [record["source"], *record["sets"].values()]
     lists = record["project"].get("external_uids", {})
-    sets = {read["name"]: _set_again(read, folder, lists) for read in named if read["kind"] != "pool"}
+    sets = {read["name"]: _set_again(read, folder, lists, kinds) for read in named if read["kind"] != "pool"}
     config = folder / "project.yaml"
     config.write_text(yaml.safe_dump({**record["project"], "lake": str(folder / "lake")}), encoding="utf-8")
-    project = _Recorded(load_settings(config), config)
-    _refuse(
-        record,
-        [
-            f"encoder {name} is {project.encoder(name).identity()}, not {identity}"
-            for name, identity in record["encoders"].items()
-            if project.encoder(name).identity() != identity
-        ],
-    )
-    made_from = {
-        asset: read["provenance"]["inputs"]
-        for asset, read in record["inputs"].items()
-        if asset.split("/")[0] in FROM_SHARDS and GIVEN not in read["provenance"]["inputs"]
-    }
-    begun = [
-        f"{asset} began with {name}" for asset, read in made_from.items() for name in read if name.startswith("subset/")
-    ]
-    begun += [f"{asset} began with {read['of']}" for asset, read in record["scores"].items() if read.get("of")]
-    _refuse(
-        record,
-        [f"{begin}, which `rebuild` does not make first. Remedy: `choose_again` in its own lake" for begin in begun],
-    )
-    draws = {asset: {shard: read[shard] for shard in read if "/" not in shard} for asset, read in made_from.items()}
-    project.only = {*record["shards"], *(shard for drawn in draws.values() for shard in drawn)}
-    gone = project.only - set(project.listing())
+    context = open_context(load_settings(config, kinds), config)
+    _check_encoders(record, context)
+    _refuse_subsets(record)
+    graph = build_graph(context)
+    nodes = {node.key: node for node in graph.nodes}
+    drawn = {key: _recorded_shards(record, nodes[key]) for key in record["inputs"] if key in nodes}
+    shards = {*record["shards"], *(shard for some in drawn.values() for shard in some)}
+    gone = shards - set(Snapshot(context).listing)
     _refuse(record, [f"the pool has no shard {shard} any more" for shard in sorted(gone)])
     needed = {"raw_pool", *record["inputs"], *record["scores"], *(f"embeddings/{e}" for e in record["encoders"])}
-    nodes = {node.key: node for node in build_graph(project).nodes}
-    for node in nodes.values():
+    for node in graph.nodes:
         if node.key not in needed:
             continue
-        if isinstance(node, ShardAsset):
-            wholes = (node.key.replace("embeddings", whole) for whole in FROM_SHARDS)
-            drawn = {shard: read for whole in wholes for shard, read in draws.get(whole, {}).items()}
-            searches = [key for key in draws if key.startswith("duplicate_search/") and _reads(nodes, key, node.key)]
-            searched = {shard for key in searches for shard in draws[key]}
-            shards = project.only if node.key == "raw_pool" else {*record["shards"], *drawn, *searched}
-            _make_shards(project, node, sorted(shards))
+        if isinstance(node, PartitionedAsset):
+            of_node = {key: some for key, some in drawn.items() if _reads(nodes, key, node.key)}
+            others = {shard for some in of_node.values() for shard in some}
+            some = shards if node.key == "raw_pool" else {*record["shards"], *others}
+            _make_shards(Snapshot(context, shards), node, sorted(some))
             wanted = {s: {node.key: read[node.key]} for s, read in record["shards"].items() if node.key in read}
-            of_draws = {shard: {node.key: fingerprint} for shard, fingerprint in drawn.items()}
-            _refuse(record, _other_files(project.lake, {**wanted, **of_draws}))
+            if node.key.startswith("embeddings/"):  # whose fingerprints an unpartitioned asset records by shard
+                for key in of_node:
+                    if node.key in nodes[key].deps:
+                        wanted |= {shard: {node.key: fingerprint} for shard, fingerprint in drawn[key].items()}
+            _refuse(record, _other_files(context.lake, wanted))
         else:
-            _make_whole(project, node, draws.get(node.key))
-            _refuse(record, _other_files(project.lake, {None: {node.key: record["inputs"][node.key]["fingerprint"]}}))
-    return choose_again(project.lake, record, folder, sets)
+            _make_unpartitioned(context, node, drawn.get(node.key) or shards)
+            fingerprint = record["inputs"][node.key]["fingerprint"]
+            _refuse(record, _other_files(context.lake, {None: {node.key: fingerprint}}))
+    return choose_again(context.lake, record, folder, sets, kinds)
 
 
-def _reads(nodes: Mapping[str, ShardAsset | WholeAsset], key: str, other: str) -> bool:
-    """Tell whether an asset is made from another one, or from what is made from it."""
+def _check_encoders(record: Mapping[str, Any], context: Context) -> None:
+    found = {name: context.models.encoder(name).identity() for name in record["encoders"]}
+    recorded = record["encoders"]
+    _refuse(record, [f"encoder {n} is {found[n]}, not {recorded[n]}" for n in found if found[n] != recorded[n]])
+
+
+def _refuse_subsets(record: Mapping[str, Any]) -> None:
+    """Refuse a version whose scores were computed over a subset.
+
+    Raises:
+        LakeError: it is such a version.
+    """
+    started = [
+        f"{asset} started from {name}"
+        for asset, read in record["inputs"].items()
+        for name in read["provenance"]["inputs"]
+        if name.startswith("subset/")
+    ]
+    started += [f"{asset} started from {read['of']}" for asset, read in record["scores"].items() if read.get("of")]
+    remedy = "which `rebuild` does not make first. Remedy: `choose_again` in its own lake"
+    _refuse(record, [f"{start}, {remedy}" for start in started])
+
+
+def _recorded_shards(record: Mapping[str, Any], node: Node) -> Mapping[str, str]:
+    """Return the shards, and fingerprints of their files, that an unpartitioned asset was computed from."""
+    from_shards = any(not dep.recorded and not dep.key.startswith("subset/") for dep in node.declared.deps)
+    inputs: Mapping[str, str] = record["inputs"][node.key]["provenance"]["inputs"]
+    return {name: inputs[name] for name in inputs if "/" not in name} if from_shards else {}
+
+
+def _reads(nodes: Mapping[str, Node], key: str, other: str) -> bool:
+    """Check whether an asset is computed from another one, directly or not."""
     return key in nodes and any(dep == other or _reads(nodes, dep, other) for dep in nodes[key].deps)
 
 
-class _Recorded(Project):
-    """A project that sees some of its pool's shards, such as those that negatives were drawn from.
-
-    Attributes:
-        only: these shards; None for all.
-    """
-
-    only: Collection[str] | None = None
-
-    def listing(self) -> dict[str, str]:
-        """Give the shards and their fingerprints."""
-        found = super().listing()
-        return found if self.only is None else {shard: found[shard] for shard in found if shard in self.only}
-
-
-def _set_again(read: Mapping[str, Any], folder: Path, lists: Mapping[str, Any]) -> pa.Table:
+def _set_again(read: Mapping[str, Any], folder: Path, lists: Mapping[str, Any], kinds: Kinds) -> pa.Table:
     if read["kind"] == "recipe":
-        again = rebuild(read["record"], folder / "sets" / read["name"])
+        again = rebuild(read["record"], folder / "sets" / read["name"], kinds)
         return pq.read_table(again / "manifest.parquet", columns=["f0", "f1"])
     if is_uid_list_asset(read["name"]):
         uids = read_uids(ExternalUids.model_validate(lists[read["name"].removeprefix(UID_LIST_ASSETS)]))
@@ -175,23 +181,25 @@ def _set_again(read: Mapping[str, Any], folder: Path, lists: Mapping[str, Any]) 
     return read_uid_list(path)
 
 
-def _make_shards(project: Project, node: ShardAsset, shards: Sequence[str]) -> None:
-    due = {shard: node.provenance(shard) for shard in shards if not node.is_fresh(project, shard)}
-    for shard, outcome in node.compute(list(due)) if due else ():
+def _make_shards(snapshot: Snapshot, node: PartitionedAsset, shards: Sequence[str]) -> None:
+    due: dict[str | None, Provenance] = {
+        shard: node.provenance(snapshot, shard) for shard in shards if not node.is_fresh(snapshot, shard)
+    }
+    if not due:
+        return
+    for shard, outcome in node.compute(Step(node, snapshot, due), [shard for shard in shards if shard in due]):
         if isinstance(outcome, Exception):
             raise outcome
-        project.lake.write(outcome.table, due[shard], content=outcome.content, summary=outcome.summary)
+        snapshot.context.lake.write(outcome.table, due[shard], content=outcome.content, summary=outcome.summary)
 
 
-def _make_whole(project: _Recorded, node: WholeAsset, drawn: Collection[str] | None) -> None:
-    """Make an unpartitioned asset; negatives from the shards that they were drawn from, whichever have come since."""
-    everything = project.only
-    project.only = everything if drawn is None else drawn
-    if not node.is_fresh(project):
-        wanted = node.provenance(False)
-        result = node.compute()
-        project.lake.write(result.table, wanted, content=result.content, summary=result.summary)
-    project.only = everything
+def _make_unpartitioned(context: Context, node: UnpartitionedAsset, shards: Collection[str]) -> None:
+    """Compute an unpartitioned asset as if the pool had only the given shards."""
+    snapshot = Snapshot(context, shards)
+    if not node.is_fresh(snapshot):
+        wanted = node.provenance(snapshot)
+        result = node.compute(Step(node, snapshot, {None: wanted}))
+        context.lake.write(result.table, wanted, content=result.content, summary=result.summary)
 
 
 def _other_files(
@@ -223,6 +231,6 @@ def _refuse(record: Mapping[str, Any], differences: Iterator[str] | list[str]) -
     more = [f"... and {len(found) - 20} more"] if len(found) > 20 else []
     beside = [f"besides, packages differ: {', '.join(other)}"] if other else []
     raise LakeError(
-        f"subset/{record['recipe']} {record['version']} can't be made again as it was:\n"
+        f"subset/{record['recipe']} {record['version']} can't be reproduced:\n"
         + "\n".join([*found[:20], *more, *beside])
     )

@@ -1,23 +1,26 @@
-"""`subset/<recipe>`: the samples that a recipe selects, why, and from what. Every materialization stays.
+"""`subset/<recipe>`: the samples that a recipe selects, with the reasons and the inputs. Every materialization is kept.
 
-The subset is built from the shards whose scores are complete and belong together; the others are named in the
-lineage record with the reason.
+A subset is selected from the shards whose scores are complete and belong together; the lineage record lists the other
+shards with the reason.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dagster as dg
 import numpy as np
 import pyarrow as pa
 
-from assets.base.checks import CheckFailed, asset_key, results, tell
-from assets.base.partitioned import NotReady, ShardAsset, once
-from assets.base.selection_table import SharedSource, chosen
-from assets.project import Project
-from assets.scores.external import fresh_uids
+from assets.base.checks import CheckFailed, check_results, log_checks
+from assets.base.context import Context, Snapshot
+from assets.base.freshness import newest_version, shard_inputs
+from assets.base.keys import asset_key
+from assets.base.results import NotReady
+from assets.base.runtime import REQUIRED_RESOURCES, run_context
+from assets.base.score_kind import Scores
+from assets.base.selection_table import CachedTable, open_selection
 from assets.subsets.checks import examine_before_the_record, examine_stored, specs
 from assets.subsets.lineage import lineage_record
 from assets.subsets.report import report_metadata, write_report
@@ -30,17 +33,17 @@ from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
 from selection.recipes.steps import POOL
 
 CODE_VERSION = "2"
-SHOWN = 150  # files that were read, in the event log, which has room for 256 KB of pictures and tables
+SHOWN = 150  # input files in the event, which has room for 256 KB of pictures and tables
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a subset would be built from now.
+    """The inputs that a subset would be selected from now.
 
     Attributes:
-        shards: for each usable shard, the fingerprints of what is read of it, by asset.
+        shards: for each usable shard, the fingerprints of its files, by asset.
         missing: for each other shard, the reason.
-        source: kind, name and fingerprint of what the recipe begins with.
+        source: kind, name and fingerprint of the set that the recipe starts from.
         sets: the same of every other recipe and uid list that it reads, `from` included, by name.
     """
 
@@ -50,7 +53,7 @@ class Inputs:
     sets: Mapping[str, Mapping[str, str]]
 
     def fingerprint(self, recipe: Recipe) -> str:
-        """Give the fingerprint of the subset that they lead to."""
+        """Return the fingerprint of the subset that they lead to."""
         of_steps = {name: dict(read) for name, read in self.sets.items() if name != recipe.source}
         return digest(
             {
@@ -63,226 +66,197 @@ class Inputs:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SubsetAsset:
     """A recipe's subset.
 
     Attributes:
-        key: `subset/<recipe>`.
-        deps: keys of the assets it reads.
         recipe: name of the recipe.
-        inputs: gives what the subset would be built from now; raises NotReady.
+        model: the recipe.
+        scores: asset and column of each score that it reads.
+        assets: all assets of the project, by key.
         definition: the Dagster asset.
     """
 
-    key: str
-    deps: tuple[str, ...]
     recipe: str
     model: Recipe
-    inputs: Any
+    scores: Mapping[str, tuple[str, str]]
+    assets: Mapping[str, Any]
     definition: dg.AssetsDefinition
+    partitioned: ClassVar[bool] = False
 
-    def is_fresh(self, project: Project) -> bool:
-        """Tell whether the newest version is what a run would write; False also when inputs are missing."""
-        current = Versions(project.lake, self.recipe).current()
+    @property
+    def key(self) -> str:
+        """`subset/<recipe>`."""
+        return f"subset/{self.recipe}"
+
+    @property
+    def deps(self) -> tuple[str, ...]:
+        """Keys of the assets it reads."""
+        return _deps(self.model, self.scores)
+
+    def inputs(self, snapshot: Snapshot) -> Inputs:
+        """Return the inputs that the subset would be selected from now.
+
+        Raises:
+            NotReady: no shard is complete, or another set is missing.
+        """
+        shards: dict[str, dict[str, str]] = {}
+        missing: dict[str, str] = {}
+        score_assets = sorted({asset for asset, _ in self.scores.values()})
+        for shard in sorted(snapshot.listing):
+            try:
+                shards[shard] = shard_inputs(snapshot, shard, score_assets, self.assets)
+            except NotReady as error:
+                missing[shard] = str(error)
+        if not shards:
+            reasons = "; ".join(sorted(set(missing.values()))[:3])
+            raise NotReady(f"no shard has all that the recipe reads: {reasons}")
+        sets = {name: self._set(snapshot, name) for name in self.model.sets}
+        return Inputs(shards, missing, sets.get(self.model.source, {"kind": "pool", "name": POOL}), sets)
+
+    def _set(self, snapshot: Snapshot, name: str) -> dict[str, str]:
+        """Return kind, name and fingerprint of another recipe's subset or of a uid list."""
+        context = snapshot.context
+        if set_kind(name) == "recipe":
+            version = Versions(context.lake, name).current()
+            if version is None:
+                raise NotReady(f"subset/{name} is not there yet. Remedy: materialize it first")
+            fingerprint = version.lineage["fingerprint"]
+            return {"kind": "recipe", "name": name, "version": version.name, "fingerprint": fingerprint}
+        if is_uid_list_asset(name):
+            return {"kind": "uids", "name": name, "fingerprint": self.assets[name].fingerprint(snapshot)}
+        path = _uid_list(context, name)
+        if not path.is_file():
+            raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
+        return {"kind": "uids", "name": name, "fingerprint": sha256(path)}
+
+    def is_fresh(self, snapshot: Snapshot) -> bool:
+        """Check whether the newest version is the one that a run would write; False also when inputs are missing."""
+        current = Versions(snapshot.context.lake, self.recipe).current()
         if current is None:
             return False
         try:
-            return bool(current.lineage["fingerprint"] == self.inputs().fingerprint(self.model))
+            return bool(current.lineage["fingerprint"] == self.inputs(snapshot).fingerprint(self.model))
         except NotReady:
             return False
 
+    def fingerprint(self, snapshot: Snapshot) -> str:
+        """Return the fingerprint of the newest version, for an asset that reads it.
 
-def newest(project: Project, subset: SubsetAsset) -> Version:
-    """Give a subset's newest version; within `Project.at_rest` it is asked once whether it is up to date.
-
-    Raises:
-        NotReady: it is not there, or out of date.
-    """
-
-    def look() -> Version:
-        current = Versions(project.lake, subset.recipe).current()
-        if current is None or not subset.is_fresh(project):
-            raise NotReady(f"{subset.key} is not there yet, or out of date. Remedy: materialize it first")
-        return current
-
-    return once(project, subset.key, look)
+        Raises:
+            NotReady: there is none, or it is out of date.
+        """
+        fingerprint: str = newest_version(snapshot, self).lineage["fingerprint"]
+        return fingerprint
 
 
-def subset(project: Project, name: str, sharded: Mapping[str, ShardAsset], shared: SharedSource) -> SubsetAsset:
-    """Make the asset `subset/<recipe>`.
+def _deps(recipe: Recipe, scores: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    score_assets = sorted({asset for asset, _ in scores.values()})
+    lists = [other for other in recipe.sets if is_uid_list_asset(other)]
+    return ("raw_pool", *score_assets, *lists, *(f"subset/{other}" for other in recipe.recipes))
+
+
+def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any], cached: CachedTable) -> SubsetAsset:
+    """Return the asset `subset/<recipe>` of a project.
 
     Args:
         project: the project.
         name: the recipe's name.
-        sharded: the project's assets of shards, by key.
-        shared: the rows to choose from, for all recipes of a project.
+        scores: the project's scores.
+        assets: all assets of the project, by key; filled in by the caller.
+        cached: the table to select from, shared by all recipes.
     """
     recipe = project.settings.recipes[name]
+    places = scores.places(recipe.columns().scores)
     key = f"subset/{name}"
-    scores = {score: project.settings.score_columns[score] for score in recipe.columns().scores}
-    score_assets = sorted({asset for asset, _ in scores.values()})
-    lists = [other for other in recipe.sets if is_uid_list_asset(other)]
-    deps = ["raw_pool", *score_assets, *lists, *(f"subset/{other}" for other in recipe.recipes)]
-
-    def inputs() -> Inputs:
-        return _inputs(project, recipe, score_assets, sharded)
 
     @dg.asset(
         key=asset_key(key),
-        deps=[asset_key(dep) for dep in deps],
+        deps=[asset_key(dep) for dep in _deps(recipe, places)],
         code_version=CODE_VERSION,
         group_name="subsets",
         kinds={"duckdb", "parquet"},
         check_specs=specs(key),
         description="\n\n".join(filter(None, [recipe.description, *(f"- {step.text}" for step in recipe.steps)])),
         metadata={"recipe": dg.MetadataValue.json(recipe.definition())},
+        required_resource_keys=REQUIRED_RESOURCES,
     )
     def body(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        project.look_again()
-        versions = Versions(project.lake, name)
+        snapshot = Snapshot(run_context(context, project))
         try:
-            found = inputs()
+            inputs = asset.inputs(snapshot)
         except NotReady as error:
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
-        current = versions.current()
-        if current is None or current.lineage["fingerprint"] != found.fingerprint(recipe):
+        current = Versions(snapshot.context.lake, name).current()
+        if current is None or current.lineage["fingerprint"] != inputs.fingerprint(recipe):
             try:
-                current = _choose(project, name, recipe, scores, found, shared)
+                current = _select(snapshot.context, asset, inputs, cached)
             except CheckFailed as error:
-                tell(context, key, None, error.findings)
+                log_checks(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
         return dg.MaterializeResult(
-            metadata=_metadata(current) | report_metadata(project, current),
-            check_results=results(context, examine_stored(project.lake, current)),
+            metadata=_metadata(current) | report_metadata(snapshot.context, current),
+            check_results=check_results(context, examine_stored(snapshot.context.lake, current)),
             data_version=dg.DataVersion(current.lineage["fingerprint"]),
         )
 
-    return SubsetAsset(key, tuple(deps), name, recipe, inputs, body)
+    asset = SubsetAsset(name, recipe, places, assets, body)
+    return asset
 
 
-def _inputs(project: Project, recipe: Recipe, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]) -> Inputs:
-    shards: dict[str, dict[str, str]] = {}
-    missing: dict[str, str] = {}
-    with project.at_rest():
-        for shard in sorted(project.listing()):
-            try:
-                shards[shard] = shard_inputs(project, shard, score_assets, sharded)
-            except NotReady as error:
-                missing[shard] = str(error)
-    if not shards:
-        reasons = "; ".join(sorted(set(missing.values()))[:3])
-        raise NotReady(f"no shard has all that the recipe reads: {reasons}")
-    sets = {name: _set(project, name) for name in recipe.sets}
-    return Inputs(shards, missing, sets.get(recipe.source, {"kind": "pool", "name": POOL}), sets)
+def _uid_list(context: Context, name: str) -> Path:
+    return context.config.resolve().parent / name
 
 
-def shard_inputs(
-    project: Project, shard: str, score_assets: Sequence[str], sharded: Mapping[str, ShardAsset]
-) -> dict[str, str]:
-    """Give the fingerprints of what is read of a shard, by asset.
-
-    Args:
-        project: the project.
-        shard: the shard.
-        score_assets: keys of the assets that are read besides `raw_pool`.
-        sharded: the project's assets of shards, by key.
-
-    Raises:
-        NotReady: one of them, or the embeddings that it is made from, is not there or out of date.
-    """
-    read = {}
-    pool = project.lake.stored("raw_pool", shard)
-    if pool is None:
-        raise NotReady("raw_pool is not there yet. Remedy: materialize it first")
-    if not sharded["raw_pool"].is_fresh(project, shard):
-        raise NotReady("raw_pool is out of date: the shard changed. Remedy: materialize it")
-    read["raw_pool"] = pool.fingerprint
-    for asset in score_assets:
-        stored = project.lake.stored(asset, shard)
-        if stored is None:
-            raise NotReady(f"{asset} is not there yet. Remedy: materialize it first")
-        embeddings = [dep for dep in sharded[asset].deps if dep.startswith("embeddings/")]
-        for upstream in (*embeddings, asset):
-            if not sharded[upstream].is_fresh(project, shard):
-                raise NotReady(f"{upstream} is out of date. Remedy: materialize it")
-        read[asset] = stored.fingerprint
-    return read
-
-
-def _set(project: Project, name: str) -> dict[str, str]:
-    """Give kind, name and fingerprint of another recipe's subset or of a uid list."""
-    if set_kind(name) == "recipe":
-        version = Versions(project.lake, name).current()
-        if version is None:
-            raise NotReady(f"subset/{name} is not there yet. Remedy: materialize it first")
-        fingerprint = version.lineage["fingerprint"]
-        return {"kind": "recipe", "name": name, "version": version.name, "fingerprint": fingerprint}
-    if is_uid_list_asset(name):
-        return {"kind": "uids", "name": name, "fingerprint": fresh_uids(project, name)}
-    path = _uid_list(project, name)
-    if not path.is_file():
-        raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
-    return {"kind": "uids", "name": name, "fingerprint": sha256(path)}
-
-
-def _uid_list(project: Project, name: str) -> Path:
-    return project.config.resolve().parent / name
-
-
-def _choose(
-    project: Project,
-    name: str,
-    recipe: Recipe,
-    scores: Mapping[str, tuple[str, str]],
-    inputs: Inputs,
-    shared: SharedSource,
-) -> Version:
+def _select(context: Context, asset: SubsetAsset, inputs: Inputs, cached: CachedTable) -> Version:
     """Run the recipe and write a new version."""
-    sets = {other: _uids(project, read) for other, read in inputs.sets.items()}
-    with chosen(project.lake, name, recipe, scores, inputs.shards, sets, shared) as (selection, duplicates):
-        told = {other: _told(project, read, sets[other], selection) for other, read in inputs.sets.items()}
+    name, recipe, lake = asset.recipe, asset.model, context.lake
+    sets = {other: _uids(context, read) for other, read in inputs.sets.items()}
+    with open_selection(lake, name, recipe, asset.scores, inputs.shards, sets, cached) as (selection, duplicates):
+        recorded = {other: _recorded(context, read, sets[other], selection) for other, read in inputs.sets.items()}
         lineage = lineage_record(
-            project,
+            context,
             name,
             selection,
+            assets=asset.assets,
             shards=inputs.shards,
             missing=inputs.missing,
-            source=told.pop(recipe.source, inputs.source),
-            sets=told,
+            source=recorded.pop(recipe.source, inputs.source),
+            sets=recorded,
             duplicates=duplicates,
             fingerprint=inputs.fingerprint(recipe),
             code_version=CODE_VERSION,
         )
-        version = Versions(project.lake, name).write(
-            manifest(selection), lineage, lambda written: examine_before_the_record(project.lake, written), sets
+        version = Versions(lake, name).write(
+            manifest(selection), lineage, lambda written: examine_before_the_record(lake, written), sets
         )
-        write_report(project, version, selection)
+        write_report(context, version, selection)
         return version
 
 
-def _uids(project: Project, read: Mapping[str, str]) -> pa.Table:
+def _uids(context: Context, read: Mapping[str, str]) -> pa.Table:
     if read["kind"] == "recipe":
-        return Versions(project.lake, read["name"]).read_uids(read["version"])
+        return Versions(context.lake, read["name"]).read_uids(read["version"])
     if is_uid_list_asset(read["name"]):
-        return project.lake.read(read["name"], columns=["f0", "f1"])
-    return read_uid_list(_uid_list(project, read["name"]))
+        return context.lake.read(read["name"], columns=["f0", "f1"])
+    return read_uid_list(_uid_list(context, read["name"]))
 
 
-def _told(project: Project, read: Mapping[str, str], uids: pa.Table, selection: Selection) -> dict[str, Any]:
-    """Give what the lineage record says of a set: where it came from, and how much of it is in the pool."""
+def _recorded(context: Context, read: Mapping[str, str], uids: pa.Table, selection: Selection) -> dict[str, Any]:
+    """Return a set as the lineage record holds it: its origin, and how many of its uids are in the pool."""
     column = quoted(set_column(read["name"]))
     ((found,),) = selection.con.execute(f"SELECT count(*) FROM {selection.source} WHERE {column}").fetchall()
-    told: dict[str, Any] = {**read, "uids": uids.num_rows, "in_pool": found, "file": set_file(read["name"])}
+    recorded: dict[str, Any] = {**read, "uids": uids.num_rows, "in_pool": found, "file": set_file(read["name"])}
     if read["kind"] == "recipe":
-        return {**told, "record": Versions(project.lake, read["name"]).read(read["version"]).lineage}
+        return {**recorded, "record": Versions(context.lake, read["name"]).read(read["version"]).lineage}
     if is_uid_list_asset(read["name"]):
-        return told
-    return {**told, "path": str(_uid_list(project, read["name"]))}
+        return recorded
+    return {**recorded, "path": str(_uid_list(context, read["name"]))}
 
 
 def manifest(selection: Selection) -> Manifest:
-    """Give a selection as it is written; valid as long as the selection."""
+    """Return a selection as it is written; valid as long as the selection is."""
     return Manifest(
         rows=selection.rows,
         reader=selection.manifest().to_arrow_reader,
@@ -296,7 +270,7 @@ def manifest(selection: Selection) -> Manifest:
 
 
 def read_uid_list(path: Path) -> pa.Table:
-    """Read a uid list: columns f0 and f1, sorted, without repeats.
+    """Read a uid list: columns f0 and f1, sorted, each uid once.
 
     Raises:
         ValueError: the file is not DataComp's array, or a line is not a uid; the message names the file.
@@ -319,7 +293,7 @@ def read_uid_list(path: Path) -> pa.Table:
 
 
 def _metadata(version: Version) -> dict[str, Any]:
-    """Give what the UI shows of a version: rows, funnel, and the shards that are not in it."""
+    """Return the metadata of a version: rows, funnel, and the shards that were left out."""
     lineage = version.lineage
     metadata: dict[str, Any] = {
         "dagster/row_count": lineage["rows"],
@@ -341,9 +315,9 @@ def _metadata(version: Version) -> dict[str, Any]:
 
 
 def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """Give links to the assets that a version read, and the fingerprint of each file of theirs.
+    """Return links to the assets that a version read, and the fingerprint of each of their files.
 
-    Fingerprints are the data versions of those assets' own events. The table is cut, so that the event stays small.
+    Fingerprints are the data versions of those assets' own events. The table is cut to keep the event small.
     """
     files = [(asset, "", read["fingerprint"]) for asset, read in lineage["inputs"].items()]
     for read in (lineage["source"], *lineage["sets"].values()):
@@ -360,7 +334,7 @@ def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def funnel_markdown(lineage: Mapping[str, Any]) -> str:
-    """Give the funnel of a lineage record as a Markdown table; numbers come first, where a narrow page shows them."""
+    """Return the funnel of a lineage record as a Markdown table; numbers come first, where a narrow page shows them."""
     rows = ["| kept | entered | of source | threshold | step |", "|---:|---:|---:|---:|---|"]
     total = lineage["source"]["rows"]
     for step in lineage["steps"]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import polars as pl
 from rich.console import Console
 
-from assets.project import Project, open_project
+from assets.base.context import Context
+from assets.settings import open_project
 from dagster_project import cli as command
 from dagster_project.definitions import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets, make_truth
@@ -55,7 +56,7 @@ def _draw_missing(pool: Path, shards: range) -> None:
         make_pool(pool, missing)
 
 
-def _scores(project: Project) -> pl.DataFrame:
+def _scores(project: Context) -> pl.DataFrame:
     with read_catalog(project.catalog_path()) as con:
         return con.sql(
             """
@@ -66,7 +67,7 @@ def _scores(project: Project) -> pl.DataFrame:
         ).pl()
 
 
-def _subsets(project: Project) -> dict[str, set[str]]:
+def _subsets(project: Context) -> dict[str, set[str]]:
     subsets = {}
     for recipe in project.settings.recipes:
         version = Versions(project.lake, recipe).current()

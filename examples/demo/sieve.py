@@ -11,7 +11,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from assets.project import open_project
+from assets.settings import open_project
 from dagster_project import cli as command
 from dagster_project.definitions import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_truth

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from assets.project import ConfigError, ProjectSettings, load_settings
+from assets.settings import ConfigError, load_settings, settings_model
 
 BASE: dict[str, Any] = {
     "name": "trial",
@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def settings(tmp_path: Path, **changes: Any) -> ProjectSettings:
+def settings(tmp_path: Path, **changes: Any) -> settings_model():
     path = tmp_path / "project.yaml"
     path.write_text(yaml.safe_dump({**copy.deepcopy(BASE), **changes}))
     return load_settings(path)

@@ -8,7 +8,7 @@ import duckdb
 import pytest
 
 from assets.graph import build_graph
-from assets.project import open_project
+from assets.settings import open_project
 from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import materialize
 from resources.lake.versions import Versions

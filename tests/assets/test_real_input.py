@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from assets.graph import build_graph
-from assets.project import open_project
+from assets.settings import open_project
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import column_to_vectors
 from resources.lake.versions import Versions

@@ -22,8 +22,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from assets.base.partitioned import SHARDS_NAME
-from assets.project import open_project
+from assets.base.keys import SHARDS_NAME
+from assets.settings import open_project
 from dagster_project import cli as command
 from dagster_project.definitions import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets

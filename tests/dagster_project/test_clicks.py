@@ -16,7 +16,7 @@ from dagster._daemon.backfill import execute_backfill_iteration
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
 from dagster_graphql.schema import create_schema
 
-from assets.base.partitioned import SHARDS_NAME
+from assets.base.keys import SHARDS_NAME
 from dagster_project.definitions import CONFIG_VARIABLE
 from tests.support.scenario import SHARDS, Scenario
 

@@ -15,7 +15,7 @@ import pytest
 from dagster._core.definitions.run_request import InstigatorType
 
 import dagster_project
-from assets.base.partitioned import SHARDS_NAME
+from assets.base.keys import SHARDS_NAME
 from dagster_project import cli as command
 from dagster_project.dead_runs import at_work, close_dead_runs
 from dagster_project.definitions import CONFIG_VARIABLE, build_defs

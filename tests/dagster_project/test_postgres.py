@@ -15,8 +15,8 @@ import dagster as dg
 import pytest
 
 import dagster_project
-from assets.base.checks import asset_key
-from assets.base.partitioned import DATA_VERSION_TAG, SHARDS_NAME
+from assets.base.keys import SHARDS_NAME, asset_key
+from assets.base.partitioned import DATA_VERSION_TAG
 from dagster_project import cli as command
 from dagster_project.definitions import build_defs
 from resources.lake.files import LakeError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from assets.base.partitioned import SHARDS_NAME
+from assets.base.keys import SHARDS_NAME
 from dagster_project.staleness import ATTEMPTS
 from tests.support.automation import ROWS, SENSORS, Automation
 from tests.support.pool_factory import datacomp_shard

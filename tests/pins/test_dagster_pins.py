@@ -146,7 +146,7 @@ def test_a_run_leaves_the_queue_within_a_second(tmp_path: Path) -> None:
 RAW_POOL_ALONE = """
 import sys
 from pathlib import Path
-from assets.project import open_project
+from assets.settings import open_project
 from benchmarks.overhead import write_project
 from dagster_project.definitions import build_defs
 import dagster as dg

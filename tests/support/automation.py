@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from assets.base.partitioned import SHARDS_NAME
+from assets.base.keys import SHARDS_NAME
 from assets.graph import build_graph
-from assets.project import open_project
+from assets.settings import open_project
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, Outcome, materialize
 from dagster_project.staleness import RANGE_END, RANGE_START

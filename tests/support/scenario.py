@@ -13,9 +13,10 @@ import polars as pl
 import pytest
 import yaml
 
-from assets.base.partitioned import SHARDS_NAME
+from assets.base.context import Context
+from assets.base.keys import SHARDS_NAME
 from assets.graph import Graph, build_graph
-from assets.project import Project, open_project
+from assets.settings import open_project
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, Outcome, materialize
 from resources.lake.versions import Version, Versions
@@ -70,7 +71,7 @@ class Scenario:
             place = place[part]
         place[path[-1]] = value
 
-    def open(self) -> Project:
+    def open(self) -> Context:
         """Open the project from its YAML."""
         path = self.folder / "project.yaml"
         text = yaml.safe_dump(copy.deepcopy(self.document))
@@ -78,7 +79,7 @@ class Scenario:
             path.write_text(text)
         return open_project(path)
 
-    def open_graph(self) -> tuple[Project, Graph]:
+    def open_graph(self) -> tuple[Context, Graph]:
         """Open the project and build its assets."""
         project = self.open()
         return project, build_graph(project)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.subsets.lineage import told_steps
+from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from core.uids import format_uids
 from resources.catalog.build import POOL_COLUMNS, build_catalog, read_catalog
@@ -217,7 +217,7 @@ class SmallLake:
                     "duplicates": made.duplicates,
                 },
                 "sets": sets,
-                "steps": told_steps(selection),
+                "steps": recorded_steps(selection),
                 "rows": selection.rows,
                 "samples": selection.samples,
                 "shards": {

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from assets.base.checks import Tables, checks_of, examine
+from assets.base.checks import Tables
 from assets.base.partitioned import Result, each, input_fingerprint, sharded_asset
-from assets.project import ConfigError, open_project
 from assets.scores.drift import rank_correlation, sides_changed
+from assets.settings import ConfigError, open_project
 from assets.subsets.checks import examine_subset
 from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs

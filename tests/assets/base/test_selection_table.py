@@ -6,7 +6,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from assets.base.selection_table import SharedSource, chosen
+from assets.base.selection_table import CachedTable
 from selection.recipes.recipe import Recipe
 from tests.support.scenario import keep
 from tests.support.small_lake import CLIP, NEAR, SmallLake
@@ -26,7 +26,7 @@ def small(tmp_path):
 @pytest.fixture
 def shared():
     """Yield a table that is closed at the end."""
-    shared = SharedSource()
+    shared = CachedTable()
     yield shared
     shared.close()
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import yaml
 
-from assets.project import load_settings
+from assets.settings import load_settings
 from tests.support.pool_factory import TINY_CONFIG, write_clip
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 

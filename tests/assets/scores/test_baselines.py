@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets.project import ConfigError
+from assets.settings import ConfigError
 from assets.study.figures import study
 from assets.subsets.reproduction import rebuild
 from resources.inputs.languages import LanguageError, Languages

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from assets.project import ConfigError
+from assets.settings import ConfigError
 from assets.subsets.reproduction import choose_again, rebuild
 from core.uids import format_uids, parse_uids, subset_array
 from resources.inputs.external import ExternalError, find, opened

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from assets.project import ConfigError
+from assets.settings import ConfigError
 from assets.subsets.reproduction import choose_again, rebuild
 from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard

@@ -20,11 +20,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets.base.checks import Tables, checks_of, examine
-from assets.base.partitioned import Result, ShardAsset
+from assets.base.checks import Tables
+from assets.base.context import Context
+from assets.base.partitioned import PartitionedAsset
+from assets.base.results import Result
 from assets.graph import build_graph
-from assets.project import ConfigError, Project, open_project
 from assets.scores import near_duplicates
+from assets.settings import ConfigError, open_project
 from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors, vectors_to_column
@@ -152,7 +154,7 @@ def ask_for(scenario: Scenario, **given: object) -> None:
 
 
 def expected(
-    project: Project, begins: set[str] | None = None, shards: Sequence[str] = SHARDS, encoder: str = "tiny"
+    project: Context, begins: set[str] | None = None, shards: Sequence[str] = SHARDS, encoder: str = "tiny"
 ) -> dict[str, tuple[float, str | None] | None]:
     """Return each row's value and most similar better row by uid, from the definition; repeated uids count once."""
     lake = project.lake
@@ -173,7 +175,7 @@ def expected(
 
 
 def told(
-    project: Project, shards: Sequence[str] = SHARDS, encoder: str = "tiny"
+    project: Context, shards: Sequence[str] = SHARDS, encoder: str = "tiny"
 ) -> dict[str, tuple[float, str | None] | None]:
     table = pl.concat([pl.from_arrow(project.lake.read(f"near_duplicates/{encoder}", shard)) for shard in shards])
     return {
@@ -433,7 +435,7 @@ def test_a_score_reads_the_search_that_its_provenance_names(scenario: Scenario, 
     scenario.run()
     project, graph = scenario.open_graph()
     (score,) = (node for node in graph.nodes if node.key == TOLD)
-    assert isinstance(score, ShardAsset)
+    assert isinstance(score, PartitionedAsset)
     score.provenance("00001")
     before = told(project, ["00001"])
 
@@ -582,7 +584,7 @@ def test_a_version_of_rows_of_a_subset_is_chosen_again_and_not_rebuilt(scenario:
         rebuild(version.lineage, tmp_path / "rebuilt")
 
 
-def precomputed(folder: Path, *sizes: int, best: str = "clip_score/b32") -> Project:
+def precomputed(folder: Path, *sizes: int, best: str = "clip_score/b32") -> Context:
     """Write and open a pool of precomputed shards; the rows of all shards together do not depend on `sizes`."""
     folder.mkdir()
     image, text = unit_rows(1, sum(sizes)), unit_rows(2, sum(sizes))
@@ -619,7 +621,7 @@ def test_embeddings_are_gathered_window_by_window(tmp_path: Path, monkeypatch: p
     assert_same(told(project, shards, "b32"), expected(project, shards=shards, encoder="b32"))
 
 
-def run(project: Project, instance: dg.DagsterInstance) -> Outcome:
+def run(project: Context, instance: dg.DagsterInstance) -> Outcome:
     return materialize(project, build_graph(project), instance, notice=lambda *_: None)
 
 
@@ -679,7 +681,7 @@ from pathlib import Path
 import selection.scores.near_duplicates
 from assets.scores import near_duplicates
 from assets.graph import build_graph
-from assets.project import open_project
+from assets.settings import open_project
 from resources.lake.files import Lake
 
 near_duplicates.WINDOW_BYTES = 40 * 16

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets.base.partitioned import Result, ShardAsset
-from assets.project import ConfigError
+from assets.base.partitioned import PartitionedAsset
+from assets.base.results import Result
+from assets.settings import ConfigError
 from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors
@@ -250,7 +251,7 @@ def test_a_score_reads_the_rounds_that_it_began_with_while_others_are_begun(scen
     assert scenario.run().failures == {}
     _, graph = scenario.open_graph()
     (score,) = (node for node in graph.nodes if node.key == TOLD)
-    assert isinstance(score, ShardAsset)
+    assert isinstance(score, PartitionedAsset)
     before = scenario.scores(TOLD, ["00001"])["norm_sim_dynamic"].to_list()
     computed = score.compute(["00000", "00001"])
     next(iter(computed))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from assets.project import ConfigError
+from assets.settings import ConfigError
 from assets.subsets.reproduction import rebuild
 from resources.models.captioners import Captioner, choose, penalised, uniforms
 from resources.models.decoding import EncoderError

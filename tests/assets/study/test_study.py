@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assets.scores.negatives import read_draws
+from assets.scores.draws import read_draws
 from assets.study.figures import Study, StudyError, study
 from assets.study.page import words, write_page
 from dagster_project import cli as command

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from assets.graph import build_graph
-from assets.project import open_project
+from assets.settings import open_project
 from dagster_project.headless import RANGE_END, RANGE_START
 from resources.pools.base import open_pool
 from resources.settings import PoolSettings

@@ -18,8 +18,9 @@ import polars as pl
 import pytest
 import yaml
 
+from assets.base.context import Context
 from assets.graph import build_graph
-from assets.project import Project, open_project
+from assets.settings import open_project
 from core.uids import format_uids, parse_uids, subset_array
 from dagster_project.headless import materialize
 from examples.demo import pool as demo
@@ -228,7 +229,7 @@ def document() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def published(tmp_path_factory: pytest.TempPathFactory) -> Context:
     """The project after one pass."""
     folder = tmp_path_factory.mktemp("published")
     write_pool(folder / "pool")
@@ -246,7 +247,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="module")
-def pool(published: Project) -> Rows:
+def pool(published: Context) -> Rows:
     """Every uid of the pool with the scores of its first row, by their names in recipes."""
     lake = published.lake
 
@@ -280,7 +281,7 @@ def test_the_page_names_every_file_with_the_names_that_it_wants() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_published_recipe_chooses_what_its_paper_says(published: Project, pool: Rows, name: str) -> None:
+def test_a_published_recipe_chooses_what_its_paper_says(published: Context, pool: Rows, name: str) -> None:
     wanted = CASES[name].wanted(pool)
     version = Versions(published.lake, name).current()
     assert version is not None

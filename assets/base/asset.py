@@ -1,0 +1,288 @@
+"""Assets of files as declared: a decorated function is a template; a project's asset is a template with its names.
+
+Here: `Template`, `Declared`, and `FileAsset`, which a project computes. Not here: how Dagster runs them
+(`assets.base.partitioned`, `assets.base.unpartitioned`).
+
+The usual asset needs no code for its provenance: the fingerprints of its `deps`, and its `parameters`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from assets.base.checks import SUMMARY_KEY, Check, Tables
+from assets.base.columns import Column, score_schema
+from assets.base.context import Context, RunState, Snapshot
+from assets.base.keys import asset_key
+from assets.base.results import NotReady
+from assets.base.settings import ProjectSettings
+from resources.lake.files import Provenance, Stored
+
+
+@dataclass(frozen=True)
+class Dep:
+    """An asset that another one reads.
+
+    Attributes:
+        key: its key, in which `{names}` are filled in.
+        fresh: a partition of it must be up to date, not merely there. Unpartitioned assets always must.
+        recorded: its fingerprint is recorded in the provenance under its key. Otherwise `inputs` records what is read.
+    """
+
+    key: str
+    fresh: bool = False
+    recorded: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Template:
+    """An asset for every encoder, target or other name that a project gives it.
+
+    Arguments that depend on a project's settings may be functions of the `Declared` asset.
+
+    Attributes:
+        key: the asset's key with `{names}` in it, such as `norm_sim/{encoder}/{target}`.
+        deps: the assets it reads.
+        columns: the columns of its files: a schema, or a score's columns, which follow the row's identity.
+        checks: functions of the `Declared` asset that return the checks of its files; None for a check that does not
+            apply.
+        code_version: version of the code that computes it.
+        group_name: its group in Dagster's UI.
+        kinds: its kinds in Dagster's UI.
+        description: its description there, with `{names}`.
+        pool: Dagster's concurrency pool: `gpu` or `cpu`.
+        parameters: settings that its rows depend on, JSON values, for provenance.
+        inputs: fingerprints of inputs besides the recorded `deps`, by name; raises NotReady.
+        function: the decorated function.
+    """
+
+    key: str
+    deps: "Sequence[str | Dep] | Callable[[Declared], Sequence[str | Dep]]"
+    columns: "pa.Schema | Sequence[Column] | Callable[[Declared], pa.Schema | Sequence[Column]]"
+    checks: "Sequence[Callable[[Declared], Check | None]]"
+    code_version: str
+    group_name: str
+    kinds: set[str]
+    description: "str | Callable[[Declared], str]"
+    pool: str | None = None
+    parameters: "Callable[[Context, Declared], Mapping[str, Any]] | None" = None
+    inputs: "Callable[[FileAsset, Snapshot, str | None], Mapping[str, str]] | None" = None
+    function: Callable[..., Any]
+
+    def declare(self, settings: ProjectSettings, **names: str) -> "Declared":
+        """Return a project's asset: this template with its names filled in."""
+        return Declared(self, settings, names)
+
+
+@dataclass(frozen=True, eq=False)
+class Declared:
+    """An asset of a project, not opened yet.
+
+    Attributes:
+        template: what it was declared with.
+        settings: the project's.
+        names: the encoder, target and other names in its key.
+    """
+
+    template: Template
+    settings: ProjectSettings
+    names: Mapping[str, str]
+
+    @cached_property
+    def key(self) -> str:
+        """Its key, such as `clip_score/b32`."""
+        return self.template.key.format(**self.names)
+
+    @cached_property
+    def deps(self) -> tuple[Dep, ...]:
+        """The assets it reads."""
+        found = self.template.deps(self) if callable(self.template.deps) else self.template.deps
+        deps = [dep if isinstance(dep, Dep) else Dep(dep) for dep in found]
+        return tuple(replace(dep, key=dep.key.format(**self.names)) for dep in deps)
+
+    @cached_property
+    def _columns(self) -> pa.Schema | Sequence[Column]:
+        columns = self.template.columns
+        return columns(self) if callable(columns) else columns
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        """The columns of a score, without the row's identity; none for other assets."""
+        return () if isinstance(self._columns, pa.Schema) else self._columns
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of its files."""
+        return self._columns if isinstance(self._columns, pa.Schema) else score_schema(self._columns)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The checks of its files."""
+        return tuple(check for make in self.template.checks if (check := make(self)) is not None)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Tags by which the UI filters: the encoder and the target set."""
+        return {name: self.names[name] for name in ("encoder", "target") if name in self.names}
+
+    def spec(self) -> dg.AssetSpec:
+        """Return the asset as Dagster shows it; skippable, because events may be logged in place of an output."""
+        template = self.template
+        text = template.description
+        return dg.AssetSpec(
+            asset_key(self.key),
+            deps=[asset_key(dep.key) for dep in self.deps],
+            skippable=True,
+            code_version=template.code_version,
+            group_name=template.group_name,
+            kinds=template.kinds,
+            tags=self.tags,
+            description=text(self) if callable(text) else text.format(**self.names),
+            metadata={"dagster/column_schema": column_schema(self.schema)},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FileAsset:
+    """An asset of a project whose rows lie in files of the lake.
+
+    Attributes:
+        declared: the asset as declared.
+        context: the project; a run replaces its lake, pool and models by its resources.
+        assets: all assets of the project, by key.
+        definition: the Dagster asset.
+    """
+
+    declared: Declared
+    context: Context
+    assets: Mapping[str, Any]
+    definition: dg.AssetsDefinition
+
+    @property
+    def key(self) -> str:
+        """Its key, such as `clip_score/b32`."""
+        return self.declared.key
+
+    @cached_property
+    def deps(self) -> tuple[str, ...]:
+        """Keys of the assets it reads."""
+        return tuple(dep.key for dep in self.declared.deps)
+
+    @cached_property
+    def checks(self) -> tuple[Check, ...]:
+        """The checks of its files."""
+        return self.declared.checks
+
+    @property
+    def row_source(self) -> str:
+        """Key of the asset whose rows it has: the embeddings that it reads, else `raw_pool`."""
+        return next((key for key in self.deps if key.startswith("embeddings/")), "raw_pool")
+
+    def tables(self, snapshot: Snapshot, shard: str | None, new: Mapping[str, pa.Table] | None = None) -> Tables:
+        """Return the tables that its checks look at; `new` are not in the lake yet."""
+        return Tables(snapshot, self.key, shard, new)
+
+    def _provenance(self, snapshot: Snapshot, shard: str | None) -> Provenance:
+        template, context = self.declared.template, snapshot.context
+        inputs = {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
+        if template.inputs is not None:
+            inputs |= template.inputs(self, snapshot, shard)
+        parameters = template.parameters(context, self.declared) if template.parameters is not None else {}
+        return Provenance(self.key, shard, template.code_version, parameters, inputs)
+
+    def _input(self, snapshot: Snapshot, dep: Dep, shard: str | None) -> str:
+        """Return the fingerprint of a dep's file: of the shard's, or of the unpartitioned asset's."""
+        upstream = self.assets[dep.key]
+        if not upstream.partitioned:
+            fingerprint: str = upstream.fingerprint(snapshot)
+            return fingerprint
+        assert shard is not None
+        if dep.fresh and not upstream.is_fresh(snapshot, shard):
+            raise NotReady(f"{dep.key} of shard {shard} is not there yet, or out of date. Remedy: materialize it")
+        return input_fingerprint(snapshot.context, dep.key, shard)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """An asset that a run is computing.
+
+    Attributes:
+        asset: the asset.
+        snapshot: the inputs when the step began.
+        wanted: provenance of each file that is to be written, by shard; under None that of an unpartitioned asset.
+        state: the run's state.
+        requested: keys of all assets that the run was asked for.
+    """
+
+    asset: FileAsset
+    snapshot: Snapshot
+    wanted: Mapping[str | None, Provenance]
+    state: RunState = field(default_factory=RunState)
+    requested: frozenset[str] = frozenset()
+
+    @property
+    def context(self) -> Context:
+        """The project."""
+        return self.snapshot.context
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The encoder, target and other names in the asset's key."""
+        return self.asset.declared.names
+
+    def read(self, key: str, shard: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """Read an asset's file; `{names}` in the key are filled in.
+
+        Raises:
+            LakeError: there is no such file, or it can't be read.
+        """
+        return self.context.lake.read(key.format(**self.names), shard, columns)
+
+    def stored(self, key: str, shard: str | None = None) -> Stored | None:
+        """Return the record of an asset's file, None where there is none; `{names}` in the key are filled in."""
+        return self.context.lake.stored(key.format(**self.names), shard)
+
+    def progress(self, rows: int, shard: str = "") -> None:
+        """Report rows as done."""
+        self.state.progress(self.asset.key, shard, rows)
+
+
+def input_fingerprint(context: Context, asset: str, shard: str | None = None) -> str:
+    """Return the fingerprint of a file that an asset reads.
+
+    Raises:
+        NotReady: there is no such file.
+    """
+    stored = context.lake.stored(asset, shard)
+    if stored is None:
+        of = f" of shard {shard}" if shard else ""
+        raise NotReady(f"{asset}{of} is not there yet. Remedy: materialize it first")
+    return stored.fingerprint
+
+
+def column_schema(schema: pa.Schema) -> dg.TableSchema:
+    """Return an Arrow schema as Dagster shows it."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(f.name, str(f.type), constraints=dg.TableColumnConstraints(nullable=f.nullable))
+            for f in schema
+        ]
+    )
+
+
+def event_metadata(stored: Stored, computed: bool, seconds: float) -> dict[str, Any]:
+    """Return the metadata of a file's materialization: numbers as numbers, so that Dagster plots them over shards."""
+    metadata: dict[str, Any] = {
+        "dagster/partition_row_count": stored.rows,
+        "fingerprint": stored.fingerprint,
+        "computed": computed,
+    }
+    if computed and seconds > 0:
+        metadata["seconds"] = round(seconds, 3)
+        metadata["rows_per_second"] = round(stored.rows / seconds, 1)
+    metadata.update({name: value for name, value in stored.summary.items() if name != SUMMARY_KEY})
+    return metadata

@@ -1,0 +1,218 @@
+"""The YAML of a project, read and checked, with the settings of every score kind.
+
+Here: the model of the file and its error messages. Not here: what a score's settings mean (its module in
+`assets.scores`), nor pools, encoders and targets (`resources.settings`).
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from pydantic import ValidationError, ValidationInfo, create_model, field_validator, model_validator
+
+from assets.base.context import Context
+from assets.base.score_kind import ScoreKind, Scores
+from assets.base.settings import ProjectSettings
+from assets.scores import KINDS
+from core.errors import UserError
+from resources.lake.files import Lake
+from resources.models.by_name import Models
+from resources.pools.base import RAW_POOL_SCHEMA, open_pool
+from resources.settings import Settings
+from selection.recipes.recipe import check_recipes
+
+Kinds = tuple[ScoreKind[Any], ...]
+
+
+class ConfigError(UserError):
+    """The project's YAML is wrong; the message names the file, the field and the remedy."""
+
+
+@cache
+def settings_model(kinds: Kinds = KINDS) -> type[ProjectSettings]:
+    """Return the model of a YAML whose `scores` are of the given kinds."""
+    fields: dict[str, Any] = {kind.name: (kind.settings, kind.default) for kind in kinds if kind.settings is not None}
+    for kind in kinds:
+        fields |= kind.extra_settings
+    scores: Any = create_model("ScoreSettings", __base__=Settings, **fields)
+    model = create_model("ProjectSettings", __base__=_CheckedSettings, scores=(scores, scores()))
+    model.kinds = kinds
+    return model
+
+
+class _CheckedSettings(ProjectSettings):
+    """The YAML, with the checks that need more than one field."""
+
+    @field_validator("recipes", mode="before", check_fields=False)
+    @classmethod
+    def _read_recipes(cls, recipes: object, info: ValidationInfo) -> object:
+        """Replace the path of a recipe file by its content."""
+        if not isinstance(recipes, dict):
+            return recipes
+        base = Path((info.context or {}).get("base", "."))
+        return {name: _recipe_file(base, recipe) for name, recipe in recipes.items()}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "_CheckedSettings":
+        named = {field: getattr(self, field) for field in _NAMED_FIELDS}
+        for kind in self.kinds:
+            if isinstance(value := getattr(self.scores, kind.name, None), dict):
+                named[kind.name] = value
+        for field, names in named.items():
+            folded: dict[str, str] = {}
+            for name in names:
+                if "__" in name:
+                    raise ValueError(f"{field}.{name}: Dagster joins names by __. Remedy: a name with single _")
+                if name.casefold() in folded:
+                    raise ValueError(
+                        f"{field}: SQL can't tell {folded[name.casefold()]!r} from {name!r}. Remedy: rename one"
+                    )
+                folded[name.casefold()] = name
+        return self
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "_CheckedSettings":
+        for kind in self.kinds:
+            kind.validate(self)
+        scores = Scores(self)
+        check_recipes(
+            self.recipes,
+            scores=scores.by_name.keys(),
+            pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
+            texts=[
+                *(name for name, score in scores.by_name.items() if score.column.sql_type == "VARCHAR"),
+                *(field.name for field in RAW_POOL_SCHEMA if pa.types.is_string(field.type)),
+            ],
+            uid_lists=[f"external_uids/{name}" for name in self.external_uids],
+        )
+        for kind in self.kinds:
+            kind.validate_recipes(self)
+        return self
+
+
+_NAMED_FIELDS = (
+    "encoders",
+    "targets",
+    "captioners",
+    "text_encoders",
+    "external_scores",
+    "external_uids",
+    "recipes",
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(sorted(twice))}: given more than once. Remedy: keep one", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _recipe_file(base: Path, recipe: object) -> object:
+    """Read a recipe that is given as a path, or as `file` and the `names` that replace {…} in it.
+
+    Raises:
+        ValueError: the file is missing, not a recipe, or needs a name that is not given.
+    """
+    if isinstance(recipe, str):
+        recipe = {"file": recipe}
+    if not isinstance(recipe, dict) or "file" not in recipe:
+        return recipe
+    path = base / str(recipe["file"])
+    names = recipe.get("names", {})
+    if not isinstance(names, dict) or not set(recipe) <= {"file", "names"}:
+        raise ValueError(f"{path}: a recipe from a file has `file` and `names`. Remedy: leave the rest out")
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such recipe file. Remedy: correct the path, which is relative to the project's folder"
+        )
+    text = path.read_text(encoding="utf-8")
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    try:
+        found = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    wanted = sorted(set(re.findall(r"\{([a-z_]+)\}", yaml.safe_dump(found))))
+    if wanted:
+        raise ValueError(f"{path}: it needs names for {', '.join(wanted)}. Remedy: names: {{{wanted[0]}: …}}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected one recipe, a mapping with steps")
+    return found
+
+
+def load_settings(path: Path, kinds: Kinds = KINDS) -> ProjectSettings:
+    """Read and check a project's YAML.
+
+    Args:
+        path: the file. Relative paths in it are relative to its folder.
+        kinds: the score kinds that it may configure.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or wrong; one message names every wrong field.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Remedy: give the path of a project's YAML")
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping with name, lake, pool, encoders, recipes")
+    try:
+        return settings_model(kinds).model_validate(document, context={"base": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "no such field. Remedy: check its spelling and where it is indented"
+        elif problem["type"] == "missing":
+            message = "is missing. Remedy: add it"
+        elif problem["type"] == "string_pattern_mismatch":
+            message = f"{message}. Remedy: letters, digits and _ only, not a digit first"
+        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        lines.append(f"{field}: {message}{given}" if field else message)
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def open_context(settings: ProjectSettings, config: Path) -> Context:
+    """Open a project's lake, pool and models. Nothing is read yet.
+
+    Raises:
+        ConfigError: the lake's location can't be opened.
+        PoolError: the pool's format and the encoders don't fit.
+    """
+    try:
+        lake = Lake(settings.lake)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{config}: lake: {settings.lake} can't be opened: {error}. Remedy: a folder, or a URL whose file "
+            "system is installed"
+        ) from error
+    pool = open_pool(settings.pool, settings.encoders)
+    models = Models(settings.encoders, settings.captioners, settings.text_encoders)
+    return Context(settings, config, lake, pool, models)
+
+
+def open_project(config: Path, kinds: Kinds = KINDS) -> Context:
+    """Read a project's YAML and open the project.
+
+    Raises:
+        ConfigError: see `load_settings`.
+    """
+    return open_context(load_settings(config, kinds), config)
