@@ -15,7 +15,7 @@ import dagster as dg
 import pyarrow as pa
 import yaml
 
-from assets.base.context import Context
+from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS_NAME
 from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
@@ -97,8 +97,9 @@ def _fill(project: Context, graph: Graph, shards: list[str]) -> None:
     """Write the files that every run would have written, without rows."""
     for node in graph.nodes:
         assert isinstance(node, PartitionedAsset)
+        snapshot = Snapshot(project)  # which sees the files of the node before
         for shard in shards:
-            project.lake.write(pa.table({"f0": pa.array([], pa.uint64())}), node.provenance(shard))
+            project.lake.write(pa.table({"f0": pa.array([], pa.uint64())}), node.provenance(snapshot, shard))
 
 
 def main() -> None:

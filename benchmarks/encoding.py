@@ -212,7 +212,7 @@ def draft(config: Path, folder: Path) -> dict[str, float]:
         folder: A folder for enlarged pools.
     """
     project = open_project(config)
-    shard = min(project.listing())
+    shard = min(project.pool.list_shards())
     rows = project.pool.read_shard(shard).rows.slice(0, PHOTOGRAPHS)
     pictures = [data for data in project.pool.read_images(shard, rows) if isinstance(data, bytes)]
     given = next(iter(project.settings.encoders.values()))

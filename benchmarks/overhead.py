@@ -28,7 +28,8 @@ from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster._core.utils import make_new_run_id
 from dagster._grpc.types import ExecuteRunArgs
 
-from assets.base.context import Context
+from assets.base.asset import Step
+from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS_NAME
 from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
@@ -82,7 +83,7 @@ def run_start() -> float:
         config = write_project(Path(folder), 1)
         project = open_project(config)
         with open_instance(project) as instance:
-            shards = sorted(project.listing())
+            shards = sorted(project.pool.list_shards())
             instance.add_dynamic_partitions(SHARDS_NAME, shards)
             job = build_defs(project).resolve_implicit_global_asset_job_def()
             code = ModuleCodePointer("dagster_project.definitions", "defs")
@@ -130,10 +131,12 @@ def _own_work(project: Context, key: str) -> float:
     if not isinstance(node, PartitionedAsset):
         raise TypeError(f"{key} is not an asset of shards")
     started = time.perf_counter()
-    for shard, outcome in node.compute(sorted(project.listing())):
+    snapshot = Snapshot(project)
+    wanted = {shard: node.provenance(snapshot, shard) for shard in sorted(snapshot.listing)}
+    for shard, outcome in node.compute(Step(node, snapshot, dict(wanted)), list(wanted)):
         if not isinstance(outcome, Result):
             raise outcome
-        project.lake.write(outcome.table, node.provenance(shard), summary=outcome.summary)
+        project.lake.write(outcome.table, wanted[shard], summary=outcome.summary)
     return time.perf_counter() - started
 
 

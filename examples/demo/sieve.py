@@ -11,6 +11,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+from assets.base.score_kind import Scores
 from assets.settings import open_project
 from dagster_project import console as terminal
 from dagster_project.location import DEMO_CONFIG
@@ -56,7 +57,7 @@ def main() -> int:
     make_truth(pool.parent / "truth.parquet", SHARDS)
     if status := terminal.run(project, console):
         return status
-    names = [name for name in project.settings.score_columns if name.startswith(("clip_score/", "sieve/"))]
+    names = [name for name in Scores(project.settings).by_name if name.startswith(("clip_score/", "sieve/"))]
     with read_catalog(project.catalog_path()) as con:
         rows = con.sql("FROM scores").pl().join(pl.read_parquet(pool.parent / "truth.parquet"), on="uid")
         example = con.sql(

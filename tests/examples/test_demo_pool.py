@@ -1,4 +1,4 @@
-"""The demo's pool, targets, encoder and truth table keep what docs/demo.md says of them."""
+"""The demo's pool, targets, encoder and truth table are as docs/demo.md describes them."""
 
 import hashlib
 import io

@@ -32,7 +32,7 @@ HOSTILE = "junk <script>alert(1)</script>"
 
 
 def pairwise_auc(better: np.ndarray, worse: np.ndarray) -> float:
-    """Every pair, one by one, in float64."""
+    """Compute the AUC from every pair, in float64."""
     better, worse = better[~np.isnan(better)], worse[~np.isnan(worse)]
     if not len(better) or not len(worse):
         return math.nan
@@ -40,7 +40,7 @@ def pairwise_auc(better: np.ndarray, worse: np.ndarray) -> float:
 
 
 def brute_spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of ranks counted one by one: rows below, and half of those that are equal."""
+    """Compute Pearson's correlation of ranks: rows below, plus half of the equal ones."""
     both = ~np.isnan(a) & ~np.isnan(b)
     ranks = [np.array([(v < x).sum() + 0.5 * (v == x).sum() for x in v]) for v in (a[both], b[both])]
     return float(np.corrcoef(*ranks)[0, 1])
@@ -217,7 +217,7 @@ def test_overlaps_are_those_of_the_manifests(made: Scenario, found: Study) -> No
 
 
 def oracle_scores(scenario: Scenario, temperature: float, size: int, draws: int) -> np.ndarray:
-    """The score in float64 against the first rows of the stored draws; rows in the order of (f0, f1)."""
+    """Compute the score in float64 against the first rows of the stored draws; rows are in order of (f0, f1)."""
     lake = scenario.open().lake
     uids, *negatives = read_draws(lake.read("negatives/tiny"))
     rows = []
