@@ -35,6 +35,7 @@ from assets.scores.external_uids import external_uids
 from assets.subsets.catalog import catalog
 from assets.subsets.export import export
 from assets.subsets.subset import SubsetAsset, subset
+from resources.pools.formats import pool_format
 
 Node = PartitionedAsset | UnpartitionedAsset
 Template = PartitionedTemplate | UnpartitionedTemplate
@@ -82,7 +83,7 @@ def build_graph(context: Context) -> Graph:
     subsets = [subset(context, recipe, scores, assets, cached) for recipe in _recipes_in_order(context)]
     assets |= {node.key: node for node in subsets}
     exports: list[PartitionedAsset] = []
-    if settings.pool.format == "webdataset":
+    if pool_format(settings.pool).has_tars:
         exports = [export.build(export.declare(settings, recipe=node.recipe), context, assets) for node in subsets]
     nodes = [assets[key] for key in _upstream_first(assets) if key in keys]
     return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores))

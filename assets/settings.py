@@ -20,7 +20,8 @@ from assets.scores import KINDS
 from core.errors import UserError
 from resources.lake.files import Lake
 from resources.models.by_name import Models
-from resources.pools.base import RAW_POOL_SCHEMA, open_pool
+from resources.pools.base import RAW_POOL_SCHEMA
+from resources.pools.formats import open_pool
 from resources.settings import Settings
 from selection.recipes.recipe import check_recipes
 

@@ -3,13 +3,18 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 
 def sha256(path: Path) -> str:
     """Return a local file's SHA-256 as 64 hexadecimal characters."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Return the SHA-256 of an open binary file, from its position to its end, as 64 hexadecimal characters."""
+    return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:

@@ -26,6 +26,11 @@ def path(value: object) -> str:
     return text(glob.escape(str(value)))
 
 
+def pattern(root: object, files: str) -> str:
+    """Return the files in a folder as an SQL string: DuckDB sees a pattern in `files` and none in `root`."""
+    return text(f"{glob.escape(str(root))}/{files}")
+
+
 def literal(number: float) -> str:
     """Return a float64 as SQL that DuckDB reads as the same float64; it would read a bare 0.1 as a decimal."""
     return f"'{number!r}'::DOUBLE"
@@ -46,7 +51,7 @@ def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count
         count: About how many rows there are.
 
     Yields:
-        uint64, ascending, each once; of equal rows all hashes are in one part.
+        For each part, its repeated hashes: uint64, ascending, each once. Equal hashes are in the same part.
     """
     parts = count // _HASHES_AT_ONCE + 1
     for part in range(parts):

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from assets.subsets.funnel import COLUMNS, funnel_rows
+
 if TYPE_CHECKING:
     from assets.base.context import Context
     from assets.graph import Graph
@@ -143,12 +145,9 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
 
 def _funnel(title: str, lineage: dict[str, Any]) -> Table:
     """Return a table of a version's steps."""
-    table = Table("step", "entered", "kept", "of source", "threshold", title=title, title_justify="left")
-    for step in lineage["steps"]:
-        threshold = "" if step["threshold"] is None else f"{step['threshold']:.5f}"
-        share = f"{step['kept'] / lineage['source']['rows']:.1%}"
-        # Text, not a string: rich would read brackets in a predicate as markup.
-        table.add_row(Text(step["text"]), f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for step, *numbers in funnel_rows(lineage, ".5f"):
+        table.add_row(Text(step), *numbers)  # a Text, because rich would read brackets in a predicate as markup
     return table
 
 
@@ -241,7 +240,7 @@ def prune(project: "Context", keep: int, console: Console, *, dry_run: bool = Fa
             for name in () if dry_run else old:
                 versions.remove(name)
         if not dry_run:
-            write_catalog(project)
+            write_catalog(project, project.catalog_path())
     return 0
 
 

@@ -4,11 +4,12 @@ The environment variable CLIP_SELECTION_CONFIG names the project's YAML; the dem
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 
-from assets.base.context import Context, RunState
+from assets.base.context import Context
 from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
 from assets.settings import open_project
@@ -26,20 +27,22 @@ def build_defs(
     Args:
         context: the project.
         graph: its assets, where the caller has built them already.
-        resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`,
-            `catalog`, `run`.
+        resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`, `catalog`,
+            `run`. Each is a resource, or the object that a step gets. Sensors use the same lake and pool.
     """
-    graph = graph or build_graph(context)
-    resources = {
-        **build_resources(context.settings),
-        "run": RunState(),
-        **(resource_overrides or {}),
+    overrides = dict(resource_overrides or {})
+    opened = {
+        name: value.open() if isinstance(value, dg.ConfigurableResource) else value
+        for name, value in overrides.items()
+        if name in ("lake", "pool", "models")
     }
+    context = replace(context, **opened)
+    graph = graph or build_graph(context)
     return dg.Definitions(
         assets=graph.definitions,
         jobs=_jobs(graph),
         sensors=build_sensors(context, graph),
-        resources=resources,
+        resources={**build_resources(context.settings), **overrides},
         executor=one_process,
     )
 

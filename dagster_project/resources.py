@@ -1,7 +1,7 @@
-"""The project's Dagster resources, which the UI lists under Resources: lake, pool, models and catalog.
+"""The project's Dagster resources, which the UI lists under Resources: lake, pool, models, catalog and run.
 
-Their fields are plain settings, which the UI shows. Of lake, pool and models, a step gets the object of the
-package `resources` that `open()` returns. To run on others, as tests and deployments do, pass `resource_overrides` to
+Their fields are plain settings, which the UI shows. Of lake, pool, models and run, a step gets the object that
+`open()` returns. To run on others, as tests and deployments do, pass `resource_overrides` to
 `build_defs`. Not here: assets.
 """
 
@@ -14,12 +14,14 @@ import dagster as dg
 import polars as pl
 from pydantic import BaseModel, Field
 
+from assets.base.context import RunState
 from assets.base.settings import ProjectSettings
 from assets.settings import ConfigError
 from resources.catalog.build import read_catalog
 from resources.lake.files import Lake
 from resources.models.by_name import Models
-from resources.pools.base import Pool, open_pool
+from resources.pools.base import Pool
+from resources.pools.formats import open_pool
 from resources.settings import CaptionerSettings, EncoderSettings, PoolSettings, TextEncoderSettings
 
 Settings = dict[str, Any]
@@ -82,6 +84,15 @@ class ModelsResource(dg.ConfigurableResource[Models]):
         return self.open()
 
 
+class RunResource(dg.ConfigurableResource[RunState]):
+    """The state of one run: progress, and files that one step wrote for another."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> RunState:
+        """Return a new state to a run."""
+        del context
+        return RunState()
+
+
 class CatalogResource(dg.ConfigurableResource):
     """The catalog: one DuckDB file of views and macros over the lake, opened read-only."""
 
@@ -104,7 +115,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
         settings: the checked YAML.
 
     Returns:
-        The resources by key: lake, pool, models, catalog.
+        The resources by key: lake, pool, models, catalog, run.
 
     Raises:
         ConfigError: a URL contains a password, which the UI would show.
@@ -125,6 +136,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
             text_encoders=_dumped(settings.text_encoders),
         ),
         "catalog": CatalogResource(path=f"{settings.lake}/catalog.duckdb"),
+        "run": RunResource(),
     }
 
 

@@ -66,15 +66,42 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+FormatName = Literal["webdataset", "datacomp", "parquet_images", "image_folder"]
+"""Names of the formats in `resources.pools.formats`; a test compares the two."""
+
+
+class PoolColumns(Settings):
+    """Names of columns in a pool's Parquet files or caption tables, where they differ from the usual names."""
+
+    image: str | None = Field(
+        default=None,
+        description="parquet_images: column with the images. image_folder: column with the file's name in a table.",
+    )
+    caption: str | None = Field(default=None, description="Column with the captions.")
+    uid: str | None = Field(default=None, description="Column with uids of 32 hexadecimal digits.")
+    url: str | None = Field(default=None, description="Column with URLs.")
+    key: str | None = Field(default=None, description="parquet_images: column with keys. Default: the row's number.")
+
+
 class PoolSettings(Settings):
-    """Where the raw pool lies, in which format, and which samples are too odd to use."""
+    """Location and format of the raw pool, and limits on its samples."""
 
     path: Location = Field(description="Folder of the pool: local, or any fsspec URL such as s3://bucket/pool.")
-    format: Literal["webdataset", "datacomp"] = Field(
+    format: FormatName = Field(
         default="webdataset",
-        description="webdataset: *.tar with an optional *.parquet of the same stem (img2dataset). "
-        "datacomp: metadata with embeddings and no images (DataComp, dataset2metadata, "
-        "clip-retrieval).",
+        description="webdataset: *.tar with an optional *.parquet of the same stem (img2dataset). datacomp: metadata "
+        "with embeddings and no images (DataComp, dataset2metadata, clip-retrieval). parquet_images: *.parquet with "
+        "image bytes in a column. image_folder: image files with captions in .txt files or a table.",
+    )
+    columns: PoolColumns | None = Field(
+        default=None, description="parquet_images and image_folder: names of columns, where they are not found."
+    )
+    buckets: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="image_folder: shards that each folder's files are divided into, by a hash of the file's name. "
+        "Default: one shard for each folder.",
     )
     min_side: int = Field(
         default=16,

@@ -23,9 +23,10 @@ from assets.base.unpartitioned import unpartitioned
 from assets.scores.coverage import pool_coverage, shard_coverage
 from core.hashing import digest
 from core.uids import format_uids
-from resources.inputs.external import ExternalError, Table, find, opened, sha256
+from resources.inputs.external import ExternalError, Table, find, opened
 from resources.lake.files import LakeError
 from resources.settings import ExternalScores
+from resources.storage import files
 
 ROWS_AT_ONCE = 2_000_000  # of the pool, looked up by one pass over the files
 UIDS = pa.schema([pa.field("f0", pa.uint64(), nullable=False), pa.field("f1", pa.uint64(), nullable=False)])
@@ -74,7 +75,7 @@ def _files(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[s
 def external_files(step: Step) -> Result:
     """Hash the files of an imported score."""
     found = find(_settings(step.asset.declared).files)
-    digests = [sha256(file.url) for file in found]
+    digests = [files.sha256(file.url) for file in found]
     sizes = [int(file.stamp.split()[0]) for file in found]
     table = pa.table([[file.url for file in found], sizes, digests], schema=FILES)
     return Result(table, {"files": len(found), "bytes": sum(sizes)}, content=digest(digests))
@@ -108,8 +109,8 @@ def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     group_name="external",
     kinds={"duckdb", "parquet"},
     description=lambda asset: (
-        f"Imported scores, joined by uid: {', '.join(_settings(asset).columns)}. NULL where the files have no value for "
-        "a uid."
+        f"Imported scores, joined by uid: {', '.join(_settings(asset).columns)}. NULL where the files have no value "
+        "for a uid."
     ),
     parameters=_parameters,
     streams=True,

@@ -1,4 +1,4 @@
-"""`sieve/<captioner>/<text_encoder>`: similarity of each caption to generated captions of its image (arXiv 2310.02110)."""
+"""`sieve/<captioner>/<text_encoder>`: how similar a caption is to generated ones of its image (arXiv 2310.02110)."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -18,6 +18,7 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import COSINE_BOUNDS, rows_aligned, within_bounds
 from assets.scores.captions import captions
 from resources.models.text_encoders import TextEncoder
+from resources.pools.formats import FORMATS, pool_format
 
 ROWS_AT_ONCE = 4096
 
@@ -83,7 +84,7 @@ def sieve(shard: Shard) -> Result:
 def _scores(
     text_encoder: TextEncoder, captions: list[str], generated: list[list[str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return SIEVE of n rows, float32 `[n]`, and the place of each one's best caption; equal texts are embedded once."""
+    """Return SIEVE, float32 `[n]`, and the place of each row's best caption; equal texts are embedded once."""
     from selection.scores.sieve import mask, sieve
 
     texts = [[mask(caption), *map(mask, of_row)] for caption, of_row in zip(captions, generated, strict=True)]
@@ -109,8 +110,9 @@ def _instances(settings: ProjectSettings) -> Iterable[dict[str, str]]:
 def _validate(settings: ProjectSettings) -> None:
     if "facts" in settings.captioners:
         raise ValueError("captioners.facts: this name is taken by captions/facts. Remedy: another name")
-    if settings.captioners and settings.pool.format != "webdataset":
-        raise ValueError("captioners: the pool has no images to describe. Remedy: a pool of format webdataset")
+    if settings.captioners and not pool_format(settings.pool).has_images:
+        having = ", ".join(declared.name for declared in FORMATS.values() if declared.has_images)
+        raise ValueError(f"captioners: the pool has no images to describe. Remedy: a pool of format {having}")
     for captioner, names in (settings.scores.sieve or {}).items():
         if captioner not in settings.captioners:
             raise ValueError(

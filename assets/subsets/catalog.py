@@ -9,8 +9,10 @@ from assets.base.keys import asset_key
 from assets.base.runtime import REQUIRED_RESOURCES, run_context
 from assets.base.score_kind import Scores
 from resources.catalog.build import build_catalog
+from resources.catalog.scores import CatalogColumn, CatalogScore
 
 CODE_VERSION = "3"
+TARGET_EMBEDDINGS = "target_embeddings/"
 
 
 def catalog(project: Context, scores: Scores) -> dg.AssetsDefinition:
@@ -26,32 +28,43 @@ def catalog(project: Context, scores: Scores) -> dg.AssetsDefinition:
         description="`catalog.duckdb`: views over pool, rejects, scores and subsets, and the macros `explain(uid)`, "
         "`versions(subset)`, `lineage(subset)`, `diff(subset, a, b)` and `overlap(a, b)`. Any number of processes may "
         "open it read-only.",
-        required_resource_keys=REQUIRED_RESOURCES,
+        required_resource_keys={*REQUIRED_RESOURCES, "catalog"},
     )
     def body(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        path = write_catalog(run_context(context, project))
+        path = write_catalog(run_context(context, project), Path(context.resources.catalog.path))
         return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(path))})
 
     return body
 
 
-def write_catalog(context: Context) -> Path:
+def write_catalog(context: Context, path: Path) -> Path:
     """Build the project's catalog from the lake's files, and return its path."""
-    path, scores = context.catalog_path(), Scores(context.settings)
+    scores = Scores(context.settings)
     build_catalog(
         context.lake.local_root(),
         path,
-        scores={key: [column.name for column in declared.columns] for key, declared in scores.assets.items()},
+        scores=catalog_scores(scores),
         targets=_targets(scores),
         recipes=list(context.settings.recipes),
     )
     return path
 
 
+def catalog_scores(scores: Scores) -> list[CatalogScore]:
+    """Return the project's score assets as the catalog takes them."""
+    found = []
+    for asset, declared in scores.assets.items():
+        names = scores.names_of(asset)
+        columns = tuple(
+            CatalogColumn(column.name, name, column.sql_type)
+            for column, name in zip(declared.columns, names, strict=True)
+        )
+        shown = {c.explains: name for c, name in zip(declared.columns, names, strict=True) if c.explains is not None}
+        targets = next((dep.key for dep in declared.deps if dep.key.startswith(TARGET_EMBEDDINGS)), None)
+        found.append(CatalogScore(asset, columns, targets=targets, **shown))
+    return found
+
+
 def _targets(scores: Scores) -> list[str]:
     """List the target embeddings whose rows a score points to."""
-    found = []
-    for declared in scores.assets.values():
-        if any(column.explains == "nearest_target" for column in declared.columns):
-            found += [dep.key for dep in declared.deps if dep.key.startswith("target_embeddings/")]
-    return found
+    return [s.targets for s in catalog_scores(scores) if s.nearest_target is not None and s.targets is not None]

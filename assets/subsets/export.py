@@ -1,7 +1,8 @@
 """`export/<recipe>`: new webdataset shards that hold only the samples of a subset's current version.
 
-It copies data, so `clip-select run` skips it: materialize it when a training run needs it. Each source shard gives one tar, `<lake>/export/<recipe>/<version>/<shard>.tar`, and beside it
-a parquet with key and uid, so that the folder is itself a pool. The asset's own file lists what was written.
+It copies data, so `clip-select run` skips it: materialize it when a training run needs it. Each source shard gives one
+tar, `<lake>/export/<recipe>/<version>/<shard>.tar`, and a Parquet file of keys and uids beside it, so that the folder
+is itself a pool. The asset's own file lists the written samples.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,10 @@ from assets.base.partitioned import partitioned
 from assets.base.results import NotReady, Outcome, Result
 from core.uids import UID_DTYPE
 from resources.lake.versions import Version, Versions
+from resources.pools.base import TarPool
 from resources.storage import files, tars
-from resources.storage.tar_writer import copies, samples, write_tar
+from resources.storage.tar_samples import members_by_key
+from resources.storage.tar_writer import copies, write_tar
 
 SCHEMA = pa.schema(
     [
@@ -118,9 +121,10 @@ def _write(context: Context, shard: str, selected: pl.DataFrame, tar: str) -> pa
     wanted = copies(rows.select("key", "times").iter_rows())
     if not wanted:
         return SCHEMA.empty_table()
-    url = context.pool.image_url(shard)
+    assert isinstance(context.pool, TarPool)
+    url = context.pool.tar_url(shard)
     with files.mapped(url) as view, context.lake.replacing(tar) as path:
-        write_tar(path, view, samples(tars.walk(view, url).members), wanted)
+        write_tar(path, view, members_by_key(tars.walk(view, url)), wanted)
     listed = pl.DataFrame([(c.key, c.source_key, c.copy) for c in wanted], ["key", "source_key", "copy"], orient="row")
     listed = listed.join(rows, left_on="source_key", right_on="key", maintain_order="left")
     return listed.select(SCHEMA.names).to_arrow().cast(SCHEMA)

@@ -18,7 +18,7 @@ FIRST, ALL = range(6), range(8)
 
 
 def main() -> int:
-    """Run the demo; give the exit status."""
+    """Run the demo and return the exit status."""
     console = Console()
     project = open_project(DEMO_CONFIG)
     pool = Path(project.settings.pool.path)
@@ -35,7 +35,7 @@ def main() -> int:
     make_truth(truth, ALL)
     status = max(status, terminal.run(project, console))
 
-    console.rule("What the scores and recipes made of the planted faults")
+    console.rule("How the scores and recipes handled the planted faults")
     for table in truth_table(pl.read_parquet(truth), _scores(project), _subsets(project)):
         console.print(table)
     uid = _scores(project).sort("neg_clip_loss")["uid"][0]
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _draw_missing(pool: Path, shards: range) -> None:
-    """Draw the shards that are not there: a shard that is written again is read again."""
+    """Draw only missing shards: a shard that is written again is read again."""
     missing = [number for number in shards if not (pool / f"{number:05d}_stats.json").exists()]
     if missing:
         make_pool(pool, missing)

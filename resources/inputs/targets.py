@@ -1,9 +1,8 @@
 """Target sets: a downstream task's images with their classes, or ready-made features of them.
 
-Layouts of images: a folder of class folders; a tar of the same; a webdataset tar; a folder of
-webdataset tars. In a webdataset the label is the sample's .cls member, if there is one, else "".
-Ready-made features are .npy, .npz or .pt; pickles are refused. Everything is in the order of names
-(of members, in a tar), so that a target's rows do not depend on a file system.
+Layouts of images: a folder of class folders; a tar of one; a webdataset tar; a folder of webdataset tars. In a
+webdataset the label is the sample's .cls member, else "". Ready-made features are .npy, .npz or .pt; pickles are
+refused. Rows are sorted by name (in a tar, in the order of its members), so they do not depend on the file system.
 """
 
 import contextlib
@@ -40,7 +39,7 @@ class TargetEmbeddings:
         image: float16 [n, d], unit norm.
         labels: class of each, or "".
         names: file, key or row of each.
-        notes: what a person should know, one sentence each.
+        notes: remarks for the user, one sentence each.
     """
 
     image: np.ndarray
@@ -62,8 +61,8 @@ class Target:
     """One target set.
 
     Args:
-        name: what the project calls it.
-        settings: where it is.
+        name: its name in the project.
+        settings: paths of its images and features.
     """
 
     def __init__(self, name: str, settings: TargetSettings) -> None:
@@ -71,7 +70,7 @@ class Target:
         self.settings = settings
 
     def fingerprint(self, encoder_name: str) -> str:
-        """Name, size and time of every file this target has for an encoder, as 32 hex digits.
+        """Return a hash of name, size and time of all files for an encoder, as 32 hexadecimal digits.
 
         Raises:
             TargetError: a file is missing.
@@ -82,7 +81,7 @@ class Target:
         return files.fingerprint([file for _, file in self._listing()])
 
     def images(self) -> Iterator[TargetImage]:
-        """All images, one after the other; bytes are read as they are asked for.
+        """Yield all images; bytes are read one image at a time.
 
         Raises:
             TargetError: there is no image.
@@ -101,14 +100,14 @@ class Target:
             raise self._no_images()
 
     def embed(self, encoder: Encoder, on_rows: Callable[[int], None] | None = None) -> TargetEmbeddings:
-        """The target's image embeddings: its features for this encoder, else its images embedded.
+        """Return the target's image embeddings: its features for this encoder, else embeddings of its images.
 
         Args:
-            encoder: which encoder.
-            on_rows: called with the number of images just done.
+            encoder: the encoder.
+            on_rows: called with the number of images just embedded.
 
         Raises:
-            TargetError: no images or features, features with NaN, or not one image is readable.
+            TargetError: no images or features, features with NaN, or no readable image.
             EncoderError: the encoder has no model or cannot be loaded.
         """
         features = self.settings.features.get(encoder.name)
@@ -117,7 +116,7 @@ class Target:
         if self.settings.path is None:
             raise TargetError(
                 f"target {self.name} has features for {', '.join(self.settings.features)} and no "
-                f"images, so there is nothing for encoder {encoder.name}. Add features for it, or "
+                f"images, so it has no embeddings for encoder {encoder.name}. Add features for it, or "
                 "set the target's `path`."
             )
         if encoder.settings.model is None:
@@ -141,7 +140,7 @@ class Target:
             shown = "; ".join(f"{name} ({reason})" for name, reason in found.faults[:_SHOWN])
             more = len(found.faults) - _SHOWN
             notes.append(
-                f"left out {len(found.faults)} of {len(names)} images that cannot be decoded: "
+                f"skipped {len(found.faults)} of {len(names)} images that cannot be decoded: "
                 f"{shown}{f'; and {more} more' if more > 0 else ''}"
             )
         if not kept:
@@ -154,7 +153,7 @@ class Target:
     # --- images -----------------------------------------------------------------------------
 
     def _listing(self) -> list[tuple[str, files.Listed]]:
-        """Image files with their class, or tars with "", each named by its path in the target."""
+        """List image files with their class, or tars with ""; names are paths in the target."""
         path = self.settings.path
         if path is None:
             raise TargetError(f"target {self.name} has no `path` to images. Set it.")
@@ -266,7 +265,7 @@ class Target:
                 )
             off = np.abs(norms - 1) > 1e-2
             scaled += int(off.sum())
-            # what is of unit norm is kept bit for bit
+            # rows of unit norm are kept bit for bit
             full[off] /= norms[off, None]
             blocks.append(full.astype(np.float16))
             labels += classes if classes is not None else [""] * len(full)
@@ -276,7 +275,7 @@ class Target:
 
 
 def open_target(name: str, settings: TargetSettings) -> Target:
-    """The target `name`. Nothing is read yet."""
+    """Return a target set; nothing is read yet."""
     return Target(name, settings)
 
 
@@ -286,12 +285,12 @@ def _is_image(path: str) -> bool:
 
 
 def _label(path: str) -> str:
-    """The name of the folder an image lies in; "" at the top."""
+    """Return the name of an image's folder; "" at the top."""
     return posixpath.basename(posixpath.dirname(path))
 
 
 def _read_features(file: files.Listed, key: str | None) -> tuple[np.ndarray[Any, Any], list[str] | None]:
-    """An array of features and, where the file has them, the labels."""
+    """Read an array of features and, if the file has them, the labels."""
     if file.url.endswith(".npy"):
         with open_array(file.url) as stream:
             return stream.all(), None
@@ -338,7 +337,7 @@ def _read_torch(file: files.Listed, key: str | None) -> tuple[np.ndarray[Any, An
 
 
 def _choose(names: list[str], key: str | None, url: str) -> str:
-    """The array wanted: by its key, else image_features, else the only one."""
+    """Choose an array: by its key, else image_features, else the only one."""
     if key is None and _KEY in names:
         return _KEY
     if key is None and len(names) == 1:

@@ -1,7 +1,6 @@
-"""The first synset of a word, from WordNet's own database files (`index.noun`, `noun.exc` and so on).
+"""The first synset of a word, from WordNet's database files (`index.noun`, `noun.exc` and so on).
 
-Here: reading the files and taking endings off, as WordNet's `morphy` does. Not here: the files, which are the user's to
-provide, nor what is asked of captions.
+Here: reading the files and removing endings, as WordNet's `morphy` does. The user provides the files.
 """
 
 import hashlib
@@ -9,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from core.errors import UserError
+from core.hashing import sha256
 
 PARTS = ("noun", "verb", "adj", "adv")
 _ENDINGS = {
@@ -30,7 +30,7 @@ _ENDINGS = {
 
 
 class WordNetError(UserError):
-    """WordNet's files or a list of synsets can't be read; the message names the file and the remedy."""
+    """WordNet's files or a list of synsets cannot be read; the message names the file and the remedy."""
 
 
 class WordNet:
@@ -46,7 +46,7 @@ class WordNet:
 
     @property
     def files(self) -> list[Path]:
-        """Name the files that are read.
+        """The files that are read.
 
         Raises:
             WordNetError: one is missing.
@@ -54,11 +54,13 @@ class WordNet:
         found = [self.folder / name for part in PARTS for name in (f"index.{part}", f"{part}.exc")]
         for path in found:
             if not path.is_file():
-                raise WordNetError(f"{path}: no such file. Remedy: name WordNet's `dict` folder")
+                raise WordNetError(
+                    f"{path}: no such file. Remedy: set scores.captions.wordnet to WordNet's `dict` folder"
+                )
         return found
 
     def first_synset(self, word: str) -> int | None:
-        """Give the offset of a word's first synset: nouns before verbs, adjectives, adverbs; None where it has none."""
+        """Return the offset of a word's first synset, or None: nouns before verbs, adjectives, adverbs."""
         word = word.lower()
         if word not in self._known:
             offsets = (self._index[part].get(form) for part in PARTS for form in self._forms(word, part))
@@ -66,7 +68,7 @@ class WordNet:
         return self._known[word]
 
     def _forms(self, word: str, part: str) -> list[str]:
-        """Give what a word may be a form of, and is in the index: itself, then without one ending, or with several."""
+        """Return the indexed words that a word may be a form of: itself, then without one ending, then without more."""
         index, exceptions = self._index[part], self._exceptions[part]
         if word in exceptions:
             return [form for form in (word, *exceptions[word]) if form in index]
@@ -82,7 +84,7 @@ class WordNet:
 
     @cached_property
     def _index(self) -> dict[str, dict[str, int]]:
-        """Each part's lemmas with the offset of the first synset."""
+        """The offset of the first synset by part of speech and lemma."""
         _ = self.files
         found: dict[str, dict[str, int]] = {}
         for part in PARTS:
@@ -100,7 +102,7 @@ class WordNet:
 
     @cached_property
     def _exceptions(self) -> dict[str, dict[str, list[str]]]:
-        """Each part's irregular forms with their lemmas."""
+        """The lemmas of irregular forms by part of speech."""
         found: dict[str, dict[str, list[str]]] = {}
         for part in PARTS:
             lines = (self.folder / f"{part}.exc").read_text(encoding="utf-8").splitlines()
@@ -109,24 +111,24 @@ class WordNet:
 
 
 def read_synsets(path: str) -> frozenset[int]:
-    """Read a list of synsets, one a line: `n02084071`, as ImageNet names them, or the offset alone.
+    """Read a list of synsets, one per line: `n02084071` as in ImageNet, or the offset alone.
 
     Raises:
-        WordNetError: the file is missing, empty, or a line is something else.
+        WordNetError: the file is missing or empty, or a line is no synset.
     """
     found = set()
     for line in existing(path).read_text(encoding="utf-8").split():
         try:
             found.add(int(line.lstrip("nvars")))
         except ValueError:
-            raise WordNetError(f"{path}: {line!r} is no synset. Remedy: one a line, such as n02084071") from None
+            raise WordNetError(f"{path}: {line!r} is no synset. Remedy: one per line, such as n02084071") from None
     if not found:
         raise WordNetError(f"{path}: this list of synsets is empty. Remedy: another list")
     return frozenset(found)
 
 
 def existing(path: str) -> Path:
-    """Give the path of a list of synsets.
+    """Return the path of a list of synsets.
 
     Raises:
         WordNetError: the file is missing.
@@ -137,8 +139,5 @@ def existing(path: str) -> Path:
 
 
 def digest(paths: list[Path]) -> str:
-    """Give a sha256 of files' contents."""
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(hashlib.sha256(path.read_bytes()).digest())
-    return sha.hexdigest()
+    """Return a SHA-256 of files' contents: that of their digests, one after the other."""
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in paths)).hexdigest()

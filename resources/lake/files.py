@@ -1,11 +1,10 @@
-"""The lake: files that are the truth, each whole or absent, each saying what it was made from.
+"""The lake: a folder of files, each complete or absent, each with its provenance.
 
-Here: paths, atomic writing, provenance, and reading tables back. Not here: what is in a table (the assets
-know) and how it is queried (`resources.catalog.build`).
+Here: paths, atomic writing, provenance, and reading tables. Not here: columns of tables (the assets define them) and
+queries (`resources.catalog.build`).
 
-A file is written under a temporary name that begins with a dot, flushed to disk and renamed. A reader therefore
-sees a whole file or none, and a run that is killed leaves at most a stray temporary file, which the next write
-to the same folder by the same asset clears away.
+A file is written under a temporary name with a leading dot, flushed to disk and renamed. A reader therefore sees a
+complete file or none. A killed run leaves at most one temporary file, which the next write of the same file removes.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from core.hashing import digest
 METADATA_KEY = b"clip_data_selection"
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
-"""Column by which single rows of an asset are looked up, in files that are in no order by it."""
+"""Column by which single rows of an asset are looked up; its files are not sorted by it."""
 ROW_GROUP = 1 << 17
-KNOWN_FILES = 60_000  # of which the lake remembers what is stored; some 4 kB each, so 250 MB at most
+KNOWN_FILES = 60_000  # whose records the lake caches; some 4 kB each, so 250 MB at most
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -44,14 +43,14 @@ class LakeError(UserError):
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a file is made from. Two files with equal provenance hold the same rows.
+    """The origin of a file. Two files with equal provenance hold the same rows.
 
     Attributes:
         asset: key of the asset, such as `neg_clip_loss/b32`.
         shard: name of the shard, or None for an asset that is not partitioned.
         code_version: version of the code that computes the asset.
         parameters: settings that the result depends on, JSON values only.
-        inputs: fingerprint of everything that was read, by name.
+        inputs: fingerprint of everything read, by name.
     """
 
     asset: str
@@ -61,7 +60,7 @@ class Provenance:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the provenance as JSON values."""
+        """Return the provenance as JSON values."""
         return {
             "asset": self.asset,
             "shard": self.shard,
@@ -71,20 +70,20 @@ class Provenance:
         }
 
     def digest(self) -> str:
-        """Give the sha256 of the provenance."""
+        """Return the SHA-256 of the provenance."""
         return digest(self.as_dict())
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What the lake knows of one of its files.
+    """The record of one file of the lake.
 
     Attributes:
-        provenance: what the file was made from.
-        fingerprint: names the file's content for whatever reads it: the provenance's digest, or a digest of the
-            content where the asset gave one (so that a source that was touched but not changed stops there).
+        provenance: the file's provenance.
+        fingerprint: identifies the content for assets that read it: the provenance's digest, or a digest of the
+            content where the asset passed one (so that a source that was touched but not changed stops there).
         rows: number of rows.
-        summary: figures about the content, such as rejects by reason. The same inputs give the same summary.
+        summary: statistics of the content, such as rejects by reason. The same inputs give the same summary.
     """
 
     provenance: Provenance
@@ -93,12 +92,12 @@ class Stored:
     summary: dict[str, Any]
 
     def is_from(self, provenance: Provenance) -> bool:
-        """Tell whether the file is what a run with this provenance would write."""
+        """Return whether a run with this provenance would write the same file."""
         return self.provenance.digest() == provenance.digest()
 
 
 def sample_digest(table: pa.Table) -> str:
-    """Give a sha256 of a table's values, independent of how it is chunked."""
+    """Return a SHA-256 of a table's values that does not depend on its chunks."""
     sha = hashlib.sha256(str(table.schema.remove_metadata()).encode())
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
@@ -109,7 +108,11 @@ def sample_digest(table: pa.Table) -> str:
 
 
 def vectors_to_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """Give `[n, d]` float16 vectors as an Arrow column of fixed-size lists, without copying them."""
+    """Return `[n, d]` float16 vectors as an Arrow column of fixed-size lists, without a copy.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
     if vectors.ndim != 2 or vectors.dtype != np.float16:
         raise ValueError(f"vectors: expected float16 [n, d], got {vectors.dtype} {vectors.shape}")
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
@@ -117,7 +120,7 @@ def vectors_to_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def column_to_vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """Give a column of fixed-size float16 lists as `[n, d]`; a memory-mapped column of one chunk is not copied."""
+    """Return a column of fixed-size float16 lists as `[n, d]`; a memory-mapped column of one chunk is not copied."""
     chunks = [
         chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)
     ]
@@ -127,13 +130,13 @@ def column_to_vectors(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def write_parquet(table: pa.Table, path: Path, *, looked_up: str | None = None) -> None:
-    """Write a table as the lake's Parquet files are.
+    """Write a table in the layout of the lake's Parquet files.
 
     Args:
         table: its rows.
         path: local file.
-        looked_up: column that gets Bloom filters: whoever looks for a value (DuckDB does) then skips 99 of 100 row
-            groups that don't have it. They take up to 2 bytes a row.
+        looked_up: column that gets Bloom filters: a search for a value (by DuckDB) then skips 99 of 100 row groups
+            without it. They take up to 2 bytes per row.
     """
     distinct = max(1, min(table.num_rows, ROW_GROUP))
     filters = {looked_up: {"ndv": distinct, "fpp": 0.01}} if looked_up else None
@@ -144,25 +147,25 @@ class Lake:
     """A folder of files, local or on any fsspec file system.
 
     Args:
-        root: path or URL of the folder; it is made when first written to.
+        root: path or URL of the folder; the first write creates it.
     """
 
     def __init__(self, root: str) -> None:
         if "://" in root:
             self.fs, self.root = fsspec.core.url_to_fs(root)
-        else:  # fsspec would take "::" in a path for a chain of file systems, and write somewhere else
+        else:  # fsspec would read "::" in a path as a chain of file systems, and write to another place
             self.fs, self.root = fsspec.filesystem("file"), os.path.abspath(root)
         self.is_local = "file" in _protocols(self.fs)
         self._known: dict[str, tuple[tuple[int, ...], Stored]] = {}
 
     def path(self, asset: str, shard: str | None = None) -> str:
-        """Give the path of an asset's file."""
+        """Return the path of an asset's file."""
         suffix = ".arrow" if asset.split("/")[0] in ARROW_ASSETS else ".parquet"
         name = asset if shard is None else f"{asset}/{shard}"
         return f"{self.root}/{name}{suffix}"
 
     def local_root(self) -> Path:
-        """Give the root as a local path.
+        """Return the root as a local path.
 
         Raises:
             LakeError: the lake is on another file system.
@@ -172,7 +175,7 @@ class Lake:
         return Path(self.root)
 
     def shards(self, asset: str) -> list[str]:
-        """Name the shards for which an asset has a file, sorted."""
+        """List the shards for which an asset has a file, sorted."""
         folder = f"{self.root}/{asset}"
         if not self.fs.exists(folder):
             return []
@@ -180,10 +183,10 @@ class Lake:
         return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
 
     def stored(self, asset: str, shard: str | None = None) -> Stored | None:
-        """Tell what is stored for an asset, or None when nothing is; a file that has not changed is not read again.
+        """Return the record of an asset's file, or None if there is no file. Records of unchanged files are cached.
 
         Raises:
-            LakeError: there is a file, but not one that this project wrote.
+            LakeError: the file was not written by this project.
         """
         path = self.path(asset, shard)
         if not self.is_local:
@@ -220,7 +223,7 @@ class Lake:
             )
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise LakeError(
-                f"{path}: not a file of this lake ({error}). Remedy: move it away; the asset is made again."
+                f"{path}: not a file of this lake ({error}). Remedy: move it away; the asset is computed again."
             ) from error
 
     def read(self, asset: str, shard: str | None = None, columns: list[str] | None = None) -> pa.Table:
@@ -248,16 +251,16 @@ class Lake:
         content: str | None = None,
         summary: Mapping[str, Any] | None = None,
     ) -> Stored:
-        """Write an asset's file, whole or not at all.
+        """Write an asset's file, completely or not at all.
 
         Args:
             table: its rows.
-            provenance: what it was made from; also says where it goes.
-            content: a digest of the content, when that and not the provenance shall be its fingerprint.
-            summary: figures about the content.
+            provenance: its provenance, which also determines its path.
+            content: a digest of the content, to be the fingerprint in place of the provenance's digest.
+            summary: statistics of the content.
 
         Returns:
-            What is now stored.
+            The file's record.
         """
         stored = Stored(
             provenance=provenance,
@@ -282,7 +285,7 @@ class Lake:
         return stored
 
     def remove(self, asset: str, shard: str | None = None) -> bool:
-        """Remove an asset's file; tell whether there was one."""
+        """Remove an asset's file, and return whether there was one."""
         path = self.path(asset, shard)
         if not self.fs.exists(path):
             return False
@@ -291,7 +294,7 @@ class Lake:
 
     @contextmanager
     def replacing(self, path: str) -> Iterator[Path]:
-        """Give a local temporary file that becomes `path` when the block ends without an error."""
+        """Yield a local temporary path whose file becomes `path` when the block ends without an error."""
         folder, name = path.rsplit("/", 1)
         if self.is_local:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -326,7 +329,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def _clear_strays(folder: Path, name: str) -> None:
-    """Remove temporary files for `name` whose process is gone (a run that was killed)."""
+    """Remove temporary files for `name` whose process has ended (a killed run)."""
     for stray in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
         pid = stray.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 1)[-1]
         if pid.isdigit() and int(pid) != os.getpid() and not _is_running(int(pid)):

@@ -1,11 +1,10 @@
-"""The rows that a recipe begins with: pool rows and their scores, side by side in one DuckDB table.
+"""Pool rows and their scores side by side in one DuckDB table, from which a recipe selects.
 
-Here belongs how files of the lake become that table. Which rows are chosen from it is not decided
-here.
+Here: reading files of the lake into that table. Not here: selecting rows from it.
 
-Score files have their rows in the order of `raw_pool`, so they are joined by position, and every row's
-uid and place is compared on the way: a file that is out of step is an error, never a wrong score. Many
-shards are read by one statement, because each costs some twenty milliseconds of its own.
+Score files have their rows in the order of `raw_pool`, so they are joined by position, and every row's uid and place
+is compared: a file with other rows is an error, never a wrong score. One statement reads many shards, because each
+statement costs some twenty milliseconds.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +23,7 @@ _SHARDS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Source:
-    """What `source_relation` made.
+    """The size of the table that `source_relation` made.
 
     Attributes:
         rows: Rows of the table, each with a uid of its own.
@@ -44,19 +43,18 @@ def source_relation(
     pool_columns: Collection[str] = (),
     sets: Mapping[str, str] | None = None,
 ) -> Source:
-    """Make a temporary table of pool rows and their scores.
+    """Create a temporary table of pool rows and their scores.
 
-    Of rows with equal uids the one of the smallest (shard, place in the shard) stays; the others are put into a table
+    Of rows with equal uids the one with the smallest (shard, place in the shard) stays; the others go to a table
     `{name} copies` with the same columns.
 
     Args:
         con: A DuckDB connection; for pools beyond memory, one with a folder for temporary files.
         name: The table's name; a table of that name is replaced.
         raw_pool: Shards and their `raw_pool` files.
-        scores: For each score column of the table, where it is found.
-        pool_columns: Columns of `raw_pool` to take along besides f0, f1, shard and key; `file_row_number` is the
+        scores: For each score column of the table, its column and files.
+        pool_columns: Columns of `raw_pool` to include, in addition to f0, f1, shard and key; `file_row_number` is the
             row's place in its file.
-
         sets: Boolean columns to add, as for `mark_sets`.
 
     Returns:
@@ -92,7 +90,7 @@ def source_relation(
 
 
 def mark_sets(con: duckdb.DuckDBPyConnection, name: str, sets: Mapping[str, str]) -> None:
-    """Tell the table's rows which sets their uids are in.
+    """Add boolean columns for the sets that a row's uid is in.
 
     Args:
         con: The connection.
@@ -111,7 +109,7 @@ _OUT_OF_STEP = "has other rows than"
 
 
 def _query(shards: Sequence[tuple[str, Path]], scores: Mapping[str, ScoreFiles], columns: Sequence[str]) -> str:
-    """Write the query of some shards' rows; it fails with `_OUT_OF_STEP` where a score file has others."""
+    """Write the query of some shards' rows; it fails with `_OUT_OF_STEP` if a score file has other rows."""
     aliases: dict[tuple[Path, ...], str] = {}
     selected = [f"pool.{sql.quoted(column)}" for column in columns]
     for score, (column, paths) in scores.items():
@@ -131,7 +129,7 @@ def _query(shards: Sequence[tuple[str, Path]], scores: Mapping[str, ScoreFiles],
 def _which_is_out_of_step(
     con: duckdb.DuckDBPyConnection, shards: Sequence[tuple[str, Path]], scores: Mapping[str, ScoreFiles]
 ) -> str:
-    """Look at one file after another; say which has other rows than its shard."""
+    """Compare the files one by one, and return which has other rows than its shard."""
     for shard, pool_file in shards:
         for score, (column, paths) in scores.items():
             one = _query([(shard, pool_file)], {score: (column, {shard: paths[shard]})}, ["f0"])
@@ -148,7 +146,7 @@ def _which_is_out_of_step(
 def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
     """Keep each uid's first row; rows were inserted in the order of (shard, place in the shard).
 
-    Only rows whose hash is there twice are compared by uid.
+    Only rows whose hash occurs twice are compared by uid.
     """
     table, copies = sql.quoted(name), sql.quoted(f"{name} copies")
     con.execute(f'CREATE OR REPLACE TEMP TABLE {copies} AS SELECT *, 0::BIGINT AS "its rowid" FROM {table} LIMIT 0')
@@ -167,6 +165,6 @@ def _drop_duplicates(con: duckdb.DuckDBPyConnection, name: str) -> int:
 
 
 def _files(paths: Sequence[Path]) -> str:
-    """Write a scan of files, one after another, with each row's place; `escape` lets no name be a pattern."""
+    """Write a scan of files in this order, with each row's place."""
     listed = ", ".join(sql.path(path) for path in paths)
     return f"read_parquet([{listed}], file_row_number=true)"

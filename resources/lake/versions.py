@@ -1,7 +1,7 @@
-"""A subset's versions: one folder a materialization, kept for good.
+"""A subset's versions: one folder for each materialization, never changed.
 
-Here: where a version lies, writing one, and reading them back. `lineage.json` is written last, so a folder
-without it is a run that was killed; its number is used again.
+Here: paths of versions, writing and reading them. `lineage.json` is written last, so a folder without it was left by a
+killed run, and its number is used again.
 """
 
 import json
@@ -29,12 +29,13 @@ class Manifest:
     """The selected rows, not read yet.
 
     Attributes:
-        rows: how many there are.
+        rows: their number.
         reader: opens them, sorted by (f0, f1): uid, f0, f1, shard, key, `step{n}_value` of each ranking, and `copies`
-            where rows were drawn.
+            if rows were sampled.
         ranks: `step{n}_rank` of each ranking, int64, in the same order; masked where a row has none.
-        samples: entries of DataComp's array: rows, each as often as it was drawn.
-        tables: opens what explains a step, by the name of its file, where its verdict on a row needs others beside it.
+        samples: entries of DataComp's array: each row as often as it was sampled.
+        tables: opens a table that explains a step, by the name of its file, for steps whose verdict on a row depends
+            on other rows.
     """
 
     rows: int
@@ -51,7 +52,7 @@ class Version:
     Attributes:
         recipe: the recipe's name.
         name: `v0001`, `v0002`, ...
-        folder: where its files lie: manifest.parquet, subset.npy, lineage.json.
+        folder: the folder of manifest.parquet, subset.npy and lineage.json.
         lineage: the lineage record.
     """
 
@@ -72,7 +73,7 @@ class Version:
 
     @property
     def samples(self) -> int:
-        """Entries of DataComp's `.npy`; a record from before samples could be drawn has one for each row."""
+        """Entries of DataComp's `.npy`; records from before sampling existed have one for each row."""
         return int(self.lineage.get("samples", self.lineage["rows"]))
 
 
@@ -80,7 +81,7 @@ class Versions:
     """The versions of one recipe's subset.
 
     Args:
-        lake: where they lie.
+        lake: the lake.
         recipe: the recipe's name.
     """
 
@@ -90,7 +91,7 @@ class Versions:
         self.folder = f"{lake.root}/subset/{recipe}"
 
     def names(self) -> list[str]:
-        """Name the complete versions, oldest first."""
+        """List the complete versions, oldest first."""
         if not self.lake.fs.exists(self.folder):
             return []
         found = {path.rsplit("/", 1)[-1] for path in self.lake.fs.ls(self.folder, detail=False)}
@@ -129,9 +130,9 @@ class Versions:
 
         Args:
             manifest: the selected rows.
-            lineage: the record; its `version` and `files`, the sha256 of what is written, are set here.
-            examine: looks at the files before the record makes a version of them; raises if something is wrong.
-            sets: the uids of each recipe and uid list that was read, by its name: columns f0 and f1.
+            lineage: the record; its `version` and `files` (the SHA-256 of the written files) are set here.
+            examine: checks the files before the record is written; raises if something is wrong.
+            sets: the uids of each recipe and uid list that was read, by name: columns f0 and f1.
         """
         newest = self.names()
         name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
@@ -155,20 +156,20 @@ class Versions:
         return version
 
     def remove(self, name: str) -> None:
-        """Remove a version that is not the newest; its record goes first, so that half a version is none.
+        """Remove a version that is not the newest. Its record goes first, so an interrupted removal leaves no version.
 
         Raises:
-            LakeError: it is the newest, from which the next takes its number.
+            LakeError: it is the newest, whose number the next one follows.
         """
         if name == self.names()[-1]:
-            raise LakeError(f"{self.folder}/{name}: the newest version stays. Remedy: name an older one")
+            raise LakeError(f"{self.folder}/{name}: the newest version stays. Remedy: choose an older one")
         self.lake.fs.rm_file(self._lineage_path(name))
         self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
 
     def read_uids(
         self, name: str, file: str = "manifest.parquet", *, columns: Sequence[str] = ("f0", "f1")
     ) -> pa.Table:
-        """Read columns, f0 and f1, of a version's manifest, or of the uids of a set that it read (`set_file`)."""
+        """Read columns of a version's manifest, or of the uids of a set that it read (`set_file`)."""
         with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:
             return pq.ParquetFile(opened).read(columns=list(columns))
 
@@ -177,24 +178,27 @@ class Versions:
 
 
 def set_file(name: str) -> str:
-    """Name the file of a version that holds the uids of a recipe or uid list that it read."""
+    """Return the name of a version's file with the uids of a recipe or uid list that it read."""
     return f"sets/{quote(name, safe='')}.parquet"
 
 
 def step_file(number: int, kind: str) -> str:
-    """Name the file of a version that explains a step whose verdict on a row needs the rows beside it."""
+    """Return the name of a version's file that explains a step whose verdict on a row depends on other rows."""
     return f"steps/{number}_{kind}.parquet"
 
 
 def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str, str]:
-    """Write a manifest and DataComp's array; give their sha256 by name. The same rows give the same bytes.
+    """Write a manifest and DataComp's array. The same rows give the same bytes.
 
-    Rows are written as they come, a row group at a time: memory holds two numbers and the ranks of each row.
+    One row group is written at a time; memory holds two numbers and the ranks of each row.
 
     Args:
         manifest: the selected rows.
-        path: where the manifest is written.
-        uids_path: where the array is written, dtype `u8,u8`, sorted by (f0, f1), each uid as often as it was drawn.
+        path: the manifest's path.
+        uids_path: the array's path: dtype `u8,u8`, sorted by (f0, f1), each uid as often as it was sampled.
+
+    Returns:
+        The SHA-256 of both files by name.
     """
     uids = np.empty(manifest.samples, dtype=UID_DTYPE)
     with manifest.reader() as reader:
@@ -222,7 +226,7 @@ def write_selection(manifest: Manifest, path: Path, uids_path: Path) -> dict[str
 
 
 def _in_row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """Give the rows in tables of ROW_GROUP rows, however they come, so that the same rows give the same bytes."""
+    """Yield the rows in tables of ROW_GROUP rows, whatever the size of the reader's batches."""
     waiting: list[pa.RecordBatch] = []
     for batch in reader:
         waiting.append(batch)

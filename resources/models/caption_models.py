@@ -1,6 +1,6 @@
 """Models that describe images token by token: open_clip's CoCa and transformers' BLIP.
 
-Here: how each is loaded, what it sees of a picture, and the logits of the next token. Not here: which token is said
+Here: loading each, its preprocessing, and the logits of the next token. Not here: sampling tokens
 (`resources.models.captioners`). torch and the libraries are imported inside functions, so that this module loads at
 once.
 """
@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from resources.models import decoding
+from resources.models.clip_models import AUTOCAST, ClipModel, torch_device
 from resources.models.decoding import EncoderError
-from resources.models.encoders import AUTOCAST, Encoder, torch_device
 from resources.models.model_folders import ModelFolder
 from resources.settings import CaptionerSettings, EncoderSettings
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     NextLogits = Callable[[torch.Tensor], torch.Tensor]
 
 _BLIP = "BlipForConditionalGeneration"
-_FILES = (  # besides the weights; what there is of them
+_FILES = (  # apart from the weights; those that exist
     "config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -33,24 +33,24 @@ _FILES = (  # besides the weights; what there is of them
     "added_tokens.json",
     "vocab.txt",
 )
-_NAMELESS = 2  # tokens that a BLIP's tokenizer need not know: the one it starts with, and one for its other tasks
+_NAMELESS = 2  # tokens that a BLIP's tokenizer may lack: the start token, and one for its other tasks
 
 
 @dataclass(frozen=True, slots=True)
-class Speaker:
+class CaptionModel:
     """A model ready to describe images.
 
     Attributes:
         model: open_clip's or transformers' own.
         tokenizer: its own.
-        begin: takes pixels `[n, 3, height, width]` and a number k of captions. Gives a function from what they say so
-            far, int64 `[n k, place + 1]` with the start token, to the logits of what comes next, float32
-            `[n k, vocabulary]`; to be called for one place after the other.
+        begin: takes pixels `[n, 3, height, width]` and a number k of captions. Returns a function from the tokens
+            generated so far, int64 `[n k, place + 1]` with the start token, to the logits of the next token, float32
+            `[n k, vocabulary]`; it is called for one place after the other.
         start: the token before all captions.
-        end: the token behind them.
-        unsaid: tokens that no caption was trained to hold.
-        longest: tokens that the model takes, the start token counted in.
-        look: how it sees pictures.
+        end: the token after them.
+        banned_tokens: tokens that no caption in training has.
+        longest: tokens that the model takes, including the start token.
+        look: its preprocessing of images.
         device: where it runs.
         dtype: of the pixels it takes.
         autocast: of the products inside, where that differs.
@@ -62,7 +62,7 @@ class Speaker:
     begin: "Callable[[torch.Tensor, int], NextLogits]"
     start: int
     end: int
-    unsaid: list[int]
+    banned_tokens: list[int]
     longest: int
     look: decoding.Look
     device: "torch.device"
@@ -83,19 +83,19 @@ class Coca:
         self.name = name
         self.settings = settings
         shared = ("model", "pretrained", "precision", "decode", "batch_size", "device", "workers")
-        self._encoder = Encoder(
-            f"captions/{name}", EncoderSettings(**{field: getattr(settings, field) for field in shared})
+        self._clip = ClipModel(
+            f"captioner {name}", EncoderSettings(**{field: getattr(settings, field) for field in shared})
         )
 
     def identity(self) -> dict[str, Any]:
-        """What decides its logits, as JSON values; the model is not loaded.
+        """Return what decides its logits, as JSON values; the model is not loaded.
 
         Raises:
             EncoderError: there is no such model, or its files are missing.
         """
-        return self._encoder.identity()
+        return self._clip.identity()
 
-    def load(self) -> Speaker:
+    def load(self) -> CaptionModel:
         """Load it.
 
         Raises:
@@ -106,14 +106,14 @@ class Coca:
                 f"captioner {self.name}: open_clip's CoCa does not run in {self.settings.precision}. Remedy: precision "
                 f"amp_{self.settings.precision}"
             )
-        loaded = self._encoder.loaded
+        loaded = self._clip.loaded
         model, tokenizer = loaded.model, loaded.tokenizer
         if not hasattr(model, "text_decoder") or not hasattr(tokenizer, "eot_token_id"):
             raise EncoderError(
                 f"captioner {self.name}: {self.settings.model} does not describe images. Remedy: a CoCa with "
                 "open_clip's own tokenizer, such as coca_ViT-L-14 with pretrained mscoco_finetuned_laion2b_s13b_b90k"
             )
-        return Speaker(
+        return CaptionModel(
             model,
             tokenizer,
             partial(_begin_coca, model),
@@ -133,10 +133,10 @@ def _begin_coca(model: Any, pixels: "torch.Tensor", captions: int) -> "NextLogit
     seen = model._encode_image(pixels)[1].repeat_interleave(captions, dim=0)
     decoder = model.text_decoder
 
-    def next_logits(said: "torch.Tensor") -> "torch.Tensor":
+    def next_logits(generated: "torch.Tensor") -> "torch.Tensor":
         projection, decoder.text_projection = decoder.text_projection, None
-        try:  # the logits of all other places would be thrown away
-            hidden = decoder(seen, model._encode_text(said)[1])[:, -1]
+        try:  # only the last place's logits are used
+            hidden = decoder(seen, model._encode_text(generated)[1])[:, -1]
         finally:
             decoder.text_projection = projection
         return (hidden @ projection).float()
@@ -164,7 +164,7 @@ class Blip:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What decides its logits, as JSON values; the model is not loaded.
+        """Return what decides its logits, as JSON values; the model is not loaded.
 
         Raises:
             EncoderError: there is no such model, or its files are missing.
@@ -172,7 +172,7 @@ class Blip:
         ways = {field: getattr(self.settings, field) for field in ("library", "precision", "decode")}
         return {**ways, **self._folder.weights}
 
-    def load(self) -> Speaker:
+    def load(self) -> CaptionModel:
         """Load it.
 
         Raises:
@@ -212,7 +212,7 @@ class Blip:
             # transformers makes one up where its files are missing
             raise self._wrong(f"its tokenizer, of {len(tokenizer)} tokens, is not that of its {text.vocab_size}")
         wordless = {text.bos_token_id, text.pad_token_id, *range(len(tokenizer), text.vocab_size)}
-        unsaid = sorted((wordless | set(tokenizer.all_special_ids)) - {text.sep_token_id})
+        banned_tokens = sorted((wordless | set(tokenizer.all_special_ids)) - {text.sep_token_id})
         try:
             model.to(device)
         except torch.OutOfMemoryError as error:
@@ -220,13 +220,13 @@ class Blip:
                 f"captioner {self.name}: {device} ran out of memory with the weights of {settings.model}. Remedy: free "
                 "memory there, precision bf16, or device cpu"
             ) from error
-        return Speaker(
+        return CaptionModel(
             model,
             tokenizer,
             partial(_begin_blip, model),
             text.bos_token_id,
             text.sep_token_id,
-            unsaid,
+            banned_tokens,
             text.max_position_embeddings,
             look,
             device,
@@ -236,7 +236,7 @@ class Blip:
         )
 
     def _check_kind(self) -> None:
-        """That the model is a BLIP that describes: those that answer or match load as well, with nonsense to say."""
+        """Check that the model is a BLIP for captions: those for answers or matching load too, and write nonsense."""
         config = self._folder.path / "config.json"
         try:
             kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["no architecture"]
@@ -246,7 +246,7 @@ class Blip:
             raise self._wrong(f"its config.json names {', '.join(map(str, kinds))}")
 
     def _check_size(self, look: decoding.Look, side: int) -> None:
-        """That pictures of any shape come in the one size that the model takes."""
+        """Check that images of any shape are resized to the one size that the model takes."""
         from PIL import Image
 
         shape = list(look.transform(Image.new("RGB", (2 * side, side))).shape)
@@ -261,19 +261,19 @@ class Blip:
 
 
 def _pixels(processor: Any, picture: Any) -> "torch.Tensor":
-    """Prepare one picture, float32 `[3, height, width]`; sent to the decoding processes."""
+    """Preprocess one image to float32 `[3, height, width]`; sent to the decoding processes."""
     return processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
 def _begin_blip(model: Any, pixels: "torch.Tensor", captions: int) -> "NextLogits":
     seen = model.vision_model(pixel_values=pixels).last_hidden_state
-    kept = None  # keys and values of the image and of what was said; without the image's a batch takes 10 times as long
+    kept = None  # keys and values of image and tokens; without the image's a batch takes 10 times as long
 
-    def next_logits(said: "torch.Tensor") -> "torch.Tensor":
+    def next_logits(generated: "torch.Tensor") -> "torch.Tensor":
         nonlocal kept
-        begins = kept is None  # where all captions of an image are alike
+        begins = kept is None  # all captions of an image still hold the same token
         found = model.text_decoder(
-            input_ids=said[::captions] if begins else said[:, -1:],
+            input_ids=generated[::captions] if begins else generated[:, -1:],
             encoder_hidden_states=seen,
             past_key_values=kept,
             use_cache=True,

@@ -1,10 +1,9 @@
 """Captioners: several captions of each image, by nucleus sampling, seeded by the uid.
 
-The libraries' own `generate` draws from one generator for a whole batch, so that a caption would depend on the rows
-beside it (and open_clip's needs classes that transformers has dropped). So the sampling is written here, for any model
-that gives the logits of the next token (`resources.models.caption_models`). torch is imported inside functions, so
-that this module
-loads at once.
+The libraries' own `generate` draws from one generator for a whole batch, so a caption would depend on the other rows of
+its batch (and open_clip's needs classes that transformers has dropped). This module samples itself, from any model that
+returns the logits of the next token (`resources.models.caption_models`). torch is imported inside functions, so that
+this module loads at once.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from resources.models import decoding
-from resources.models.caption_models import Blip, Coca, Speaker
+from resources.models.caption_models import Blip, CaptionModel, Coca
 from resources.models.decoding import EncoderError
 from resources.pools.base import Pool
 from resources.settings import CaptionerSettings
@@ -25,7 +24,7 @@ from resources.settings import CaptionerSettings
 if TYPE_CHECKING:
     import torch
 
-LIKELIEST = 512  # tokens that are looked at first; they hold the nucleus, unless the model knows next to nothing
+LIKELIEST = 512  # tokens sorted first; they contain the nucleus unless the distribution is nearly flat
 
 
 class Captioner:
@@ -33,7 +32,7 @@ class Captioner:
 
     Args:
         name: what the project calls it.
-        settings: its model, and how it shall speak.
+        settings: its model, and how captions are sampled.
     """
 
     def __init__(self, name: str, settings: CaptionerSettings) -> None:
@@ -42,20 +41,20 @@ class Captioner:
         self._model = Blip(name, settings) if settings.library == "transformers" else Coca(name, settings)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the captions of an image besides its pixels and uid, as JSON values; the model is not loaded.
+        """Return what decides captions apart from an image's pixels and uid, as JSON values; the model is not loaded.
 
         Raises:
             EncoderError: there is no such model, or its files are missing.
         """
-        speech = ("captions", "top_p", "min_tokens", "max_tokens", "repetition_penalty", "seed")
-        return {**self._model.identity(), **{field: getattr(self.settings, field) for field in speech}}
+        sampling = ("captions", "top_p", "min_tokens", "max_tokens", "repetition_penalty", "seed")
+        return {**self._model.identity(), **{field: getattr(self.settings, field) for field in sampling}}
 
     @cached_property
-    def loaded(self) -> Speaker:
+    def loaded(self) -> CaptionModel:
         """The model, loaded once.
 
         Raises:
-            EncoderError: it cannot be loaded, does not describe images, or not at such length.
+            EncoderError: it cannot be loaded, does not caption images, or not at such length.
         """
         loaded = self._model.load()
         if self.settings.max_tokens >= loaded.longest:
@@ -68,24 +67,24 @@ class Captioner:
     def caption_pool(
         self, shards: Mapping[str, pa.Table], pool: Pool
     ) -> Generator[tuple[str, list[list[str]] | EncoderError, bool], None, None]:
-        """Describe the images of shards, one batch after the other.
+        """Caption the images of shards, one batch after the other.
 
         Args:
             shards: name to raw_pool rows, all or some of the shard.
             pool: where the bytes are.
 
         Yields:
-            A shard's name; the captions of its next rows, or the error that this shard met; and whether these are its
-            last. A caption depends on the image, the uid and the settings. Batches have one shape, so that it does not
-            depend on the rows beside it; another `batch_size` may round otherwise, which changes a word now and then.
+            A shard's name; the captions of its next rows, or this shard's error; and whether these are its last rows.
+            A caption depends on the image, the uid and the settings. All batches have one shape, so a caption does not
+            depend on the other rows; another `batch_size` may round differently, which changes a word now and then.
 
         Raises:
             EncoderError: the model cannot be used.
         """
         loaded = self.loaded
-        work = decoding.ShardWork(shards, pool, self.settings.batch_size)
+        work = decoding.ShardWork(shards, self.settings.batch_size)
         batches = decoding.run(
-            decoding.Prepare([loaded.look]), work, self.settings.workers, pin=loaded.device.type == "cuda"
+            decoding.Prepare([loaded.look], pool=pool), work, self.settings.workers, pin=loaded.device.type == "cuda"
         )
         with contextlib.closing(batches):
             for shard in shards:
@@ -104,14 +103,14 @@ class Captioner:
                     yield shard, self.describe(batch.images[0], uids) if uids else [], last
 
     def describe(self, images: "torch.Tensor", uids: list[str]) -> list[list[str]]:
-        """Describe images that are prepared for the model.
+        """Caption preprocessed images.
 
         Args:
             images: float32 `[n, 3, height, width]`, n up to the batch size.
-            uids: of the images, which seed what is said.
+            uids: of the images; they seed the sampling.
 
         Returns:
-            For each image its captions, lower case as the tokenizer has them, in the order of their numbers.
+            The captions of each image, lower case as the tokenizer has them, in the order of their numbers.
 
         Raises:
             EncoderError: memory does not hold a batch.
@@ -132,15 +131,15 @@ class Captioner:
                 f"captioner {self.name}: {self.loaded.device} ran out of memory with {settings.batch_size} images of "
                 f"{settings.captions} captions. Remedy: a smaller batch_size"
             ) from error
-        return [[self._words(caption) for caption in of_image] for of_image in tokens]
+        return [[self._text(caption) for caption in of_image] for of_image in tokens]
 
-    def _words(self, tokens: list[int]) -> str:
+    def _text(self, tokens: list[int]) -> str:
         loaded = self.loaded
         end = tokens.index(loaded.end) if loaded.end in tokens else len(tokens)
         return " ".join(loaded.tokenizer.decode(tokens[:end]).split())
 
     def _sample(self, images: "torch.Tensor", draws: np.ndarray) -> "torch.Tensor":
-        """Sample captions: int64 `[n, captions, max_tokens]`, of which what follows the end token means nothing."""
+        """Sample captions, int64 `[n, captions, max_tokens]`; tokens after the end token mean nothing."""
         import torch
 
         loaded, settings = self.loaded, self.settings
@@ -148,56 +147,58 @@ class Captioner:
         layout = torch.channels_last if loaded.channels_last else torch.contiguous_format
         products = torch.autocast(loaded.device.type, loaded.autocast, enabled=loaded.autocast is not None)
         uniform = torch.from_numpy(draws.reshape(n * k, longest)).to(loaded.device)
-        said = torch.full((n * k, 1), loaded.start, dtype=torch.int64, device=loaded.device)
+        generated = torch.full((n * k, 1), loaded.start, dtype=torch.int64, device=loaded.device)
         ended = torch.zeros(n * k, dtype=torch.bool, device=loaded.device)
         with torch.inference_mode(), products:
             pixels = images.to(loaded.device, loaded.dtype, non_blocking=True, memory_format=layout)
             next_logits = loaded.begin(pixels, k)
             for place in range(longest):
-                logits = next_logits(said)
+                logits = next_logits(generated)
                 if place:
-                    logits = penalised(logits, said[:, 1:], settings.repetition_penalty)
-                logits[:, loaded.unsaid] = -torch.inf
+                    logits = penalised(logits, generated[:, 1:], settings.repetition_penalty)
+                logits[:, loaded.banned_tokens] = -torch.inf
                 if place < settings.min_tokens:
                     logits[:, loaded.end] = -torch.inf
                 token = choose(logits, uniform[:, place], settings.top_p)
                 token[ended] = loaded.end
-                said = torch.cat([said, token[:, None]], dim=1)
+                generated = torch.cat([generated, token[:, None]], dim=1)
                 ended |= token == loaded.end
                 if ended.all():
                     break
-        return said[:, 1:].reshape(n, k, -1).cpu()
+        return generated[:, 1:].reshape(n, k, -1).cpu()
 
 
 def uniforms(seed: int, uid: str, captions: int, tokens: int) -> np.ndarray:
-    """Give the numbers in [0, 1) that choose an image's words, float64 `[captions, tokens]`: a keyed hash.
+    """Return the numbers in [0, 1) that choose an image's tokens, float64 `[captions, tokens]`: a keyed hash.
 
-    Caption k stays the same when more captions are asked for, and so does its beginning when it may be longer.
+    Caption k stays the same when more captions are asked for, and its first tokens when `tokens` grows.
     """
     raw = [hashlib.shake_128(f"{seed}/{uid}/{k}".encode()).digest(8 * tokens) for k in range(captions)]
     words = np.frombuffer(b"".join(raw), dtype="<u8").reshape(captions, tokens)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def penalised(logits: "torch.Tensor", said: "torch.Tensor", penalty: float) -> "torch.Tensor":
-    """Make tokens less likely that were said before (CTRL, arXiv 1909.05858): positive logits shrink, negative grow.
+def penalised(logits: "torch.Tensor", generated: "torch.Tensor", penalty: float) -> "torch.Tensor":
+    """Lower the logits of tokens that were generated before, after CTRL (arXiv 1909.05858).
+
+    Positive logits are divided by `penalty`, negative ones multiplied.
 
     Args:
         logits: float32 `[rows, vocabulary]`.
-        said: int64 `[rows, any]`.
-        penalty: 1 changes nothing.
+        generated: int64 `[rows, any]`.
+        penalty: at least 1, which changes nothing.
     """
     import torch
 
-    old = logits.gather(1, said)
-    return logits.scatter(1, said, torch.where(old > 0, old / penalty, old * penalty))
+    old = logits.gather(1, generated)
+    return logits.scatter(1, generated, torch.where(old > 0, old / penalty, old * penalty))
 
 
 def choose(logits: "torch.Tensor", uniform: "torch.Tensor", top_p: float) -> "torch.Tensor":
-    """Choose a token a row by nucleus sampling (arXiv 1904.09751).
+    """Choose one token per row by nucleus sampling (arXiv 1904.09751).
 
-    The nucleus is the smallest set of likeliest tokens that has `top_p` of the probability. The uniform number points
-    into it, likeliest token first.
+    The nucleus is the smallest set of likeliest tokens with `top_p` of the probability. The uniform number picks from
+    it, likeliest token first.
 
     Args:
         logits: float32 `[rows, vocabulary]`; -inf is never chosen.

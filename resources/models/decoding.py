@@ -1,8 +1,8 @@
-"""Between bytes and batches: what the decoding processes of an encoder are sent, do and return.
+"""Decoding processes: the work items they get, reading and preprocessing, and the batches they return.
 
-Work items are small (a path and byte ranges, or the bytes of a few images), made one by one as the
-processes ask for them, so that neither a shard's images nor a pool's tables pile up. A work item
-never crosses shards and results keep the order of the items. Loaded by each worker process.
+Work items are small (rows of a table, or the bytes of a few images) and created one by one on request, so neither
+images nor tables pile up. An item has rows of one shard, and results keep the order of the items. Each worker process
+loads this module.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -12,37 +12,41 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from core.errors import UserError
-from resources.pools.base import Pool, PoolError
-from resources.storage import files, images
+from resources.pools.base import IMAGE_COLUMNS, Pool, PoolError
+from resources.storage import images
 
 if TYPE_CHECKING:
     import torch
 
-_AHEAD = 2  # batches each process works ahead, so that the model never waits for a slow one
+_AHEAD = 2  # batches each process prepares ahead, so that the model does not wait for a slow one
 # imported once in the server that worker processes are forked from
 _PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", __name__]
 
 
 class EncoderError(UserError, RuntimeError):
-    """An encoder cannot be loaded or a shard not embedded; says what to do."""
+    """An encoder cannot be loaded, or a shard not embedded; the message has the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
-class RangesItem:
-    """Rows of one shard: where their images lie, and their captions."""
+class RowsItem:
+    """Rows of one shard, whose images the pool reads.
+
+    Attributes:
+        shard: its name.
+        rows: `key`, `caption` and what `Pool.read_images` needs.
+        total: rows of the shard.
+        last: whether these are its last.
+    """
 
     shard: str
-    url: str
-    keys: list[str]
-    ranges: list[tuple[int, int]]
-    captions: list[str]
+    rows: pa.Table
     total: int
     last: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ImagesItem:
-    """Images by name."""
+    """Named images."""
 
     names: list[str]
     blobs: list[bytes]
@@ -51,22 +55,22 @@ class ImagesItem:
 
 @dataclass(frozen=True, slots=True)
 class FailedItem:
-    """A shard that could not be opened at all."""
+    """A shard whose table could not be read."""
 
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a worker process returns.
+    """The result of a work item.
 
     Attributes:
-        rows: how many rows or images the item had.
-        images: float32 [b, 3, height, width] for each way in which the images are seen; none if there is no image.
+        rows: number of rows or images in the item.
+        images: float32 [b, 3, height, width] for each preprocessing; none if there is no image.
         tokens: int64 [b, context length] for each tokenizer; none for images alone.
         kept: position in the item of each image in `images`.
         faults: name and reason of the others.
-        error: why the whole item failed.
+        error: why the item failed, or None.
         total: rows of the shard.
         last: whether this is the shard's last item.
     """
@@ -81,7 +85,7 @@ class Batch:
     last: bool = True
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies while it computes."""
+        """Return the batch in page-locked memory, from which a GPU copies while it computes."""
         import dataclasses
 
         return dataclasses.replace(
@@ -92,39 +96,28 @@ class Batch:
 
 
 class ShardWork:
-    """Work items of many shards, in order; a shard's table is asked for when its turn comes."""
+    """Work items of many shards, in order; each shard's table is loaded when it is needed."""
 
-    def __init__(self, shards: Mapping[str, pa.Table], pool: Pool, batch_size: int) -> None:
+    def __init__(self, shards: Mapping[str, pa.Table], batch_size: int) -> None:
         self.shards = shards
-        self.pool = pool
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[RangesItem | FailedItem]:
+    def __iter__(self) -> Iterator[RowsItem | FailedItem]:
         for shard in self.shards:
             try:
-                url = self.pool.image_url(shard)
-                rows = self.shards[shard].select(["key", "image_offset", "image_size", "caption"])
+                rows = self.shards[shard].select([*IMAGE_COLUMNS, "caption"])
             except (PoolError, OSError, pa.ArrowException) as error:
                 yield FailedItem(f"{shard}: {error}")
                 continue
             total = rows.num_rows
             for start in range(0, max(total, 1), self.batch_size):
-                part = rows.slice(start, self.batch_size)
-                offsets = part["image_offset"].to_pylist()
-                sizes = part["image_size"].to_pylist()
-                yield RangesItem(
-                    shard,
-                    url,
-                    part["key"].to_pylist(),
-                    list(zip(offsets, sizes, strict=True)),
-                    part["caption"].to_pylist(),
-                    total,
-                    start + self.batch_size >= total,
-                )
+                # A copy: pickling a slice would send the shard's whole table.
+                part = rows.take(pa.array(range(start, min(start + self.batch_size, total)), pa.int64()))
+                yield RowsItem(shard, part, total, start + self.batch_size >= total)
 
 
 class ImageWork:
-    """Work items of images that come with a name."""
+    """Work items of named images."""
 
     def __init__(self, named: Iterable[tuple[str, bytes]], batch_size: int, max_pixels: int) -> None:
         self.named = named
@@ -146,10 +139,10 @@ class ImageWork:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How an encoder sees a picture.
+    """An encoder's preprocessing of an image.
 
     Attributes:
-        transform: the model's own, from a picture to float32 [3, height, width].
+        transform: the model's own, from an image to float32 [3, height, width].
         draft: see `images.picture`.
     """
 
@@ -158,24 +151,30 @@ class Look:
 
 
 class Prepare:
-    """From a work item to a batch. A dataset to torch's DataLoader, whose indices are the items.
+    """Turns work items into batches. For torch's DataLoader it is the dataset, and the items are indices.
 
-    Each image is decoded once (for each `draft`), however many looks there are.
+    Each image is decoded once per `draft`, whatever the number of looks.
+
+    Args:
+        looks: preprocessing of images.
+        tokenizers: from captions to tokens.
+        pool: reads the images of `RowsItem`.
     """
 
-    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = ()) -> None:
+    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = (), pool: Pool | None = None) -> None:
         self.looks = looks
         self.tokenizers = tokenizers
+        self.pool = pool
 
-    def __getitem__(self, item: RangesItem | ImagesItem | FailedItem) -> Batch:
+    def __getitem__(self, item: RowsItem | ImagesItem | FailedItem) -> Batch:
         if isinstance(item, FailedItem):
             return Batch(0, error=item.error)
         if isinstance(item, ImagesItem):
             return self._images(item)
-        return self._ranges(item)
+        return self._rows(item)
 
     def _tensors(self, blob: bytes, max_pixels: int | None) -> "list[torch.Tensor]":
-        """The image as each look sees it."""
+        """Return the image preprocessed for each look."""
         pictures = {draft: images.picture(blob, max_pixels, draft) for draft in {look.draft for look in self.looks}}
         try:
             return [look.transform(pictures[look.draft]) for look in self.looks]
@@ -193,30 +192,34 @@ class Prepare:
                 faults.append((name, str(fault)))
         return Batch(len(item.names), _stacked(tensors), (), kept, faults)
 
-    def _ranges(self, item: RangesItem) -> Batch:
-        rows = len(item.keys)
+    def _rows(self, item: RowsItem) -> Batch:
+        rows = item.rows.num_rows
         if rows == 0:
             return Batch(0, total=item.total, last=item.last)
+        assert self.pool is not None
         remedy = "The file changed after it was read: materialize raw_pool again."
         try:
-            blobs = files.read_ranges(item.url, item.ranges)
-        except OSError as error:
-            message = f"shard {item.shard}: {error}. {remedy}"
-            return Batch(rows, error=message, total=item.total, last=item.last)
+            blobs = self.pool.read_images(item.shard, item.rows)
+        except PoolError as error:  # the pool has no images
+            return Batch(rows, error=str(error), total=item.total, last=item.last)
         tensors = []
-        for key, blob in zip(item.keys, blobs, strict=True):
+        for key, blob in zip(item.rows["key"].to_pylist(), blobs, strict=True):
+            if isinstance(blob, PoolError):
+                message = f"shard {item.shard}: {blob}. {remedy}"
+                return Batch(rows, error=message, total=item.total, last=item.last)
             try:
-                # its size was judged when the pool was read
+                # The pool checked its size when it read the shard.
                 tensors.append(self._tensors(blob, None))
             except images.ImageError as fault:
-                message = f"shard {item.shard}, key {key} in {item.url}: {fault}. {remedy}"
+                message = f"shard {item.shard}, key {key} in {self.pool.settings.path}: {fault}. {remedy}"
                 return Batch(rows, error=message, total=item.total, last=item.last)
-        tokens = [tokenizer(item.captions) for tokenizer in self.tokenizers]
+        captions = item.rows["caption"].to_pylist()
+        tokens = [tokenizer(captions) for tokenizer in self.tokenizers]
         return Batch(rows, _stacked(tensors), tokens, list(range(rows)), [], None, item.total, item.last)
 
 
 def _stacked(tensors: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":
-    """From images, each by look, to one tensor a look."""
+    """Stack images, each preprocessed for all looks, to one tensor per look."""
     import torch
 
     return [torch.stack(by_image) for by_image in zip(*tensors, strict=True)]
@@ -227,10 +230,9 @@ def _as_is(batch: Any) -> Any:
 
 
 def _end_with_main(_: int) -> None:
-    """Let this worker process end when the main one does, even if that one is killed.
+    """End this worker process when the main one ends, even if that one is killed.
 
-    torch watches the parent, which is the server that workers are forked from; and that one stays
-    for as long as a worker does.
+    torch watches the parent, which is the server that workers are forked from and which lives as long as a worker.
     """
     import multiprocessing
     import os
@@ -249,8 +251,8 @@ def _end_with_main(_: int) -> None:
 def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Generator[Batch, None, None]:
     """Turn work items into batches, in order, in `workers` processes (0: in this one).
 
-    The processes are forked from a server that has no other threads, as this one may have (a
-    Dagster process serves gRPC). They end when the iterator is closed.
+    The processes are forked from a server without threads, because this process may have some (a Dagster process serves
+    gRPC). They end when the iterator is closed.
     """
     import multiprocessing
 

@@ -1,6 +1,6 @@
-"""Models that are a folder of files: a user's own, or one in the hub's cache.
+"""Models stored as a folder of files: a user's own, or one in the hub's cache.
 
-Here: where the folder is, and what names its contents for good. Not here: what is in it, and what loads it.
+Here: finding the folder, and a permanent identity of its contents. Not here: loading models.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from resources.models.decoding import EncoderError
 from resources.settings import LOCAL_DIR
 
 _OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "coreml/*"]
-# transformers' names of weights in one file or several; it loads these where both are there
+# transformers' names of weights in one file or several; it prefers these
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 _PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
@@ -22,11 +22,11 @@ class ModelFolder:
     """The folder of one model.
 
     Args:
-        owner: what uses it, as errors begin ("text encoder minilm").
+        owner: its user, for the start of error messages ("text encoder minilm").
         model: hub id, or local-dir: with a path.
-        sign: the file by which such a folder is known.
-        kind: whose folder it must be, for the remedy.
-        files: what is used of a model of the hub besides transformers' weights; without them its whole repository is.
+        sign: a file that every such folder has.
+        kind: the kind of model, for the remedy.
+        files: files used of a model of the hub, apart from transformers' weights; by default its whole repository.
     """
 
     def __init__(self, owner: str, model: str, sign: str, kind: str, files: Sequence[str] = ()) -> None:
@@ -38,10 +38,10 @@ class ModelFolder:
 
     @cached_property
     def path(self) -> Path:
-        """Where it is; of a model of the hub, what the cache lacks is downloaded. The hub is asked once.
+        """The folder; files that the hub's cache lacks are downloaded, once.
 
         Raises:
-            EncoderError: it is not there, or not such a folder.
+            EncoderError: it is missing, or not such a folder.
         """
         if self.model.startswith(LOCAL_DIR):
             folder = Path(self.model.removeprefix(LOCAL_DIR))
@@ -57,7 +57,7 @@ class ModelFolder:
             if not self.files:
                 return Path(snapshot_download(self.model, ignore_patterns=_OTHER_FORMATS))
             folder = Path(snapshot_download(self.model, allow_patterns=[*self.files, *_SAFETENSORS]))
-            if not _there(folder, _SAFETENSORS):  # by its commit, so that the hub need not say which is the newest
+            if not _there(folder, _SAFETENSORS):  # by its commit, without asking the hub for the newest
                 snapshot_download(self.model, revision=folder.name, allow_patterns=_PICKLED)
         except Exception as error:
             raise self.cannot_load(error) from error
@@ -65,7 +65,7 @@ class ModelFolder:
 
     @cached_property
     def weights(self) -> dict[str, Any]:
-        """What names the files for good, as JSON values: the hash of each, or the hub's revision where all are taken.
+        """The identity of the files, as JSON values: the hash of each, or the hub's revision if all are used.
 
         Raises:
             EncoderError: see `path`; or the hub has no weights of this model.
@@ -73,7 +73,7 @@ class ModelFolder:
         if self.model.startswith(LOCAL_DIR):
             return {"files": digests(self.path)}
         if not self.files:
-            return {"model": self.model, "revision": self.path.name}  # the hub's cache names the folder by the commit
+            return {"model": self.model, "revision": self.path.name}  # the folder is named after the commit
         weights = _there(self.path, _SAFETENSORS) or _there(self.path, _PICKLED)
         if not weights:
             raise self.cannot_load(FileNotFoundError("it has neither model.safetensors nor pytorch_model.bin"))
@@ -81,7 +81,7 @@ class ModelFolder:
         return {"model": self.model, "files": {path.name: _cached_sha256(path) for path in used}}
 
     def cannot_load(self, error: Exception) -> EncoderError:
-        """Give the error that says why the model cannot be loaded."""
+        """Return the error of a model that cannot be loaded."""
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = f"check the name and the connection, or use {LOCAL_DIR}<folder>"
         if self.model.startswith(LOCAL_DIR):
@@ -94,9 +94,9 @@ def _there(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _cached_sha256(path: Path) -> str:
-    """Give the sha256 of a file in the hub's cache, which for a large one is the name of what the link leads to.
+    """Return the SHA-256 of a file in the hub's cache: for a large file, the name of the blob that it links to.
 
-    One link is followed and no more: behind a second one the cache may keep files of several models, named otherwise.
+    Only one link is followed: behind a second one the cache may keep files of several models under other names.
     """
     if path.is_symlink():
         blob = path.readlink()
@@ -106,7 +106,7 @@ def _cached_sha256(path: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Give the sha256 of each file in a folder and below, by relative path; hidden files do not count."""
+    """Return the SHA-256 of each file in a folder and below, by relative path; hidden files are left out."""
     return {
         str(path.relative_to(folder)): sha256(path)
         for path in sorted(folder.rglob("*"))

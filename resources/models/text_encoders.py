@@ -1,6 +1,6 @@
-"""Sentence encoders: texts to unit vectors, by sentence-transformers or by the text tower of a CLIP encoder.
+"""Text encoders: texts to unit vectors, by sentence-transformers or by the text tower of a CLIP encoder.
 
-Not here: which texts. sentence-transformers (the extra `sieve`) is imported inside functions.
+sentence-transformers (the extra `sieve`) is imported inside functions.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class TextEncoder:
     """One text encoder of a project.
 
     Args:
-        name: what the project calls it.
-        settings: its model, or the encoder whose text tower serves.
-        encoder: that encoder, where the settings name one.
+        name: its name in the project.
+        settings: its model, or the encoder whose text tower it uses.
+        encoder: that encoder, if the settings name one.
     """
 
     def __init__(self, name: str, settings: TextEncoderSettings, encoder: Encoder | None = None) -> None:
@@ -30,7 +30,7 @@ class TextEncoder:
         self._encoder = encoder
 
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors besides the texts, as JSON values; the model is not loaded.
+        """Return what decides the vectors apart from the texts, as JSON values; the model is not loaded.
 
         Raises:
             EncoderError: its files are missing.
@@ -85,7 +85,7 @@ class TextEncoder:
         except ImportError as error:
             raise EncoderError(
                 f"text encoder {self.name}: sentence-transformers is not installed. Remedy: pip install "
-                "'clip-data-selection[sieve]', or name an `encoder` whose text tower serves"
+                "'clip-data-selection[sieve]', or an `encoder`, whose text tower is then used"
             ) from error
         device = None if self.settings.device == "auto" else self.settings.device
         folder = self._folder.path

@@ -1,45 +1,45 @@
-"""What a raw pool is to the rest of the project: shards, rows, rejects and embeddings.
+"""The interface of raw pools: shards, rows, rejects, images and embeddings.
 
-The formats are read in `pools_webdataset` and `pools_datacomp`; both give the tables below, so
-that nothing downstream knows where a sample came from. Samples seen = rows + rejects, always.
+Each format has a module beside this one, and `resources.pools.formats` lists them. All return the tables below, so
+downstream assets do not depend on the format. Samples seen = rows + rejects, always.
 
-Every reason for which a sample is rejected:
+Reasons for which a sample is rejected:
 
 | reason | the sample |
 |---|---|
-| unsafe_path | its members' path is absolute, climbs with `..` or has a backslash |
+| unsafe_path | its path is absolute, contains `..` or a backslash |
 | key_invalid | its key is not valid UTF-8 |
 | shard_truncated | the tar ends or is damaged inside it |
-| duplicate_key | its key came before in the shard (the first one stays) |
-| image_missing | no .jpg, .jpeg, .png, .webp, .gif or .bmp member |
+| duplicate_key | its key occurred before in the shard (the first one stays) |
+| image_missing | no .jpg, .jpeg, .png, .webp, .gif or .bmp, or a null in a column of images |
 | image_empty | zero bytes |
-| image_undecodable | not JPEG, PNG, WEBP, GIF or BMP, whatever its name, or damaged |
+| image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF or BMP, or are damaged |
 | image_truncated | the image's data ends early |
 | image_bomb | more than `max_pixels`, or thinner than 1 : 200; refused before it is decoded |
 | image_too_small | a side is under `min_side` |
-| caption_missing | no .txt, and no caption in the sidecar or .json either |
+| caption_missing | no .txt, and no caption in a sidecar, .json, table or column |
 | caption_empty | nothing, or white space only |
 | caption_too_long | more than `max_caption_chars` |
-| metadata_invalid | its .json cannot be read (and no sidecar row stands in for it) |
+| metadata_invalid | its .json cannot be read, and there is no sidecar row |
 | uid_invalid | its uid is not 32 hexadecimal digits |
-| duplicate_uid | its uid came before in the shard (the first one stays) |
+| duplicate_uid | its uid occurred before in the shard (the first one stays) |
 | download_failed | a sidecar row whose status is not success; nothing was stored |
 | missing_from_tar | a sidecar row with status success and no members in the tar |
 | embedding_not_finite | NaN or infinity in an embedding of an encoder in use |
 | embedding_not_unit | the norm of such an embedding differs from 1 by more than 0.01 |
 
-Not a reason: a caption that is not valid UTF-8 is repaired with replacement characters, and
-`caption_repaired` says so (caption_bad_utf8 in other tools).
+A caption that is not valid UTF-8 is no reason: it is repaired with replacement characters, and `caption_repaired` is
+true (caption_bad_utf8 in other tools).
 
-Captions are kept as they are, less line ends at their end. The .txt is the caption; without one,
-the sidecar's or .json's caption is. The uid is the sidecar's, else the .json's, else the content's.
+Captions are kept unchanged, except for line ends at their end. The .txt is the caption; without one, the sidecar's or
+.json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +82,9 @@ REJECTS_SCHEMA = pa.schema(
     ]
 )
 
+IMAGE_COLUMNS = ("key", "source_row", "image_offset", "image_size")
+"""Columns of `raw_pool` by which a pool finds the images of rows."""
+
 UID = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -92,13 +95,12 @@ class PoolError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ShardRead:
-    """One shard, read.
+    """The rows and rejects of one shard.
 
     Attributes:
         rows: accepted samples, in `RAW_POOL_SCHEMA`, in the order of the source.
         rejects: the others, in `REJECTS_SCHEMA`, in the order of the source.
-        notes: what a person should know about the shard, one sentence each.
-        samples: how many samples were seen: rows plus rejects.
+        notes: remarks about the shard for the user, one sentence each.
     """
 
     rows: pa.Table
@@ -112,84 +114,98 @@ class ShardRead:
 
 
 class Pool(Protocol):
-    """A raw pool, whatever its format."""
+    """A raw pool of any format.
+
+    Pools are sent to decoding processes, so they can be pickled.
+
+    Attributes:
+        settings: the pool's settings.
+        has_images: whether `read_images` works.
+    """
 
     settings: PoolSettings
+    has_images: bool
 
     def list_shards(self) -> dict[str, str]:
-        """Name of each shard to its fingerprint, from the listing alone.
+        """Return the fingerprint of each shard by name, from the listing alone.
 
         Raises:
-            PoolError: no such folder, no shard in it, or a name that cannot be a partition.
+            PoolError: the folder or its shards are missing, or a name cannot be a partition.
         """
 
     def read_shard(self, name: str) -> ShardRead:
         """Read one shard and check every sample in it.
 
         Raises:
-            PoolError: no such shard, an empty one, or files that do not belong together.
+            PoolError: the shard is missing or empty, or its files do not belong together.
         """
 
-    def image_url(self, name: str) -> str:
-        """The file in which a shard's image_offset and image_size point.
+    def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
+        """Read the images of some rows of a shard.
+
+        Args:
+            shard: its name.
+            rows: n rows of its `raw_pool`, with at least the columns in `IMAGE_COLUMNS`.
+
+        Returns:
+            The n images as stored; in place of an image that cannot be read, the error.
 
         Raises:
             PoolError: the pool has no images.
         """
 
     def embeddings(self, name: str, rows: pa.Table, encoder_name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A precomputed encoder's embeddings of `rows` (the shard's raw_pool, or some of it).
+        """Read a precomputed encoder's embeddings of `rows` (the shard's `raw_pool`, or some of it).
 
         Returns:
-            image and text, float16 [n, d], unit norm, row for row as `rows`.
+            Image and text, float16 [n, d], unit norm, row-aligned with `rows`.
 
         Raises:
             PoolError: the pool has none for that encoder, or the file changed.
         """
 
 
-def open_pool(settings: PoolSettings, encoders: Mapping[str, EncoderSettings]) -> Pool:
-    """The reader for a pool's format. Nothing is read yet.
+@runtime_checkable
+class TarPool(Protocol):
+    """A pool whose shards are tars, so that the members of a sample can be copied."""
 
-    Args:
-        settings: the pool.
-        encoders: all encoders by name; the precomputed ones tell which embeddings to check.
+    def tar_url(self, shard: str) -> str:
+        """Return the path or URL of a shard's tar."""
 
-    Raises:
-        PoolError: an encoder needs what this format has not (images, or embeddings).
+
+@dataclass(frozen=True)
+class PoolFormat:
+    """The declaration of a pool format: `FORMAT` at the end of the format's module.
+
+    Attributes:
+        name: its name in the YAML.
+        files: the files that a pool of this format holds, for messages and documentation.
+        open: makes a pool of the settings and all encoders by name; reads nothing.
+        has_images: whether the pool stores images.
+        has_embeddings: whether the pool stores embeddings.
+        has_tars: whether its shards are tars (`TarPool`), so that subsets can be exported.
+        options: fields of `PoolSettings` that only some formats have, and this one does.
     """
-    if settings.format == "webdataset":
-        from resources.pools.webdataset import WebdatasetPool
 
-        for name, encoder in encoders.items():
-            if encoder.precomputed is not None:
-                raise PoolError(
-                    f"encoder {name} is precomputed, but the webdataset pool {settings.path} "
-                    "carries no embeddings. Give the encoder a `model` and drop `precomputed`, or "
-                    "set the pool's format to datacomp."
-                )
-        return WebdatasetPool(settings)
-    from resources.pools.datacomp import DatacompPool
-
-    for name, encoder in encoders.items():
-        if encoder.precomputed is None:
-            raise PoolError(
-                f"encoder {name} has a model only, but the datacomp pool {settings.path} carries "
-                "no images. Set `precomputed` to the embeddings it is to read (such as b32)."
-            )
-    return DatacompPool(settings, encoders)
+    name: str
+    files: str
+    open: Callable[[PoolSettings, Mapping[str, EncoderSettings]], Pool]
+    has_images: bool = False
+    has_embeddings: bool = False
+    has_tars: bool = False
+    options: frozenset[str] = frozenset()
 
 
 def content_uid(image_sha256: bytes, caption: str) -> str:
-    """Make a uid where a sample brings none: sha256(sha256(image) + caption), 32 hex digits."""
+    """Return the uid of a sample that has none: sha256(sha256(image) + caption), its first 32 hexadecimal digits."""
     return hashlib.sha256(image_sha256 + caption.encode()).hexdigest()[:32]
 
 
 def list_folder(settings: PoolSettings) -> list[files.Listed]:
-    """The pool's folder.
+    """List the files in the pool's folder.
 
     Raises:
-        PoolError: there is none.
+        PoolError: the folder is missing.
     """
     try:
         return files.list_folder(settings.path)
@@ -205,25 +221,33 @@ def list_folder(settings: PoolSettings) -> list[files.Listed]:
 
 
 def check_shard_name(name: str, url: str) -> str:
-    """The name, if it can be a partition key and a file name.
+    """Return the name of a shard, which must fit as partition key and file name.
 
     Raises:
-        PoolError: it cannot.
+        PoolError: it does not.
     """
     if not _SHARD_NAME.fullmatch(name):
         raise PoolError(
-            f"{url}: the shard's name {name!r} must begin with a letter or digit and hold only "
+            f"{url}: the shard's name {name!r} must start with a letter or digit and contain only "
             "letters, digits, '.', '_' and '-'. Rename the file."
         )
     return name
 
 
 def rejects_table(shard: str, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rejects in `REJECTS_SCHEMA`, in the order of the source."""
+    """Return rejects in `REJECTS_SCHEMA`, in the order of the source."""
     ordered = sorted(rejects, key=lambda reject: reject["source_row"])
     return pa.Table.from_pylist([{"shard": shard, **row} for row in ordered], REJECTS_SCHEMA)
 
 
 def empty_shard(name: str, url: str) -> PoolError:
-    """The error for a shard in which there is no sample at all."""
+    """Return the error of a shard without samples."""
     return PoolError(f"empty shard {name}: there is no sample in {url}. Remove the file, or write it again.")
+
+
+def no_embeddings(settings: PoolSettings, shard: str, rows: pa.Table, encoder_name: str) -> PoolError:
+    """Return the error of a pool that carries no embeddings."""
+    return PoolError(
+        f"the {settings.format} pool {settings.path} carries no embeddings for {encoder_name} "
+        f"({shard}, {rows.num_rows} rows)"
+    )

@@ -1,4 +1,4 @@
-"""Pools that bring embeddings and no images: parquet and npz, row for row.
+"""The format `datacomp`: metadata in Parquet with row-aligned embeddings in npz, and no images.
 
 Three layouts are known:
 
@@ -9,9 +9,9 @@ Three layouts are known:
 | image, text of `b32` | b32_img, b32_txt | oai-clip-vit-b32-image, -text | the only ones |
 | caption | text | caption | caption |
 
-clip-retrieval's files may lie in its folders metadata, img_emb and text_emb. Without a column `key`
-the key is the row's number; width and height are the original's. Without a `uid` it is made of the
-caption and the column sha256 (else of the url's, else the image path's sha256).
+clip-retrieval's files may be in its folders metadata, img_emb and text_emb. Without a column `key` the key is the row's
+number; width and height are those of the original. Without a `uid` it is a hash of the caption and the column sha256
+(else the url's SHA-256, else the image path's).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from resources.pools import base as pools
-from resources.pools.base import PoolError, ShardRead
+from resources.pools.base import PoolError, PoolFormat, ShardRead
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -35,7 +35,7 @@ from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_
 _NORM_TOLERANCE = 0.01
 _RETRIEVAL = re.compile(r"(metadata|img_emb|text_emb)_([^.]+)\.(parquet|npy)")
 _FOLDERS = ("metadata", "img_emb", "text_emb")
-_COLUMNS = {  # of raw_pool: where it may come from, the first that is there
+_COLUMNS = {  # of raw_pool: names in the file, of which the first that exists is used
     "uid": ("uid",),
     "key": ("key",),
     "caption": ("text", "caption"),
@@ -75,7 +75,7 @@ class _Faults:
         return self.reasons == ""
 
     def add(self, bad: np.ndarray, reason: str, detail: str | Callable[[int], str]) -> None:
-        """Reject rows where `bad` (bool [n]), unless they are already; `detail` may ask which."""
+        """Reject the rows in `bad` (bool [n]) that are not rejected yet; `detail` may depend on the row."""
         for row in np.flatnonzero(bad & self.good).tolist():
             self.reasons[row] = reason
             self.details[row] = detail if isinstance(detail, str) else detail(row)
@@ -83,6 +83,8 @@ class _Faults:
 
 class DatacompPool:
     """A folder of metadata with embeddings. See `pools.Pool`."""
+
+    has_images = False
 
     def __init__(self, settings: PoolSettings, encoders: Mapping[str, EncoderSettings]) -> None:
         self.settings = settings
@@ -124,10 +126,10 @@ class DatacompPool:
         """See `pools.Pool`."""
         return {name: files.fingerprint(parts.all()) for name, parts in self._shards().items()}
 
-    def image_url(self, name: str) -> str:
-        """See `pools.Pool`: there are no images."""
+    def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
+        """See `pools.Pool`: there are none."""
         raise PoolError(
-            f"shard {name}: the datacomp pool {self.settings.path} carries no images. Set the "
+            f"shard {shard}, {rows.num_rows} rows: the datacomp pool {self.settings.path} carries no images. Set the "
             "encoder's `precomputed`, or point pool.path at the downloaded tars."
         )
 
@@ -277,7 +279,7 @@ class DatacompPool:
         return both[0], both[1]
 
     def _arrays(self, parts: _Parts, encoder: str) -> list[tuple[str, str | None]]:
-        """Where an encoder's image and text arrays are: file, and name in it."""
+        """Return the places of an encoder's image and text arrays: file, and name in it."""
         keys = self.encoders[encoder]
         if parts.image is not None and parts.text is not None:
             return [(parts.image.url, None), (parts.text.url, None)]
@@ -318,7 +320,7 @@ def _as_pool_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(url: str, key: str | None, parts: _Parts, total: int | None) -> Iterator[ArrayStream]:
-    """An embedding array, once it is known to be one and to have `total` rows."""
+    """Open an array, and check that it holds embeddings and has `total` rows."""
     assert parts.parquet is not None
     with _as_pool_error(), open_array(url, key) as stream:
         if len(stream.shape) != 2 or stream.dtype.kind != "f":
@@ -329,7 +331,7 @@ def _opened(url: str, key: str | None, parts: _Parts, total: int | None) -> Iter
         if total is not None and stream.shape[0] != total:
             raise PoolError(
                 f"{parts.parquet.url} has {total:,} rows and {stream.where} has "
-                f"{stream.shape[0]:,}; they agree by position, so none can be trusted. Download "
+                f"{stream.shape[0]:,}; rows are matched by position, so none can be trusted. Download "
                 "both again."
             )
         yield stream
@@ -345,7 +347,7 @@ def _blocks(stream: ArrayStream) -> Iterator[np.ndarray]:
 
 
 def _read_parquet(url: str) -> dict[str, pa.Array]:
-    """The columns that `_COLUMNS` names, nulls where a pool has none."""
+    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks."""
     try:
         with files.open_binary(url) as file:
             parquet = pq.ParquetFile(file)
@@ -385,12 +387,12 @@ def _flat(column: Any) -> pa.Array:
 
 
 def _bools(array: pa.Array) -> np.ndarray:
-    """A numpy mask of an Arrow one, null being false."""
+    """Return a mask as a numpy array, null as false."""
     return np.asarray(pc.fill_null(array, False))
 
 
 def _utf8(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """The strings with invalid UTF-8 replaced, and where that was."""
+    """Return the strings with invalid UTF-8 replaced, and a mask of the replaced ones."""
     repaired = np.zeros(len(column), bool)
     try:
         column.validate(full=True)
@@ -411,7 +413,7 @@ def _keys(column: pa.Array) -> pa.Array:
 
 
 def _uids(columns: Mapping[str, pa.Array], faults: _Faults) -> list[str | None]:
-    """The uid of each good row; rows without a usable one, or with one seen before, are rejected."""
+    """Return the uid of each good row; rows without a valid uid, or with one that occurred before, are rejected."""
     given = pc.utf8_lower(columns["uid"])
     uids = given.to_pylist()
     valid = _bools(pc.match_substring_regex(given, f"^{pools.UID.pattern}$"))
@@ -448,9 +450,17 @@ def _image_digest(columns: Mapping[str, pa.Array], row: int) -> bytes | None:
 
 
 def _fields(uids: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """f0 and f1 of each uid; 0 where there is none (the row is rejected)."""
+    """Return f0 and f1 of each uid, uint64 [n]; 0 where there is none (the row is rejected)."""
     halves = np.zeros((len(uids), 2), np.uint64)
     for row, uid in enumerate(uids):
         if uid is not None and pools.UID.fullmatch(uid):
             halves[row] = int(uid[:16], 16), int(uid[16:], 16)
     return halves[:, 0].copy(), halves[:, 1].copy()
+
+
+FORMAT = PoolFormat(
+    name="datacomp",
+    files="metadata with embeddings and no images (DataComp, dataset2metadata, clip-retrieval)",
+    has_embeddings=True,
+    open=DatacompPool,
+)

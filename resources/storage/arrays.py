@@ -1,6 +1,6 @@
 """Arrays in .npy and .npz files, streamed in blocks of rows; a pickle is refused, never loaded.
 
-`numpy.load` would hold a whole array of an .npz (768 MB for a DataComp shard) to give a part of it.
+`numpy.load` would hold a complete array of an .npz (768 MB for a DataComp shard) to return a part of it.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class ArrayStream:
     file: Any
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The array from its first row on, some rows at a time. Once only.
+        """Yield the array from its first row on, at most 16 MiB at a time. It can be read once.
 
         Raises:
             ArrayError: the file ends early or is damaged.
@@ -57,7 +57,7 @@ class ArrayStream:
             yield np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
 
     def all(self) -> np.ndarray:
-        """The whole array, for those that are known to be small.
+        """Return the complete array, for small ones.
 
         Raises:
             ArrayError: the file ends early or is damaged.
@@ -66,10 +66,10 @@ class ArrayStream:
 
 
 def array_names(url: str) -> list[str]:
-    """The names of an .npz file's arrays.
+    """Return the names of an .npz file's arrays.
 
     Raises:
-        ArrayError: the file is not there, or no .npz.
+        ArrayError: the file is missing, or no .npz.
     """
     with _npz(url) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]

@@ -1,6 +1,6 @@
-"""Bytes from local disks and from any fsspec URL, listed, opened and read by range.
+"""Listing and reading files on local disks and at any fsspec URL.
 
-Nothing here knows what a tar, a parquet or an image is.
+Here: bytes. Not here: file formats.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-_GAP = 64 * 1024  # bytes: read over smaller holes rather than seek (or send another request)
+from core.hashing import sha256_of
+
+_GAP = 64 * 1024  # bytes: smaller holes are read, which is faster than a seek or another request
 _STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime", "created")
 
 
@@ -24,7 +26,7 @@ class Listed:
     Attributes:
         name: file name without folder.
         url: what `open_binary` takes.
-        stamp: size and the best mark of change that the store offers.
+        stamp: size, and the store's best indication of a change (checksum or time).
     """
 
     name: str
@@ -33,12 +35,12 @@ class Listed:
 
 
 def is_remote(url: str) -> bool:
-    """Whether `url` names a store rather than a local path."""
+    """Return whether `url` is a URL and no local path."""
     return "://" in url
 
 
 def list_folder(url: str) -> list[Listed]:
-    """Files directly in a folder, by name.
+    """List the files directly in a folder, by name.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -58,19 +60,20 @@ def list_folder(url: str) -> list[Listed]:
 
 
 def list_tree(url: str) -> list[Listed]:
-    """Files in a folder and all folders under it, named by their path from there, by name.
+    """List the files in a folder and all folders below, named by their path from there, by name.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
     listed = list_folder(url)
-    for folder in _folders(url):
+    for folder in list_folders(url):
         inner = list_tree(f"{url.rstrip('/')}/{folder}")
         listed += [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in inner]
     return sorted(listed, key=lambda file: file.name)
 
 
-def _folders(url: str) -> list[str]:
+def list_folders(url: str) -> list[str]:
+    """Return the names of the folders directly in a folder; hidden ones are left out on local disks."""
     if not is_remote(url):
         with os.scandir(url) as entries:
             return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
@@ -81,7 +84,7 @@ def _folders(url: str) -> list[str]:
 
 
 def stat(url: str) -> Listed:
-    """One file, as a listing would show it.
+    """Return one file as a listing shows it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -101,7 +104,7 @@ def _listed(fs: Any, info: dict[str, Any]) -> Listed:
 
 
 def fingerprint(files: Sequence[Listed]) -> str:
-    """Name, size and time (or checksum) of all files, as 32 hexadecimal digits."""
+    """Return a hash of name, size and time (or checksum) of all files, as 32 hexadecimal digits."""
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         digest.update(f"{file.name}\0{file.stamp}\n".encode("utf-8", "surrogateescape"))
@@ -115,19 +118,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def open_binary(url: str) -> BinaryIO:
-    """Open for reading and seeking."""
+    """Open a file for reading and seeking."""
     if not is_remote(url):
         return open(url, "rb")
     fs, path = _filesystem(url)
     return fs.open(path, "rb")
 
 
+def sha256(url: str) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal characters."""
+    with open_binary(url) as file:
+        return sha256_of(file)
+
+
 @contextlib.contextmanager
 def mapped(url: str) -> Iterator[memoryview]:
-    """The whole file as read-only memory, paged in as it is read.
+    """Yield a file as read-only memory, paged in as it is read.
 
-    A remote file is copied to a temporary file first: its bytes are needed once and in order, so
-    that costs one request and no memory.
+    A remote file is copied to a temporary file first, which costs one request and no memory.
     """
     with contextlib.ExitStack() as stack:
         if is_remote(url):
@@ -140,13 +148,13 @@ def mapped(url: str) -> Iterator[memoryview]:
         if os.fstat(file.fileno()).st_size == 0:
             yield memoryview(b"")
             return
-        # Left to close itself with its last view: an error on its way out still holds views of it, and
-        # closing it under them would raise an error of its own in the other's place.
+        # Not closed here: an exception in flight still holds views of it, and closing it would raise another
+        # error in its place. It closes with its last view.
         yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Bytes at each (offset, size), in the order asked.
+    """Read the bytes at each (offset, size), in the order given.
 
     Neighbouring ranges are read together.
 

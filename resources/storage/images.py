@@ -1,8 +1,7 @@
-"""Bytes to a picture, or to the reason why not. One way to open images for pools and encoders.
+"""Decoding images, for pools and encoders alike.
 
-EXIF orientation is not applied, as open_clip does not apply it; width and height are those stored.
-What is not RGB is converted by a model's own preprocessing: open_clip's `convert("RGB")` drops an
-alpha channel, transformers' puts white behind it.
+EXIF orientation is not applied, as open_clip does not apply it; width and height are those stored. A model's own
+preprocessing converts to RGB: open_clip's `convert("RGB")` drops an alpha channel, transformers' puts white behind it.
 `LOAD_TRUNCATED_IMAGES` stays off.
 """
 
@@ -12,16 +11,16 @@ from dataclasses import dataclass
 from PIL import Image, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# a preprocessing that scales the shorter side up makes a giant of a long thin line
+# scaling the shorter side of a thin line up to a model's input would make a huge image
 MAX_ASPECT = 200
 
 
 class ImageError(ValueError):
-    """Bytes that are no usable picture.
+    """Bytes that are no usable image.
 
     Attributes:
         reason: image_empty, image_undecodable, image_truncated or image_bomb.
-        detail: what Pillow said, or the numbers.
+        detail: Pillow's message, or the numbers.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -32,7 +31,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What a stored image is: size in pixels and format."""
+    """Size in pixels and format of a stored image."""
 
     width: int
     height: int
@@ -40,7 +39,7 @@ class ImageFacts:
 
 
 def open_image(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
-    """Read the header; the pixels are not decoded yet.
+    """Open an image from its header, without decoding pixels.
 
     Raises:
         ImageError: empty, unknown or unsupported bytes, more than `max_pixels`, or a line.
@@ -76,10 +75,9 @@ def load(image: ImageFile.ImageFile) -> None:
 
 
 def check(data: bytes, max_pixels: int) -> ImageFacts:
-    """Decode an image for its faults alone.
+    """Decode an image to find faults.
 
-    JPEG is decoded at an eighth of its size: all of its data is still read, so the same faults
-    show, in less time.
+    JPEG is decoded at an eighth of its size: all of its data is still read, so the same faults show in less time.
 
     Raises:
         ImageError: see `open_image` and `load`.
@@ -94,13 +92,13 @@ def check(data: bytes, max_pixels: int) -> ImageFacts:
 
 
 def picture(data: bytes, max_pixels: int | None = None, draft: int | None = None) -> ImageFile.ImageFile:
-    """A decoded image, ready for a model's transform.
+    """Return a decoded image, ready for a model's transform.
 
     Args:
         data: the image's bytes.
         max_pixels: a larger image is a fault.
-        draft: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as no side has fewer pixels than this. The
-            decoder then leaves frequencies out, which costs less than decoding and scaling down.
+        draft: pixels. A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as no side falls below this. The
+            decoder then skips frequencies, which is faster than decoding and scaling down.
 
     Raises:
         ImageError: see `open_image` and `load`.

@@ -1,6 +1,7 @@
 """New webdataset tars that hold chosen samples of an old one, byte for byte.
 
-Here: which members a sample has, and writing them again. Not here: which samples are chosen.
+Here: keys of copies, and writing. Not here: grouping members into samples (`resources.storage.tar_samples`), and which
+samples are selected.
 """
 
 import io
@@ -9,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from resources.storage.tar_samples import split_name
 from resources.storage.tars import Member
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A sample as it is written.
+    """A sample to write.
 
     Attributes:
         source_key: its key in the source tar.
@@ -27,37 +29,11 @@ class Copy:
     copy: int
 
 
-def samples(members: Iterable[Member]) -> dict[str, list[Member]]:
-    """Group a tar's members into samples, by key (the path up to the first dot of the file name).
-
-    A sample's members are neighbours; where a key comes again later, or a suffix comes twice, the first ones stay,
-    as in `raw_pool`.
-    """
-    found: dict[str, list[Member]] = {}
-    current, suffixes = None, set[str]()
-    for member in members:
-        key, suffix = _split(member.name)
-        if key != current:
-            current, suffixes = key, set()
-            if key not in found:
-                found[key] = []
-                suffixes.add(suffix)
-                found[key].append(member)
-            else:
-                current = None
-        elif suffix not in suffixes:
-            suffixes.add(suffix)
-            found[key].append(member)
-        else:
-            current = None
-    return found
-
-
 def copies(chosen: Iterable[tuple[str, int]]) -> list[Copy]:
-    """Give every copy a key of its own: `key`, then `key_1`, `key_2`, ... as far as no sample has that key.
+    """Assign a key to every copy of a sample: `key`, then `key_1`, `key_2`, ..., skipping keys of other samples.
 
     Args:
-        chosen: keys, each once, and how often each sample is wanted.
+        chosen: keys, each once, and the number of copies.
     """
     wanted = [(key, times) for key, times in chosen if times]
     taken = {key for key, _ in wanted}
@@ -78,21 +54,15 @@ def write_tar(path: Path, view: memoryview, found: Mapping[str, Sequence[Member]
     """Write a tar. The same samples give the same bytes: owner, mode and time are fixed.
 
     Args:
-        path: where to.
+        path: the new tar.
         view: the source tar's bytes.
-        found: its samples.
-        wanted: what is written, in this order.
+        found: its members by key.
+        wanted: copies to write, in this order.
     """
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
         for copy in wanted:
             for member in found[copy.source_key]:
-                _, suffix = _split(member.name)
+                _, suffix = split_name(member.name)
                 info = tarfile.TarInfo(f"{copy.key}.{suffix}")
                 info.size = member.size
                 tar.addfile(info, io.BytesIO(view[member.offset : member.offset + member.size]))
-
-
-def _split(name: str) -> tuple[str, str]:
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return (folder + slash + stem).removeprefix("./"), suffix

@@ -1,9 +1,8 @@
-"""One walk over the headers of a tar: which members there are and where their bytes lie.
+"""An index of a tar from its headers: names, offsets and sizes of members.
 
-Agrees with `tarfile` (ustar, pax, GNU long names) and differs in three ways: it reads no data, it
-is an order of magnitude faster, and a tar that is cut or damaged gives what comes before the
-fault, with the fault described, instead of an exception. It says nothing about samples; that is
-`pools_webdataset`.
+Agrees with `tarfile` (ustar, pax, GNU long names) and differs in three ways: it reads no data, it is an order of
+magnitude faster, and of a cut or damaged tar it returns the members before the fault and a description, in place of an
+exception. Grouping members into samples is in `resources.storage.tar_samples`.
 """
 
 import re
@@ -32,7 +31,7 @@ _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 
 
 class TarError(ValueError):
-    """The file is no tar whose members can be read in place."""
+    """The file is no tar with members that can be read in place."""
 
 
 class Member(NamedTuple):
@@ -47,16 +46,16 @@ class Member(NamedTuple):
 class TarIndex:
     """The members of a tar, in order.
 
-    Kept by column, as strings and numbers: an object for each member would be work for Python's garbage collector,
-    which beside a large library's objects costs many times the walk itself.
+    It is stored by column, as strings and numbers: an object for each member would load Python's garbage collector,
+    which next to a large library's objects costs many times the walk itself.
 
     Attributes:
-        names: of the regular files whose bytes are all there.
-        offsets: of their data.
-        sizes: of their data.
+        names: of the regular files that are complete.
+        offsets: of their data, in bytes.
+        sizes: of their data, in bytes.
         others: names of folders, links and other members without bytes of their own.
-        cut: the member whose bytes end too early, if the tar was cut inside one.
-        fault: what is wrong with the tar, or None; everything in `members` is good all the same.
+        cut: the member inside which the tar ends, if there is one.
+        fault: description of the tar's fault, or None; `members` are good in both cases.
     """
 
     names: list[str]
@@ -68,7 +67,7 @@ class TarIndex:
 
     @property
     def members(self) -> Iterator[Member]:
-        """The regular files whose bytes are all there, each made when its turn comes."""
+        """The regular files that are complete, created one by one."""
         return map(Member._make, zip(self.names, self.offsets, self.sizes, strict=True))
 
 
@@ -80,7 +79,7 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
         source: its path, for messages.
 
     Raises:
-        TarError: it is compressed, has sparse members, or does not begin as a tar does.
+        TarError: it is compressed, has sparse members, or has no header of a tar.
     """
     view = memoryview(buffer)
     length = len(view)
@@ -93,7 +92,7 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
     headers: list[int] = []  # offset of each, to verify their checksums together
     positions: list[int] = []  # of the headers of members
     sizes: list[int] = []
-    named: dict[int, str] = {}  # names that are not in the member's own header
+    named: dict[int, str] = {}  # names from extended headers
     others: list[tuple[int, str]] = []
     cut: Member | None = None
     fault: str | None = None
@@ -107,7 +106,7 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
             break
         digits, last_digit, kind = unpack(view, position)
         try:
-            # the twelfth byte is NUL or blank, but for 12 digits, or base 256
+            # the twelfth byte is NUL or blank, except with 12 digits or base 256
             size = _not_negative(int(digits if last_digit in b"\0 " else digits + last_digit, 8))
         except ValueError:
             if not any(view[position : position + _BLOCK]):
@@ -181,12 +180,12 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
 
 
 def _names(view: memoryview, positions: list[int], named: dict[int, str]) -> list[str]:
-    """The members' names, taken from the headers many at a time.
+    """Return the members' names, read from many headers at a time.
 
     Args:
         view: the tar.
         positions: offset of each member's header.
-        named: by offset of the header, the names that stand elsewhere.
+        named: names from extended headers, by offset of the member's header.
     """
     found: list[str] = []
     for start in range(0, len(positions), _AT_ONCE):
@@ -203,13 +202,13 @@ def _names(view: memoryview, positions: list[int], named: dict[int, str]) -> lis
 
 
 def _blocks(view: memoryview, positions: list[int]) -> np.ndarray:
-    """The headers at these offsets, uint8 [n, 512]; all blocks of a tar are aligned."""
+    """Return the headers at these offsets, uint8 [n, 512]; all blocks of a tar are aligned."""
     whole = np.frombuffer(view, np.uint8, len(view) // _BLOCK * _BLOCK).reshape(-1, _BLOCK)
     return whole[np.array(positions, np.int64) // _BLOCK]
 
 
 def _name(view: memoryview, position: int) -> str:
-    """The name in one header, with its prefix."""
+    """Return the name in one header, with its prefix."""
     name = bytes(view[position : position + 100]).partition(b"\0")[0]
     prefix = bytes(view[position + 345 : position + 500]).partition(b"\0")[0]
     if prefix and bytes(view[position + 156 : position + 157]) != _SPARSE:
@@ -218,7 +217,7 @@ def _name(view: memoryview, position: int) -> str:
 
 
 def _records(kind: bytes, content: bytes) -> dict[str, str]:
-    """What an extended header says of the members that follow."""
+    """Return the fields that an extended header sets for the next members."""
     if kind == _LONG_LINK:
         return {}
     if kind == _LONG_NAME:
@@ -227,7 +226,7 @@ def _records(kind: bytes, content: bytes) -> dict[str, str]:
 
 
 def _number(field: bytes) -> int:
-    """A numeric header field: octal digits, or base 256 when its first bit is set."""
+    """Return the value of a header field: octal digits, or base 256 if its first bit is set."""
     if field[0] & 0x80:
         value = int.from_bytes(field, "big") - (0x80 << (8 * (len(field) - 1)))
         if value < 0 or field[0] != 0x80:
@@ -238,14 +237,14 @@ def _number(field: bytes) -> int:
 
 
 def _not_negative(size: int) -> int:
-    """The size, which `int` lets a hostile header make negative, so that the walk went in a circle."""
+    """Return a size, refusing a negative one: with `int`, a hostile header could make the walk go in a circle."""
     if size < 0:
         raise ValueError("negative size")
     return size
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """The `length key=value` records of a pax header."""
+    """Return the `length key=value` records of a pax header."""
     records = {}
     position = 0
     while position < len(content) and content[position]:
@@ -262,7 +261,7 @@ def _pax_records(content: bytes) -> dict[str, str]:
 
 
 def _first_bad_checksum(view: memoryview, headers: list[int]) -> int | None:
-    """Offset of the first header whose sum (unsigned, or signed as old writers had it) is wrong."""
+    """Return the offset of the first header with a wrong checksum (unsigned, or signed as in old tars)."""
     powers = 8 ** np.arange(5, -1, -1)
     for start in range(0, len(headers), _AT_ONCE):
         positions = headers[start : start + _AT_ONCE]

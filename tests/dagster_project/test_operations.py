@@ -1,4 +1,4 @@
-"""Running the project day by day: runs whose process was killed, pools, old versions."""
+"""Day-to-day operation: killed runs, concurrency pools, old versions."""
 
 import json
 import os
@@ -32,7 +32,7 @@ OURS = Path(dagster_project.__file__).with_name("dagster.yaml")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """The folder of an instance with the project's own settings."""
+    """Return the folder of an instance with the project's settings."""
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(OURS, home / "dagster.yaml")
@@ -46,7 +46,7 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def launch(scenario: Scenario, home: Path, shard: str) -> subprocess.Popen[bytes]:
-    """Make a run of everything for one shard in a process of its own, as the UI's launcher does."""
+    """Run every asset of one shard in another process, as the UI's launcher does."""
     dagster = Path(sys.executable).parent / "dagster"
     arguments = ["job", "execute", "-m", "dagster_project.definitions", "-j", "process_shards"]
     return subprocess.Popen(

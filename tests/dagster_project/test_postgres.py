@@ -63,7 +63,7 @@ class Server:
         assert done.returncode == 0, log.read_text()
 
     def start(self) -> None:
-        """Make the database and wait until it answers."""
+        """Create the database and wait until it answers."""
         secret = self.folder / "password"
         secret.write_text(self.password)
         secret.chmod(0o644)
@@ -75,7 +75,7 @@ class Server:
         self.run("pg_ctl", "-D", data, "-o", options, "-w", "start")
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
 
@@ -105,7 +105,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that answers, and the page's environment variables."""
+    """Yield a running server, with the page's environment variables set."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         server.start()

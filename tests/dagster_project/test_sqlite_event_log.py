@@ -33,7 +33,7 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def files(instance: dg.DagsterInstance) -> Path:
-    """The folder of the event log."""
+    """Return the folder of the event log."""
     assert isinstance(instance.event_log_storage, SqliteEventLogStorage)
     return Path(instance.event_log_storage.path_for_shard("index")).parent
 

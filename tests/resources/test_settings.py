@@ -1,4 +1,4 @@
-"""Settings of pools, encoders and targets: what is allowed, and what an error says."""
+"""Settings of pools, encoders and targets: valid values and error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_names_and_tags_are_not_taken_for_paths() -> None:
         (PoolSettings, {}, "path"),
         (PoolSettings, {"path": " "}, "the path is empty"),
         (PoolSettings, {"path": "p", "fromat": "webdataset"}, "fromat"),
-        (PoolSettings, {"path": "p", "format": "tfds"}, "'webdataset' or 'datacomp'"),
+        (PoolSettings, {"path": "p", "format": "tfds"}, "'webdataset', 'datacomp', 'parquet_images' or 'image_folder'"),
         (PoolSettings, {"path": "p", "max_pixels": 10**9}, "max_pixels"),
         (EncoderSettings, {}, "give `model`, or `precomputed`"),
         (EncoderSettings, {"precomputed": "b32"}, "needs `temperature`"),

@@ -1,4 +1,4 @@
-"""Claims about exported shards: they hold the selected samples, byte for byte, and nothing else."""
+"""Exported shards hold the selected samples, byte for byte, and nothing else."""
 
 import tarfile
 from pathlib import Path
@@ -11,10 +11,9 @@ import pytest
 from assets.graph import build_graph
 from assets.settings import open_project
 from dagster_project.headless import RANGE_END, RANGE_START
-from resources.pools.base import open_pool
+from resources.pools.formats import open_pool
 from resources.settings import PoolSettings
-from resources.storage import tars
-from resources.storage.tar_writer import Copy, copies, samples, write_tar
+from resources.storage.tar_writer import copies
 from tests.support.pool_factory import datacomp_shard
 from tests.support.pool_factory import write_tar as write_source
 from tests.support.scenario import SHARDS, Scenario
@@ -24,7 +23,7 @@ EXPORT = "export/clip_third"
 
 @pytest.fixture
 def scenario(scenario: Scenario) -> Scenario:
-    """A project of one score and one recipe."""
+    """Return a project with one score and one recipe."""
     scenario.set("scores", value={"clip_score": ["tiny"], "neg_clip_loss": {}, "norm_sim": {}})
     scenario.set("recipes", value={"clip_third": scenario.document["recipes"]["clip_third"]})
     return scenario
@@ -36,7 +35,7 @@ def export(scenario: Scenario, shards: tuple[str, ...] = SHARDS) -> dg.ExecuteIn
 
 
 def folder(scenario: Scenario) -> Path:
-    """Give the folder of the exported version."""
+    """Return the folder of the exported version."""
     return scenario.folder / "lake" / EXPORT / scenario.subset("clip_third").name
 
 
@@ -46,6 +45,7 @@ def members(path: Path) -> dict[str, bytes]:
         return {info.name: tar.extractfile(info).read() for info in tar}
 
 
+@pytest.mark.usefixtures("finished")
 def test_an_export_holds_the_selected_samples_byte_for_byte(scenario: Scenario) -> None:
     scenario.run()
     assert not (scenario.folder / "lake/export").exists()  # a pass leaves exports alone
@@ -63,6 +63,7 @@ def test_an_export_holds_the_selected_samples_byte_for_byte(scenario: Scenario) 
     assert len(written) == 3 * len(scenario.array("clip_third"))
 
 
+@pytest.mark.usefixtures("finished")
 def test_an_exported_folder_is_a_pool_of_the_same_uids(scenario: Scenario) -> None:
     scenario.run()
     export(scenario)
@@ -74,6 +75,7 @@ def test_an_exported_folder_is_a_pool_of_the_same_uids(scenario: Scenario) -> No
     assert found["uid"].to_list() == sorted(scenario.manifest("clip_third")["uid"])
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_same_version_gives_the_same_bytes_and_is_not_written_twice(scenario: Scenario) -> None:
     scenario.run()
     export(scenario)
@@ -91,6 +93,7 @@ def test_the_same_version_gives_the_same_bytes_and_is_not_written_twice(scenario
     assert [n for n in before if again[n][1] != before[n][1] and n.endswith(".tar")] == [name]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_uid_that_the_array_repeats_is_written_as_often_under_keys_of_its_own(scenario: Scenario) -> None:
     scenario.run()
     version = scenario.subset("clip_third")
@@ -124,6 +127,7 @@ def test_a_version_that_was_not_chosen_from_the_shard_as_it_is_is_refused(scenar
     assert (folder(scenario).parent / "v0001").is_dir()  # every version stays
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_shard_that_goes_leaves_the_current_export_and_stays_in_the_versions_own(scenario: Scenario) -> None:
     scenario.run()
     assert export(scenario).success
@@ -145,31 +149,24 @@ def test_a_pool_without_images_has_no_export(tmp_path: Path) -> None:
     assert build_graph(open_project(tmp_path / "project.yaml")).exports == ()
 
 
-def test_samples_are_grouped_as_the_pools_reader_does(tmp_path: Path) -> None:
-    path = write_source(
-        tmp_path / "a.tar",
-        [
-            ("x/a.jpg", b"1"),
-            ("x/a.txt", b"2"),
-            ("b.seg.png", b"3"),
-            ("b.jpg", b"4"),
-            ("b.jpg", b"5"),
-            ("x/a.json", b"6"),
-            ("./c.jpg", b"7"),
-        ],
-    )
-    data = memoryview(path.read_bytes())
-    found = samples(tars.walk(data, str(path)).members)
-    assert {key: [bytes(data[m.offset : m.offset + m.size]) for m in group] for key, group in found.items()} == {
-        "x/a": [b"1", b"2"],
-        "b": [b"3", b"4"],
-        "c": [b"7"],
-    }
-    out = tmp_path / "b.tar"
-    write_tar(out, data, found, [Copy("b", "b", 0), Copy("x/a", "x/a", 0), Copy("b", "b_1", 1)])
-    assert list(members(out)) == ["b.seg.png", "b.jpg", "x/a.jpg", "x/a.txt", "b_1.seg.png", "b_1.jpg"]
-
-
 def test_a_copys_key_is_nobody_elses() -> None:
     given = [copy.key for copy in copies([("a", 3), ("a_1", 2), ("b", 1), ("c", 0)])]
     assert given == ["a", "a_2", "a_3", "a_1", "a_1_1", "b"]
+
+
+@pytest.mark.parametrize("stray", ["._{name}", "log-{name}.md", "{key}.thumb.png"])
+def test_stray_members_between_those_of_a_sample_do_not_cost_the_export_any(scenario: Scenario, stray: str) -> None:
+    for shard in SHARDS:
+        path = scenario.folder / "pool" / f"{shard}.tar"
+        mixed = []
+        for name, data in members(path).items():
+            mixed += [(stray.format(name=name, key=name.split(".")[0]), b"stray"), (name, data)]
+        write_source(path, mixed)
+    scenario.run()
+    assert export(scenario).success
+    for shard in SHARDS:
+        keys = {row["key"] for row in scenario.manifest("clip_third").filter(shard=shard).to_dicts()}
+        path = folder(scenario) / f"{shard}.tar"
+        found = members(path) if path.exists() else {}
+        suffixes = ["jpg", "json", "txt", *(["thumb.png"] if "thumb" in stray else [])]
+        assert set(found) == {f"{key}.{suffix}" for key in keys for suffix in suffixes}

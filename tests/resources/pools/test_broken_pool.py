@@ -1,11 +1,12 @@
-"""One damaged shard: every fault is told apart, and costs its own sample alone."""
+"""One damaged shard: every fault has its own reason, and costs only its own sample."""
 
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA, ShardRead, open_pool
+from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA, ShardRead
+from resources.pools.formats import open_pool
 from resources.settings import PoolSettings
 from tests.support.pool_factory import SHARED, BrokenCase, broken_shard
 

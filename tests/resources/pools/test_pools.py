@@ -1,4 +1,4 @@
-"""Pools of both formats: which samples there are, who they are, and what stops a shard."""
+"""Pools of both formats: their samples, uids, rejects, and faults that stop a shard."""
 
 import gzip
 import hashlib
@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from resources.pools.base import RAW_POOL_SCHEMA, PoolError, ShardRead, open_pool
+from resources.pools.base import RAW_POOL_SCHEMA, PoolError, ShardRead
+from resources.pools.formats import open_pool
 from resources.settings import EncoderSettings, PoolSettings
 from resources.storage import images
 from tests.support.pool_factory import (

@@ -1,0 +1,186 @@
+"""The views of the catalog over the lake's files: pool, rejects, scores, subsets and their steps.
+
+A view sees files that arrive after the catalog was built, and has no rows where there are no files.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from core import sql
+from resources.catalog.scores import CatalogColumn, Scores
+
+POOL_COLUMNS = {
+    "uid": "VARCHAR",
+    "f0": "UBIGINT",
+    "f1": "UBIGINT",
+    "shard": "VARCHAR",
+    "key": "VARCHAR",
+    "source_row": "BIGINT",
+    "caption": "VARCHAR",
+    "url": "VARCHAR",
+    "width": "INTEGER",
+    "height": "INTEGER",
+    "original_width": "INTEGER",
+    "original_height": "INTEGER",
+    "image_format": "VARCHAR",
+    "sha256": "VARCHAR",
+    "image_offset": "BIGINT",
+    "image_size": "BIGINT",
+    "caption_repaired": "BOOLEAN",
+    "clip_b32_similarity_score": "FLOAT",
+    "clip_l14_similarity_score": "FLOAT",
+}
+"""Columns of `raw_pool` and their DuckDB types."""
+
+_REJECT_COLUMNS = {
+    "shard": "VARCHAR",
+    "key": "VARCHAR",
+    "source_row": "BIGINT",
+    "reason": "VARCHAR",
+    "detail": "VARCHAR",
+}
+_ROW = {"shard": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT"}
+_TARGET_COLUMNS = {
+    "asset": "VARCHAR",
+    "target_index": "BIGINT",
+    "label": "VARCHAR",
+    "name": "VARCHAR",
+}
+_VERSION = "v[0-9]*"
+_VISIBLE = "[!.]*"
+"""Pattern of a name: temporary files begin with a dot, and DuckDB's `*` would match them."""
+
+
+def catalog_views(root: Path, scores: Scores) -> dict[str, str]:
+    """Return the query of each view by its name."""
+    views = {
+        "pool": _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS),
+        "rejects": _files(root, f"rejects/{_VISIBLE}.parquet", _REJECT_COLUMNS),
+        "targets": _files(root, "catalog/targets.parquet", _TARGET_COLUMNS),
+    }
+    for score in scores:
+        views[score.asset] = _files(root, f"{score.asset}/{_VISIBLE}.parquet", _ROW | _types(score.columns))
+    views["pool_scores"] = _pool_scores(root, scores)
+    names = [sql.quoted(column.recipe_name) for score in scores for column in score.columns]
+    views["scores"] = f"SELECT {', '.join(['uid, f0, f1, shard, key', *names])} FROM pool_scores"
+    views["shards"] = """
+        SELECT coalesce(p.shard, r.shard) AS shard, coalesce(p.n, 0) AS rows, coalesce(r.n, 0) AS rejected
+        FROM (SELECT shard, count(*) AS n FROM pool GROUP BY shard) AS p
+        FULL JOIN (SELECT shard, count(*) AS n FROM rejects GROUP BY shard) AS r USING (shard)
+        ORDER BY shard"""
+    return views | _subset_views(root)
+
+
+def _types(columns: Sequence[CatalogColumn]) -> dict[str, str]:
+    return {column.name: column.type for column in columns}
+
+
+def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
+    """Write a query over files that may not exist yet: typed columns, and no rows without files."""
+    typed = ", ".join(f"NULL::{kind} AS {sql.quoted(name)}" for name, kind in columns.items())
+    names = ", ".join(sql.quoted(name) for name in columns)
+    return (
+        f"SELECT {names} FROM (SELECT {typed} WHERE false UNION ALL BY NAME "
+        f"SELECT * FROM read_parquet({sql.pattern(root, pattern)}, allow_empty=true{options}))"
+    )
+
+
+def placed_rows(root: Path, scores: Scores) -> tuple[str, list[str]]:
+    """Write the queries of the pool and of each score asset with every row's place: filename and file_row_number.
+
+    Joining by place and uid gives each copy of a repeated uid its own score.
+    """
+    place, options = {"filename": "VARCHAR", "file_row_number": "BIGINT"}, ", filename=true, file_row_number=true"
+    pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=options)
+    scored = [
+        _files(root, f"{score.asset}/{_VISIBLE}.parquet", _ROW | place | _types(score.columns), options=options)
+        for score in scores
+    ]
+    return pool, scored
+
+
+def renamed(alias: str, columns: Sequence[CatalogColumn]) -> list[str]:
+    """Write the columns of an asset's query under their recipe names."""
+    return [f"{alias}.{sql.quoted(column.name)} AS {sql.quoted(column.recipe_name)}" for column in columns]
+
+
+def _pool_scores(root: Path, scores: Scores) -> str:
+    """Join the scores to the pool."""
+    pool, scored = placed_rows(root, scores)
+    selected, joins = [f"pool.{sql.quoted(column)}" for column in POOL_COLUMNS], []
+    for number, (score, query) in enumerate(zip(scores, scored, strict=True)):
+        joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
+        selected += renamed(f"s{number}", score.columns)
+    return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
+
+
+def _subset_views(root: Path) -> dict[str, str]:
+    """Return the views over subset versions; a version without a lineage record does not exist."""
+    record = sql.pattern(root, f"subset/{_VISIBLE}/{_VERSION}/lineage.json")
+    place = "split_part(filename, '/', -3) AS recipe, split_part(filename, '/', -2) AS version"
+    steps = json.dumps(
+        [
+            {
+                "step": "INTEGER",
+                "kind": "VARCHAR",
+                "text": "VARCHAR",
+                "score": "VARCHAR",
+                "entered": "BIGINT",
+                "kept": "BIGINT",
+                "joined": "BIGINT",
+                "left": "BIGINT",
+                "set": "VARCHAR",
+                "scores": ["VARCHAR"],
+                "value": "VARCHAR",
+                "threshold": "DOUBLE",
+                "tie_uid": "VARCHAR",
+                "by": "VARCHAR",
+                "groups": "BIGINT",
+                "samples": "BIGINT",
+                "note": "VARCHAR",
+                "file": "VARCHAR",
+            }
+        ]
+    )
+    manifest = f"subset/{_VISIBLE}/{_VERSION}/manifest.parquet"
+    row = {"uid": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR"}
+    members = _files(root, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
+    return {
+        "lineage_records": f"""
+            SELECT {place}, content::JSON AS record FROM (
+                SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
+                SELECT * FROM read_text({record}, allow_empty=true))""",
+        "subsets": """
+            SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
+                (record->>'rows')::BIGINT AS rows,
+                coalesce((record->>'samples')::BIGINT, (record->>'rows')::BIGINT) AS samples,
+                record->'source'->>'kind' AS source_kind,
+                record->'source'->>'name' AS source_name, record->'source'->>'version' AS source_version,
+                (record->'source'->>'rows')::BIGINT AS source_rows,
+                len(json_keys(record->'shards')) AS shards, len(json_keys(record->'shards_missing')) AS shards_missing,
+                record->>'fingerprint' AS fingerprint,
+                row_number() OVER (PARTITION BY recipe ORDER BY length(version) DESC, version DESC) = 1 AS current
+            FROM lineage_records ORDER BY recipe, length(version), version""",
+        "funnel": f"""
+            SELECT * FROM (
+                SELECT recipe, version, unnest(json_transform(record->'steps', '{steps}'), recursive := true)
+                FROM lineage_records)
+            ORDER BY recipe, length(version), version, step""",
+        "step_reports": """
+            SELECT recipe, version, (step.value->>'step')::INTEGER AS step, summary.value->>'name' AS name,
+                summary.value->>'what' AS what, (summary.value->>'entered')::DOUBLE AS entered,
+                (summary.value->>'kept')::DOUBLE AS kept, (summary.value->>'dropped')::DOUBLE AS dropped
+            FROM lineage_records, json_each(record->'steps') AS step, json_each(step.value->'summary') AS summary
+            ORDER BY recipe, length(version), version, step, summary.id""",
+        "subset_shards": """
+            SELECT recipe, version, used.key AS shard, input.key AS input, input.value->>'$' AS fingerprint,
+                NULL::VARCHAR AS missing
+            FROM lineage_records, json_each(record->'shards') AS used, json_each(used.value) AS input
+            UNION ALL BY NAME
+            SELECT recipe, version, left_out.key AS shard, left_out.value->>'$' AS missing
+            FROM lineage_records, json_each(record->'shards_missing') AS left_out""",
+        "subset_members": f"""
+            SELECT recipe, version, uid, f0, f1, shard, key FROM (SELECT {place}, * FROM ({members}))
+            SEMI JOIN (SELECT recipe, version FROM lineage_records) USING (recipe, version)""",
+    }

@@ -1,0 +1,218 @@
+"""Checks of one sample at a time, for formats that store images: a sample becomes a row or a reject.
+
+Here: keys, captions, images and uids, and the reasons for rejecting them (the table is in `resources.pools.base`).
+Not here: how a format finds a sample's parts.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from resources.pools import base
+from resources.settings import PoolSettings
+from resources.storage import images
+
+METADATA = (
+    "url",
+    "uid",
+    "original_width",
+    "original_height",
+    "clip_b32_similarity_score",
+    "clip_l14_similarity_score",
+)
+"""Fields of a sample's metadata that become columns of `raw_pool`."""
+
+
+class RejectedError(ValueError):
+    """A sample cannot be used.
+
+    Attributes:
+        reason: one of the reasons in `resources.pools.base`.
+        detail: what was found.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """A decoded image: its SHA-256, and either its size and format or its fault."""
+
+    sha256: bytes
+    size: int
+    facts: images.ImageFacts | None = None
+    fault: images.ImageError | None = None
+
+
+def check_image(data: bytes, max_pixels: int) -> CheckedImage:
+    """Hash and decode an image. Safe to call from several threads, which decode in parallel."""
+    digest = hashlib.sha256(data).digest()
+    try:
+        return CheckedImage(digest, len(data), facts=images.check(data, max_pixels))
+    except images.ImageError as fault:
+        return CheckedImage(digest, len(data), fault=fault)
+
+
+class ShardSamples:
+    """The rows and rejects of one shard while it is read.
+
+    Args:
+        shard: its name.
+        settings: limits on sizes and captions.
+    """
+
+    def __init__(self, shard: str, settings: PoolSettings) -> None:
+        self.shard = shard
+        self.settings = settings
+        self.keys: set[str] = set()
+        self._rows: list[dict[str, Any]] = []
+        self._rejects: list[dict[str, Any]] = []
+        self._uids: dict[str, str] = {}
+
+    @property
+    def seen(self) -> int:
+        """Number of samples so far, which is the `source_row` of the next one."""
+        return len(self._rows) + len(self._rejects)
+
+    def add(self, key: str, build: Callable[[], dict[str, Any]]) -> None:
+        """Add a sample: the row that `build` returns, or a reject if it raises `RejectedError`."""
+        try:
+            row = build()
+        except RejectedError as rejected:
+            self.reject(key, rejected)
+        else:
+            self._uids[row["uid"]] = key
+            self._rows.append({**row, "shard": self.shard, "source_row": self.seen})
+        self.keys.add(key)
+
+    def reject(self, key: str, rejected: RejectedError) -> None:
+        """Add a sample that cannot be used."""
+        self._rejects.append(
+            {
+                "key": encodable(key)[0],
+                "source_row": self.seen,
+                "reason": rejected.reason,
+                "detail": encodable(rejected.detail)[0],
+            }
+        )
+
+    def row(
+        self,
+        key: str,
+        image: CheckedImage,
+        caption: str | bytes | None,
+        metadata: Mapping[str, Any],
+        *,
+        offset: int | None = None,
+    ) -> dict[str, Any]:
+        """Return a row of `raw_pool` without its shard and place.
+
+        Args:
+            key: the sample's key.
+            image: its image.
+            caption: its caption; bytes that are no UTF-8 are repaired.
+            metadata: the fields in `METADATA`, as far as the pool has them.
+            offset: place of the image's bytes in the shard's tar, for formats that have one.
+
+        Raises:
+            RejectedError: caption, image or uid cannot be used.
+        """
+        caption, repaired = self._caption(caption)
+        if image.fault is not None:
+            raise RejectedError(image.fault.reason, image.fault.detail)
+        facts = image.facts
+        assert facts is not None
+        if min(facts.width, facts.height) < self.settings.min_side:
+            raise RejectedError(
+                "image_too_small",
+                f"{facts.width} x {facts.height} px, a side under {self.settings.min_side}",
+            )
+        uid = self._uid(metadata.get("uid"), image.sha256, caption)
+        return {
+            "uid": uid,
+            "f0": int(uid[:16], 16),
+            "f1": int(uid[16:], 16),
+            "key": key,
+            "caption": caption,
+            "url": _text_or_none(metadata.get("url")),
+            "width": facts.width,
+            "height": facts.height,
+            "original_width": _pixels_or_none(metadata.get("original_width")),
+            "original_height": _pixels_or_none(metadata.get("original_height")),
+            "image_format": facts.format,
+            "sha256": image.sha256.hex(),
+            "image_offset": offset,
+            "image_size": image.size,
+            "caption_repaired": repaired,
+            "clip_b32_similarity_score": _score_or_none(metadata.get("clip_b32_similarity_score")),
+            "clip_l14_similarity_score": _score_or_none(metadata.get("clip_l14_similarity_score")),
+        }
+
+    def result(self, notes: list[str]) -> base.ShardRead:
+        """Return the shard's rows and rejects."""
+        rows = pa.Table.from_pylist(self._rows, base.RAW_POOL_SCHEMA)
+        return base.ShardRead(rows, base.rejects_table(self.shard, self._rejects), notes)
+
+    def _caption(self, given: str | bytes | None) -> tuple[str, bool]:
+        if given is None:
+            raise RejectedError("caption_missing", "no .txt, and no caption in the metadata")
+        if isinstance(given, bytes):
+            try:
+                caption, repaired = given.decode(), False
+            except UnicodeDecodeError:
+                caption, repaired = given.decode(errors="replace"), True
+        else:
+            caption, repaired = encodable(given)
+        caption = caption.rstrip("\r\n")
+        if not caption.strip():
+            raise RejectedError("caption_empty", "nothing but white space" if caption else "no text")
+        limit = self.settings.max_caption_chars
+        if limit is not None and len(caption) > limit:
+            raise RejectedError("caption_too_long", f"{len(caption):,} characters, more than {limit:,}")
+        return caption, repaired
+
+    def _uid(self, given: object, digest: bytes, caption: str) -> str:
+        if given is None:
+            uid = base.content_uid(digest, caption)
+        else:
+            uid = str(given).lower()
+            if not base.UID.fullmatch(uid):
+                raise RejectedError("uid_invalid", f"{str(given)[:80]!r} is not 32 hexadecimal digits")
+        if uid in self._uids:
+            raise RejectedError("duplicate_uid", f"the uid {uid} is also that of key {self._uids[uid]}")
+        return uid
+
+
+def encodable(text: str) -> tuple[str, bool]:
+    """Return the text with lone surrogates replaced, and whether there were any."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text), True
+    return text, False
+
+
+def shown(names: list[str], limit: int = 5) -> str:
+    """Return the first names and the number of the others, for a note."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(encodable(name)[0] for name in names[:limit]) + more
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else encodable(str(value))[0]
+
+
+def _pixels_or_none(value: object) -> int | None:
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 31 else None
+
+
+def _score_or_none(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
