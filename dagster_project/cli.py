@@ -117,7 +117,7 @@ def reproduce(config: Path, recipe: str, version_name: str, into: Path) -> int:
 
     Uses only the version's lineage.json and the pool, model and target files that it names.
     """
-    from assets.subsets.reproduction import rebuild
+    from assets.reproduction import rebuild
     from resources.lake.versions import Versions
 
     found = Versions(_open(config).lake, recipe).read(version_name)

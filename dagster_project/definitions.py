@@ -32,7 +32,7 @@ def build_defs(
     """
     overrides = dict(resource_overrides or {})
     opened = {
-        name: value.open() if isinstance(value, dg.ConfigurableResource) else value
+        name: value.open() if hasattr(value, "open") else value
         for name, value in overrides.items()
         if name in ("lake", "pool", "models")
     }

@@ -84,13 +84,11 @@ class ModelsResource(dg.ConfigurableResource[Models]):
         return self.open()
 
 
-class RunResource(dg.ConfigurableResource[RunState]):
-    """The state of one run: progress, and files that one step wrote for another."""
-
-    def create_resource(self, context: dg.InitResourceContext) -> RunState:
-        """Return a new state to a run."""
-        del context
-        return RunState()
+@dg.resource(description="The state of one run: progress, and files that one step wrote for another.")
+def run_state(context: dg.InitResourceContext) -> RunState:
+    """Return a new state to a run."""
+    del context
+    return RunState()
 
 
 class CatalogResource(dg.ConfigurableResource):
@@ -136,7 +134,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
             text_encoders=_dumped(settings.text_encoders),
         ),
         "catalog": CatalogResource(path=f"{settings.lake}/catalog.duckdb"),
-        "run": RunResource(),
+        "run": run_state,
     }
 
 

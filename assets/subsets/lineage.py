@@ -1,7 +1,7 @@
 """A subset's lineage record: everything that a version was made from, to understand it and to make it again.
 
 Here: the content of `lineage.json`. Not here: selecting a subset (`assets.subsets.subset`) or reproducing it
-(`assets.subsets.reproduction`).
+(`assets.reproduction`).
 """
 
 import contextlib

@@ -8,8 +8,8 @@ import duckdb
 import pytest
 
 from assets.graph import build_graph
+from assets.reproduction import choose_again, rebuild
 from assets.settings import open_project
-from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import materialize
 from resources.lake.versions import Versions
 from tests.data.old_lake import unpacked

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assets.reproduction import rebuild
 from assets.settings import ConfigError
 from assets.study.figures import study
-from assets.subsets.reproduction import rebuild
 from resources.inputs.languages import LanguageError, Languages
 from resources.inputs.wordnet import WordNet
 from resources.lake.files import column_to_vectors

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from assets.reproduction import choose_again, rebuild
 from assets.settings import ConfigError
-from assets.subsets.reproduction import choose_again, rebuild
 from core.uids import format_uids, parse_uids, subset_array
 from resources.inputs.external import ExternalError, find, opened
 from resources.lake.files import LakeError

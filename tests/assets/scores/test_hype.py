@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from assets.reproduction import choose_again, rebuild
 from assets.settings import ConfigError
-from assets.subsets.reproduction import choose_again, rebuild
 from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard
 from resources.settings import HypeSettings

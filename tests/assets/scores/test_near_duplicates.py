@@ -24,9 +24,9 @@ from assets.base.context import Context, Progress
 from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
 from assets.graph import build_graph
+from assets.reproduction import choose_again, rebuild
 from assets.scores import near_duplicates
 from assets.settings import ConfigError, open_project
-from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors, vectors_to_column
 from resources.lake.versions import Versions

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
+from assets.reproduction import choose_again, rebuild
 from assets.settings import ConfigError
-from assets.subsets.reproduction import choose_again, rebuild
 from dagster_project.headless import Outcome
 from resources.lake.files import LakeError, column_to_vectors
 from selection.scores.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from assets.reproduction import rebuild
 from assets.settings import ConfigError
-from assets.subsets.reproduction import rebuild
 from resources.models.captioners import Captioner, choose, penalised, uniforms
 from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from dagster import AssetKey
 
-from assets.subsets.reproduction import choose_again, rebuild
+from assets.reproduction import choose_again, rebuild
 from assets.subsets.subset import SHOWN
 from dagster_project.notebook import open_project
 from resources.lake.files import LakeError

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from assets.reproduction import choose_again
 from assets.subsets.checks import examine_stored, examine_subset
-from assets.subsets.reproduction import choose_again
 from dagster_project.headless import RANGE_END, RANGE_START
 from resources.catalog.build import read_catalog
 from tests.support.pool_factory import picture
