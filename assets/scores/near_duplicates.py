@@ -11,9 +11,6 @@ another one runs.
 """
 
 import contextlib
-import json
-import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -43,7 +40,7 @@ from assets.base.unpartitioned import unpartitioned
 from core.hashing import digest
 from core.uids import format_uids
 from resources.lake.files import LakeError, Provenance, column_to_vectors
-from resources.lake.scratch import reserve
+from resources.lake.scratch import Arrays, WorkFolder
 from resources.lake.versions import Version
 
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order
@@ -131,7 +128,7 @@ def duplicate_search(step: Step) -> Result:
     from selection.scores.near_duplicates import nearest_before
 
     wanted = step.wanted[None]
-    work = _Work(step, wanted.digest())
+    work = _Search(step, wanted.digest())
     if not work.exists():
         stored = step.stored(step.asset.key)
         work.remove_others(stored.fingerprint if stored is not None else "")
@@ -194,11 +191,11 @@ def _search_knows_the_shard(asset: FileAsset, snapshot: Snapshot, shard: str | N
 def near_duplicates(shard: Shard) -> Result:
     """Read the search's result for one shard."""
     step = shard.step
-    work = _Work(step, step.wanted[shard.name].inputs[f"duplicate_search/{step.names['encoder']}"])
+    work = _Search(step, step.wanted[shard.name].inputs[f"duplicate_search/{step.names['encoder']}"])
     if not work.exists() or not work.is_complete():
         key = f"duplicate_search/{step.names['encoder']}"
         raise LakeError(
-            f"{work.folder}: these are not the rows of the stored {key}. "
+            f"{work.folder.path}: these are not the rows of the stored {key}. "
             f"Remedy: remove {shard.lake.path(key)}, and materialize it again"
         )
     rows = shard.read(step.asset.row_source, ["f0", "f1"])
@@ -253,19 +250,18 @@ NEAR_DUPLICATES = ScoreKind(
 )
 
 
-class _Work:
+class _Search:
     """The files that a search works on. A row's place is its position in the pool, its rank that in the order, from 0.
 
-    The file `rank` has −1 for a row that is not compared, and −2 − r for one whose uid is that of the row of rank r.
+    The array `rank` has −1 for a row that is not compared, and −2 − r for one whose uid is that of the row of rank r.
 
     Args:
         step: of the search, or of the score.
         search: digest of the search's provenance.
 
     Attributes:
-        folder: their folder.
-        state: the content of `state.json`: for each shard the place of its first row and the number of its rows; the
-            number of places and of compared rows; the embeddings' width, and the numbers of rows gathered and done.
+        folder: their folder. Its state holds, for each shard, the place of its first row and the number of its rows;
+            the number of places and of compared rows; the embeddings' width; the numbers of rows gathered and done.
     """
 
     def __init__(self, step: Step, search: str) -> None:
@@ -274,16 +270,18 @@ class _Work:
         self.source = f"embeddings/{encoder}"
         self.settings = configured(step.context.settings)[encoder]
         self.best = Scores(step.context.settings).places([self.settings.best])[self.settings.best]
-        self.folder = self.lake.local_root() / "duplicate_search" / encoder / search[:16]
-        self._path = self.folder / "state.json"
-        self.state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.folder = WorkFolder(self.lake, f"duplicate_search/{encoder}/{search[:16]}")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of the search; empty before `begin`."""
+        return self.folder.state
 
     def exists(self) -> bool:
         """Check whether the search has started, and all of its files exist."""
         if not self.state:
             return False
-        names = set(self._shapes()) - ({"vectors"} if self.is_complete() else set())
-        return all((self.folder / name).exists() for name in names)
+        return self.folder.is_complete(set(_arrays(self.state)) - ({"vectors"} if self.is_complete() else set()))
 
     def is_complete(self) -> bool:
         """Check whether all rows are compared."""
@@ -291,9 +289,7 @@ class _Work:
 
     def remove_others(self, stored: str) -> None:
         """Remove other searches' files, except those of the stored result, which scores may be reading."""
-        for folder in self.folder.parent.glob("*/"):
-            if folder.name not in (self.folder.name, stored[:16]):
-                shutil.rmtree(folder)
+        self.folder.remove_siblings({stored[:16]})
 
     def begin(self, provenance: Provenance, subset: Version | None) -> None:
         """Create the files: which rows are compared, and in which order.
@@ -302,7 +298,6 @@ class _Work:
             ValueError: a row has no score to order it by, or there is no row.
             LakeError: there is no room for the files.
         """
-        self._path.unlink(missing_ok=True)
         lake = self.lake
         shards: dict[str, list[int]] = {}
         places = 0
@@ -326,10 +321,9 @@ class _Work:
                     "Remedy: materialize both for more shards"
                 )
             width = lake.read(self.source, next(iter(shards)), ["image"])["image"].type.list_size
-            self.state = {"shards": shards, "places": places, "rows": rows, "width": width, "gathered": 0, "done": 0}
-            sizes = {name: math.prod(shape) * np.dtype(kind).itemsize for name, (kind, shape) in self._shapes().items()}
-            reserve(self.folder, sizes)
-            rank, uid = self._map("rank", "r+"), self._map("uid", "r+")
+            state = {"shards": shards, "places": places, "rows": rows, "width": width, "gathered": 0, "done": 0}
+            self.folder.begin(state, _arrays(state))
+            rank, uid = self._array("rank", "r+"), self._array("uid", "r+")
             rank[:] = -1
             done = 0
             ordered = con.sql(
@@ -348,9 +342,7 @@ class _Work:
                     f"JOIN ({placed.format('wanted')}) AS first USING (f0, f1)"
                 ).fetchnumpy()
                 rank[copies["place"]] = -2 - rank[copies["of"]]
-        for array in (rank, uid):
-            array.flush()
-        self._write()
+        self.folder.save()
 
     def vectors(self) -> np.memmap:
         """Return the embeddings in order, float16 `[n, d]`; each window of them is gathered once.
@@ -362,13 +354,12 @@ class _Work:
         for start in range(self.state["gathered"], self.state["rows"], size):
             stop = min(start + size, self.state["rows"])
             self._gather(start, stop)
-            self.state["gathered"] = stop
-            self._write()
-        return self._map("vectors", "r")
+            self.folder.save(gathered=stop)
+        return self._array("vectors")
 
     def _gather(self, start: int, stop: int) -> None:
         """Gather the embeddings of ranks from `start` to before `stop`, going through the shards once."""
-        found = self._map("vectors", "r+")
+        found = self._array("vectors", "r+")
         for shard in self.state["shards"]:
             image = column_to_vectors(self.lake.read(self.source, shard, ["image"])["image"])
             rank = self._ranks(shard)
@@ -384,25 +375,21 @@ class _Work:
                         f"infinity. Remedy: mend what it is made from, and materialize {self.source} of shard {shard}"
                     )
                 found[rank[some]] = vectors
-        found.flush()
 
     def add(self, at: slice, value: np.ndarray, better: np.ndarray) -> None:
         """Record the result of some rows."""
         for name, found in (("value", value), ("better", better)):
-            kept = self._map(name, "r+")
-            kept[at] = found
-            kept.flush()
-        self.state["done"] = at.stop
-        self._write()
+            self._array(name, "r+")[at] = found
+        self.folder.save(done=at.stop)
 
     def remove_vectors(self) -> None:
         """Remove the gathered embeddings, which only the search itself needs."""
-        (self.folder / "vectors").unlink(missing_ok=True)
+        self.folder.remove("vectors")
 
     @property
     def value(self) -> np.ndarray:
         """The largest similarity of each row, float32 `[n]`, in order."""
-        return self._map("value", "r")
+        return self._array("value")
 
     def rows(self, shard: str) -> tuple[np.ndarray, list[str | None]]:
         """Return a shard's values, float32 `[n]`, NaN for a row that was not compared, and uids of the better rows.
@@ -414,7 +401,7 @@ class _Work:
         compared = np.flatnonzero(rank >= 0)
         value = np.full(len(rank), np.nan, np.float32)
         value[compared] = self.value[rank[compared]]
-        better = self._map("better", "r")[rank[compared]]
+        better = self._array("better")[rank[compared]]
         named = better >= 0
         uids: list[str | None] = [None] * len(rank)
         for row, uid in zip(compared[named].tolist(), self._uids(better[named]), strict=True):
@@ -422,12 +409,12 @@ class _Work:
         return value, uids
 
     def _uids(self, ranks: np.ndarray) -> list[str]:
-        halves = np.asarray(self._map("uid", "r")[ranks])
+        halves = np.asarray(self._array("uid")[ranks])
         return format_uids(halves[:, 0], halves[:, 1])
 
     def _ranks(self, shard: str) -> np.ndarray:
         start, rows = self.state["shards"][shard]
-        return np.asarray(self._map("rank", "r")[start : start + rows])
+        return np.asarray(self._array("rank")[start : start + rows])
 
     def _check_scores(self, con: Any) -> None:
         unusable = "NOT coalesce(isfinite(best::DOUBLE), false)"
@@ -442,19 +429,17 @@ class _Work:
                 "subset whose rows all have one"
             )
 
-    def _map(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
-        dtype, shape = self._shapes()[name]
-        return np.memmap(self.folder / name, dtype, mode=mode, shape=shape)
+    def _array(self, name: str, mode: Literal["r", "r+"] = "r") -> np.memmap:
+        dtype, shape = _arrays(self.state)[name]
+        return self.folder.array(name, dtype, shape, mode)
 
-    def _shapes(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        return {
-            "rank": (np.int64, (self.state["places"],)),
-            "uid": (np.uint64, (self.state["rows"], 2)),
-            "value": (np.float32, (self.state["rows"],)),
-            "better": (np.int64, (self.state["rows"],)),
-            "vectors": (np.float16, (self.state["rows"], self.state["width"])),
-        }
 
-    def _write(self) -> None:
-        with self.lake.replacing(str(self._path)) as temporary:
-            temporary.write_text(json.dumps(self.state), encoding="utf-8")
+def _arrays(state: Mapping[str, Any]) -> Arrays:
+    """Return dtype and shape of each array of a search."""
+    return {
+        "rank": (np.int64, (state["places"],)),
+        "uid": (np.uint64, (state["rows"], 2)),
+        "value": (np.float32, (state["rows"],)),
+        "better": (np.int64, (state["rows"],)),
+        "vectors": (np.float16, (state["rows"], state["width"])),
+    }

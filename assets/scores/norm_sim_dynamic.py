@@ -7,7 +7,6 @@ A run works on files beside its result, `<lake>/dynamic_rounds/<encoder>/`: two 
 which is replaced after every round. An interrupted run resumes after the last complete round.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -37,7 +36,7 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import COSINE_TOLERANCE, rows_aligned, within_bounds
 from assets.base.unpartitioned import unpartitioned
 from resources.lake.files import LakeError, Provenance, column_to_vectors
-from resources.lake.scratch import reserve
+from resources.lake.scratch import WorkFolder
 from resources.lake.versions import Version
 
 ROUNDS = pa.schema(
@@ -124,7 +123,7 @@ def dynamic_rounds(step: Step) -> Result:
     from selection.scores.norm_sim_dynamic import dynamic_rounds as prune
 
     settings, wanted = _settings(step.asset.declared), step.wanted[None]
-    work = _Work(step)
+    work = _Rounds(step)
     if not work.is_of(wanted):
         work.begin(wanted, _subset(step))
     state = work.state
@@ -137,7 +136,7 @@ def dynamic_rounds(step: Step) -> Result:
         on_rows=step.progress,
     ):
         work.add(found)
-    work.flush()
+    work.folder.flush()
     columns = list(zip(*work.done(), strict=True)) or [()] * len(ROUNDS)
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, ROUNDS, strict=True)], schema=ROUNDS)
     summary = {"pool_rows": state["pool_rows"], "began_with": state["began_with"], "kept": state["keep"]}
@@ -149,21 +148,21 @@ def _subset(step: Step) -> Version | None:
     return None if of is None else newest_version(step.snapshot, step.asset.assets[of])
 
 
-def _files(step: Step) -> "_Work":
+def _files(step: Step) -> "_Rounds":
     """Open the arrays of the rounds.
 
     Raises:
         LakeError: they belong to other rounds than the stored ones.
     """
-    work = _Work(step)
+    work = _Rounds(step)
     work.open()
     stored = step.stored("dynamic_rounds/{encoder}")
     # New rounds remove the state first and then replace the arrays: if the state is the same after opening them, the
     # arrays belong to it.
-    if stored is None or not work.is_of(stored.provenance) or _Work(step).state != work.state:
+    if stored is None or not work.is_of(stored.provenance) or work.folder.read_state() != work.state:
         key = f"dynamic_rounds/{step.names['encoder']}"
         raise LakeError(
-            f"{work.folder}: these are not the rows of the stored {key}. "
+            f"{work.folder.path}: these are not the rows of the stored {key}. "
             f"Remedy: remove {step.context.lake.path(key)}, and materialize it again"
         )
     return work
@@ -209,7 +208,7 @@ def _norm_bounds(tables: Tables) -> Bounds:
     "starting set; rounds + 1: it stayed), and its NormSim_2 to the set of the last round that it took part in.",
     prepare=_files,
 )
-def norm_sim_dynamic(shard: Shard, work: "_Work") -> Result:
+def norm_sim_dynamic(shard: Shard, work: "_Rounds") -> Result:
     """Read the rounds' result for one shard."""
     dropped, last = work.rows(shard.name)
     shard.step.progress(len(dropped), shard.name)
@@ -241,16 +240,15 @@ NORM_SIM_DYNAMIC = ScoreKind(
 )
 
 
-class _Work:
-    """The files that the rounds work on.
+class _Rounds:
+    """The files that the rounds work on: for each row the round in which it was dropped, and its score.
 
     Args:
         step: of the rounds, or of the score.
 
     Attributes:
-        folder: their folder.
-        state: the content of `state.json`: the provenance's digest; for each shard the place of its first row and the
-            number of its rows; the rows of the pool, of the starting set, and those that stay; the complete rounds.
+        folder: their folder. Its state holds the provenance's digest; for each shard the place of its first row and
+            the number of its rows; the rows of the pool, of the starting set, and those that stay; the complete rounds.
     """
 
     def __init__(self, step: Step) -> None:
@@ -258,14 +256,16 @@ class _Work:
         self.lake = step.context.lake
         self.source = f"embeddings/{encoder}"
         self.settings = configured(step.context.settings)[encoder]
-        self.folder = self.lake.local_root() / "dynamic_rounds" / encoder
-        self._path = self.folder / "state.json"
-        self.state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._maps: list[np.memmap] = []
+        self.folder = WorkFolder(self.lake, f"dynamic_rounds/{encoder}")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of the rounds; empty before `begin`."""
+        return self.folder.state
 
     def is_of(self, provenance: Provenance) -> bool:
         """Check whether the files belong to rounds with this provenance."""
-        return self.state.get("provenance") == provenance.digest()
+        return self.folder.is_of(provenance.digest())
 
     def begin(self, provenance: Provenance, subset: Version | None) -> None:
         """Create the files: mark the rows of the starting set.
@@ -273,7 +273,6 @@ class _Work:
         Raises:
             LakeError: the disk has no room for the files.
         """
-        self._path.unlink(missing_ok=True)
         shards: dict[str, list[int]] = {}
         place = 0
         for shard in provenance.inputs:
@@ -282,32 +281,36 @@ class _Work:
                 assert stored is not None
                 shards[shard] = [place, stored.rows]
                 place += stored.rows
-        self.state = {"provenance": provenance.digest(), "shards": shards, "done": []}
-        reserve(self.folder, dict.fromkeys(("left.int32", "score.float32"), 4 * max(place, 1)))
+        arrays = {name: (dtype, (max(place, 1),)) for name, dtype in _ARRAYS.items()}
+        self.folder.begin({"provenance": provenance.digest(), "shards": shards, "done": []}, arrays)
         manifest = subset.manifest if subset is not None else None
         with rows_of(self.lake, shards, manifest, {}, ["source_row"]) as (con, found):
             for shard in shards:
                 starting = con.execute("SELECT source_row FROM wanted WHERE shard = ?", [shard]).fetchnumpy()
                 rows = self.lake.read("raw_pool", shard, ["source_row"])["source_row"].to_numpy()
-                left, _ = self.rows(shard)
-                left[:] = np.isin(rows, starting["source_row"])
-        self.state["pool_rows"] = found.rows if subset is None else subset.lineage["source"]["rows"]
-        self.state["began_with"] = sum(int(self.rows(shard)[0].sum()) for shard in shards)
-        self.state["keep"] = int(self.state["pool_rows"] * Fraction(repr(self.settings.keep)))
-        self._write()
+                dropped, _ = self.rows(shard)
+                dropped[:] = np.isin(rows, starting["source_row"])
+        pool_rows = found.rows if subset is None else subset.lineage["source"]["rows"]
+        self.folder.save(
+            pool_rows=pool_rows,
+            began_with=sum(int(self.rows(shard)[0].sum()) for shard in shards),
+            keep=int(pool_rows * Fraction(repr(self.settings.keep))),
+        )
 
     def open(self) -> None:
         """Open the arrays, if they exist."""
-        if not self._maps and self.state:
-            places = (("left.int32", np.int32), ("score.float32", np.float32))
-            self._maps = [np.memmap(self.folder / name, dtype, mode="r+") for name, dtype in places]
+        if self.state:
+            for name, dtype in _ARRAYS.items():
+                self.folder.array(name, dtype, mode="r+")
 
     def rows(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a shard's rounds of dropping, int32 `[n]`, and its scores, float32 `[n]`: views of the files."""
-        self.open()
         start, rows = self.state["shards"][shard]
-        left, score = (np.asarray(whole[start : start + rows]) for whole in self._maps)
-        return left, score
+        dropped, score = (
+            np.asarray(self.folder.array(name, dtype, mode="r+")[start : start + rows])
+            for name, dtype in _ARRAYS.items()
+        )
+        return dropped, score
 
     def parts(self) -> list[Any]:
         """Return the rows as `selection.scores.norm_sim_dynamic` takes them."""
@@ -333,15 +336,8 @@ class _Work:
 
     def add(self, found: Sequence[Any]) -> None:
         """Record a complete round."""
-        self.state["done"].append(list(found))
-        self._write()
+        self.folder.save(done=[*self.state["done"], list(found)])
 
-    def flush(self) -> None:
-        """Write the arrays to the disk."""
-        for whole in self._maps:
-            whole.flush()
 
-    def _write(self) -> None:
-        self.flush()
-        with self.lake.replacing(str(self._path)) as temporary:
-            temporary.write_text(json.dumps(self.state), encoding="utf-8")
+_ARRAYS = {"left.int32": np.int32, "score.float32": np.float32}
+"""The arrays of the rounds: their dtypes by the names of their files."""

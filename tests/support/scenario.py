@@ -16,7 +16,8 @@ import yaml
 from assets.base.context import Context, Progress
 from assets.base.keys import SHARDS_NAME
 from assets.graph import Graph, build_graph
-from assets.settings import open_project
+from assets.scores import KINDS
+from assets.settings import Kinds, open_project
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, Outcome, materialize
 from resources.lake.versions import Version, Versions
@@ -32,12 +33,14 @@ class Scenario:
     Attributes:
         folder: holds `pool`, `pets`, `project.yaml` and `lake`.
         instance: an ephemeral Dagster instance.
+        kinds: the kinds of scores that the project knows.
         document: the YAML, written before each pass.
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
         self.instance = dg.DagsterInstance.ephemeral()
+        self.kinds: Kinds = KINDS
         folder.mkdir(exist_ok=True)
         for shard in SHARDS:
             self.write_shard(shard)
@@ -77,7 +80,7 @@ class Scenario:
         text = yaml.safe_dump(copy.deepcopy(self.document))
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
-        return open_project(path)
+        return open_project(path, self.kinds)
 
     def open_graph(self) -> tuple[Context, Graph]:
         """Open the project and build its assets."""
