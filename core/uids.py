@@ -1,10 +1,7 @@
-"""A sample's identity: the uid as text, as two numbers, and as DataComp's array.
+"""The uid of a sample: as text, as two numbers, and as DataComp's array.
 
-Here belongs how a uid is written and read. Who has which uid, and what is done with it, does not.
-
-A uid is 128 bits. As text it is 32 lower-case hexadecimal characters; in files and joins it is the
-pair of unsigned 64-bit integers (f0, f1), f0 the first 16 digits. Both orders agree: sorting by
-(f0, f1) sorts the texts.
+A uid is 128 bits. As text it is 32 lower-case hexadecimal characters; in files and joins it is the pair of unsigned
+64-bit integers (f0, f1), f0 the first 16 digits. Sorting by (f0, f1) sorts the texts.
 """
 
 import re
@@ -69,7 +66,7 @@ def subset_array(f0: Words, f1: Words) -> NDArray[np.void]:
     """Make the array that DataComp's resharder reads.
 
     The resharder searches by bisection, so an unsorted file loses samples, and it writes a repeated
-    uid as a repeated sample. Repeats are kept here: whether they are meant is the caller's matter.
+    uid as a repeated sample. Repeats are kept; the caller decides whether they are intended.
 
     Args:
         f0: First halves, uint64 of shape [n].

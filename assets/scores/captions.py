@@ -26,6 +26,7 @@ from assets.base.results import NotReady, Outcome, Result
 from assets.base.standard_checks import rows_aligned
 from core.hashing import digest
 from resources.lake.files import LakeError, Provenance
+from resources.lake.scratch import WorkFolder
 from resources.lake.versions import Version
 from resources.models.decoding import EncoderError
 from resources.settings import CaptionerSettings
@@ -169,8 +170,7 @@ class _Work(Mapping[str, pa.Table]):
             return
         rows = self._left[shard].slice(self._done[shard], len(generated))
         part = pa.table([rows["f0"], rows["f1"], pa.array(generated, pa.list_(pa.string()))], schema=_PART)
-        path = f"{self._folder(shard)}/{self._prefix(shard)}{len(self._captions[shard]):09d}.parquet"
-        with self.lake.replacing(path) as temporary:
+        with self._files(shard).writing(f"{self._prefix(shard)}{len(self._captions[shard]):09d}.parquet") as temporary:
             pq.write_table(part, temporary)
         self._captions[shard] |= dict(zip(_uids(rows), generated, strict=True))
         self._done[shard] += len(generated)
@@ -194,8 +194,8 @@ class _Work(Mapping[str, pa.Table]):
         """Forget a shard whose file is written."""
         del self._left[shard], self._captions[shard], self._done[shard]
         stored = self.step.stored(self.step.asset.key, shard)
-        if stored is not None and stored.is_from(written) and self.lake.fs.exists(self._folder(shard)):
-            self.lake.fs.rm(self._folder(shard), recursive=True)
+        if stored is not None and stored.is_from(written):
+            self._files(shard).clear()
 
     def _subset_uids(self, shard: str) -> pa.Table:
         assert self.subset is not None
@@ -205,8 +205,8 @@ class _Work(Mapping[str, pa.Table]):
                 params={"path": str(self.subset.manifest), "shard": shard},
             ).to_arrow_table()
 
-    def _folder(self, shard: str) -> str:
-        return f"{self.lake.root}/captioning/{self.step.names['captioner']}/{shard}"
+    def _files(self, shard: str) -> WorkFolder:
+        return WorkFolder(self.lake, f"captioning/{self.step.names['captioner']}/{shard}")
 
     def _prefix(self, shard: str) -> str:
         """Return the beginning of a part's name: a digest of captioner and rows."""
@@ -222,11 +222,9 @@ class _Work(Mapping[str, pa.Table]):
             pool = input_fingerprint(self.step.context, "raw_pool", shard)
             if digest([old.code_version, captioner]) == self._maker and old.inputs["raw_pool"] == pool:
                 tables.append(self.step.read(self.step.asset.key, shard, _PART.names))
-        if self.lake.fs.exists(self._folder(shard)):
-            for path in sorted(self.lake.fs.ls(self._folder(shard), detail=False, refresh=True)):
-                if path.rsplit("/", 1)[-1].startswith(self._prefix(shard)):
-                    with self.lake.fs.open(path) as file:
-                        tables.append(pq.ParquetFile(file).read())
+        for path in self._files(shard).parts(self._prefix(shard)):
+            with self.lake.fs.open(path) as file:
+                tables.append(pq.ParquetFile(file).read())
         kept: dict[tuple[int, int], list[str]] = {}
         for table in tables:
             for uid, generated in zip(_uids(table), table["captions"].to_pylist(), strict=True):

@@ -11,9 +11,6 @@ another one runs.
 """
 
 import contextlib
-import json
-import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -43,7 +40,7 @@ from assets.base.unpartitioned import unpartitioned
 from core.hashing import digest
 from core.uids import format_uids
 from resources.lake.files import LakeError, Provenance, column_to_vectors
-from resources.lake.scratch import reserve
+from resources.lake.scratch import Arrays, WorkFolder
 from resources.lake.versions import Version
 
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order
@@ -134,7 +131,7 @@ def duplicate_search(step: Step) -> Result:
     work = _Work(step, wanted.digest())
     if not work.exists():
         stored = step.stored(step.asset.key)
-        work.remove_others(stored.fingerprint if stored is not None else "")
+        work.files.remove_siblings([stored.fingerprint[:16]] if stored is not None else [])
         of = _settings(step.asset.declared).of
         work.begin(wanted, None if of is None else newest_version(step.snapshot, step.asset.assets[of]))
     if not work.is_complete():
@@ -198,7 +195,7 @@ def near_duplicates(shard: Shard) -> Result:
     if not work.exists() or not work.is_complete():
         key = f"duplicate_search/{step.names['encoder']}"
         raise LakeError(
-            f"{work.folder}: these are not the rows of the stored {key}. "
+            f"{work.files.path}: these are not the rows of the stored {key}. "
             f"Remedy: remove {shard.lake.path(key)}, and materialize it again"
         )
     rows = shard.read(step.asset.row_source, ["f0", "f1"])
@@ -263,8 +260,8 @@ class _Work:
         search: digest of the search's provenance.
 
     Attributes:
-        folder: their folder.
-        state: the content of `state.json`: for each shard the place of its first row and the number of its rows; the
+        files: their folder.
+        state: its state: for each shard the place of its first row and the number of its rows; the
             number of places and of compared rows; the embeddings' width, and the numbers of rows gathered and done.
     """
 
@@ -274,26 +271,22 @@ class _Work:
         self.source = f"embeddings/{encoder}"
         self.settings = configured(step.context.settings)[encoder]
         self.best = Scores(step.context.settings).places([self.settings.best])[self.settings.best]
-        self.folder = self.lake.local_root() / "duplicate_search" / encoder / search[:16]
-        self._path = self.folder / "state.json"
-        self.state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.files = WorkFolder(self.lake, f"duplicate_search/{encoder}/{search[:16]}")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of the search; {} before it starts."""
+        return self.files.state
 
     def exists(self) -> bool:
         """Check whether the search has started, and all of its files exist."""
         if not self.state:
             return False
-        names = set(self._shapes()) - ({"vectors"} if self.is_complete() else set())
-        return all((self.folder / name).exists() for name in names)
+        return self.files.is_complete(set(_arrays(self.state)) - ({"vectors"} if self.is_complete() else set()))
 
     def is_complete(self) -> bool:
         """Check whether all rows are compared."""
         return bool(self.state["done"] == self.state["rows"])
-
-    def remove_others(self, stored: str) -> None:
-        """Remove other searches' files, except those of the stored result, which scores may be reading."""
-        for folder in self.folder.parent.glob("*/"):
-            if folder.name not in (self.folder.name, stored[:16]):
-                shutil.rmtree(folder)
 
     def begin(self, provenance: Provenance, subset: Version | None) -> None:
         """Create the files: which rows are compared, and in which order.
@@ -302,7 +295,6 @@ class _Work:
             ValueError: a row has no score to order it by, or there is no row.
             LakeError: there is no room for the files.
         """
-        self._path.unlink(missing_ok=True)
         lake = self.lake
         shards: dict[str, list[int]] = {}
         places = 0
@@ -326,9 +318,8 @@ class _Work:
                     "Remedy: materialize both for more shards"
                 )
             width = lake.read(self.source, next(iter(shards)), ["image"])["image"].type.list_size
-            self.state = {"shards": shards, "places": places, "rows": rows, "width": width, "gathered": 0, "done": 0}
-            sizes = {name: math.prod(shape) * np.dtype(kind).itemsize for name, (kind, shape) in self._shapes().items()}
-            reserve(self.folder, sizes)
+            state = {"shards": shards, "places": places, "rows": rows, "width": width, "gathered": 0, "done": 0}
+            self.files.begin(state, _arrays(state))
             rank, uid = self._map("rank", "r+"), self._map("uid", "r+")
             rank[:] = -1
             done = 0
@@ -348,9 +339,7 @@ class _Work:
                     f"JOIN ({placed.format('wanted')}) AS first USING (f0, f1)"
                 ).fetchnumpy()
                 rank[copies["place"]] = -2 - rank[copies["of"]]
-        for array in (rank, uid):
-            array.flush()
-        self._write()
+        self.files.save()
 
     def vectors(self) -> np.memmap:
         """Return the embeddings in order, float16 `[n, d]`; each window of them is gathered once.
@@ -362,8 +351,7 @@ class _Work:
         for start in range(self.state["gathered"], self.state["rows"], size):
             stop = min(start + size, self.state["rows"])
             self._gather(start, stop)
-            self.state["gathered"] = stop
-            self._write()
+            self.files.save(gathered=stop)
         return self._map("vectors", "r")
 
     def _gather(self, start: int, stop: int) -> None:
@@ -384,20 +372,16 @@ class _Work:
                         f"infinity. Remedy: mend what it is made from, and materialize {self.source} of shard {shard}"
                     )
                 found[rank[some]] = vectors
-        found.flush()
 
     def add(self, at: slice, value: np.ndarray, better: np.ndarray) -> None:
         """Record the result of some rows."""
         for name, found in (("value", value), ("better", better)):
-            kept = self._map(name, "r+")
-            kept[at] = found
-            kept.flush()
-        self.state["done"] = at.stop
-        self._write()
+            self._map(name, "r+")[at] = found
+        self.files.save(done=at.stop)
 
     def remove_vectors(self) -> None:
         """Remove the gathered embeddings, which only the search itself needs."""
-        (self.folder / "vectors").unlink(missing_ok=True)
+        self.files.remove("vectors")
 
     @property
     def value(self) -> np.ndarray:
@@ -443,18 +427,17 @@ class _Work:
             )
 
     def _map(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
-        dtype, shape = self._shapes()[name]
-        return np.memmap(self.folder / name, dtype, mode=mode, shape=shape)
+        dtype, shape = _arrays(self.state)[name]
+        return self.files.array(name, dtype, shape, mode)
 
-    def _shapes(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        return {
-            "rank": (np.int64, (self.state["places"],)),
-            "uid": (np.uint64, (self.state["rows"], 2)),
-            "value": (np.float32, (self.state["rows"],)),
-            "better": (np.int64, (self.state["rows"],)),
-            "vectors": (np.float16, (self.state["rows"], self.state["width"])),
-        }
 
-    def _write(self) -> None:
-        with self.lake.replacing(str(self._path)) as temporary:
-            temporary.write_text(json.dumps(self.state), encoding="utf-8")
+def _arrays(state: Mapping[str, Any]) -> Arrays:
+    """Return dtype and shape of a search's arrays."""
+    rows = state["rows"]
+    return {
+        "rank": (np.int64, (state["places"],)),
+        "uid": (np.uint64, (rows, 2)),
+        "value": (np.float32, (rows,)),
+        "better": (np.int64, (rows,)),
+        "vectors": (np.float16, (rows, state["width"])),
+    }

@@ -7,7 +7,6 @@ A run works on files beside its result, `<lake>/dynamic_rounds/<encoder>/`: two 
 which is replaced after every round. An interrupted run resumes after the last complete round.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -37,9 +36,10 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import COSINE_TOLERANCE, rows_aligned, within_bounds
 from assets.base.unpartitioned import unpartitioned
 from resources.lake.files import LakeError, Provenance, column_to_vectors
-from resources.lake.scratch import reserve
+from resources.lake.scratch import WorkFolder
 from resources.lake.versions import Version
 
+_ARRAYS = {"left.int32": np.int32, "score.float32": np.float32}
 ROUNDS = pa.schema(
     [
         pa.field("round", pa.int32(), nullable=False),
@@ -125,7 +125,7 @@ def dynamic_rounds(step: Step) -> Result:
 
     settings, wanted = _settings(step.asset.declared), step.wanted[None]
     work = _Work(step)
-    if not work.is_of(wanted):
+    if not work.files.is_of(wanted.digest()):
         work.begin(wanted, _subset(step))
     state = work.state
     for found in prune(
@@ -137,7 +137,7 @@ def dynamic_rounds(step: Step) -> Result:
         on_rows=step.progress,
     ):
         work.add(found)
-    work.flush()
+    work.files.flush()
     columns = list(zip(*work.done(), strict=True)) or [()] * len(ROUNDS)
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, ROUNDS, strict=True)], schema=ROUNDS)
     summary = {"pool_rows": state["pool_rows"], "began_with": state["began_with"], "kept": state["keep"]}
@@ -160,10 +160,10 @@ def _files(step: Step) -> "_Work":
     stored = step.stored("dynamic_rounds/{encoder}")
     # New rounds remove the state first and then replace the arrays: if the state is the same after opening them, the
     # arrays belong to it.
-    if stored is None or not work.is_of(stored.provenance) or _Work(step).state != work.state:
+    if stored is None or not work.files.is_of(stored.provenance.digest()) or work.files.read_state() != work.state:
         key = f"dynamic_rounds/{step.names['encoder']}"
         raise LakeError(
-            f"{work.folder}: these are not the rows of the stored {key}. "
+            f"{work.files.path}: these are not the rows of the stored {key}. "
             f"Remedy: remove {step.context.lake.path(key)}, and materialize it again"
         )
     return work
@@ -248,8 +248,8 @@ class _Work:
         step: of the rounds, or of the score.
 
     Attributes:
-        folder: their folder.
-        state: the content of `state.json`: the provenance's digest; for each shard the place of its first row and the
+        files: their folder.
+        state: its state: the provenance's digest; for each shard the place of its first row and the
             number of its rows; the rows of the pool, of the starting set, and those that stay; the complete rounds.
     """
 
@@ -258,14 +258,12 @@ class _Work:
         self.lake = step.context.lake
         self.source = f"embeddings/{encoder}"
         self.settings = configured(step.context.settings)[encoder]
-        self.folder = self.lake.local_root() / "dynamic_rounds" / encoder
-        self._path = self.folder / "state.json"
-        self.state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._maps: list[np.memmap] = []
+        self.files = WorkFolder(self.lake, f"dynamic_rounds/{encoder}")
 
-    def is_of(self, provenance: Provenance) -> bool:
-        """Check whether the files belong to rounds with this provenance."""
-        return self.state.get("provenance") == provenance.digest()
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of the rounds; {} before they start."""
+        return self.files.state
 
     def begin(self, provenance: Provenance, subset: Version | None) -> None:
         """Create the files: mark the rows of the starting set.
@@ -273,7 +271,6 @@ class _Work:
         Raises:
             LakeError: the disk has no room for the files.
         """
-        self._path.unlink(missing_ok=True)
         shards: dict[str, list[int]] = {}
         place = 0
         for shard in provenance.inputs:
@@ -282,8 +279,8 @@ class _Work:
                 assert stored is not None
                 shards[shard] = [place, stored.rows]
                 place += stored.rows
-        self.state = {"provenance": provenance.digest(), "shards": shards, "done": []}
-        reserve(self.folder, dict.fromkeys(("left.int32", "score.float32"), 4 * max(place, 1)))
+        state = {"provenance": provenance.digest(), "shards": shards, "done": []}
+        self.files.begin(state, {name: (dtype, (max(place, 1),)) for name, dtype in _ARRAYS.items()})
         manifest = subset.manifest if subset is not None else None
         with rows_of(self.lake, shards, manifest, {}, ["source_row"]) as (con, found):
             for shard in shards:
@@ -291,22 +288,25 @@ class _Work:
                 rows = self.lake.read("raw_pool", shard, ["source_row"])["source_row"].to_numpy()
                 left, _ = self.rows(shard)
                 left[:] = np.isin(rows, starting["source_row"])
-        self.state["pool_rows"] = found.rows if subset is None else subset.lineage["source"]["rows"]
-        self.state["began_with"] = sum(int(self.rows(shard)[0].sum()) for shard in shards)
-        self.state["keep"] = int(self.state["pool_rows"] * Fraction(repr(self.settings.keep)))
-        self._write()
+        pool_rows = found.rows if subset is None else subset.lineage["source"]["rows"]
+        self.files.save(
+            pool_rows=pool_rows,
+            began_with=sum(int(self.rows(shard)[0].sum()) for shard in shards),
+            keep=int(pool_rows * Fraction(repr(self.settings.keep))),
+        )
 
     def open(self) -> None:
         """Open the arrays, if they exist."""
-        if not self._maps and self.state:
-            places = (("left.int32", np.int32), ("score.float32", np.float32))
-            self._maps = [np.memmap(self.folder / name, dtype, mode="r+") for name, dtype in places]
+        if self.state:
+            self._arrays()
+
+    def _arrays(self) -> list[np.memmap]:
+        return [self.files.array(name, dtype, mode="r+") for name, dtype in _ARRAYS.items()]
 
     def rows(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a shard's rounds of dropping, int32 `[n]`, and its scores, float32 `[n]`: views of the files."""
-        self.open()
         start, rows = self.state["shards"][shard]
-        left, score = (np.asarray(whole[start : start + rows]) for whole in self._maps)
+        left, score = (np.asarray(whole[start : start + rows]) for whole in self._arrays())
         return left, score
 
     def parts(self) -> list[Any]:
@@ -333,15 +333,4 @@ class _Work:
 
     def add(self, found: Sequence[Any]) -> None:
         """Record a complete round."""
-        self.state["done"].append(list(found))
-        self._write()
-
-    def flush(self) -> None:
-        """Write the arrays to the disk."""
-        for whole in self._maps:
-            whole.flush()
-
-    def _write(self) -> None:
-        self.flush()
-        with self.lake.replacing(str(self._path)) as temporary:
-            temporary.write_text(json.dumps(self.state), encoding="utf-8")
+        self.files.save(done=[*self.state["done"], list(found)])

@@ -63,7 +63,10 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         (changed("pool", "formt", value="x"), r"pool\.formt: no such field.*spelling"),
-        (changed("pool", "format", value="zip"), r"pool\.format: .*'webdataset', 'datacomp', 'parquet_images' or 'image_folder'"),
+        (
+            changed("pool", "format", value="zip"),
+            r"pool\.format: .*'webdataset', 'datacomp', 'parquet_images' or 'image_folder'",
+        ),
         ({"lake": None}, r"lake: "),
         ({"encoders": {}}, r"encoders: "),
         ({"encoders": {"b 32": {"model": "ViT-B-32"}}}, r"encoders\.b 32.*letters, digits and _"),
