@@ -1,5 +1,7 @@
-# `make demo` and `make test` need Python 3.11, make and a package index; nothing else.
-PYTHON ?= python3.11
+# `make demo` and `make test` need Python 3.11, 3.12 or 3.13, make and a package index; nothing else.
+# The first of these that runs; a name that exists but does not run, such as a pyenv shim, is passed over.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13; do \
+	$$name -c 'import ensurepip, venv' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= config/demo.yaml
@@ -32,6 +34,7 @@ clean:  ## remove what the demo made
 	rm -rf .demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "No python3.11, python3.12 or python3.13 runs here." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios within one run; no test depends on what is measured here."""
+"""Speed and memory, as ratios within one run; no test depends on these measurements."""

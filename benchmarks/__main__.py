@@ -37,15 +37,17 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> int:
-    """Run the benchmarks; print, and write where asked, what came out.
+    """Run the benchmarks, print the results, and write them to a file if asked.
 
     Returns:
-        The process's exit code: 1 where bars are enforced and one is broken in three runs.
+        The exit code of the process: 1 if bars are enforced and one is broken in three runs.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--enforce", action="store_true", help="measure again what is broken; fail if it stays broken")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    parser.add_argument(
+        "--enforce", action="store_true", help="repeat broken measurements, and fail if they stay broken"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     arguments = parser.parse_args()
     bars = read_bars()
     found: dict[str, Mapping[str, Any]] = {}
@@ -66,15 +68,15 @@ def main() -> int:
 
 
 def _measured(part: str) -> dict[str, Any]:
-    """Run one benchmark and print its figures."""
-    gc.collect()  # what the parts before have left is not this one's
+    """Run one benchmark and print its results."""
+    gc.collect()  # memory that earlier parts left is not this part's
     started = time.perf_counter()
-    figures = PARTS[part]()
+    results = PARTS[part]()
     print(f"{part} ({time.perf_counter() - started:.0f} s)")
-    for name, figure in figures.items():
-        shown = f"{figure:,.3f}" if isinstance(figure, float) else figure
+    for name, value in results.items():
+        shown = f"{value:,.3f}" if isinstance(value, float) else value
         print(f"  {name:46} {shown}", flush=True)
-    return figures
+    return results
 
 
 def _table(compared: Sequence[Compared]) -> str:

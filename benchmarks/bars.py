@@ -1,7 +1,7 @@
-"""The least that ratios must be (`bars.json`), and when a lower one counts.
+"""Minimum ratios (`bars.json`), and when a lower one counts.
 
-Here: comparing figures with bars. Not here: measuring. Machines are shared, so one low figure proves nothing: a bar is
-broken where a ratio lies more than a third below it in each of three runs.
+Here: comparing results with bars. Not here: measuring. Machines are shared, so one low ratio proves nothing: a bar is
+broken if a ratio is more than a third below it in each of three runs.
 """
 
 import json
@@ -14,7 +14,7 @@ BARS = Path(__file__).with_name("bars.json")
 RUNS = 3
 SLACK = 1 / 3
 
-Figures = Mapping[str, Any]
+Results = Mapping[str, Any]
 Bars = Mapping[str, Mapping[str, float]]
 
 
@@ -23,10 +23,10 @@ class Compared:
     """A ratio and its bar.
 
     Attributes:
-        part: the benchmark.
-        name: the ratio's name in what the benchmark gives.
-        ratio: what was measured.
-        bar: the least that it should be.
+        part: The benchmark.
+        name: Name of the ratio in the benchmark's results.
+        ratio: The measured ratio.
+        bar: The minimum.
     """
 
     part: str
@@ -36,36 +36,36 @@ class Compared:
 
     @property
     def mark(self) -> str:
-        """Say how it stands: reached, below, or so far below that it counts."""
+        """The verdict: reached, below, or so far below that it counts."""
         if self.ratio >= self.bar:
             return "reached"
         return "BROKEN" if self.is_broken else "below"
 
     @property
     def is_broken(self) -> bool:
-        """Tell whether it lies more than a third below the bar."""
+        """Whether the ratio is more than a third below the bar."""
         return self.ratio < self.bar * (1 - SLACK)
 
 
 def read_bars(path: Path = BARS) -> Bars:
-    """Read the bars: minimum by the ratio's name, by benchmark."""
+    """Read the bars: by benchmark, the minimum by the ratio's name."""
     bars: Bars = json.loads(path.read_text())
     return bars
 
 
-def compare(bars: Mapping[str, float], part: str, found: Figures) -> list[Compared]:
-    """Put a benchmark's ratios beside their bars; a figure of None can't be had on this machine.
+def compare(bars: Mapping[str, float], part: str, found: Results) -> list[Compared]:
+    """Compare a benchmark's ratios with their bars; None can't be measured on this machine and is left out.
 
     Raises:
-        ValueError: a bar is of a figure that the benchmark does not give.
+        ValueError: A bar has a ratio that the benchmark does not return.
     """
     if unknown := sorted(bars.keys() - found.keys()):
-        raise ValueError(f"{BARS}: {part} gives no {', '.join(unknown)}. Remedy: correct the names, or drop the bars")
+        raise ValueError(f"{BARS}: {part} gives no {', '.join(unknown)}. Remedy: correct the names, or delete the bars")
     return [Compared(part, name, found[name], bar) for name, bar in bars.items() if found[name] is not None]
 
 
-def still_broken(bars: Mapping[str, float], part: str, found: Figures, again: Callable[[], Figures]) -> list[Compared]:
-    """Measure again as long as the same ratio is broken, three runs in all; give what was broken in each of them."""
+def still_broken(bars: Mapping[str, float], part: str, found: Results, again: Callable[[], Results]) -> list[Compared]:
+    """Measure again while the same ratio is broken, up to three runs, and return the ratios broken in each of them."""
     broken = [one for one in compare(bars, part, found) if one.is_broken]
     for _ in range(RUNS - 1):
         if not broken:

@@ -1,6 +1,6 @@
-"""How long the sensors take over a pool of many shards: the first discovery, and ticks with nothing new.
+"""Duration of the sensors' ticks on a pool of many shards: the first discovery, and ticks without news.
 
-The shards are empty files and the lake's files hold no rows: ticks read listings and provenance alone.
+The shards are empty files and the lake's files hold no rows: ticks read only listings and provenance.
 
 python -m benchmarks.discovery [--shards N]
 """
@@ -15,7 +15,7 @@ import dagster as dg
 import pyarrow as pa
 import yaml
 
-from assets.base.context import Context
+from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS_NAME
 from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
@@ -29,7 +29,7 @@ def measure(shards: int = SHARDS) -> dict[str, float]:
     """Measure in a temporary folder.
 
     Returns:
-        Seconds; `discovery` includes the adding of all partitions to a SQLite instance on disk.
+        Seconds; `discovery` includes adding all partitions to a SQLite instance on disk.
     """
     with tempfile.TemporaryDirectory() as name, dg.DagsterInstance.local_temp(name) as instance:
         folder = Path(name)
@@ -57,7 +57,7 @@ def measure(shards: int = SHARDS) -> dict[str, float]:
 
 
 class Ticks:
-    """Evaluates sensors as the daemon does, keeping cursors and partitions."""
+    """Sensors evaluated as by the daemon, with cursors and partitions kept."""
 
     def __init__(self, instance: dg.DagsterInstance, defs: dg.Definitions) -> None:
         self.instance = instance
@@ -65,11 +65,11 @@ class Ticks:
         self.cursors: dict[str, str | None] = {}
 
     def seconds(self, name: str) -> float:
-        """Give the seconds that a tick took."""
+        """Return the seconds of a tick."""
         return self.tick(name)[0]
 
     def tick(self, name: str) -> tuple[float, list[dg.RunRequest]]:
-        """Give the seconds that a tick took, and the runs that it requests."""
+        """Return the seconds of a tick, and the runs that it requests."""
         started = time.perf_counter()
         context = dg.build_sensor_context(self.instance, cursor=self.cursors.get(name), definitions=self.defs)
         found = self.defs.resolve_sensor_def(name).evaluate_tick(context)
@@ -94,11 +94,12 @@ def _config(folder: Path) -> Path:
 
 
 def _fill(project: Context, graph: Graph, shards: list[str]) -> None:
-    """Write what every run would have written, without rows."""
+    """Write the files that every run would have written, without rows."""
     for node in graph.nodes:
         assert isinstance(node, PartitionedAsset)
+        snapshot = Snapshot(project)  # which sees the files of the node before
         for shard in shards:
-            project.lake.write(pa.table({"f0": pa.array([], pa.uint64())}), node.provenance(shard))
+            project.lake.write(pa.table({"f0": pa.array([], pa.uint64())}), node.provenance(snapshot, shard))
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
-"""What keeps an encoder busy: decoding beside the forward pass, the settings of the model, and draft decoding.
+"""Throughput of an encoder: decoding beside the forward pass, the settings of the model, and draft decoding.
 
-Called by `benchmarks.reading`, which has the command line. Weights are random: they don't change how long anything
-takes.
+Called by `benchmarks.reading`, which has the command line. Weights are random, which does not change the speed.
 """
 
 import io
@@ -41,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Forward:
-    """A model on a device, and the input of one forward pass of it."""
+    """A model on a device, and the input of one forward pass."""
 
     encoder: Encoder
     pixels: Any
@@ -56,7 +55,7 @@ class Forward:
 
 
 def save_model(folder: Path, model: str) -> Path:
-    """Write a model of open_clip's with random weights, as `local-dir:` loads it."""
+    """Write an open_clip model with random weights, in the form that `local-dir:` loads."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -72,7 +71,7 @@ def save_model(folder: Path, model: str) -> Path:
 
 
 def forward(place: Path, batch: int, device: str, **options: Any) -> Forward:
-    """Load a model and lay one batch of input ready on its device."""
+    """Load a model, and put one batch of input on its device."""
     import torch
 
     settings = EncoderSettings(model=f"local-dir:{place}", batch_size=batch, device=device, **options)
@@ -87,7 +86,7 @@ def forward(place: Path, batch: int, device: str, **options: Any) -> Forward:
 
 
 def wait(encoder: Encoder) -> None:
-    """Let the device finish what it was given."""
+    """Wait for the device to finish."""
     import torch
 
     if encoder.loaded.device.type == "cuda":
@@ -95,14 +94,14 @@ def wait(encoder: Encoder) -> None:
 
 
 def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int, device: str) -> dict[str, float]:
-    """Embedding of a pool beside the bare forward pass, and how many cores have to decode for it.
+    """Compare embedding a pool with the bare forward pass, and compute how many cores must decode for it.
 
     Args:
-        pool: a pool with one shard, 00000.
-        rows: its rows.
-        place: the model's folder.
-        batch: samples a forward pass.
-        device: as in an encoder's settings.
+        pool: A pool with one shard, 00000.
+        rows: Its rows.
+        place: Folder of the model.
+        batch: Samples per forward pass.
+        device: As in an encoder's settings.
     """
     bare = forward(place, batch, device)
     on_gpu = bare.encoder.loaded.device.type == "cuda"
@@ -122,11 +121,10 @@ def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int, device: str) 
 
 
 def _in_turns(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
-    """The embedding's rate as a fraction of the bare pass's, and the rate, batch by batch in turns.
+    """Return the embedding's rate as a fraction of the bare pass's, and the rate, with batches timed in turns.
 
-    Both models are one and the same. A batch's turn begins when the next one is asked for, which is when a process
-    begins to decode a later one: so decoding is counted as long as the model, and not the decoding, is what takes the
-    time.
+    Both use the same model. The turn of a batch starts when the next one is requested, which is when a process starts
+    to decode a later one. So decoding is included as long as the model is the bottleneck.
     """
     alone: list[float] = []
     embedding: list[float] = []
@@ -145,7 +143,7 @@ def _in_turns(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[f
 
 
 def _stream(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
-    """The same where the model runs beside the processor: the bare pass first, then the embedding without a pause."""
+    """Return the same for a model on a GPU: the bare pass first, then the embedding without a pause."""
     alone = median([bare.seconds() for _ in range(WARM_BATCHES + TIMED_BATCHES)][WARM_BATCHES:])
     at: list[float] = []
     _embed(bare.encoder, shards, pool, lambda _: at.append(time.perf_counter()))
@@ -161,9 +159,9 @@ def _embed(encoder: Encoder, shards: dict[str, pa.Table], pool: Pool, on_rows: C
 
 
 def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[float, float]:
-    """Samples that one decoding process makes ready for a model in a second, and captions that it tokenises.
+    """Return the samples that one decoding process prepares per second, and the captions that it tokenises.
 
-    Processor time is counted, so that other work on the machine takes no part of it.
+    Based on processor time, so that other work on the machine does not count.
     """
     import torch
 
@@ -190,7 +188,7 @@ def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[
 
 
 def settings(place: Path, batch: int, device: str) -> dict[str, float]:
-    """The forward pass under an encoder's settings, in turns; each as a multiple of the plain float32 one."""
+    """Time the forward pass under an encoder's settings, in turns; each as a multiple of the plain float32 one."""
     forwards = {name: forward(place, batch, device, **options) for name, options in VARIANTS.items()}
     for one in forwards.values():
         one.seconds()
@@ -207,14 +205,14 @@ def settings(place: Path, batch: int, device: str) -> dict[str, float]:
 
 
 def draft(config: Path, folder: Path) -> dict[str, float]:
-    """Draft decoding beside exact decoding on a project's photographs, stored and enlarged.
+    """Compare draft with exact decoding on a project's photographs, as stored and enlarged.
 
     Args:
-        config: a project's YAML; its first encoder and its first shard's first rows are taken.
-        folder: where enlarged pools may be written.
+        config: A project's YAML; its first encoder and the first rows of its first shard are used.
+        folder: A folder for enlarged pools.
     """
     project = open_project(config)
-    shard = min(project.listing())
+    shard = min(project.pool.list_shards())
     rows = project.pool.read_shard(shard).rows.slice(0, PHOTOGRAPHS)
     pictures = [data for data in project.pool.read_images(shard, rows) if isinstance(data, bytes)]
     given = next(iter(project.settings.encoders.values()))

@@ -1,7 +1,7 @@
-"""What it costs to add one shard to a pool of N: whether the pool's size shows, and where.
+"""The cost of adding one shard to a pool of N: whether it grows with the pool, and where.
 
-Here: sensors' ticks and the runs they ask for, and the headless pass, part by part, in pools of tiny shards that
-have been through everything. Not here: how long the work on a shard of real size takes.
+Here: sensors' ticks and the runs they request, and the headless pass, part by part, in pools of tiny shards that are up
+to date. Not here: the work on a shard of real size.
 
 python -m benchmarks.growth [--shards N N]
 """
@@ -21,9 +21,9 @@ from assets.graph import build_graph
 from assets.settings import open_project
 from benchmarks.discovery import Ticks
 from benchmarks.overhead import write_project, write_shard
-from dagster_project import cli as command
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, materialize
+from dagster_project.instance import open_instance
 from dagster_project.sqlite_event_log import kept_open
 
 SHARDS = (10, 1000)
@@ -36,8 +36,8 @@ def measure(shards: tuple[int, int] = SHORT) -> dict[str, Any]:
     """Measure in temporary folders, for a small and a large pool.
 
     Returns:
-        `PART/N`: seconds; `PART/small_of_large`: the small pool's seconds over the large one's, 1 where the size of
-        the pool does not matter.
+        `PART/N`: seconds; `PART/small_of_large`: the small pool's seconds over the large one's, 1 if the size of the
+        pool does not matter.
     """
     small, large = (_one_more(count) for count in shards)
     found: dict[str, Any] = {}
@@ -49,12 +49,12 @@ def measure(shards: tuple[int, int] = SHORT) -> dict[str, Any]:
 
 
 def _one_more(count: int) -> dict[str, float]:
-    """Give the seconds of each part when a shard is added to a pool of `count`, first by sensors, then by a pass."""
+    """Return the seconds of each part when a shard is added to a pool of `count`, first by sensors, then by a pass."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_project(Path(folder), count, RECIPES)
         project = open_project(config)
         graph = build_graph(project)
-        with command.open_instance(project) as instance:
+        with open_instance(project) as instance:
             materialize(project, graph, instance, notice=lambda *_: None)
             ticks = Ticks(instance, build_defs(project, graph))
             _settle(ticks, [])
@@ -75,7 +75,7 @@ def _by_sensors(ticks: Ticks) -> dict[str, float]:
 
 
 def _settle(ticks: Ticks, steps: list[tuple[str, float]]) -> tuple[float, float]:
-    """Tick until nothing is asked for, making the runs; give the seconds of both sensors' ticks, and add the steps'."""
+    """Tick and run until nothing is requested; return the seconds of both sensors' ticks, and add the steps'."""
     spent = {"follow_shards": 0.0, "refresh_subsets": 0.0}
     for name in spent:
         for _ in range(FOLLOW):
@@ -87,7 +87,7 @@ def _settle(ticks: Ticks, steps: list[tuple[str, float]]) -> tuple[float, float]
 
 
 def _run(ticks: Ticks, request: dg.RunRequest) -> list[tuple[str, float]]:
-    """Make a run; give each step's name and seconds, the first with what the run's start costs."""
+    """Execute a run; return each step's name and seconds, the first including the start of the run."""
     started = time.time()
     with kept_open(ticks.instance):
         result = ticks.defs.resolve_implicit_global_asset_job_def().execute_in_process(
@@ -104,7 +104,7 @@ def _run(ticks: Ticks, request: dg.RunRequest) -> list[tuple[str, float]]:
 
 
 def _by_pass(config: Path, instance: dg.DagsterInstance) -> dict[str, float]:
-    """Measure a headless pass that finds one new shard, and one that finds nothing."""
+    """Time a headless pass that finds one new shard, and one that finds nothing."""
     project = open_project(config)
     began: list[tuple[str, float]] = [("pass_looking", time.perf_counter())]
     materialize(project, build_graph(project), instance, notice=lambda key, _: began.append((key, time.perf_counter())))

@@ -1,8 +1,8 @@
-"""How fast near duplicates are searched, and how memory grows with the rows.
+"""Speed of the search for near duplicates, and growth of its memory with the rows.
 
     python -m benchmarks.near_duplicates [--device cuda] [--rows N ...] [--json PATH]
 
-Rows are synthetic and lie in a file, in order. Not here: ordering and gathering them, which is reading and writing.
+Rows are synthetic and lie in a file, in order. Not here: ordering and gathering them.
 """
 
 import argparse
@@ -26,15 +26,15 @@ PART = 16_384
 
 
 def measure(rows: Sequence[int] = ROWS, *, device: str = "cpu") -> dict[str, Any]:
-    """Search files of more and more rows.
+    """Search files with increasing numbers of rows.
 
     Args:
-        rows: of the files, ascending.
-        device: of the search.
+        rows: Rows of the files, ascending.
+        device: Device of the search.
 
     Returns:
         The machine, the width, and by number of rows seconds, pairs a second, and the peak of memory beyond the mapped
-        file in MB; on CPU further `of_product`, a bare product's seconds for as many multiply-adds over the search's.
+        file in MB; on CPU also `of_product`, a bare product's seconds for as many multiply-adds over the search's.
     """
     where = torch.device(device)
     found: dict[str, Any] = {"machine": machine() | {"device": str(where)}, "width": WIDTH}
@@ -60,7 +60,7 @@ def measure(rows: Sequence[int] = ROWS, *, device: str = "cpu") -> dict[str, Any
 
 
 def _of_product(rows: int = PART, repeats: int = 3) -> float:
-    """Median of a bare product's seconds over those of a search with as many multiply-adds."""
+    """Return the median of a bare product's seconds over those of a search with as many multiply-adds."""
     stored = _unit(rows, seed=1)
     left, right = stored[: rows // 2].float(), stored.float()
     return _beside(lambda: _product(left, right), lambda: list(nearest_before(stored.numpy(), device=_CPU)), repeats)[1]
@@ -75,11 +75,11 @@ def _unit(rows: int, seed: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Print the figures, and write them where --json says."""
+    """Print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), metavar="N")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     arguments = parser.parse_args()
     figures = measure(arguments.rows, device=arguments.device)
     for name, figure in figures.items():

@@ -1,12 +1,13 @@
-"""What Dagster and our bookkeeping cost beside the work itself.
+"""The overhead of Dagster and of our bookkeeping.
 
-Here: many tiny shards through one asset in one run, the event log alone, and the start of a run's process. How the
-cost grows with the pool: `benchmarks.growth`.
+Here: many tiny shards through one asset in one run, the event log alone, and the start of a run's process. Growth of
+the cost with the pool: `benchmarks.growth`.
 
 python -m benchmarks.overhead
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,15 +28,17 @@ from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster._core.utils import make_new_run_id
 from dagster._grpc.types import ExecuteRunArgs
 
-from assets.base.context import Context
+from assets.base.asset import Step
+from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS_NAME
 from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
 from assets.graph import build_graph
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import CONFIG_VARIABLE, build_defs
+from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, materialize
+from dagster_project.instance import SETTINGS, open_instance
+from dagster_project.location import CONFIG_VARIABLE
 from dagster_project.sqlite_event_log import kept_open
 
 SHARDS = 100
@@ -45,12 +48,12 @@ EVENTS = 50
 
 
 def measure(shards: int = SHARDS) -> dict[str, Any]:
-    """Time a pass over `shards` tiny shards, and the same assets' own work without Dagster."""
+    """Time a pass over `shards` tiny shards, and the work of the same assets without Dagster."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_project(Path(folder), shards)
         began: list[tuple[str, float]] = []
         project = open_project(config)
-        with command.open_instance(project) as instance:
+        with open_instance(project) as instance:
             materialize(
                 project, build_graph(project), instance, notice=lambda key, _: began.append((key, time.perf_counter()))
             )
@@ -75,12 +78,12 @@ def measure(shards: int = SHARDS) -> dict[str, Any]:
 
 
 def run_start() -> float:
-    """Give the seconds from the start of a run's process, as the web server's launcher starts it, to its first step."""
+    """Return the seconds from starting a run's process, as the web server's launcher does, to its first step."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_project(Path(folder), 1)
         project = open_project(config)
-        with command.open_instance(project) as instance:
-            shards = sorted(project.listing())
+        with open_instance(project) as instance:
+            shards = sorted(project.pool.list_shards())
             instance.add_dynamic_partitions(SHARDS_NAME, shards)
             job = build_defs(project).resolve_implicit_global_asset_job_def()
             code = ModuleCodePointer("dagster_project.definitions", "defs")
@@ -104,7 +107,7 @@ def run_start() -> float:
 
 
 def _events(*, kept: bool) -> float:
-    """Give the seconds an event, in a run that logs nothing else."""
+    """Return the seconds per event, in a run that logs nothing else."""
 
     @dg.asset(output_required=False)
     def logger(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
@@ -115,12 +118,10 @@ def _events(*, kept: bool) -> float:
         seconds.append((time.perf_counter() - started) / EVENTS)
 
     seconds: list[float] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        dg.DagsterInstance.local_temp(folder) as instance,
-        kept_open(instance) if kept else nullcontext(),
-    ):
-        dg.materialize([logger], instance=instance, run_config=QUIET)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SETTINGS, folder)
+        with dg.DagsterInstance.from_config(folder) as instance, kept_open(instance) if kept else nullcontext():
+            dg.materialize([logger], instance=instance, run_config=QUIET)
     return seconds[0]
 
 
@@ -130,10 +131,12 @@ def _own_work(project: Context, key: str) -> float:
     if not isinstance(node, PartitionedAsset):
         raise TypeError(f"{key} is not an asset of shards")
     started = time.perf_counter()
-    for shard, outcome in node.compute(sorted(project.listing())):
+    snapshot = Snapshot(project)
+    wanted = {shard: node.provenance(snapshot, shard) for shard in sorted(snapshot.listing)}
+    for shard, outcome in node.compute(Step(node, snapshot, dict(wanted)), list(wanted)):
         if not isinstance(outcome, Result):
             raise outcome
-        project.lake.write(outcome.table, node.provenance(shard), summary=outcome.summary)
+        project.lake.write(outcome.table, wanted[shard], summary=outcome.summary)
     return time.perf_counter() - started
 
 
@@ -148,7 +151,7 @@ def write_shard(pool: Path, number: int) -> None:
 
 
 def write_project(folder: Path, shards: int, recipes: dict[str, Any] | None = None) -> Path:
-    """Write a pool of tiny shards and a project over it; give the project's YAML."""
+    """Write a pool of tiny shards and a project over it, and return the path of the YAML."""
     (folder / "pool").mkdir()
     for number in range(shards):
         write_shard(folder / "pool", number)

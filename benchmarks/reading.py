@@ -1,13 +1,13 @@
-"""How fast tars are walked, images decoded, metadata read, and a model kept busy.
+"""Speed of reading tars, decoding images, reading metadata, and feeding a model.
 
     python -m benchmarks.reading [--embedding] [--model ViT-L-14] [--device cuda] [--batch 256] [--json PATH]
     python -m benchmarks.reading --settings [--model …] [--device …] [--batch …]
     python -m benchmarks.reading --draft examples/photographs.yaml
 
-The fractions compare two ways of doing the same work, timed in turns within one run. `--embedding`
-also builds a model with random weights (ViT-B-32; some minutes on two cores), and tells how many
-cores have to decode to keep it busy. `--settings` compares precisions, memory formats and
-torch.compile on the same model, `--draft` the two ways of decoding on photographs.
+The fractions compare two ways of doing the same work, timed in turns within one run. `--embedding` also builds a model
+with random weights (ViT-B-32; some minutes on two cores) and computes how many cores must decode to keep it busy.
+`--settings` compares precisions, memory formats and torch.compile on the same model, `--draft` the two ways of decoding
+on photographs.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def measure(
     """Time the readers on generated data.
 
     Args:
-        repeats: interleaved repeats; medians are reported.
-        embedding: whether to time a model as well.
-        model: its name in open_clip.
-        device: where it runs.
-        batch: samples a forward pass.
+        repeats: Interleaved repeats; medians are reported.
+        embedding: Whether to time a model as well.
+        model: Name of the model in open_clip.
+        device: Device of the model.
+        batch: Samples per forward pass.
 
     Returns:
-        One figure each by name: samples a second, or fractions.
+        Samples per second, or fractions, by name.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -162,16 +162,16 @@ def _metadata(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def _pool(folder: Path) -> tuple[Pool, pa.Table]:
-    """The generated pool and the rows of its shard."""
+    """Return the generated pool and the rows of its shard."""
     pool = open_pool(PoolSettings(path=str(folder)), {})
     return pool, pool.read_shard("00000").rows
 
 
 def main() -> None:
-    """Print the figures, and write them where --json says."""
+    """Print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
-    parser.add_argument("--embedding", action="store_true", help="time a model as well, and what feeds it")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
+    parser.add_argument("--embedding", action="store_true", help="time a model as well, and the processes that feed it")
     parser.add_argument("--settings", action="store_true", help="time the model's settings instead of the readers")
     parser.add_argument(
         "--draft", type=Path, metavar="CONFIG", help="compare draft decoding on a project's pool instead"

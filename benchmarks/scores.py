@@ -1,10 +1,10 @@
-"""How fast the scores run beside a bare matrix product of the same shapes, and how much memory they take.
+"""Speed of the scores relative to a bare matrix product of the same shapes, and their memory.
 
     python -m benchmarks.scores [--whole] [--json PATH]
     python -m benchmarks.scores --device cuda [--tune] [--json PATH]
 
-Each call of a score follows a call of the product, and the median of their ratios is told, so that other work on
-the machine slows both alike. On a GPU this needs torch, triton and the folders `selection` and `benchmarks` alone.
+Each call of a score follows a call of the product, and the median of their ratios is reported, so that other work on
+the machine slows both alike. On a GPU this needs only torch, triton and the folders `selection` and `benchmarks`.
 """
 
 import argparse
@@ -43,12 +43,12 @@ def measure(repeats: int = REPEATS, plain: int = PLAIN) -> dict[str, Any]:
     """Time the scores on CPU and find their peak memory.
 
     Args:
-        repeats: pairs of a product and a score that are timed.
-        plain: rows and columns of the similarities that the plain way holds as a whole.
+        repeats: Number of timed pairs of a product and a score.
+        plain: Rows and columns of the similarities that the plain method holds as a whole.
 
     Returns:
-        The machine, the shapes, and one figure each by name; fractions are the product's time over the score's,
-        bfloat16's are float32's time over its own, and the plain way's are its time or memory over ours.
+        The machine, the shapes, and one result each by name. Fractions are the product's time over the score's; those
+        of bfloat16 are float32's time over its own; those of the plain method are its time or memory over ours.
     """
     image, text = _embeddings(ROWS, seed=1), _embeddings(ROWS, seed=2)
     batch_image, batch_text = _embeddings(BATCH, seed=3), _embeddings(BATCH, seed=4)
@@ -104,9 +104,9 @@ def measure_cuda(device: torch.device, *, size: int = BATCH, tune: bool = False)
     """Time the reductions on a GPU, in float16 and in TFLOP/s of the products they contain.
 
     Args:
-        device: a CUDA device.
-        size: rows and columns.
-        tune: also time the kernels' alternative sizes.
+        device: A CUDA device.
+        size: Rows and columns.
+        tune: Whether to time the kernels' alternative sizes too.
 
     Returns:
         The machine, the shapes, and TFLOP/s by name; `*_of_product` is the bare product's time over the reduction's;
@@ -152,13 +152,13 @@ def measure_cuda(device: torch.device, *, size: int = BATCH, tune: bool = False)
 
 
 def has_bfloat16() -> bool:
-    """Tell whether the CPU multiplies bfloat16 by instructions of its own."""
+    """Return whether the CPU has instructions for products of bfloat16."""
     flags = Path("/proc/cpuinfo")
     return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
 
 
 def _beside(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of the second task, and median of the first one's seconds over the second's."""
+    """Return the median seconds of the second task, and the median of the first one's seconds over the second's."""
     first()
     second()
     pairs = [(_seconds(first), _seconds(second)) for _ in range(repeats)]
@@ -180,7 +180,7 @@ def _cuda_seconds(task: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The bare product, by the library that `selection` takes: the fastest of those measured here."""
+    """Compute the bare product with the library that `selection` uses: the fastest of those measured here."""
     if torch.backends.mkldnn.is_available():
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
         return product
@@ -197,7 +197,7 @@ def _numpy_products(*matrices: torch.Tensor) -> Callable[[], Any]:
 
 
 def _plain(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """NegCLIPLoss of all rows as one batch: the whole matrix, its exponentials in its place, and their sums."""
+    """Compute negCLIPLoss of all rows as one batch: the whole matrix, its exponentials in place, and their sums."""
     s = image.float() @ text.float().T
     own = s.diag().clone()
     terms = s.div_(TEMPERATURE).exp_()
@@ -209,7 +209,7 @@ def _in_one_batch(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def _in_tiles(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """τ · log Σ exp(s/τ) of each row, by unfused operations of torch on tiles, whatever the device."""
+    """Compute τ · log Σ exp(s/τ) of each row with unfused torch operations on tiles, on any device."""
     result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
 
     def task(tiles: Tiles, at: slice) -> None:
@@ -224,7 +224,7 @@ def _in_tiles(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the machine and the versions of the libraries."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -245,7 +245,7 @@ def _embeddings(rows: int, seed: int) -> torch.Tensor:
 
 
 def _brute_force(image: torch.Tensor, target: torch.Tensor) -> None:
-    """NormSim_2 from all similarities, as if there were no second moment."""
+    """Compute NormSim_2 from all similarities, without the second moment."""
 
     def task(tiles: Tiles, at: slice) -> None:
         total = PowerSum(tiles.height, 2, image.device)
@@ -256,7 +256,7 @@ def _brute_force(image: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _peak_of(score: str, plain: int) -> float:
-    """Peak memory beyond inputs in MB, outputs included, in a process of its own."""
+    """Return the peak memory beyond inputs in MB, outputs included, in a separate process."""
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.scores", "--peak-of", score, "--plain", str(plain)],
         check=True,
@@ -292,12 +292,12 @@ def _memory(field: str) -> float:
 
 
 def main() -> None:
-    """Print the figures, and write them where --json says."""
+    """Print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="timed pairs (default: %(default)s)")
     parser.add_argument(
-        "--whole", action="store_true", help=f"the plain way at {BATCH} x {BATCH}: needs 6 GB, takes minutes"
+        "--whole", action="store_true", help=f"the plain method at {BATCH} x {BATCH}: needs 6 GB, takes minutes"
     )
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="on CUDA: also time the kernels' other sizes")

@@ -1,10 +1,10 @@
-"""Two-stage selection (30 %, then 20 %) from Parquet to manifest and `.npy`, beside the same query by hand in DuckDB.
+"""Two-stage selection (30 %, then 20 %) from Parquet to manifest and `.npy`, and the same query by hand in DuckDB.
 
 python -m benchmarks.selecting [--rows 10000000 30000000 100000000] [--shard-rows 100000] [--json PATH]
 
-Both read the same files and write the same rows: a manifest with values and ranks, sorted by uid, and DataComp's
-array; the outputs are compared. By hand nothing is checked, while here every score file is compared with its shard and
-repeated uids are left out. Each way runs in a process of its own with the same memory limit for DuckDB.
+Both read the same files and write the same rows: a manifest with values and ranks, sorted by uid, and DataComp's array.
+The outputs are compared. The query by hand checks nothing; the project compares every score file with its shard and
+leaves out repeated uids. Each runs in a separate process with the same memory limit for DuckDB.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.base.selection_table import MEMORY, CachedTable
+from assets.base.selection_table import MEMORY, CachedTable, open_selection
 from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from resources.catalog.build import build_catalog, read_catalog
@@ -42,7 +42,7 @@ RECIPE = Recipe.model_validate(
 
 
 def measure(rows: int = 2_000_000, shard_rows: int = 100_000, *, several: bool = True) -> dict[str, Any]:
-    """Time both ways over synthetic rows, and `explain`; where asked, several recipes in one process."""
+    """Time both over synthetic rows, and `explain`; optionally several recipes in one process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _write_lake(root / "lake", rows, shard_rows)
@@ -72,22 +72,22 @@ def measure(rows: int = 2_000_000, shard_rows: int = 100_000, *, several: bool =
 
 
 def _ours(lake: Path, out: Path) -> None:
-    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, _):
+    with open_selection(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, _):
         write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
 
 
 def _many(lake: Path, out: Path) -> None:
-    """Choose by RECIPES recipes one after another, as a run of several subsets does."""
+    """Select by RECIPES recipes one after another, as a run of several subsets does."""
     shared, shards = CachedTable(), _shards(lake)
     for _ in range(RECIPES):
-        with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, {}, shared) as (selection, _):
+        with open_selection(Lake(str(lake)), "two_stages", RECIPE, SCORES, shards, {}, shared) as (selection, _):
             write_selection(manifest(selection), out / "manifest.parquet", out / "subset.npy")
     shared.close()
 
 
 def _version(lake: Path, out: Path) -> None:
-    """Make the selection a version of a subset, and the catalog that tells of it."""
-    with chosen(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, duplicates):
+    """Write the selection as a version of a subset, and the catalog."""
+    with open_selection(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, duplicates):
         record = {
             "recipe": "two_stages",
             "created": "2026-01-01T00:00:00Z",
@@ -106,25 +106,25 @@ def _version(lake: Path, out: Path) -> None:
 
 
 def _explain(lake: Path, out: Path) -> None:
-    """Ask why for EXPLAINED samples, each with the catalog opened anew, as a person's question does."""
+    """Explain EXPLAINED samples, opening the catalog for each, as the command line does."""
     shards = list(_shards(lake))
     for number in range(EXPLAINED):
         file = lake / "raw_pool" / f"{shards[number * len(shards) // EXPLAINED]}.parquet"
         row = pq.ParquetFile(file).read_row_group(0, columns=["f0", "f1"]).slice(17, 1).to_pylist()[0]
         with read_catalog(out.with_name("version") / "catalog.duckdb") as con:
-            told = con.execute("FROM explain(?)", [f"{row['f0']:016x}{row['f1']:016x}"]).fetchall()
-        if len(told) != len(RECIPE.steps) + 1:
-            raise AssertionError(told)
+            explained = con.execute("FROM explain(?)", [f"{row['f0']:016x}{row['f1']:016x}"]).fetchall()
+        if len(explained) != len(RECIPE.steps) + 1:
+            raise AssertionError(explained)
 
 
 def _shards(lake: Path) -> dict[str, dict[str, str]]:
-    """Name the shards, with the fingerprints of their files, which are not looked at here."""
+    """List the shards, each with empty fingerprints, which are not used here."""
     read = dict.fromkeys(("raw_pool", *(asset for asset, _ in SCORES.values())), "")
     return {path.stem: read for path in sorted((lake / "raw_pool").glob("*.parquet"))}
 
 
 def _by_hand(lake: Path, out: Path) -> None:
-    """Write the query as somebody would who knows that the files are in step: by position, and ranks by sorting."""
+    """Select by one query that relies on aligned files: join by position, rank by sorting."""
     files = {
         name: f"read_parquet('{lake}/{folder}/*.parquet')"
         for name, folder in (("pool", "raw_pool"), ("neg", SCORES[NEG][0]), ("near", SCORES[NEAR][0]))
@@ -162,7 +162,7 @@ def _by_hand(lake: Path, out: Path) -> None:
 
 
 def _write_lake(lake: Path, rows: int, shard_rows: int) -> None:
-    """Write uids that are random, as sha256 makes them, and scores that follow no order; other columns are empty."""
+    """Write random uids, as of sha256, and scores in no order; other columns are empty."""
     generator = np.random.default_rng(0)
     for folder in ("raw_pool", "rejects", *(asset for asset, _ in SCORES.values())):
         (lake / folder).mkdir(parents=True)
@@ -197,7 +197,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _apart(work: Callable[[Path, Path], None], lake: Path, out: Path) -> dict[str, float]:
-    """Do it in a process of its own, so that its peak memory is its own; give seconds and gigabytes."""
+    """Run a task in a separate process, so that its peak memory is its own; return seconds and gigabytes."""
     out.mkdir()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -222,11 +222,11 @@ def _timed(work: Callable[[Path, Path], None], lake: Path, out: Path, told: Any)
 
 
 def main() -> None:
-    """Measure at each size; print, and write where asked."""
+    """Measure at each size, print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000_000, 30_000_000, 100_000_000])
     parser.add_argument("--shard-rows", type=int, default=100_000)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     arguments = parser.parse_args()
     found = []
     for rows in arguments.rows:

@@ -1,9 +1,9 @@
-"""What each kind of step costs, beside a `keep_top` over the same rows.
+"""The cost of each kind of step, relative to a `keep_top` over the same rows.
 
 python -m benchmarks.steps [--rows 10000000] [--json PATH]
 
-Rows are synthetic, in a DuckDB table as the steps find them; what joins files to that table and writes the result is
-measured by `selecting`. Each step runs in a process of its own, with DuckDB's memory limited as in a run.
+Rows are synthetic, in a DuckDB table like the one that steps read; `selecting` measures joining files to that table and
+writing the result. Each step runs in a separate process, with DuckDB's memory limited as in a run.
 """
 
 import argparse
@@ -75,10 +75,10 @@ def _timed(name: str, rows: int, told: Any) -> None:
 
 
 def main() -> None:
-    """Measure; print, and write where asked."""
+    """Measure, print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     arguments = parser.parse_args()
     found = measure(arguments.rows)
     for name, figure in found.items():

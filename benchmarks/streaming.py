@@ -1,9 +1,9 @@
-"""How scoring grows with the rows: they lie in a file, pass through once, and all draws and targets meet them there.
+"""Growth of scoring with the rows, which are streamed from a file once for all draws and targets.
 
     python -m benchmarks.streaming [--device cuda] [--rows N ...] [--draws K] [--negatives B] [--targets N]
 
-Rows, negatives and targets are synthetic. Not here: how fast one score is (`scores`), and the disk: the file is written
-beforehand and small ones stay in the page cache.
+Rows, negatives and targets are synthetic. Not here: the speed of one score (`scores`), and the disk: the file is
+written beforehand, and small ones stay in the page cache.
 """
 
 import argparse
@@ -35,18 +35,18 @@ def measure(
     targets: int = TARGETS,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Score files of more and more rows.
+    """Score files with increasing numbers of rows.
 
     Args:
-        rows: of the files, ascending.
+        rows: Rows of the files, ascending.
         draws: K.
         negatives: B.
-        targets: number of target images.
-        device: of the scores.
+        targets: Number of target images.
+        device: Device of the scores.
 
     Returns:
         The machine, the shapes, and by number of rows: seconds, rows a second, and the peak of memory beyond the
-        mapped file in MB; further `time_for_linear`, the rows' growth over the time's (1 where time is linear), and
+        mapped file in MB; also `time_for_linear`, the rows' growth over the time's (1 where time is linear), and
         `memory_growth_mb`.
     """
     where = torch.device(device)
@@ -110,7 +110,7 @@ def _write(path: Path, rows: int) -> None:
 
 @contextmanager
 def _peak_of_own_memory() -> Iterator[list[float]]:
-    """The peak of what the process holds beyond mapped files, in MB above the start; looked at every 5 ms."""
+    """Sample the peak of the process's memory beyond mapped files every 5 ms, in MB above the start."""
     before, peak, done = _own_memory(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -132,14 +132,14 @@ def _own_memory() -> float:
 
 
 def main() -> None:
-    """Print the figures, and write them where --json says."""
+    """Print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), metavar="N")
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--negatives", type=int, default=NEGATIVES)
     parser.add_argument("--targets", type=int, default=TARGETS)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     arguments = parser.parse_args()
     figures = measure(
         arguments.rows,

@@ -51,7 +51,7 @@ def repeated_hashes(con: duckdb.DuckDBPyConnection, hash_: str, rows: str, count
         count: About how many rows there are.
 
     Yields:
-        uint64, ascending, each once; of equal rows all hashes are in one part.
+        For each part, its repeated hashes: uint64, ascending, each once. Equal hashes are in the same part.
     """
     parts = count // _HASHES_AT_ONCE + 1
     for part in range(parts):

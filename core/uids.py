@@ -1,7 +1,10 @@
-"""The uid of a sample: as text, as two numbers, and as DataComp's array.
+"""A sample's identity: the uid as text, as two numbers, and as DataComp's array.
 
-A uid is 128 bits. As text it is 32 lower-case hexadecimal characters; in files and joins it is the pair of unsigned
-64-bit integers (f0, f1), f0 the first 16 digits. Sorting by (f0, f1) sorts the texts.
+Here: reading and writing uids. Not here: which sample has which uid.
+
+A uid is 128 bits. As text it is 32 lower-case hexadecimal characters; in files and joins it is the
+pair of unsigned 64-bit integers (f0, f1), f0 the first 16 digits. Both orders agree: sorting by
+(f0, f1) sorts the texts.
 """
 
 import re
@@ -19,7 +22,7 @@ _UID = re.compile(r"[0-9a-fA-F]{32}", re.ASCII)
 
 
 def parse_uids(texts: Sequence[str]) -> tuple[Words, Words]:
-    """Turn texts into numbers.
+    """Parse uids.
 
     Args:
         texts: n uids of 32 hexadecimal digits, upper or lower case.
@@ -28,7 +31,7 @@ def parse_uids(texts: Sequence[str]) -> tuple[Words, Words]:
         f0 and f1, each uint64 of shape [n], in the order given.
 
     Raises:
-        ValueError: A text is anything else; the message has the first such text and its position.
+        ValueError: A text is not a uid; the message names the first such text and its position.
     """
     joined = "".join(texts)
     if len(joined) != 32 * len(texts) or any(len(text) != 32 for text in texts):
@@ -44,7 +47,7 @@ def parse_uids(texts: Sequence[str]) -> tuple[Words, Words]:
 
 
 def format_uids(f0: Words, f1: Words) -> list[str]:
-    """Turn numbers into texts of 32 lower-case hexadecimal digits.
+    """Format uids as 32 lower-case hexadecimal digits.
 
     Args:
         f0: First halves, uint64 of shape [n].
@@ -58,15 +61,15 @@ def format_uids(f0: Words, f1: Words) -> list[str]:
 
 
 def format_uid(f0: int, f1: int) -> str:
-    """Turn one uid's numbers into its text."""
+    """Format one uid as 32 lower-case hexadecimal digits."""
     return f"{f0:016x}{f1:016x}"
 
 
 def subset_array(f0: Words, f1: Words) -> NDArray[np.void]:
-    """Make the array that DataComp's resharder reads.
+    """Build the array that DataComp's resharder reads.
 
-    The resharder searches by bisection, so an unsorted file loses samples, and it writes a repeated
-    uid as a repeated sample. Repeats are kept; the caller decides whether they are intended.
+    The resharder searches by bisection, so an unsorted file loses samples. It writes a repeated uid as a repeated
+    sample, so repeats are kept.
 
     Args:
         f0: First halves, uint64 of shape [n].
@@ -82,7 +85,7 @@ def subset_array(f0: Words, f1: Words) -> NDArray[np.void]:
 
 
 def subset_words(subset: NDArray[np.void]) -> tuple[Words, Words]:
-    """Take f0 and f1 out of a DataComp array, in the order of the array.
+    """Return f0 and f1 of a DataComp array, in the order of the array.
 
     Args:
         subset: A structured array of `UID_DTYPE` and shape [n], sorted or not.

@@ -1,1 +1,1 @@
-"""The code location: definitions, jobs, the headless command. It wires the rooms together and computes nothing."""
+"""The code location: definitions, sensors, resources, executor and command line. It computes nothing itself."""

@@ -1,375 +1,182 @@
-"""`clip-select`: the project from a terminal. `run` makes everything, `ui` opens Dagster, `explain` asks why.
+"""`clip-select`: the project from a terminal.
 
-What a pass does is in `headless`; here are only arguments, the instance's folder and what is printed.
+Here: commands and their options. Commands import their modules when they run, so that `--help` takes a fraction of a
+second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
-import argparse
-import atexit
-import fcntl
-import os
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import dagster as dg
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+import click
 
-from assets.base.context import Context
-from assets.graph import Graph, build_graph
-from assets.settings import ConfigError, open_project
-from assets.study.figures import ROWS, StudyError, study
-from assets.study.page import write_page
-from assets.subsets.catalog import write_catalog
-from assets.subsets.reproduction import rebuild
-from dagster_project.dead_runs import close_dead_runs
-from dagster_project.definitions import CONFIG_VARIABLE, DEMO_CONFIG
-from dagster_project.headless import Outcome, materialize
-from resources.catalog.build import read_catalog
-from resources.inputs.targets import TargetError
-from resources.lake.files import LakeError
-from resources.lake.versions import Versions
-from resources.models.encoders import EncoderError
-from resources.pools.base import PoolError
+from core.errors import UserError
+from dagster_project.location import DEMO_CONFIG, lake_folder
 
-NOTES = 20
-EXPECTED_ERRORS = (ConfigError, PoolError, EncoderError, TargetError, LakeError, StudyError, OSError)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from assets.base.context import Context
+
+SECTIONS = {
+    "Select": ("run", "ui"),
+    "Understand": ("explain", "study"),
+    "Keep": ("reproduce", "prune"),
+}
+"""Headings of the help, with their commands."""
+
+
+class _Sections(click.Group):
+    """A group whose help lists the commands under headings."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the headings, each with its commands."""
+        del ctx
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=90)) for name in names])
+
+
+def _config(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the argument CONFIG, the path of the project's YAML."""
+    argument = click.argument("config", metavar="[CONFIG]", default=DEMO_CONFIG, type=click.Path(path_type=Path))
+    return argument(command)
+
+
+@click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("clip-data-selection"), prog_name="clip-select")
+def commands() -> None:
+    """Select training data for CLIP from a pool of image-text pairs.
+
+    CONFIG is the project's YAML; without it, the command works on the demo.
+    """
+
+
+@commands.command()
+@_config
+@click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
+def run(config: Path, redraw_negatives: bool) -> int:
+    """Compute whatever is missing or out of date, and select the subsets.
+
+    Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
+    what each step kept. Exits with 1 if an asset failed.
+    """
+    from dagster_project import console
+
+    return console.run(_open(config), _console(), redraw=redraw_negatives)
+
+
+@commands.command()
+@_config
+@click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="On 127.0.0.1.")
+def ui(config: Path, port: int) -> int:
+    """Open the project in Dagster's web UI."""
+    from dagster_project.instance import serve
+
+    serve(_open(config), port)
+
+
+@commands.command()
+@_config
+@click.option("--uid", required=True, help="32 hexadecimal characters, or the key of a rejected sample.")
+def explain(config: Path, uid: str) -> int:
+    """Show what every recipe did with a sample."""
+    from dagster_project import console
+
+    return console.explain(lake_folder(config) / "catalog.duckdb", uid, _console())
+
+
+@commands.command()
+@_config
+@click.option("--into", type=click.Path(path_type=Path), required=True, help="Folder for the page, index.html.")
+@click.option(
+    "--truth", type=click.Path(path_type=Path), help="Parquet of uid and kind: clean, or the name of a fault."
+)
+@click.option("--rows", type=click.IntRange(1), help="Rows to study at most. [default: 8192]")
+def study(config: Path, into: Path, truth: Path | None, rows: int | None) -> int:
+    """Compare all scores and subsets on a page.
+
+    With a truth, the page also shows which score finds which fault.
+    """
+    from assets.study import figures
+    from assets.study.page import write_page
+
+    found = figures.study(_open(config), truth, rows=figures.ROWS if rows is None else rows)
+    _console().print(f"The page: {write_page(found, into)}", markup=False, soft_wrap=True)
+    return 0
+
+
+@commands.command()
+@_config
+@click.option("--recipe", required=True, help="Name of the recipe.")
+@click.option("--version", "version_name", required=True, help="Its version: v0001, ...")
+@click.option("--into", type=click.Path(path_type=Path), required=True, help="An empty folder.")
+def reproduce(config: Path, recipe: str, version_name: str, into: Path) -> int:
+    """Build a version of a subset again from its lineage record, and compare.
+
+    Uses only the version's lineage.json and the pool, model and target files that it names.
+    """
+    from assets.subsets.reproduction import rebuild
+    from resources.lake.versions import Versions
+
+    found = Versions(_open(config).lake, recipe).read(version_name)
+    _console().print(f"The same bytes: {rebuild(found.lineage, into)}", markup=False, soft_wrap=True)
+    return 0
+
+
+@commands.command()
+@_config
+@click.option("--keep", type=click.IntRange(1), required=True, help="Newest versions of each recipe to keep.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
+def prune(config: Path, keep: int, dry_run: bool) -> int:
+    """Delete old versions of subsets for good."""
+    from dagster_project import console
+
+    return console.prune(_open(config), keep, _console(), dry_run=dry_run)
+
+
+def _open(config: Path) -> "Context":
+    """Open the project of a YAML file."""
+    from assets.settings import open_project
+
+    return open_project(config)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; give the exit status."""
-    parser = argparse.ArgumentParser(prog="clip-select", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("run", "discover shards, make what is missing or out of date, select, print the funnel"),
-        ("ui", "open Dagster on the project"),
-        ("explain", "say what every recipe did with a sample"),
-        ("reproduce", "make a subset's version again from its lineage record alone, and compare"),
-        ("prune", "delete old versions of subsets for good"),
-        ("study", "compare all scores and selections on a page, and with a truth which score finds which fault"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", type=Path, nargs="?", default=DEMO_CONFIG, help="the project's YAML")
-        if name == "run":
-            command.add_argument("--redraw-negatives", action="store_true", help="draw the negatives again")
-        elif name == "ui":
-            command.add_argument("--port", type=int, default=3000)
-        elif name == "reproduce":
-            command.add_argument("--recipe", required=True)
-            command.add_argument("--version", required=True, help="v0001, ...")
-            command.add_argument("--into", type=Path, required=True, help="an empty folder")
-        elif name == "prune":
-            command.add_argument("--keep", type=_at_least_one, required=True, help="newest versions of each to keep")
-            command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-        elif name == "study":
-            command.add_argument("--truth", type=Path, help="parquet of uid and kind: clean, or the name of a fault")
-            command.add_argument("--into", type=Path, required=True, help="folder of the page, index.html")
-            command.add_argument("--rows", type=_at_least_one, default=ROWS, help=f"rows studied at most, else {ROWS}")
-        else:
-            command.add_argument("--uid", required=True, help="32 hexadecimal characters")
-    options = parser.parse_args(arguments)
-    console = Console()
+    """Run a command.
+
+    Args:
+        arguments: of the command line; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status: 0 if all went well, 1 if something failed, 2 for an error that the user can fix.
+    """
     try:
-        project = open_project(options.config)
-        if options.command == "run":
-            return run(project, console, redraw=options.redraw_negatives)
-        if options.command == "explain":
-            return explain(project, options.uid, console)
-        if options.command == "reproduce":
-            version = Versions(project.lake, options.recipe).read(options.version)
-            console.print(f"The same bytes: {rebuild(version.lineage, options.into)}", markup=False, soft_wrap=True)
-            return 0
-        if options.command == "prune":
-            return prune(project, options.keep, console, dry_run=options.dry_run)
-        if options.command == "study":
-            page = write_page(study(project, options.truth, rows=options.rows), options.into)
-            console.print(f"The page: {page}", markup=False, soft_wrap=True)
-            return 0
-        return ui(project, options.port)
-    except EXPECTED_ERRORS as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", end="")
-        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return commands.main(arguments, prog_name="clip-select", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 130  # interrupted by Ctrl-C, as a shell reports it
+    except (UserError, OSError) as error:
+        from dagster_project.console import print_error
+
+        print_error(error)
         return 2
-
-
-def run(project: Context, console: Console, *, redraw: bool = False) -> int:
-    """Bring a project up to date and print what came of it; 1 if anything failed."""
-    with open_instance(project) as instance, _only_pass(project):
-        close_dead_runs(instance)
-        graph = build_graph(project)
-        with _progress(project, console) as bars:
-            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
-    print_outcome(project, graph, outcome, console)
-    return 1 if outcome.failures else 0
-
-
-def ui(project: Context, port: int) -> int:
-    """Open Dagster on 127.0.0.1 in the place of this process."""
-    home = prepare_home(project)
-    with open_instance(project) as instance:
-        close_dead_runs(instance)
-    environment = {
-        **os.environ,
-        "DAGSTER_HOME": str(home),
-        "DAGSTER_DISABLE_TELEMETRY": "yes",  # `dagster dev` says its word on telemetry before it reads dagster.yaml
-        CONFIG_VARIABLE: str(project.config.resolve()),
-    }
-    dagster = Path(sys.executable).parent / "dagster"
-    arguments = ["-m", "dagster_project.definitions", "-h", "127.0.0.1", "-p", str(port)]
-    os.execve(dagster, ["dagster", "dev", *arguments], environment)
-
-
-def explain(project: Context, uid: str, console: Console) -> int:
-    """Print what every recipe did with a sample."""
-    with read_catalog(project.catalog_path()) as con:
-        rows = con.sql("FROM explain($uid)", params={"uid": uid}).pl().to_dicts()
-    for (recipe, version), steps in groupby(rows, key=lambda row: (row["recipe"], row["version"])):
-        if recipe is None:
-            console.print(*(row["text"] for row in steps), markup=False)
-            continue
-        table = Table(
-            "step", "value", "threshold", "rank", "verdict", title=f"{recipe} {version}", title_justify="left"
-        )
-        nearest = said = instead = copies = None
-        for row in steps:
-            nearest = row["nearest_name"] or nearest
-            said = row["best_caption"] or said
-            instead = row["in_favour_of"] or instead
-            copies = row["copies"] or copies
-            numbers = ("" if row[name] is None else f"{row[name]:.5f}" for name in ("value", "threshold"))
-            table.add_row(
-                Text(row["text"]), *numbers, "" if row["rank"] is None else f"{row['rank']:,}", row["verdict"]
-            )
-        console.print(table)
-        if nearest:
-            console.print(f"  nearest target: {nearest}", markup=False, highlight=False)
-        if said:
-            console.print(f"  said of the image: {said}", markup=False, highlight=False)
-        if instead:
-            console.print(f"  dropped in favour of: {instead}", markup=False, highlight=False)
-        if copies:
-            console.print(f"  copies in the subset: {copies}", markup=False, highlight=False)
-    return 0
-
-
-def prune(project: Context, keep: int, console: Console, *, dry_run: bool = False) -> int:
-    """Delete all but the newest versions of every recipe's subset, and let the catalog forget them."""
-    with _only_pass(project):
-        for recipe in project.settings.recipes:
-            versions = Versions(project.lake, recipe)
-            old = versions.names()[:-keep]
-            console.print(f"subset/{recipe}: {'to be ' if dry_run else ''}deleted: {', '.join(old) or 'none'}")
-            for name in () if dry_run else old:
-                versions.remove(name)
-        if not dry_run:
-            write_catalog(project)
-    return 0
-
-
-def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def prepare_home(project: Context) -> Path:
-    """Give the folder of the Dagster instance: DAGSTER_HOME, else a folder in the lake.
-
-    A project has an instance of its own, because shard names are partitions and every pool has a `00000`.
-    """
-    given = os.environ.get("DAGSTER_HOME")
-    home = Path(given).resolve() if given else project.lake.local_root() / ".dagster"
-    if set("%?") & set(str(home)):
-        raise LakeError(
-            f"{home}: SQLite can't open a folder with % or ? in its path. Remedy: set DAGSTER_HOME elsewhere"
-        )
-    home.mkdir(parents=True, exist_ok=True)
-    if not os.access(home, os.W_OK):
-        raise LakeError(f"{home}: this folder can't be written to. Remedy: set DAGSTER_HOME to one that can")
-    if given:
-        _refuse_another_lake(home / "lake.txt", project)
-    if not (home / "dagster.yaml").exists():
-        shutil.copy(Path(__file__).with_name("dagster.yaml"), home / "dagster.yaml")
-    return home
-
-
-def _refuse_another_lake(owner: Path, project: Context) -> None:
-    """Two projects in one instance would take each other's partitions for shards that have gone."""
-    if not owner.exists():
-        owner.write_text(project.settings.lake, encoding="utf-8")
-    lake = owner.read_text(encoding="utf-8")
-    if lake != project.settings.lake:
-        raise LakeError(
-            f"{owner.parent}: this Dagster instance belongs to the lake {lake}. Remedy: another DAGSTER_HOME for "
-            f"{project.settings.lake}; or, if the lake was moved, correct {owner}"
-        )
-
-
-@contextmanager
-def open_instance(project: Context) -> Iterator[dg.DagsterInstance]:
-    """Open the project's Dagster instance.
-
-    Raises:
-        LakeError: its folder or its dagster.yaml won't do, or its database does not answer.
-    """
-    home = prepare_home(project)
-    try:
-        opened = dg.DagsterInstance.from_config(str(home))
-    except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).partition("Stack Trace:")[0].split()).rstrip(".")
-        raise LakeError(
-            f"{home / 'dagster.yaml'}: Dagster can't open its instance: {reason}. Remedy: correct the file or the "
-            "environment variables that it names; start the database"
-        ) from error
-    with opened as instance:
-        yield instance
-
-
-@contextmanager
-def _only_pass(project: Context) -> Iterator[None]:
-    """Hold the project's lock: two passes at once would do the same work twice."""
-    project.lake.local_root().mkdir(parents=True, exist_ok=True)
-    with open(project.lake.local_root() / ".pass.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LakeError(
-                f"{lock.name}: another `clip-select run` is at work on this lake. Remedy: wait for it to end"
-            ) from error
-        yield
-
-
-@contextmanager
-def _progress(project: Context, console: Console) -> Iterator["_Bars"]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars = _Bars(project, progress)
-        yield bars
-        bars.finish()
-
-
-class _Bars:
-    """One progress bar an asset."""
-
-    def __init__(self, project: Context, progress: Progress) -> None:
-        self.project = project
-        self.progress = progress
-        self.asset = ""
-        self.task: int | None = None
-
-    def __call__(self, asset: str, shards: int) -> None:
-        """Begin an asset's bar."""
-        self.finish()
-        rows = 0
-        if shards and asset != "raw_pool":
-            rows = sum(
-                stored.rows
-                for shard in self.project.pool.list_shards()
-                if (stored := self.project.lake.stored("raw_pool", shard)) is not None
-            )
-        text = f"{asset} ({shards} shards)" if shards else asset
-        self.asset = asset
-        self.task = self.progress.add_task(text, total=rows or None)
-
-    def advance(self, asset: str, shard: str, rows: int) -> None:
-        """Move the bar of the asset that is being made."""
-        del shard
-        if self.task is not None and asset == self.asset:
-            self.progress.advance(self.task, rows)  # type: ignore[arg-type]
-
-    def finish(self) -> None:
-        """Fill the bar: an asset that is through has no rows left, whatever was skipped or rejected."""
-        if self.task is not None:
-            done = self.progress.tasks[self.task].completed
-            self.progress.update(self.task, total=done or 1, completed=done or 1)  # type: ignore[arg-type]
-
-
-def print_outcome(project: Context, graph: Graph, outcome: Outcome, console: Console) -> None:
-    """Print what was computed, what failed, the pool's rejects and every recipe's funnel."""
-    if outcome.added:
-        console.print(f"New shards: {', '.join(outcome.added)}")
-    if outcome.removed:
-        console.print(f"Removed shards: {', '.join(outcome.removed)}")
-    if not outcome.computed:
-        console.print("Everything is there and up to date; nothing was computed.")
-    _print_pool(project, console)
-    for subset in graph.subsets:
-        version = Versions(project.lake, subset.recipe).current()
-        if version is None:
-            continue
-        lineage = version.lineage
-        table = Table(
-            "step",
-            "entered",
-            "kept",
-            "of source",
-            "threshold",
-            title=f"{subset.key} {version.name}",
-            title_justify="left",
-        )
-        for step in lineage["steps"]:
-            threshold = "" if step["threshold"] is None else f"{step['threshold']:.5f}"
-            share = f"{step['kept'] / lineage['source']['rows']:.1%}"
-            table.add_row(Text(step["text"]), f"{step['entered']:,}", f"{step['kept']:,}", share, threshold)
-        console.print(table)
-        if version.samples != lineage["rows"]:
-            console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)
-        for shard, reason in lineage["shards_missing"].items():
-            console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
-        if lineage["source"]["duplicates"]:
-            console.print(f"  {lineage['source']['duplicates']:,} rows left out: their uid came before", style="yellow")
-        console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
-    for key, message in outcome.failures.items():
-        console.print(f"FAILED {key}", style="bold red")
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
-    if not outcome.failures:
-        console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_pool(project: Context, console: Console) -> None:
-    rows = rejected = 0
-    reasons: dict[str, int] = {}
-    notes: list[tuple[str, str]] = []
-    for shard in project.lake.shards("raw_pool"):
-        stored = project.lake.stored("raw_pool", shard)
-        if stored is None:
-            continue
-        rows += stored.rows
-        rejected += stored.summary["rejected"]
-        notes += [(shard, note) for note in stored.summary.get("notes", "").splitlines()]
-        for name, count in stored.summary.items():
-            if name.startswith("rejected/"):
-                reasons[name.removeprefix("rejected/")] = reasons.get(name.removeprefix("rejected/"), 0) + count
-    listed = f" ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items()))})" if reasons else ""
-    console.print(
-        f"Pool: {rows + rejected:,} samples seen = {rows:,} rows + {rejected:,} rejects{listed}", markup=False
-    )
-    for shard, note in notes[:NOTES]:
-        console.print(f"  shard {shard}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if len(notes) > NOTES:
-        console.print(f"  and {len(notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
 
 
 def entry() -> NoReturn:
     """Run the command as a program."""
+    from dagster_project.console import leave
+
     leave(main())
-
-
-def leave(status: int) -> NoReturn:
-    """End the process in good order, but for the interpreter's own teardown.
-
-    In that teardown DuckDB 2.0's bindings print forty lines about "leaked" objects once torch is loaded too.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

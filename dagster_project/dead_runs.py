@@ -1,9 +1,9 @@
-"""Runs whose process is gone: how they are told from those at work, and how they are ended.
+"""Runs whose process died: how to recognise them, and how to end them.
 
-A process that makes a run locks a file in the instance's folder. The operating system gives the lock back when the
-process ends, in whatever way, so a file that can be locked belongs to a run that is over. A run without such a
-file is somebody else's, on another machine perhaps, and is left alone. Not here: runs that were never begun, and
-places in pools that Dagster gives back itself (`run_monitoring` in `dagster.yaml`).
+A process that executes a run locks a file in the instance's folder. The operating system releases the lock when the
+process ends, however it ends, so a file that can be locked belongs to a dead run. A run without such a file may be
+executing on another machine and is left alone. Not here: runs that never started, and places in pools that Dagster
+frees itself (`run_monitoring` in `dagster.yaml`).
 """
 
 import fcntl
@@ -13,21 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.events import DagsterEvent  # Dagster exports neither these three nor another base for executors
-from dagster._core.execution.context.system import PlanOrchestrationContext
-from dagster._core.execution.plan.plan import ExecutionPlan
-from dagster._core.execution.retries import RetryMode
-from dagster._core.executor.in_process import InProcessExecutor
-
-from dagster_project.sqlite_event_log import kept_open
 
 FOLDER = "processes"
 
 
 @contextmanager
 def at_work(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """Mark a run as this process's; the run's end must be recorded within the block."""
-    lock = _lock(instance, run_id)
+    """Mark a run as executed by this process; the run must have ended before the block does."""
+    lock = lock_run(instance, run_id)
     try:
         yield
     finally:
@@ -35,11 +28,22 @@ def at_work(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
         os.close(lock)
 
 
-def close_dead_runs(instance: dg.DagsterInstance) -> None:
-    """End the runs whose process is gone, and give back what they hold of Dagster's pools.
+def lock_run(instance: dg.DagsterInstance, run_id: str) -> int:
+    """Mark a run as executed by this process, until the process ends; return the file descriptor of the lock."""
+    path = _path(instance, run_id)
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
+    lock = os.open(new, os.O_CREAT | os.O_WRONLY, 0o644)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    new.rename(path)  # locked before it has its name, so that no other process finds it unlocked
+    return lock
 
-    Otherwise they would count as under way for ever: sensors would wait for them, and so would every step that
-    needs their place in a pool.
+
+def close_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Fail the runs whose process died, and free their places in Dagster's pools.
+
+    Otherwise they would count as running for ever: sensors would wait for them, and so would every step that needs
+    their place in a pool.
     """
     for path in sorted(_path(instance, "").parent.glob("*.lock")):
         try:
@@ -60,33 +64,8 @@ def close_dead_runs(instance: dg.DagsterInstance) -> None:
 def _close(instance: dg.DagsterInstance, run_id: str) -> None:
     run = instance.get_run_by_id(run_id)
     if run is not None and not run.is_finished:
-        instance.report_run_failed(run, "The process of this run is gone: it was killed, or its machine stopped.")
+        instance.report_run_failed(run, "The process of this run died: it was killed, or its machine stopped.")
     instance.event_log_storage.free_concurrency_slots_for_run(run_id)
-
-
-class _OneProcess(InProcessExecutor):
-    def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
-        _lock(plan_context.instance, plan_context.run_id)  # until the process ends: the run's end is recorded later
-        with kept_open(plan_context.instance):
-            yield from super().execute(plan_context, execution_plan)
-
-
-@dg.executor(name="one_process")
-def one_process(context: dg.InitExecutorContext) -> InProcessExecutor:
-    """Make all steps of a run in one process, so that torch is imported and a model loaded once."""
-    del context
-    return _OneProcess(RetryMode.ENABLED)
-
-
-def _lock(instance: dg.DagsterInstance, run_id: str) -> int:
-    """Make a run's file, which has its name only when it is locked; give its descriptor."""
-    path = _path(instance, run_id)
-    path.parent.mkdir(exist_ok=True)
-    new = path.with_suffix(".new")
-    lock = os.open(new, os.O_CREAT | os.O_WRONLY, 0o644)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    new.rename(path)
-    return lock
 
 
 def _path(instance: dg.DagsterInstance, run_id: str) -> Path:

@@ -3,27 +3,20 @@
 The environment variable CLIP_SELECTION_CONFIG names the project's YAML; the demo is the default.
 """
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 
-from assets.base.context import Context, RunState
+from assets.base.context import Context
 from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
 from assets.settings import open_project
-from dagster_project.dead_runs import one_process
+from dagster_project.executor import one_process
+from dagster_project.location import config_path
+from dagster_project.resources import build_resources
 from dagster_project.sensors import build_sensors
-
-CONFIG_VARIABLE = "CLIP_SELECTION_CONFIG"
-DEMO_CONFIG = Path(__file__).resolve().parent.parent / "config" / "demo.yaml"
-
-
-def config_path() -> Path:
-    """Return the path of the project's YAML."""
-    return Path(os.environ.get(CONFIG_VARIABLE) or DEMO_CONFIG)
 
 
 def build_defs(
@@ -34,21 +27,22 @@ def build_defs(
     Args:
         context: the project.
         graph: its assets, where the caller has built them already.
-        resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`, `run`.
+        resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`, `catalog`,
+            `run`. Each is a resource, or the object that a step gets. Sensors use the same lake and pool.
     """
-    graph = graph or build_graph(context)
-    resources = {
-        "lake": context.lake,
-        "pool": context.pool,
-        "models": context.models,
-        "run": RunState(),
-        **(resource_overrides or {}),
+    overrides = dict(resource_overrides or {})
+    opened = {
+        name: value.open() if isinstance(value, dg.ConfigurableResourceFactory) else value
+        for name, value in overrides.items()
+        if name in ("lake", "pool", "models")
     }
+    context = replace(context, **opened)
+    graph = graph or build_graph(context)
     return dg.Definitions(
         assets=graph.definitions,
         jobs=_jobs(graph),
         sensors=build_sensors(context, graph),
-        resources=resources,
+        resources={**build_resources(context.settings), **overrides},
         executor=one_process,
     )
 

@@ -6,7 +6,6 @@ the images. Only the lake's provenance decides what is stale.
 """
 
 import contextlib
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,8 @@ from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
-from dagster_project.dead_runs import at_work
 from dagster_project.definitions import build_defs
-from dagster_project.sqlite_event_log import kept_open
+from dagster_project.executor import execute
 from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
 from resources.lake.versions import Versions
 
@@ -169,16 +167,14 @@ class _Pass:
         tags = dict(HEADLESS)
         if shards:
             tags |= {RANGE_START: shards[0], RANGE_END: shards[-1]}
-        run_id = str(uuid.uuid4())
-        with at_work(self.instance, run_id), kept_open(self.instance):
-            result = self.job.execute_in_process(
-                instance=self.instance,
-                asset_selection=[asset_key(key), *map(asset_key, others)],
-                run_config={**QUIET, **(config or {})},
-                tags=tags,
-                raise_on_error=False,
-                run_id=run_id,
-            )
+        result = execute(
+            self.job,
+            self.instance,
+            location=self.snapshot.context.settings.name,
+            asset_selection=[asset_key(key), *map(asset_key, others)],
+            run_config={**QUIET, **(config or {})},
+            tags=tags,
+        )
         outcome = self.outcome
         for name, some in {key: shards or [], **others}.items():
             outcome.computed[name] = outcome.computed.get(name, []) + some
@@ -196,7 +192,7 @@ def _catalog_is_newest(context: Context, graph: Graph) -> bool:
     )
 
 
-def _failures(result: dg.ExecuteInProcessResult, keys: list[str]) -> dict[str, str]:
+def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, str]:
     """Return why a run failed, for each of its assets that did."""
     by_step = {key.replace("/", "__"): key for key in keys}
     found: dict[str, str] = {}

@@ -97,8 +97,8 @@ def build_sensors(context: Context, graph: Graph) -> list[dg.SensorDefinition]:
             evaluation_fn=guarded(_discover),
             minimum_interval_seconds=30,
             description="Lists the pool and keeps the partitions in step with it: adds new shards, and removes the "
-            "lake's files of removed ones. Reads no shard. Switch it on together with follow_shards, which computes the "
-            "new shards.",
+            "lake's files of removed ones. Reads no shard. Switch it on together with follow_shards, which computes "
+            "the new shards.",
         ),
         dg.SensorDefinition(
             name="follow_shards",
@@ -119,9 +119,9 @@ def build_sensors(context: Context, graph: Graph) -> list[dg.SensorDefinition]:
                     *(subset.definition for subset in graph.subsets), graph.catalog
                 ),
                 minimum_interval_seconds=60,
-                description="Selects stale subsets again and rebuilds the catalog when scores, recipes or the pool have "
-                "changed, no run is in progress, and nothing changed since this sensor's last tick. The subset lists "
-                "shards that failed and were left out. Works with or without follow_shards.",
+                description="Selects stale subsets again and rebuilds the catalog when scores, recipes or the pool "
+                "have changed, no run is in progress, and nothing changed since this sensor's last tick. The subset "
+                "lists shards that failed and were left out. Works with or without follow_shards.",
             )
         )
     return found

@@ -279,8 +279,8 @@ class ExternalSettings(Settings):
         default=0.0,
         ge=0,
         le=1,
-        description="Smallest fraction of the pool's rows that must be in the files. Below it the files are refused, and "
-        "a shard below it causes a warning.",
+        description="Smallest fraction of the pool's rows that must be in the files. Below it the files are refused, "
+        "and a shard below it causes a warning.",
     )
 
     @field_validator("files", mode="before")
@@ -294,8 +294,8 @@ class HypeSettings(Settings):
     """HYPE from imported hyperbolic embeddings (arXiv 2404.17507; `docs/methods/hype.md`)."""
 
     path: Location = Field(
-        description="Folder with <shard>.npz: spatial parts of image and text [n, d], one row per sample of the shard in "
-        "its order, or joined by arrays f0 and f1, or uid.",
+        description="Folder with <shard>.npz: spatial parts of image and text [n, d], one row per sample of the shard "
+        "in its order, or joined by arrays f0 and f1, or uid.",
     )
     curvature: float = Field(gt=0, description="c of the encoder's space, whose curvature is -c.")
     reference: Location = Field(description=".npz with the same two arrays of the reference set, of any lengths.")
@@ -307,8 +307,8 @@ class HypeSettings(Settings):
     clusters: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*/[A-Za-z_][A-Za-z0-9_]*$",
-        description="<encoder>/<target> of scores.clusters: the cluster term is whether an image is in one of the target's "
-        "clusters. Default: no cluster term.",
+        description="<encoder>/<target> of scores.clusters: the cluster term is whether an image is in one of the "
+        "target's clusters. Default: no cluster term.",
     )
 
 
@@ -321,8 +321,8 @@ class ExternalScores(ExternalSettings):
 
     columns: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
         min_length=1,
-        description="Columns to read: a name, a list of names, or a mapping of the name in recipes to the column's name "
-        "in the files. Recipes that rank by a column take larger as better.",
+        description="Columns to read: a name, a list of names, or a mapping of the name in recipes to the column's "
+        "name in the files. Recipes that rank by a column take larger as better.",
     )
 
     @field_validator("columns", mode="before")
@@ -379,8 +379,8 @@ class CaptionerSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sampling, together with the uid.")
     precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
         default="fp32",
-        description="Number format of the model, as for an encoder; but bf16 and fp16 are for a BLIP only, and apply to all "
-        "of its weights, including layer norms. Part of the provenance.",
+        description="Number format of the model, as for an encoder; but bf16 and fp16 are for a BLIP only, and apply "
+        "to all of its weights, including layer norms. Part of the provenance.",
     )
     decode: Literal["exact", "draft"] = Field(default="exact", description="As for an encoder.")
     batch_size: int = Field(default=32, ge=1, description="Images per forward pass, each with all of its captions.")

@@ -1,7 +1,7 @@
 """The science: scores, reductions over similarities, negatives and recipes.
 
-What belongs here takes tensors, arrays or tables and gives them back. What does not: Dagster, files, encoders.
-Names are imported when first used, so the recipe part loads without torch and the tensor part needs torch alone.
+Here: functions from tensors, arrays and tables to tensors, arrays and tables. Not here: Dagster, files, encoders.
+Names are imported on first use, so recipes load without torch, and scores need torch and NumPy alone.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ __all__ = [
     "second_moment",
 ]
 
-# No function may have the name of its module: importing the module would put it in the function's place.
+# No function may share the name of its module: importing the module would replace the function.
 _MODULES = {
     "clip_score": "selection.scores.clip_loss",
     "neg_clip_loss": "selection.scores.clip_loss",

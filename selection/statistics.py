@@ -1,7 +1,7 @@
-"""How scores compare: separation of known faults (AUC with bootstrap), rank correlation, overlap of the best.
+"""Statistics that compare scores: AUC for known faults with its bootstrap, rank correlation, overlap of the best rows.
 
-Numpy alone. Here: statistics of score columns. Not here: where scores or labels come from, nor what a page says of
-them. A NaN is a row that the score does not have.
+NumPy only. Here: statistics of score columns. Not here: the sources of scores and labels, and pages that show them.
+NaN marks a row without the score.
 """
 
 import math
@@ -9,20 +9,20 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_CELLS = 4_000_000  # of a resampling that are held at once
+_CELLS = 4_000_000  # counts of resampled rows in memory
 
 
 def auc(better: NDArray[np.floating], worse: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Chance that a row of `better` scores above a row of `worse`, ties counting half; exact, for each score.
+    """Compute the exact probability that a row of `better` scores above a row of `worse`; ties count half.
 
-    The Mann–Whitney U statistic over the number of pairs (Mann and Whitney 1947).
+    It is the Mann–Whitney U statistic divided by the number of pairs (Mann and Whitney 1947).
 
     Args:
-        better: [n, s] scores of the rows that should be kept.
-        worse: [m, s] scores of the rows that should not.
+        better: [n, s], s scores of the rows to keep.
+        worse: [m, s], the same scores of the rows to drop.
 
     Returns:
-        float64 [s]; NaN where a score has no row on one of the sides.
+        float64 [s]; NaN where one side has no row with the score.
 
     Raises:
         ValueError: the two differ in their number of scores.
@@ -35,18 +35,18 @@ def auc(better: NDArray[np.floating], worse: NDArray[np.floating]) -> NDArray[np
 def bootstrap_auc(
     better: NDArray[np.floating], worse: NDArray[np.floating], *, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Give `auc` of resamples with replacement, each side resampled by itself.
+    """Compute `auc` of resamples with replacement, drawn from each side separately.
 
-    All scores of a resample are of the same rows, so differences between columns are paired.
+    All scores of a resample use the same rows, so differences between columns are paired.
 
     Args:
         better: [n, s], as in `auc`.
-        worse: [m, s], likewise.
-        resamples: their number R.
-        seed: fixes them.
+        worse: [m, s], as in `auc`.
+        resamples: number of resamples R.
+        seed: seed of the resampling.
 
     Returns:
-        float64 [R, s]; NaN where a resample has no row of a score on one of the sides.
+        float64 [R, s]; NaN where one side of a resample has no row with the score.
 
     Raises:
         ValueError: as in `auc`, or a side has no rows.
@@ -66,13 +66,13 @@ def bootstrap_auc(
 
 
 def spearman(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Spearman's rank correlation of each two scores, over the rows that have both; ties get their mean rank.
+    """Compute Spearman's rank correlation of every two scores, over the rows that have both; ties get their mean rank.
 
     Args:
         values: [n, s].
 
     Returns:
-        float64 [s, s]; NaN where fewer than two rows have both, or one is constant over these.
+        float64 [s, s]; NaN where fewer than two rows have both scores, or one score is constant on them.
     """
     count = values.shape[1]
     found = np.full((count, count), math.nan)
@@ -89,9 +89,9 @@ def spearman(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def best_overlap(a: NDArray[np.floating], b: NDArray[np.floating], fraction: float) -> float:
-    """Share of the best rows by `a` that are among the best by `b`; both [n], without NaN.
+    """Return the share of the best rows by `a` that are among the best by `b`; both [n], without NaN.
 
-    The best are floor(n·fraction) rows; among equal scores the earlier row is better.
+    The best are the top floor(n·fraction) rows; of equal scores the earlier row is better.
 
     Raises:
         ValueError: floor(n·fraction) is 0.
@@ -109,20 +109,21 @@ def _weighted(
     better_counts: NDArray[np.int64],
     worse_counts: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """AUC of one score with every row counted so many times, in whole numbers: counts [R, n] and [R, m] give [R]."""
+    """Compute the AUC of one score, [R], with every row counted as often as counts [R, n] and [R, m] state."""
     has = ~np.isnan(better)
     order = np.argsort(worse, kind="stable")[: np.count_nonzero(~np.isnan(worse))]  # NaN sorts last
     below, through = (np.searchsorted(worse[order], better[has], side) for side in ("left", "right"))
     first = better_counts[:, has]
     cumulated = np.zeros((len(worse_counts), len(order) + 1), np.int64)
     np.cumsum(worse_counts[:, order], axis=1, out=cumulated[:, 1:])
+    # A pair counts 2 if `better` is above, 1 if equal: integers stay exact.
     twice = (first * (cumulated[:, below] + cumulated[:, through])).sum(1)
     pairs = (first.sum(1) * cumulated[:, -1]).astype(float)
     return np.divide(twice, 2 * pairs, out=np.full(len(pairs), math.nan), where=pairs > 0)
 
 
 def _resampled(generator: np.random.Generator, resamples: int, rows: int) -> NDArray[np.int64]:
-    """How often each row is drawn when as many rows are drawn with replacement as there are: [R, rows]."""
+    """Return how often each row occurs in R resamples of `rows` draws with replacement: [R, rows]."""
     drawn = generator.integers(0, rows, (resamples, rows)) + np.arange(resamples)[:, None] * rows
     return np.bincount(drawn.ravel(), minlength=resamples * rows).reshape(resamples, rows)
 

@@ -1,6 +1,16 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the threads that test processes and their subprocesses may use."""
 
+import os
+
+# Before anything loads OpenMP. By default its threads spin while they wait, which takes the cores from the other test
+# process; and each process would start a thread for every core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+from tests.support.automation import automation
+from tests.support.captioning import tiny_coca
 from tests.support.pool_factory import tiny_clip
-from tests.support.scenario import scenario
+from tests.support.scenario import finished, finished_pass, scenario
 
-__all__ = ["scenario", "tiny_clip"]
+__all__ = ["automation", "finished", "finished_pass", "scenario", "tiny_clip", "tiny_coca"]

@@ -155,7 +155,7 @@ def check_specs(
 
 
 def log_checks(context: dg.AssetExecutionContext, asset: str, shard: str | None, findings: Findings) -> None:
-    """Log findings as Dagster events. Logged events keep their shard in a run of many shards; returned results do not."""
+    """Log findings as Dagster events, which keep their shard in a run of many; returned results do not."""
     target = _latest_materialization(context.instance, asset, shard) if findings else None
     for name, found in findings.items():
         context.log_event(

@@ -86,7 +86,7 @@ class PartitionedTemplate(Template):
 
     def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "PartitionedAsset":
         """Return a project's asset."""
-        # Beta and preview in Dagster 1.13, pinned in tests/pins/test_dagster_pins.py and tests/assets/base/test_checks.py
+        # Beta and preview in Dagster 1.13, pinned in tests/pins/test_dagster_pins.py and test_checks.py
         warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
         warnings.filterwarnings("ignore", message="Specifying a partitions_def on an AssetCheckSpec")
 

@@ -1,4 +1,4 @@
-"""`captions/facts`: language, words and length of each caption, as DataComp's baseline filters (arXiv 2304.14108) use."""
+"""`captions/facts`: language, words and length of captions, for DataComp's baseline filters (arXiv 2304.14108)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,9 +3,9 @@
 Here: which images get captions, and which captions of an earlier run are reused. Not here: how a caption is generated
 (`resources.models.captioners`), and statistics of the pool's own captions (`assets.scores.caption_facts`).
 
-No other score takes as long. So captions are kept batch by batch in `<lake>/captioning/<captioner>/<shard>/` until their
-shard's file is written: an interrupted run resumes after its last complete batch. When the set of rows to describe
-changes, existing captions are reused.
+No other score takes as long. So captions are kept batch by batch in `<lake>/captioning/<captioner>/<shard>/` until the
+file of their shard is written: an interrupted run resumes after its last complete batch. When the set of rows to
+describe changes, existing captions are reused.
 """
 
 import contextlib
@@ -63,7 +63,8 @@ def _rows_to_describe(asset: FileAsset, snapshot: Snapshot, shard: str | None) -
 def _description(asset: Declared) -> str:
     settings, name = _settings(asset), asset.names["captioner"]
     only = f" Only rows of `{settings.of}` have them." if settings.of is not None else ""
-    return f"{settings.captions} generated captions of each image by captioner `{name}`, sampled by a seed and the uid.{only}"
+    text = f"{settings.captions} generated captions of each image by captioner `{name}`, sampled by a seed and the uid."
+    return text + only
 
 
 @partitioned(

@@ -1,4 +1,4 @@
-"""`clip_score/<encoder>`: CLIPScore, the cosine of each image and its own caption. With a DFN encoder, the DFN score."""
+"""`clip_score/<encoder>`: CLIPScore, the cosine of an image and its caption. With a DFN encoder, the DFN score."""
 
 import numpy as np
 import pyarrow as pa

@@ -28,6 +28,7 @@ from assets.base.unpartitioned import unpartitioned
 from assets.pool.target_embeddings import target_embeddings
 from core.hashing import sha256
 from resources.lake.files import Lake, LakeError, Stored, column_to_vectors
+from resources.lake.gather import gather
 from resources.settings import Location, Settings
 
 if TYPE_CHECKING:
@@ -219,13 +220,7 @@ def _sample(lake: Lake, source: str, shards: Sequence[str], size: int, seed: int
             yield candidates(f0, f1, draws=1, size=size, seed=seed, shard=number)
 
     (chosen,) = merge(drawn(), size)
-    found: np.ndarray | None = None
-    for number, shard in enumerate(shards):
-        vectors = column_to_vectors(lake.read(source, shard)["image"])
-        found = np.empty((len(chosen), vectors.shape[1]), np.float16) if found is None else found
-        places = np.flatnonzero(chosen["shard"] == number)
-        found[places] = vectors[chosen["row"][places]]
-    assert found is not None
+    (found,) = gather(lake, source, ["image"], shards, chosen["shard"], chosen["row"])
     return found
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from assets.base.results import Result
 from core.uids import UID_DTYPE
 from resources.lake.files import Lake, column_to_vectors, vectors_to_column
+from resources.lake.gather import gather
 
 SCHEMA = pa.schema(
     [
@@ -51,7 +52,7 @@ def draw(lake: Lake, embeddings: str, shards: Mapping[str, str], *, draws: int, 
     )
     draws, size = chosen.shape
     flat = chosen.ravel()
-    image, text = _gather(lake, embeddings, names, flat)
+    image, text = gather(lake, embeddings, ["image", "text"], names, flat["shard"], flat["row"])
     table = pa.table(
         {
             "draw": np.repeat(np.arange(draws, dtype=np.int32), size),
@@ -107,21 +108,3 @@ def with_content(uids: np.ndarray, image: np.ndarray, text: np.ndarray) -> np.nd
 def _uids(lake: Lake, embeddings: str, shard: str) -> tuple[np.ndarray, np.ndarray]:
     table = lake.read(embeddings, shard, ["f0", "f1"])
     return table["f0"].to_numpy(), table["f1"].to_numpy()
-
-
-def _gather(lake: Lake, embeddings: str, shards: list[str], chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Read the chosen rows' embeddings, each shard once."""
-    image: np.ndarray | None = None
-    text: np.ndarray | None = None
-    for number, shard in enumerate(shards):
-        places = np.flatnonzero(chosen["shard"] == number)
-        table = lake.read(embeddings, shard)
-        shard_image, shard_text = column_to_vectors(table["image"]), column_to_vectors(table["text"])
-        if image is None or text is None:
-            image = np.empty((len(chosen), shard_image.shape[1]), np.float16)
-            text = np.empty_like(image)
-        image[places] = shard_image[chosen["row"][places]]
-        text[places] = shard_text[chosen["row"][places]]
-    if image is None or text is None:
-        raise ValueError("no shards to gather negatives from")
-    return image, text

@@ -17,6 +17,7 @@ from assets.base.score_tables import to_tensor
 from assets.scores.draws import draw, read_draws, with_content
 from assets.scores.neg_clip_loss_settings import DriftLimits, configured, temperature
 from resources.lake.versions import Versions
+from selection.statistics import spearman
 
 
 def drift(asset: Declared) -> Check:
@@ -103,14 +104,9 @@ def probe_scores(negatives: pa.Table, fresh: pa.Table, probe: int, temperature: 
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's correlation of two scores `[n]`, equal values with their mean rank; 1 where one is constant."""
-    ranks = []
-    for values in (a, b):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
-    if min(np.ptp(r) for r in ranks) == 0:
-        return 1.0
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    """Return Spearman's correlation of two scores `[n]`; 1 where one is constant."""
+    found = float(spearman(np.column_stack([a, b]))[0, 1])
+    return 1.0 if np.isnan(found) else found
 
 
 def sides_changed(before: np.ndarray, after: np.ndarray, threshold: float, *, ranked: bool) -> int:

@@ -109,8 +109,8 @@ def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     group_name="external",
     kinds={"duckdb", "parquet"},
     description=lambda asset: (
-        f"Imported scores, joined by uid: {', '.join(_settings(asset).columns)}. NULL where the files have no value for "
-        "a uid."
+        f"Imported scores, joined by uid: {', '.join(_settings(asset).columns)}. NULL where the files have no value "
+        "for a uid."
     ),
     parameters=_parameters,
     streams=True,

@@ -117,8 +117,9 @@ def _reference(step: Step) -> Reference:
     group_name="hype",
     kinds={"pytorch", "parquet"},
     pool="gpu",
-    description="HYPE from given hyperbolic embeddings: specificity of image and caption, minus their Lorentz distance, "
-    "plus their cosine and, where clusters are given, the cluster term. Larger is better; each part has a column.",
+    description="HYPE from given hyperbolic embeddings: specificity of image and caption, minus their Lorentz "
+    "distance, plus their cosine and, where clusters are given, the cluster term. Larger is better; each part has a "
+    "column.",
     parameters=_parameters,
     inputs=_files,
     prepare=_reference,

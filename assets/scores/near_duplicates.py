@@ -251,7 +251,7 @@ NEAR_DUPLICATES = ScoreKind(
 
 
 class _Work:
-    """The files that a search works on. A row's place is its position in the pool, its rank that in the order, 0 the best.
+    """The files that a search works on. A row's place is its position in the pool, its rank that in the order, from 0.
 
     The file `rank` has −1 for a row that is not compared, and −2 − r for one whose uid is that of the row of rank r.
 

@@ -205,8 +205,8 @@ def _norm_bounds(tables: Tables) -> Bounds:
     code_version="1",
     group_name="norm_sim",
     kinds={"parquet"},
-    description="NormSim_2-D by encoder `{encoder}`: the round in which a row was dropped (0: it was not in the starting "
-    "set; rounds + 1: it stayed), and its NormSim_2 to the set of the last round that it took part in.",
+    description="NormSim_2-D by encoder `{encoder}`: the round in which a row was dropped (0: it was not in the "
+    "starting set; rounds + 1: it stayed), and its NormSim_2 to the set of the last round that it took part in.",
     prepare=_files,
 )
 def norm_sim_dynamic(shard: Shard, work: "_Work") -> Result:

@@ -1,4 +1,4 @@
-"""`sieve/<captioner>/<text_encoder>`: similarity of each caption to generated captions of its image (arXiv 2310.02110)."""
+"""`sieve/<captioner>/<text_encoder>`: how similar a caption is to generated ones of its image (arXiv 2310.02110)."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -84,7 +84,7 @@ def sieve(shard: Shard) -> Result:
 def _scores(
     text_encoder: TextEncoder, captions: list[str], generated: list[list[str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return SIEVE of n rows, float32 `[n]`, and the place of each one's best caption; equal texts are embedded once."""
+    """Return SIEVE, float32 `[n]`, and the place of each row's best caption; equal texts are embedded once."""
     from selection.scores.sieve import mask, sieve
 
     texts = [[mask(caption), *map(mask, of_row)] for caption, of_row in zip(captions, generated, strict=True)]

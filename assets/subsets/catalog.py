@@ -28,18 +28,18 @@ def catalog(project: Context, scores: Scores) -> dg.AssetsDefinition:
         description="`catalog.duckdb`: views over pool, rejects, scores and subsets, and the macros `explain(uid)`, "
         "`versions(subset)`, `lineage(subset)`, `diff(subset, a, b)` and `overlap(a, b)`. Any number of processes may "
         "open it read-only.",
-        required_resource_keys=REQUIRED_RESOURCES,
+        required_resource_keys={*REQUIRED_RESOURCES, "catalog"},
     )
     def body(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        path = write_catalog(run_context(context, project))
+        path = write_catalog(run_context(context, project), Path(context.resources.catalog.path))
         return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(path))})
 
     return body
 
 
-def write_catalog(context: Context) -> Path:
+def write_catalog(context: Context, path: Path) -> Path:
     """Build the project's catalog from the lake's files, and return its path."""
-    path, scores = context.catalog_path(), Scores(context.settings)
+    scores = Scores(context.settings)
     build_catalog(
         context.lake.local_root(),
         path,

@@ -1,7 +1,8 @@
 """`export/<recipe>`: new webdataset shards that hold only the samples of a subset's current version.
 
-It copies data, so `clip-select run` skips it: materialize it when a training run needs it. Each source shard gives one tar, `<lake>/export/<recipe>/<version>/<shard>.tar`, and beside it
-a parquet with key and uid, so that the folder is itself a pool. The asset's own file lists what was written.
+It copies data, so `clip-select run` skips it: materialize it when a training run needs it. Each source shard gives one
+tar, `<lake>/export/<recipe>/<version>/<shard>.tar`, and a Parquet file of keys and uids beside it, so that the folder
+is itself a pool. The asset's own file lists the written samples.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

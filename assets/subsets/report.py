@@ -1,9 +1,8 @@
-"""What a subset's version shows of itself: score distributions, contact sheets, and a static report beside it.
+"""The report of a subset's version: score distributions and contact sheets, as metadata and as `<version>/report/`.
 
-Here: which samples are shown, reading their pictures from the pool, and writing `<version>/report/`. Not here: how
-pictures are laid out (`assets.subsets.contact_sheets`), and nothing that the version's identity depends on. The
-report is
-written after the version; where it can't be made the version stays, and the run's log says why.
+Here: choosing the samples to show, reading their pictures from the pool, and writing the report. Not here: the layout
+of pictures (`assets.subsets.contact_sheets`). The version's identity does not depend on the report, which is written
+after the version. If the report fails, the version stays and the run's log has the reason.
 """
 
 import hashlib
@@ -18,7 +17,9 @@ import numpy as np
 import polars as pl
 
 from assets.base.context import Context
-from assets.subsets.contact_sheets import Sheet, Tile, data_url, escaped, html_page, image_path, markdown, small_jpeg
+from assets.base.pages import data_url
+from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
+from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.sql import quoted
 from resources.lake.versions import Version
 from resources.pools.base import IMAGE_COLUMNS, PoolError
@@ -26,27 +27,27 @@ from resources.storage.images import ImageError
 from selection.recipes.execute import Selection, StepReport
 from selection.scores.negatives import keyed_hash
 
-PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples a sheet, pixels
-WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI, whose events shall stay under 256 KB
+PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples per sheet, pixels
+WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI: keep an event under 256 KB
 BINS = 60
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 
 
 def write_report(project: Context, version: Version, selection: Selection) -> None:
-    """Write a version's report, while the rows that it was chosen from are still at hand.
+    """Write a version's report while the rows it was selected from are still open.
 
-    Whatever goes wrong is told in the run's log and nowhere else: the version is there already.
+    The version exists already, so an error is logged as a warning and not raised.
     """
     try:
         _write_report(project, version, selection)
-    except Exception as error:  # noqa: BLE001 - told below
+    except Exception as error:  # noqa: BLE001 - logged below
         dg.get_dagster_logger().warning(
             f"{_folder(version)}: the report could not be written; the subset itself is complete. {error!r}"
         )
 
 
 def report_metadata(project: Context, version: Version) -> dict[str, Any]:
-    """Give what the UI shows of a version besides its funnel: thresholds, distributions, contact sheets, the page."""
+    """Return a version's metadata for Dagster's UI: thresholds, summaries, distributions, contact sheets, the page."""
     fs, folder = project.lake.fs, _folder(version)
     metadata: dict[str, Any] = {
         f"threshold/step{step['step']} {step['score']}": step["threshold"]
@@ -66,7 +67,7 @@ def report_metadata(project: Context, version: Version) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Samples to show: a title, a sentence, the SQL condition and order that choose them, and what is said of each."""
+    """Samples to show: title, one sentence, the SQL condition and order that choose them, and a verdict as SQL."""
 
     title: str
     text: str
@@ -76,40 +77,48 @@ class _Group:
 
 
 def _write_report(project: Context, version: Version, selection: Selection) -> None:
-    lineage, fs, folder = version.lineage, project.lake.fs, _folder(version)
-    groups = list(_groups(selection))
-    picked = [_pick(selection, group) for group in groups]
-    samples = _samples(project, pl.concat([rows.select("f0", "f1", "shard") for rows in picked]).unique())
-    for sample in samples.values():
+    fs, folder = project.lake.fs, _folder(version)
+    sheets, samples = _sheets(project, selection)
+    for sample in samples:
         if sample.problem:
             dg.get_dagster_logger().warning(f"{folder}: {sample.problem}")
-    sheets = []
-    for group, rows in zip(groups, picked, strict=True):
-        tiles = [replace(samples[row["f0"], row["f1"]], facts=_facts(row)) for row in rows.iter_rows(named=True)]
-        sheets.append(Sheet(group.title, group.text, tiles))
-
     fs.makedirs(f"{folder}/images", exist_ok=True)
-    for sample in samples.values():
+    for sample in samples:
         if sample.image is not None:
-            fs.pipe_file(f"{folder}/{image_path(sample)}", sample.image)
+            fs.pipe_file(f"{folder}/{sample.path}", sample.image)
     fs.pipe_file(f"{folder}/{CHART_FILE}", _chart(selection))
     window = "\n\n".join(markdown(_small(sheet)) for sheet in sheets[:5])
     fs.pipe_file(f"{folder}/{SHEET_FILE}", window.encode())
-    page = html_page(
-        f"subset/{version.recipe} {version.name}",
-        {
-            "selected": f"{lineage['rows']:,} of {lineage['source']['rows']:,} rows "
-            f"({lineage['rows'] / lineage['source']['rows']:.1%})"
-            + (f", {version.samples:,} samples" if version.samples != lineage["rows"] else ""),
-            "made": lineage["created"],
-            "shards": f"{len(lineage['shards']):,}, and {len(lineage['shards_missing']):,} left out",
-            "fingerprint": lineage["fingerprint"],
-        },
-        {"Funnel": _funnel(lineage)} | _summaries(lineage),
-        CHART_FILE,
-        sheets,
-    )
+    tables: dict[str, Sequence[Sequence[str]]] = {
+        "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
+        **_summaries(version.lineage),
+    }
+    page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
     fs.pipe_file(f"{folder}/{PAGE_FILE}", page.encode())
+
+
+def _about(version: Version) -> dict[str, str]:
+    lineage = version.lineage
+    rows, source = lineage["rows"], lineage["source"]["rows"]
+    samples = f", {version.samples:,} samples" if version.samples != rows else ""
+    return {
+        "selected": f"{rows:,} of {source:,} rows ({rows / source:.1%}){samples}",
+        "made": lineage["created"],
+        "shards": f"{len(lineage['shards']):,}, and {len(lineage['shards_missing']):,} left out",
+        "fingerprint": lineage["fingerprint"],
+    }
+
+
+def _sheets(project: Context, selection: Selection) -> tuple[list[Sheet], list[Tile]]:
+    """Return the sheets, and every sample on them once."""
+    groups = list(_groups(selection))
+    picked = [_pick(selection, group) for group in groups]
+    samples = _samples(project, pl.concat([rows.select("f0", "f1", "shard") for rows in picked]).unique())
+    sheets = []
+    for group, rows in zip(groups, picked, strict=True):
+        tiles = [replace(samples[row["f0"], row["f1"]], metadata=_metadata(row)) for row in rows.iter_rows(named=True)]
+        sheets.append(Sheet(group.title, group.text, tiles))
+    return sheets, list(samples.values())
 
 
 def _folder(version: Version) -> str:
@@ -120,7 +129,7 @@ def _folder(version: Version) -> str:
 
 
 def _groups(selection: Selection) -> Iterator[_Group]:
-    """Name the sheets: the last ranking's four ends, a random handful, then the ends of the rankings before it."""
+    """Yield the groups: the four ends of the last ranking, random rows, the ends of earlier rankings, duplicates."""
     ranked = _ranked(selection)
     for report in reversed(ranked):
         before = selection.inside[report.step - 1]
@@ -132,11 +141,11 @@ def _groups(selection: Selection) -> Iterator[_Group]:
         ):
             verdict = "kept" if kept else "dropped"
             near = {("worst", True): ", just above the threshold", ("best", False): ", just below the threshold"}
-            near = near if report.threshold is not None else {}  # strata have many, and draws have none
+            near = near if report.threshold is not None else {}  # strata have many thresholds, draws none
             highest = "highest" if end == "best" else "lowest"
             yield _Group(
                 f"{end.capitalize()} {verdict} by {report.score}",
-                f"Step {report.step}, {report.text}: the {highest} of what was {verdict}{near.get((end, kept), '')}.",
+                f"Step {report.step}, {report.text}: the {highest} values {verdict}{near.get((end, kept), '')}.",
                 f"{before} AND {'' if kept else 'NOT '}({report.predicate})",
                 f"{report.value} {order}, f0, f1",
             )
@@ -150,24 +159,24 @@ def _groups(selection: Selection) -> Iterator[_Group]:
 
 
 def _random(selection: Selection) -> _Group:
-    """Choose a handful of the subset by the keyed hash of the uid: a uniform sample, the same each time."""
+    """Return a uniform sample of the subset by the keyed hash of the uid, the same in every run."""
     uids = selection.subset()
     hashes = keyed_hash(0, 0, uids["f0"].copy(), uids["f1"].copy())
     chosen = uids[np.argsort(hashes, kind="stable")[:PAGE_TILES]]
     return _Group(
         "A random handful of the subset",
-        "Chosen by a keyed hash of the uid, so that nobody has picked them.",
+        "A uniform sample, chosen by a keyed hash of the uid.",
         f"(f0, f1) IN ({_listed(chosen.tolist())})",
         "f0, f1",
     )
 
 
 def _alike(selection: Selection, report: StepReport) -> _Group:
-    """Show what was dropped for being like another row: beside the one that stayed, where that is on record."""
+    """Return the rows that `deduplicate` dropped, each beside the row that stayed if the step recorded it."""
     if report.step not in selection.tables:
         return _Group(
             f"Dropped by {report.by}",
-            f"Step {report.step}, {report.text}: the lowest of what was dropped, just above the limit.",
+            f"Step {report.step}, {report.text}: the lowest values dropped, just above the limit.",
             f"{selection.inside[report.step - 1]} AND NOT ({report.predicate})",
             f"{quoted(str(report.by))}, f0, f1",
         )
@@ -199,15 +208,18 @@ def _pick(selection: Selection, group: _Group) -> pl.DataFrame:
     return selection.con.sql(query).pl()
 
 
-# Their captions and pictures
+# Captions and pictures
 
 
 def _samples(project: Context, rows: pl.DataFrame) -> dict[tuple[int, int], Tile]:
     """Read captions from `raw_pool` and pictures from the pool, each shard once.
 
     Args:
-        project: the project.
+        project: The project.
         rows: f0, f1 and shard of the samples, each once.
+
+    Returns:
+        A tile without metadata for each sample, by (f0, f1).
     """
     samples = {}
     for (shard,), uids in rows.group_by("shard", maintain_order=True):
@@ -241,7 +253,7 @@ def _sample(project: Context, shard: str, row: Mapping[str, Any], data: bytes | 
 
 
 def _small(sheet: Sheet) -> Sheet:
-    """Give the first samples of a sheet with pictures small enough for the event log."""
+    """Return the first samples of a sheet, with pictures small enough for the event log."""
     return replace(
         sheet,
         tiles=[
@@ -257,7 +269,7 @@ def _small(sheet: Sheet) -> Sheet:
 
 
 def _chart(selection: Selection) -> bytes:
-    """Draw each ranked score's histogram over the rows that the recipe began with and over the subset, as PNG."""
+    """Return a PNG with the histogram of each ranked score, over the source rows and over the subset."""
     from matplotlib.figure import Figure
 
     values = _values(selection)
@@ -279,7 +291,11 @@ def _chart(selection: Selection) -> bytes:
 
 
 def _histogram(selection: Selection, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count rows in equal bins of a value's range: the bins' edges, all that the recipe began with, and the chosen."""
+    """Count rows in equal bins of a value's range.
+
+    Returns:
+        The edges, float64 `[BINS + 1]`, and the counts of source rows and of selected rows, int64 `[BINS]`.
+    """
     finite = f"FROM {selection.source} WHERE isfinite({value}) AND ({selection.inside[0]} OR {selection.inside[-1]})"
     ((low, high),) = selection.con.execute(f"SELECT min({value}), max({value}) {finite}").fetchall()
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
@@ -300,53 +316,37 @@ def _ranked(selection: Selection) -> list[StepReport]:
 
 
 def _values(selection: Selection) -> dict[str, str]:
-    """Give what the recipe ranks by, each once: the SQL of the value, by its label."""
+    """Return the SQL of each value that the recipe ranks by, by its label."""
     return {str(report.score): str(report.value) for report in _ranked(selection)}
 
 
-def _facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """Write what is known of a sample; it has no value of a combination that it was not ranked by."""
-    known = {label: value for label, value in row.items() if label not in ("f0", "f1", "shard")}
+def _metadata(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row's values as text; empty for a combination that did not rank this row."""
     return {
         label: "" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
-        for label, value in known.items()
+        for label, value in row.items()
+        if label not in ("f0", "f1", "shard")
     }
 
 
 def _summaries(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """Give what each step's `report` told as a table, by its title."""
-
-    def written(figure: float | None) -> str:
-        return "" if figure is None else f"{figure:,}" if isinstance(figure, int) else f"{figure:.6g}"
-
-    head = ["column", "", "entered", "kept", "dropped"]
+    """Return the statistics of each step that has a `report`, as rows of a table by its title."""
     return {
-        f"Step {step['step']}, {step['text']}": [
-            head,
-            *(
-                [
-                    "" if row["name"] == before else row["name"],
-                    textwrap.shorten(row["what"], 80),
-                    *(written(row[g]) for g in head[2:]),
-                ]
-                for before, row in zip([None, *(r["name"] for r in step["summary"])], step["summary"], strict=False)
-            ),
-        ]
+        f"Step {step['step']}, {step['text']}": _summary(step["summary"])
         for step in lineage["steps"]
         if step.get("summary")
     }
 
 
-def _funnel(lineage: Mapping[str, Any]) -> list[list[str]]:
-    total = lineage["source"]["rows"]
-    head = ["step", "entered", "kept", "of source", "threshold"]
-    return [head] + [
-        [
-            step["text"],
-            f"{step['entered']:,}",
-            f"{step['kept']:,}",
-            f"{step['kept'] / total:.1%}",
-            "" if step["threshold"] is None else f"{step['threshold']:.6g}",
-        ]
-        for step in lineage["steps"]
-    ]
+def _summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def written(value: float | None) -> str:
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+    groups = ["entered", "kept", "dropped"]
+    table = [["column", "", *groups]]
+    before = None
+    for row in rows:
+        name = "" if row["name"] == before else row["name"]  # a column's name stands in its first row only
+        table.append([name, textwrap.shorten(row["what"], 80), *(written(row[group]) for group in groups)])
+        before = row["name"]
+    return table

@@ -22,6 +22,7 @@ from assets.base.runtime import REQUIRED_RESOURCES, run_context
 from assets.base.score_kind import Scores
 from assets.base.selection_table import CachedTable, open_selection
 from assets.subsets.checks import examine_before_the_record, examine_stored, specs
+from assets.subsets.funnel import funnel_markdown
 from assets.subsets.lineage import lineage_record
 from assets.subsets.report import report_metadata, write_report
 from core.hashing import digest, sha256
@@ -331,14 +332,3 @@ def _upstream(lineage: Mapping[str, Any]) -> dict[str, Any]:
         [dg.TableRecord({"asset": a, "shard or version": s, "fingerprint": fp}) for a, s, fp in files[:SHOWN]]
     )
     return {"files_read": len(files), f"files_read_first_{SHOWN}": table, **links}
-
-
-def funnel_markdown(lineage: Mapping[str, Any]) -> str:
-    """Return the funnel of a lineage record as a Markdown table; numbers come first, where a narrow page shows them."""
-    rows = ["| kept | entered | of source | threshold | step |", "|---:|---:|---:|---:|---|"]
-    total = lineage["source"]["rows"]
-    for step in lineage["steps"]:
-        threshold = "" if step["threshold"] is None else f"{step['threshold']:.6g}"
-        text = step["text"].replace("|", "\\|")
-        rows.append(f"| {step['kept']:,} | {step['entered']:,} | {step['kept'] / total:.1%} | {threshold} | {text} |")
-    return "\n".join(rows)

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from assets.base.context import Context
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import DEMO_CONFIG
+from dagster_project import console as terminal
+from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets, make_truth
 from examples.demo.truth import truth_table
 from resources.catalog.build import read_catalog
@@ -18,7 +18,7 @@ FIRST, ALL = range(6), range(8)
 
 
 def main() -> int:
-    """Run the demo; give the exit status."""
+    """Run the demo and return the exit status."""
     console = Console()
     project = open_project(DEMO_CONFIG)
     pool = Path(project.settings.pool.path)
@@ -28,14 +28,14 @@ def main() -> int:
     _draw_missing(pool, FIRST)
     if not (pool.parent / "targets").exists():
         make_targets(pool.parent / "targets")
-    status = command.run(project, console)
+    status = terminal.run(project, console)
 
     console.rule("Two more shards arrive")
     _draw_missing(pool, ALL)
     make_truth(truth, ALL)
-    status = max(status, command.run(project, console))
+    status = max(status, terminal.run(project, console))
 
-    console.rule("What the scores and recipes made of the planted faults")
+    console.rule("How the scores and recipes handled the planted faults")
     for table in truth_table(pl.read_parquet(truth), _scores(project), _subsets(project)):
         console.print(table)
     uid = _scores(project).sort("neg_clip_loss")["uid"][0]
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _draw_missing(pool: Path, shards: range) -> None:
-    """Draw the shards that are not there: a shard that is written again is read again."""
+    """Draw only missing shards: a shard that is written again is read again."""
     missing = [number for number in shards if not (pool / f"{number:05d}_stats.json").exists()]
     if missing:
         make_pool(pool, missing)
@@ -77,4 +77,4 @@ def _subsets(project: Context) -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    command.leave(main())
+    terminal.leave(main())

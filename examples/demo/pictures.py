@@ -1,4 +1,4 @@
-"""The demo's domain: scenes of simple shapes, how they are drawn and how they are put into words.
+"""The demo's domain: scenes of simple shapes, their drawings and their captions.
 
 One picture at a time, from a random generator that the caller seeds; no files, no faults, no
 shards. Drawing uses Pillow alone, and the same generator state gives the same pixels.
@@ -91,7 +91,7 @@ class Scene:
 
 
 def random_scene(rng: Random) -> Scene:
-    """Draw a scene: two in five show one object, two several of a kind, one a pair in relation."""
+    """Return a random scene: two in five have one object, two several equal ones, one a pair in relation."""
     background = rng.choice(tuple(BACKGROUNDS))
     sort = rng.choice(("one", "one", "several", "several", "pair"))
     if sort == "pair":
@@ -112,18 +112,18 @@ def _group(rng: Random, count: int) -> Group:
     )
 
 
-def caption(scene: Scene, rng: Random, must_say: str | None = None) -> str:
-    """Put a scene into words; the wording and what is left out vary with the generator.
+def caption(scene: Scene, rng: Random, required: str | None = None) -> str:
+    """Return a caption of a scene; the wording and the attributes it omits vary with the generator.
 
     Args:
-        scene: what the picture shows.
-        rng: seeded generator.
-        must_say: an attribute that may not be left out: `colour`, `texture`, `layout`, or `shape`
-            and `count`, which always are said. With `count` nothing is said of the layout, so that
-            a changed number contradicts the picture by itself.
+        scene: Content of the picture.
+        rng: Seeded generator.
+        required: An attribute that the caption must contain: `colour`, `texture`, `layout`, or `shape` and `count`,
+            which are always there. With `count` the caption omits the layout, so that a changed number contradicts the
+            picture by itself.
     """
-    terse = must_say is None and rng.random() < 0.12
-    phrases = [_noun_phrase(group, rng, must_say, terse) for group in scene.groups]
+    terse = required is None and rng.random() < 0.12
+    phrases = [_noun_phrase(group, rng, required, terse) for group in scene.groups]
     if len(phrases) == 2:
         forward, backward = _RELATIONS[scene.layout]
         said = (
@@ -134,7 +134,7 @@ def caption(scene: Scene, rng: Random, must_say: str | None = None) -> str:
     else:
         said = phrases[0]
         words = _PLACES[scene.layout][1] if scene.layout in _PLACES else _ARRANGEMENTS[scene.layout]
-        if must_say != "count" and not terse and rng.random() < 0.6:
+        if required != "count" and not terse and rng.random() < 0.6:
             said += " " + rng.choice(words)
     if not terse and rng.random() < 0.35:
         kind = rng.choice(("on a {} background", "on {}", "against a {} backdrop"))
@@ -143,18 +143,18 @@ def caption(scene: Scene, rng: Random, must_say: str | None = None) -> str:
     return text[0].upper() + text[1:] + "." if rng.random() < 0.3 else text
 
 
-def _noun_phrase(group: Group, rng: Random, must_say: str | None, terse: bool) -> str:
+def _noun_phrase(group: Group, rng: Random, required: str | None, terse: bool) -> str:
     before, after = [], ""
     if SIZES[group.size] and not terse and rng.random() < 0.6:
         before.append(rng.choice(SIZES[group.size]))
-    share = 1.0 if must_say == "texture" else 0.15 if group.texture == "plain" else 0.85
+    share = 1.0 if required == "texture" else 0.15 if group.texture == "plain" else 0.85
     if not terse and rng.random() < share:
         adjectives, endings = TEXTURES[group.texture]
         if endings and rng.random() < 0.3:
             after = " " + rng.choice(endings)
         else:
             before.append(rng.choice(adjectives))
-    if must_say == "colour" or rng.random() < (0.5 if terse else 0.95):
+    if required == "colour" or rng.random() < (0.5 if terse else 0.95):
         before.append(group.colour)
     noun = rng.choice(SHAPES[group.shape])
     if group.count > 1:
@@ -167,7 +167,7 @@ def _noun_phrase(group: Group, rng: Random, must_say: str | None, terse: bool) -
 
 
 def draw(scene: Scene, rng: Random) -> Image.Image:
-    """Draw a scene; returns a square RGB picture, 64, 96 or 128 pixels a side.
+    """Return a drawing of a scene: a square RGB picture with sides of 64, 96 or 128 pixels.
 
     It is drawn at twice the size and reduced, which smooths the edges.
     """
@@ -195,7 +195,7 @@ def _background(name: str, side: int, rng: Random) -> Image.Image:
 
 
 def _places(scene: Scene, rng: Random) -> list[tuple[Group, tuple[float, float], float]]:
-    """Centre and radius of every object, as shares of the picture's side."""
+    """Return centre and radius of every object, as shares of the picture's side."""
 
     def near(value: float, by: float = 0.03) -> float:
         return value + rng.uniform(-by, by)

@@ -1,8 +1,8 @@
-"""The demo's pool: what is planted in which row, and the files as img2dataset would leave them.
+"""The demo's pool: the planted faults, and files as img2dataset would write them.
 
-A shard is made from the seed and its own number alone, so shards may be made in any order, at any
-time, by any number of processes, and the same shard has the same bytes each time (with the same
-Pillow, pyarrow and numpy). What was planted is written beside the pool, never into it.
+A shard depends only on the seed and its number, so shards can be written in any order by any number of processes, and
+have the same bytes each time (with the same Pillow, pyarrow and numpy). The planted faults are recorded beside the
+pool, never in it.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from examples.demo.out_of_domain import draw_out_of_domain
 from examples.demo.pictures import COLOURS, SHAPES, TEXTURES, Scene, caption, draw, random_scene
-from examples.demo.strange import draw_strange
 
 SEED = 7
 SHARDS = 8
@@ -73,8 +73,8 @@ _SCHEMA = pa.schema(
 class Row:
     """One row of a shard before it is drawn.
 
-    `scene` is None for an off-domain picture, `caption` is None where the picture brings its own
-    words. `variant` names the sort within the kind, such as which attribute is wrong.
+    `scene` is None for an off-domain picture; `caption` is None if that picture has its own caption. `variant` is a
+    subkind, such as the attribute that is wrong.
     """
 
     source: str
@@ -90,17 +90,17 @@ class Row:
 
     @property
     def target_like(self) -> bool:
-        """The picture, whatever its caption, shows the targets' sub-domain."""
+        """Whether the picture, apart from its caption, shows the targets' sub-domain."""
         return self.scene is not None and shows_target(self.scene)
 
 
 def shows_target(scene: Scene) -> bool:
-    """Whether all objects of a scene are striped or dotted stars or hearts."""
+    """Return whether all objects of a scene are striped or dotted stars or hearts."""
     return all(g.shape in TARGET_SHAPES and g.texture in TARGET_TEXTURES for g in scene.groups)
 
 
 def plan_shard(shard: int, seed: int = SEED) -> list[Row]:
-    """Decide every row of a shard: scene, caption and fault, in the shard's order."""
+    """Return every row of a shard, in the shard's order: scene, caption and fault."""
     rng = Random(f"plan/{seed}/{shard}")
     rows = []
     for kind in (kind for kind, n in KINDS.items() for _ in range(n)):
@@ -114,7 +114,7 @@ def plan_shard(shard: int, seed: int = SEED) -> list[Row]:
 
 
 def shuffle_captions(rows: list[Row]) -> None:
-    """Hand each shuffled row's caption to the shuffled row before it, so that none keeps its own."""
+    """Move each shuffled row's caption to the shuffled row before it, so that none keeps its own."""
     places = [i for i, row in enumerate(rows) if row.kind == "shuffled"]
     captions = [rows[i].caption for i in places]
     for i, borrowed in zip(places, captions[1:] + captions[:1], strict=True):
@@ -131,7 +131,7 @@ def _plant(row: Row, rng: Random) -> Row:
     if row.kind == "wrong_attribute":
         assert row.scene is not None
         scene, attribute = change_attribute(row.scene, rng)
-        return replace(row, variant=attribute, caption=caption(scene, rng, must_say=attribute))
+        return replace(row, variant=attribute, caption=caption(scene, rng, required=attribute))
     if row.kind == "off_domain":  # two thirds in words of their own, the rest in the domain's
         if rng.random() < 2 / 3:
             return replace(row, variant="own_words", scene=None, caption=None)
@@ -140,7 +140,7 @@ def _plant(row: Row, rng: Random) -> Row:
 
 
 def change_attribute(scene: Scene, rng: Random) -> tuple[Scene, str]:
-    """The scene with one attribute of one group changed, and the attribute's name."""
+    """Return the scene with one attribute of one group changed, and the attribute's name."""
     choices = ["colour", "shape", "texture", "layout" if len(scene.groups) == 2 else "count"]
     attribute = rng.choice(choices)
     if attribute == "layout":  # what was left is right, what was above is below
@@ -169,7 +169,7 @@ def make_pool(
 ) -> None:
     """Write shards of the pool, each as `00000.tar`, `00000.parquet` and `00000_stats.json`.
 
-    A shard that is there already is written again, with the same bytes.
+    An existing shard is written again, with the same bytes.
 
     Args:
         folder: the pool's folder; made if it is not there.
@@ -189,10 +189,10 @@ def make_pool(
 
 
 def make_truth(path: Path, shards: Iterable[int] = range(SHARDS), *, seed: int = SEED) -> None:
-    """Write what was planted, one row a sample: uid, shard, kind, variant, target_like.
+    """Write the truth, one row per sample: uid, shard, kind, variant, target_like.
 
-    It draws nothing, so it is quick. Keep it outside the pool's folder: it is for scoring a
-    selection, never an input of one.
+    This draws nothing, so it is fast. Keep the file outside the pool's folder: it is for judging a selection, never an
+    input of one.
     """
     rows = [
         {
@@ -213,7 +213,7 @@ def make_truth(path: Path, shards: Iterable[int] = range(SHARDS), *, seed: int =
 def make_targets(folder: Path, *, each: int = 75, seed: int = SEED) -> None:
     """Write the target set: folders `striped_star`, `dotted_heart`, …, of `each` JPEGs.
 
-    The pictures are of the pool's domain but none is in the pool.
+    The pictures have the pool's domain, but none is in the pool.
     """
     for shape in TARGET_SHAPES:
         for texture in TARGET_TEXTURES:
@@ -235,10 +235,10 @@ def jpeg_bytes(image: Image.Image) -> bytes:
 
 
 def picture(row: Row) -> tuple[bytes, str, int]:
-    """Draw a row; returns the JPEG's bytes, the row's caption and the picture's side in pixels."""
+    """Draw a row and return the JPEG's bytes, the row's caption and the picture's side in pixels."""
     rng = Random(f"draw/{row.source}")
     if row.scene is None:
-        image, own_words = draw_strange(rng)
+        image, own_words = draw_out_of_domain(rng)
     else:
         image, own_words = draw(row.scene, rng), ""
     return jpeg_bytes(image), row.caption if row.caption is not None else own_words, image.width

@@ -1,6 +1,6 @@
 """The contact sheet of docs/demo.md: `python -m examples.demo.sheet docs/images/demo_pool.png`.
 
-Rows of the pool by kind, with their captions, as a person would judge them.
+Rows of the pool by kind, with their captions.
 """
 
 import io
@@ -17,7 +17,7 @@ TILE, LINE, MARGIN = 96, 15, 24  # pixels
 
 
 def contact_sheet(path: Path, shard: int = 0) -> None:
-    """Draw the first rows of each kind in a shard, one kind a line, into a PNG."""
+    """Write a PNG of the first rows of each kind in a shard, one line per kind."""
     font, heading = ImageFont.load_default(11), ImageFont.load_default(15)
     step = TILE + MARGIN
     rows = plan_shard(shard)

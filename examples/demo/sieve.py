@@ -1,7 +1,7 @@
 """SIEVE on two shards of the demo's pool: `python -m examples.demo.sieve`, some minutes.
 
-Captions come from the demo's captioner, vectors from the text tower of its encoder. Prints how SIEVE and CLIPScore tell
-clean rows from each planted fault. Not part of `make demo`, because describing pictures takes too long for it.
+Captions come from the demo's captioner, vectors from the text tower of its encoder. Prints the AUC of SIEVE and
+CLIPScore for each planted fault. Not part of `make demo`, because describing the pictures takes minutes.
 """
 
 import argparse
@@ -11,9 +11,10 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+from assets.base.score_kind import Scores
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import DEMO_CONFIG
+from dagster_project import console as terminal
+from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_truth
 from examples.demo.truth import auc
 from resources.catalog.build import read_catalog
@@ -23,14 +24,14 @@ CONFIG = DEMO_CONFIG.parent / "demo-sieve.yaml"
 
 
 def separation(rows: pl.DataFrame, names: list[str]) -> Table:
-    """Give a table of the AUC of each score against each fault, and against each variant of a wrong attribute.
+    """Return a table of each score's AUC for each fault, and for each variant of a wrong attribute.
 
     Args:
-        rows: kind, variant, and the scores.
-        names: of the scores.
+        rows: Columns kind, variant, and the scores.
+        names: Names of the scores.
     """
     clean = rows.filter(pl.col("kind") == "clean")
-    table = Table(title="AUC: chance that a clean row scores above a faulty one")
+    table = Table(title="AUC: probability that a clean row scores above a faulty one")
     for column in ("fault", "rows", *names):
         table.add_column(column, justify="left" if column == "fault" else "right")
     faulty = rows.filter(pl.col("kind") != "clean")
@@ -44,7 +45,7 @@ def separation(rows: pl.DataFrame, names: list[str]) -> Table:
 
 
 def main() -> int:
-    """Draw the shards, run the project, print the table; give the exit status."""
+    """Draw the shards, run the project, print the table and return the exit status."""
     parser = argparse.ArgumentParser(description="Run SIEVE on two shards of the demo's pool.")
     parser.add_argument("--config", type=Path, default=CONFIG, help="a copy of it with other captioners or encoders")
     project = open_project(parser.parse_args().config)
@@ -54,20 +55,20 @@ def main() -> int:
     if missing:
         make_pool(pool, missing)
     make_truth(pool.parent / "truth.parquet", SHARDS)
-    if status := command.run(project, console):
+    if status := terminal.run(project, console):
         return status
-    names = [name for name in project.settings.score_columns if name.startswith(("clip_score/", "sieve/"))]
+    names = [name for name in Scores(project.settings).by_name if name.startswith(("clip_score/", "sieve/"))]
     with read_catalog(project.catalog_path()) as con:
         rows = con.sql("FROM scores").pl().join(pl.read_parquet(pool.parent / "truth.parquet"), on="uid")
         example = con.sql(
-            f"""SELECT caption, "{names[-1].replace("sieve", "sieve_caption", 1)}" AS said, "{names[-1]}" AS score
+            f"""SELECT caption, "{names[-1].replace("sieve", "sieve_caption", 1)}" AS described, "{names[-1]}" AS score
             FROM pool_scores USING SAMPLE reservoir(8 ROWS) REPEATABLE (1)"""
         ).pl()
     console.print(separation(rows, names))
     for row in example.iter_rows(named=True):
-        console.print(f"{row['score']:.3f}  {row['caption']!r}  said of the picture: {row['said']!r}", highlight=False)
+        console.print(f"{row['score']:.3f}  {row['caption']!r}  described as {row['described']!r}", highlight=False)
     return 0
 
 
 if __name__ == "__main__":
-    command.leave(main())
+    terminal.leave(main())

@@ -1,12 +1,12 @@
-"""Teach the demo's captioner: `python -m examples.demo.train_captioner`.
+"""Train the demo's captioner: `python -m examples.demo.train_captioner`.
 
-A small CoCa (open_clip's own model class and loss) learns to describe clean pictures that are drawn for it and are in
-no pool; the weights in `captioner/` come from this script with its defaults. As for the encoder, a second run gives a
-model of the same quality and not the same bits.
+A small CoCa (open_clip's model class and loss) learns to describe clean pictures that are in no pool. The weights in
+`captioner/` come from this script with its defaults. A second run gives a model of the same quality, but not the same
+bits.
 
-The world has some hundred words, and open_clip's tokenizer 49,408. So the model learns with the words that occur, and
-gets the other rows of its two vocabulary matrices afterwards, such that they are never said. These matrices are stored
-as 8-bit floats, which open_clip's loader widens like any other.
+The domain has about a hundred words, open_clip's tokenizer 49,408. So the model trains with the words that occur, and
+gets the other rows of its two vocabulary matrices afterwards, such that they are never generated. These matrices are
+stored as 8-bit floats, which open_clip's loader widens like any other.
 """
 
 import argparse
@@ -29,7 +29,7 @@ NEVER = -30.0  # logit of a word that was never read
 
 
 def model_config(words: int) -> dict[str, object]:
-    """Give the arguments of a CoCa with so many words."""
+    """Return the arguments of a CoCa with a vocabulary of `words` tokens."""
     config = copy.deepcopy(CONFIG["model_cfg"])
     del config["custom_text"]
     config["text_cfg"]["vocab_size"] = config["multimodal_cfg"]["vocab_size"] = words
@@ -37,7 +37,7 @@ def model_config(words: int) -> dict[str, object]:
 
 
 def new_model(words: int) -> CoCa:
-    """Make a model whose last number before the words is always one, so that each word has a bias."""
+    """Return a model whose last feature before the vocabulary is always one, so that each word has a bias."""
     model = CoCa(**model_config(words))
     decoder = model.text_decoder
     with torch.no_grad():
@@ -57,14 +57,14 @@ def _hold(model: CoCa) -> None:
 
 
 def train(pictures: torch.Tensor, tokens: torch.Tensor, *, epochs: int, batch: int, rate: float) -> CoCa:
-    """Train a model from nothing with open_clip's CoCaLoss; each epoch reads other wordings.
+    """Train a model from scratch with open_clip's CoCaLoss; each epoch uses another wording.
 
     Args:
         pictures: uint8 [n, 3, side, side].
         tokens: [n, wordings, length], numbered by the words that occur; 0 is no word.
-        epochs: how often each picture is seen.
-        batch: pictures a step.
-        rate: largest learning rate.
+        epochs: Number of passes over the pictures.
+        batch: Pictures per step.
+        rate: Largest learning rate.
     """
     torch.manual_seed(SEED)
     model = new_model(int(tokens.max()) + 1)
@@ -110,10 +110,10 @@ _LOSS = ("image_features", "text_features", "logits", "labels", "logit_scale")
 
 
 def widen(model: CoCa, known: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Give a model's weights with open_clip's whole vocabulary.
+    """Return a model's weights with open_clip's whole vocabulary.
 
     Args:
-        model: trained with the tokens `known`, in this order.
+        model: A model trained with the tokens `known`, in this order.
         known: int64 [words], ids of open_clip's tokenizer.
     """
     words = CONFIG["model_cfg"]["text_cfg"]["vocab_size"]
@@ -138,8 +138,8 @@ def save(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def nats_a_word(model: CoCa, pictures: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Mean loss of the words of pictures that were never seen, first wording only."""
+def nats_per_word(model: CoCa, pictures: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Return the mean loss per word of held-out pictures, first wording only."""
     coca_loss, total, parts = open_clip.loss.CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0), 0.0, 0
     for some, words in zip(pictures.split(250), tokens[:, 0].long().split(250), strict=True):
         found = model(normalise(some), words)
@@ -148,8 +148,8 @@ def nats_a_word(model: CoCa, pictures: torch.Tensor, tokens: torch.Tensor) -> fl
 
 
 def main() -> None:
-    """Draw, train, save, load again through open_clip, and print the loss on pictures that were never seen."""
-    parser = argparse.ArgumentParser(description="Teach the demo's captioner from clean pairs.")
+    """Draw, train, save, load again through open_clip, and print the loss on held-out pictures."""
+    parser = argparse.ArgumentParser(description="Train the demo's captioner on clean pairs.")
     parser.add_argument("--pictures", type=int, default=16_000, help=f"a multiple of {CHUNK}")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--batch", type=int, default=64)
@@ -170,7 +170,7 @@ def main() -> None:
     held_pictures, held_tokens = draw_pairs("held-out", 1_000, side, args.threads)
     stored = open_clip.create_model(f"local-dir:{args.out.parent}") if args.out.parent == CAPTIONER else None
     if stored is not None:
-        print(f"{nats_a_word(stored.eval(), held_pictures, held_tokens):.3f} nats a word on 1000 pictures never seen")
+        print(f"{nats_per_word(stored.eval(), held_pictures, held_tokens):.3f} nats per word on 1000 held-out pictures")
     print(f"{time.monotonic() - began:.0f} s in all")
 
 

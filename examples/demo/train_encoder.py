@@ -1,9 +1,8 @@
-"""Teach the demo's encoder: `python -m examples.demo.train_encoder`.
+"""Train the demo's encoder: `python -m examples.demo.train_encoder`.
 
-A small CLIP (open_clip's own model class and loss) learns from clean pairs that are drawn for it
-and are in no pool; the weights in `encoder/` come from this script with its defaults. A second run
-gives a model of the same quality; equal bits are promised on the same machine and versions at best,
-because sums of floats depend on the processor and the threads.
+A small CLIP (open_clip's model class and loss) learns from clean pairs that are in no pool. The weights in `encoder/`
+come from this script with its defaults. A second run gives a model of the same quality. Equal bits are possible only on
+the same machine with the same versions, because sums of floats depend on the processor and the threads.
 """
 
 import argparse
@@ -38,8 +37,8 @@ def clean_pairs(part: str, chunk: int, side: int) -> tuple[np.ndarray, list[list
 
     Args:
         part: `train` or `held-out`; the parts share no generator state.
-        chunk: which `CHUNK` pairs of the part.
-        side: pixels a side that the encoder takes.
+        chunk: Number of the chunk within the part.
+        side: Side of the encoder's input in pixels.
 
     Returns:
         uint8 pictures [CHUNK, side, side, 3], as decoded from JPEG and resized the way
@@ -56,7 +55,7 @@ def clean_pairs(part: str, chunk: int, side: int) -> tuple[np.ndarray, list[list
 
 
 def draw_pairs(part: str, n: int, side: int, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw n pairs; returns uint8 pictures [n, 3, side, side] and tokens [n, CAPTIONS, length]."""
+    """Draw n pairs and return uint8 pictures [n, 3, side, side] and tokens [n, CAPTIONS, length]."""
     context = multiprocessing.get_context("spawn")
     chunks = n // CHUNK
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
@@ -68,15 +67,15 @@ def draw_pairs(part: str, n: int, side: int, workers: int) -> tuple[torch.Tensor
 
 
 def normalise(pictures: torch.Tensor) -> torch.Tensor:
-    """Bytes to what the encoder takes: float32 with mean and deviation 0.5, channels last."""
+    """Return bytes as the encoder's input: float32 with mean and deviation 0.5, channels last."""
     return (pictures.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
 
 
 def train(pictures: torch.Tensor, tokens: torch.Tensor, *, epochs: int, batch: int, rate: float) -> CLIP:
-    """Train a model from nothing with open_clip's ClipLoss; each epoch reads other wordings."""
+    """Train a model from scratch with open_clip's ClipLoss; each epoch uses another wording."""
     torch.manual_seed(SEED)
     model = CLIP(**CONFIG["model_cfg"]).to(memory_format=torch.channels_last)
-    # What no training caption says reads as nothing, rather than as chance.
+    # Tokens that no training caption contains embed as zero, not at random.
     unread = torch.ones(model.vocab_size, dtype=torch.bool)
     unread[tokens.unique().long()] = False
     with torch.no_grad():
@@ -128,7 +127,7 @@ def save(model: CLIP, path: Path) -> None:
 
 @torch.no_grad()
 def retrieval(model: CLIP, pictures: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 both ways among all pairs given, first wording only."""
+    """Return recall at 1, 5 and 10 in both directions among all pairs, first wording only."""
     image = torch.cat([model.encode_image(normalise(p), normalize=True) for p in pictures.split(250)])
     text = torch.cat([model.encode_text(t, normalize=True) for t in tokens[:, 0].long().split(250)])
     similarity = image @ text.T
@@ -142,7 +141,7 @@ def retrieval(model: CLIP, pictures: torch.Tensor, tokens: torch.Tensor) -> dict
 
 def main() -> None:
     """Draw, train, save, load again through open_clip, and print held-out retrieval."""
-    parser = argparse.ArgumentParser(description="Teach the demo's encoder from clean pairs.")
+    parser = argparse.ArgumentParser(description="Train the demo's encoder on clean pairs.")
     parser.add_argument("--pictures", type=int, default=60_000, help=f"a multiple of {CHUNK}")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=256)

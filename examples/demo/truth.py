@@ -1,7 +1,6 @@
-"""The demo's truth table: what the scores and the recipes did with what was planted.
+"""The demo's truth table: how the scores rank the planted faults, and how many of them the recipes keep.
 
-Frames in, frames and `rich` tables out; no files, and nothing of how the scores came to be. A
-number is shown as it is, flattering or not.
+Frames in, frames and `rich` tables out; no files, and no computation of scores.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,34 +9,34 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from selection import statistics as comparing
+from selection import statistics
 
 SCORES = {"clip_score": "CLIPScore", "neg_clip_loss": "negCLIPLoss", "norm_sim_inf": "NormSim_∞"}
 TARGET_LIKE = "target-like pictures"
 
 
 def auc(better: np.ndarray, worse: np.ndarray) -> float:
-    """Chance that a random row of `better` scores higher than one of `worse`; ties count half.
+    """Return the probability that a random row of `better` scores higher than one of `worse`; ties count half.
 
     Args:
-        better: scores [n] of the rows that should be kept, any real dtype.
-        worse: scores [m] of the rows that should not.
+        better: Scores [n] of the rows that should be kept, any real dtype.
+        worse: Scores [m] of the rows that should not.
 
     Raises:
-        ValueError: one of the two is empty or has a NaN.
+        ValueError: One of the two is empty or has a NaN.
     """
     for name, values in (("better", better), ("worse", worse)):
         if len(values) == 0 or np.isnan(values).any():
             raise ValueError(f"{name} has no rows or has NaN: an AUC needs scores on both sides")
-    return float(comparing.auc(better[:, None], worse[:, None])[0])
+    return float(statistics.auc(better[:, None], worse[:, None])[0])
 
 
 def separation(truth: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
-    """How well each score tells clean rows from each kind of fault.
+    """Compute how well each score separates clean rows from each kind of fault.
 
     Args:
-        truth: uid, kind, variant, target_like, as `pool.make_truth` writes them.
-        scores: uid, clip_score, neg_clip_loss, norm_sim_inf; the rows that are in the pool now.
+        truth: Columns uid, kind, variant, target_like, as `pool.make_truth` writes them.
+        scores: Columns uid, clip_score, neg_clip_loss, norm_sim_inf; the current rows of the pool.
 
     Returns:
         One row for each kind but clean, for each variant where a kind has several, for all faults
@@ -45,7 +44,7 @@ def separation(truth: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
         AUC under each score.
 
     Raises:
-        ValueError: a scored uid is not in the truth, or the pool has no clean row.
+        ValueError: A scored uid is not in the truth, or the pool has no clean row.
     """
     rows = _pool(truth, scores)
     clean, faulty = rows.filter(pl.col("kind") == "clean"), rows.filter(pl.col("kind") != "clean")
@@ -65,19 +64,19 @@ def separation(truth: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def kept(truth: pl.DataFrame, scores: pl.DataFrame, subsets: Mapping[str, Collection[str]]) -> pl.DataFrame:
-    """What each recipe kept of each kind and of the target-like pictures.
+    """Count the rows of each kind, and the target-like pictures, that each recipe kept.
 
     Args:
-        truth: as for `separation`.
-        scores: as for `separation`; only its uids matter here, they are the pool.
-        subsets: uids by recipe.
+        truth: As for `separation`.
+        scores: As for `separation`; only its uids are used, as the pool.
+        subsets: Uids by recipe.
 
     Returns:
         recipe, kind, pool (rows), kept (rows), share (kept of the pool's rows of that kind), lift
         (the kind's share of the subset over its share of the pool; NaN for an empty subset).
 
     Raises:
-        ValueError: a selected uid is not in the pool, or a scored one is not in the truth.
+        ValueError: A selected uid is not in the pool, or a scored one is not in the truth.
     """
     rows = _pool(truth, scores)
     groups = {kind: rows.filter(pl.col("kind") == kind) for kind in rows["kind"].unique().sort()}
@@ -104,7 +103,7 @@ def kept(truth: pl.DataFrame, scores: pl.DataFrame, subsets: Mapping[str, Collec
 
 
 def truth_table(truth: pl.DataFrame, scores: pl.DataFrame, subsets: Mapping[str, Collection[str]]) -> list[Table]:
-    """The two tables that end the demo: `separation` and `kept`, for a terminal.
+    """Return `separation` and `kept` as two tables for a terminal.
 
     Args and errors as in `separation` and `kept`.
     """
@@ -116,10 +115,10 @@ def _pool(truth: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
     if len(rows) != len(scores):
         raise ValueError(
             f"{len(scores):,} rows have scores and {len(rows):,} of them agree with the truth "
-            "table: it belongs to another pool; make the demo's pool and truth.parquet anew"
+            "table: it belongs to another pool. Remedy: draw the demo's pool and truth.parquet again"
         )
     if not (rows["kind"] == "clean").any():
-        raise ValueError("no clean row has a score: there is nothing to measure a fault against")
+        raise ValueError("no clean row has a score to compare faults with")
     return rows
 
 
@@ -130,8 +129,8 @@ def _line(kind: str, variant: str, better: pl.DataFrame, worse: pl.DataFrame) ->
 
 def _separation_table(lines: pl.DataFrame) -> Table:
     table = Table(
-        title="How well the scores tell clean rows from each fault",
-        caption="AUC: chance that a clean row scores above a faulty one; 0.5 is a coin. Last line: "
+        title="How well the scores separate clean rows from each fault",
+        caption="AUC: probability that a clean row scores above a faulty one; 0.5 is chance. Last line: "
         "that a target-like picture scores above another.",
     )
     table.add_column("fault")
@@ -150,8 +149,8 @@ def _separation_table(lines: pl.DataFrame) -> Table:
 
 def _kept_table(lines: pl.DataFrame) -> Table:
     table = Table(
-        title="What each recipe kept of each kind",
-        caption="Kept of the pool's rows of that kind; in brackets the kind's share of the subset "
+        title="Share of each kind that each recipe kept",
+        caption="Share of the pool's rows of that kind; in brackets the kind's share of the subset "
         "over its share of the pool.",
     )
     table.add_column("kind")

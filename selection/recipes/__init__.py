@@ -1,1 +1,1 @@
-"""Recipes: the model of one, its steps, and their execution as SQL. Loads without torch."""
+"""Recipes: their model, their steps, and their execution as SQL. Loads without torch."""

@@ -1,13 +1,12 @@
-"""Running a recipe: the SQL that it means, and what each step did.
+"""Execute a recipe as SQL and report every step.
 
-Here belongs the way from a relation of rows and scores to the rows that stay. Where the relation
-comes from, and where the result goes, does not.
+Here: from a relation of rows and scores to the selected rows. Not here: where the relation comes from, and where the
+result is written.
 
-A step is a predicate over one row. `where` is one as it stands, a set is a column of the relation, and
-`keep_top` becomes one when the value of the last row that stays is known: `score > t OR (score = t AND
-uid <= u)`. So nothing is sorted to choose, no intermediate table is written, and the predicate that chose
-a row later explains it. Steps whose verdict on a row needs the rows beside it (`selection.recipes.grouping`,
-`selection.recipes.sampling`) put it into a column of the relation; what explains it later is a table of its own.
+Every step becomes a predicate over one row. `where` is one already, a set is a boolean column, and `keep_top` becomes
+`score > t OR (score = t AND uid <= u)` once the last kept row is known. So selecting needs no sort and no intermediate
+table, and the predicate that selected a row also explains it. Steps that compare a row with others
+(`selection.recipes.grouping`, `selection.recipes.sampling`) add a column with their verdict, and a table explains it.
 """
 
 from collections.abc import Mapping
@@ -30,29 +29,29 @@ from selection.recipes.summaries import summarise
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """The result of one step.
 
     Attributes:
         step: Its number, from 1.
         kind: As in the recipe: `where`, `keep_top`, `union`, ...
         text: The step in one line.
         entered: Rows that reached the step.
-        kept: Rows that were in after it.
+        kept: Rows that are selected after it.
         predicate: The step as SQL over one row's f0, f1 and columns.
-        joined: Rows that a `union` brought in.
-        set: The recipe or uid list that the step names.
-        score: What was ranked by, in words: for one score, its name.
-        scores: The scores that were ranked by.
-        value: What was ranked, as SQL over one row's columns: a finite float64.
-        wanted: Rows that a fraction or a count asked for.
-        threshold: Smallest value that was kept; for `threshold`, the value that was asked for; for `above`, the
-            largest that was kept.
-        tie_uid: Where some rows at the threshold stayed and others not, the largest uid that stayed.
-        by: What `deduplicate` or `stratify` goes by.
-        groups: Number of strata, or of sets of equals with more than one row.
+        joined: Rows that a `union` added.
+        set: The recipe or uid list that the step refers to.
+        score: Label of the ranking; for a single score, its name.
+        scores: The scores that the ranking uses.
+        value: The ranked value, as SQL over one row's columns: a finite float64.
+        wanted: Rows that the fraction or count asks for.
+        threshold: The smallest value that was kept; for `threshold`, the limit in the recipe; for `above`, the
+            largest value that may stay.
+        tie_uid: The largest uid that was kept, where rows at the threshold were partly kept.
+        by: The column that `deduplicate` or `stratify` groups by.
+        groups: Number of strata, or of groups of duplicates.
         samples: Number of draws of `soft_cap_sample`.
-        note: What a reader should know besides.
-        summary: What the step's `report` asked for, as rows of a table (`selection.recipes.summaries`).
+        note: A remark for the reader.
+        summary: Rows of the table that the step's `report` asks for (`selection.recipes.summaries`).
     """
 
     step: int
@@ -77,27 +76,27 @@ class StepReport:
 
     @property
     def left(self) -> int:
-        """Rows that did not stay."""
+        """Rows that the step dropped."""
         return self.entered + self.joined - self.kept
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the report as JSON values; floats read back as the same floats."""
+        """Return the report as JSON values; floats round-trip exactly."""
         return {**asdict(self), "scores": list(self.scores), "summary": list(self.summary), "left": self.left}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows that a recipe chose, as queries over its source, which has to stay as it is.
+    """The selected rows of a recipe, as queries over its source, which must not change meanwhile.
 
     Attributes:
         recipe: The recipe's name.
-        source_rows: Rows that the recipe began with.
-        rows: Rows that are in after all steps.
-        steps: One report a step.
+        source_rows: Number of rows before the first step.
+        rows: Number of selected rows.
+        steps: A report for each step.
         con: The connection that holds the source.
         source: The source as an SQL identifier, with the columns that the steps' predicates read.
-        inside: SQL over one row: whether the recipe began with it, and whether it was in after step 1, 2, ...
-        tables: By the number of a step whose verdict on a row needs the rows beside it, the query that explains it.
+        inside: SQL over one row: whether it is selected before step 1, and after step 1, 2, ...
+        tables: For steps that compare rows, by step number, the query of the table that explains them.
     """
 
     recipe: str
@@ -111,22 +110,22 @@ class Selection:
 
     @property
     def samples(self) -> int:
-        """Entries of DataComp's array: rows, and where samples were drawn, draws."""
+        """Number of entries in DataComp's array: the draws of `soft_cap_sample` if there is one, else the rows."""
         return (self.steps[-1].samples if self.steps else None) or self.rows
 
     @property
     def copies(self) -> str | None:
-        """How often a row was drawn, as SQL over one row, where samples were drawn."""
+        """SQL over one row: how often it was drawn. None without `soft_cap_sample`."""
         drawn = bool(self.steps) and self.steps[-1].samples is not None
         return quoted(_copies(self.steps[-1].step)) if drawn else None
 
     def manifest(self) -> duckdb.DuckDBPyRelation:
-        """Give the chosen rows, sorted by (f0, f1).
+        """Return the selected rows, sorted by (f0, f1).
 
         Returns:
-            uid, f0, f1, shard, key, and for each step n that ranks the column `step{n}_value` (float64), NULL for a
-            row that a `union` brought in after it; for a `stratify` also `step{n}_rank` (int64) among the rows of its
-            stratum; and at last, where samples were drawn, `copies` (int64).
+            uid, f0, f1, shard, key; for each ranking step n `step{n}_value` (float64), NULL for a row that a later
+            `union` added; for `stratify` also `step{n}_rank` (int64) within the stratum; for `soft_cap_sample` also
+            `copies` (int64).
         """
         values = []
         for report in self._ranked:
@@ -141,18 +140,19 @@ class Selection:
         return self.con.sql(f"SELECT {', '.join(columns)} FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1")
 
     def ranks(self) -> dict[str, np.ma.MaskedArray[Any, np.dtype[np.int64]]]:
-        """Give what the manifest leaves out, because sorting arrays takes a fraction of a window function's time.
+        """Compute the rank columns that `manifest` leaves out: sorting arrays is much faster than a window function.
 
         Returns:
-            For each `keep_top` and `soft_cap_sample` step n `step{n}_rank`, in the manifest's order: from 1, among the
-            rows that entered the step, by value downwards and uid upwards; masked for a row that a `union` brought in
-            after it.
+            For each `keep_top` and `soft_cap_sample` step n `step{n}_rank`, int64 in the manifest's order: the rank,
+            from 1, among the rows that entered the step, by falling value, then rising uid. Masked for a row that a
+            later `union` added.
         """
         ranked = [report for report in self._ranked if report.kind != "stratify"]
         if not ranked:
             return {}
         columns = [f"{self.inside[-1]} IS TRUE AS chosen"]
-        # What a `keep_top` kept are the first of what entered; of what a draw was made from any row may be left out.
+        # `keep_top` keeps a prefix of its ranking, so ranks among kept rows are ranks among entered rows. A draw keeps
+        # no prefix, so all rows that entered it are ranked.
         among = {r.step: self.inside[r.step - 1 if r.kind == "soft_cap_sample" else r.step] for r in ranked}
         for report in ranked:
             columns += [f"{report.value} AS v{report.step}", f"{among[report.step]} IS TRUE AS in{report.step}"]
@@ -171,7 +171,7 @@ class Selection:
         return ranks
 
     def subset(self) -> NDArray[np.void]:
-        """Give the chosen uids, each once, in DataComp's dtype, sorted by (f0, f1)."""
+        """Return the selected uids, each once, as `UID_DTYPE` [rows], sorted by (f0, f1)."""
         query = f"SELECT f0, f1 FROM {self.source} WHERE {self.inside[-1]} ORDER BY f0, f1"
         words = self.con.execute(query).fetchnumpy()
         subset = np.empty(self.rows, dtype=UID_DTYPE)
@@ -180,7 +180,7 @@ class Selection:
 
     @property
     def _last_union(self) -> int:
-        """The last step that brings rows in; what is chosen has gone through all rankings after it."""
+        """Number of the last `union`, 0 if none: every selected row passed all rankings after it."""
         return max((report.step for report in self.steps if report.kind == "union"), default=0)
 
     @property
@@ -189,40 +189,40 @@ class Selection:
 
 
 def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: str = "source") -> Selection:
-    """Choose rows.
+    """Execute a recipe.
 
     Args:
         con: A DuckDB connection.
         name: The recipe's name, for messages.
         recipe: The recipe.
         source: Name of a relation in `con` with f0, f1 (unsigned 64-bit, unique as pairs), shard, key,
-            every column of `recipe.columns()`, and for each of `recipe.sets` a boolean column `set_column(set)`: the
-            rows of the pool, of which the recipe begins with all, or with those of the set that `from` names.
+            every column of `recipe.columns()`, and for each of `recipe.sets` a boolean column `set_column(set)`. It
+            holds all rows of the pool; the recipe starts from those that are in its `from`.
 
     Returns:
-        The chosen rows and a report for each step.
+        The selected rows and a report for each step.
 
     Raises:
-        ValueError: A step keeps nothing, a score that is ranked is NaN, NULL or infinite, a predicate
-            does not fit the columns' types, or the source is empty. The message names recipe and step.
+        ValueError: A step keeps no row, a ranked score is NaN, NULL or infinite, a predicate does not fit the columns'
+            types, or the source is empty. The message names recipe and step.
     """
     relation = quoted(source)
     inside = ["true" if recipe.source == POOL else quoted(set_column(recipe.source))]
     total = one(con, f"SELECT count(*) FROM {relation} WHERE {inside[0]}")[0]
     if not total:
-        raise ValueError(f"recipe {name}: its source has no rows, so there is nothing to choose from.")
+        raise ValueError(f"recipe {name}: its source has no rows, so nothing can be selected.")
     reports: list[StepReport] = []
     tables: dict[int, str] = {}
     entered, basis, basis_name, counted = total, total, BASIS, inside[0]
     for number, step in enumerate(recipe.steps, start=1):
-        text = step.said(basis_name)
+        text = step.describe(basis_name)
         start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")
         try:
-            report, relation, table = _carry_out(con, step, start, relation, inside[-1], basis, counted)
+            report, relation, table = _execute_step(con, step, start, relation, inside[-1], basis, counted)
             after = combine(inside[-1], step.kind, report.predicate)
             report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
         except (duckdb.Error, StepError, ValueError) as error:
-            what = str(error).split("\n", 1)[0]  # DuckDB adds every signature that it knows
+            what = str(error).split("\n", 1)[0]  # DuckDB appends every known signature
             raise ValueError(f"recipe {name}, step {number} ({text}): {what}") from error
         if not report.kept:
             raise ValueError(
@@ -249,16 +249,16 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
 
 
 def set_column(name: str) -> str:
-    """Name the column of the source that says whether a row is in a set: another recipe's rows, or a uid list's."""
+    """Return the name of the source's boolean column for membership in a recipe's rows or a uid list."""
     return f"in {name}"
 
 
 def combine(inside: str, kind: str, predicate: str) -> str:
-    """Write whether a row is in after a step of a kind, from whether it was before and what the step says of it."""
+    """Return SQL for "the row is selected after the step", from `inside` before it and the step's predicate."""
     return f"({inside} {'OR' if kind == 'union' else 'AND'} ({predicate}))"
 
 
-def _carry_out(
+def _execute_step(
     con: duckdb.DuckDBPyConnection,
     step: Step,
     report: StepReport,
@@ -267,20 +267,20 @@ def _carry_out(
     basis: int,
     counted: str,
 ) -> tuple[StepReport, str, str | None]:
-    """Carry out a step.
+    """Execute a step.
 
     Args:
         con: The connection that holds the rows.
         step: The step.
-        report: Its beginning.
+        report: Its report, to be completed.
         relation: The rows, as an SQL identifier.
-        inside: SQL over one row: whether it entered.
-        basis: Number of rows that a fraction counts from.
+        inside: SQL over one row: whether it entered the step.
+        basis: Number of rows that a fraction refers to.
         counted: SQL over one row: whether it is one of those.
 
     Returns:
-        What the step did; the rows, with a column more where its verdict needs one; and the query that explains it,
-        where nothing but that does.
+        The report; the relation, with another column if the step needs one; and the query of the table that explains
+        the step, if its predicate alone does not.
     """
     column = f"step{report.step}"
     if step.keep_top is not None:
@@ -297,7 +297,7 @@ def _carry_out(
 
 
 def _filter(con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, relation: str, inside: str) -> StepReport:
-    """Carry out a step that a row passes by itself."""
+    """Execute a step that judges every row by itself."""
     if step.set_name is not None:
         column = quoted(set_column(step.set_name))
         predicate = f"NOT {column}" if step.kind == "except" else column
@@ -305,7 +305,7 @@ def _filter(con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, rela
     elif step.where is not None:
         predicate = f"({step.where}\n)"
     else:
-        predicate, report = _no_more_alike(con, step, report, relation, inside)
+        predicate, report = _below_similarity(con, step, report, relation, inside)
     kept = one(con, f"SELECT count(*) FROM {relation} WHERE {combine(inside, step.kind, predicate)}")[0]
     report = replace(report, kept=kept, predicate=predicate)
     if step.kind == "union":
@@ -314,21 +314,21 @@ def _filter(con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, rela
     return report
 
 
-def _no_more_alike(
+def _below_similarity(
     con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, relation: str, inside: str
 ) -> tuple[str, StepReport]:
-    """Write "no better row is so much like it" over one row; of a uid there is but one row."""
+    """Return the predicate of a `deduplicate` by similarity or by uid; uids in the pool are unique already."""
     assert step.deduplicate is not None
     by, above = step.deduplicate.by, step.deduplicate.above
     report = replace(report, by=by)
     if above is None:
         return "true", replace(report, note="a uid is in the pool once: of its copies the first stayed")
-    ranked_value(con, Ranking(score=by), "", relation, inside)  # which refuses a row without a value
+    ranked_value(con, Ranking(score=by), "", relation, inside)  # raises for a row without a value
     return f"{score_value(by)} <= {literal(above)}", replace(report, scores=(by,), threshold=above)
 
 
 def _grouped(report: StepReport, step: Step, found: Grouped) -> StepReport:
-    """Tell what a step did that looked at a row among those it shares a value with."""
+    """Complete the report of a step that compared the rows of a group."""
     ranking, like = step.stratify, step.deduplicate
     report = replace(
         report, kept=found.kept, predicate=found.predicate, groups=found.groups, wanted=found.wanted, note=found.note
@@ -342,7 +342,7 @@ def _grouped(report: StepReport, step: Step, found: Grouped) -> StepReport:
 def _draw(
     con: duckdb.DuckDBPyConnection, draw: SoftCapSample, report: StepReport, relation: str, inside: str, basis: int
 ) -> tuple[StepReport, str]:
-    """Draw samples; give the relation with the column that tells how often each row was drawn."""
+    """Execute `soft_cap_sample`; the returned relation has the number of draws of each row as a column."""
     wanted = draw.wanted(basis)
     if not wanted:
         raise _less_than_one(draw.fraction, basis)
@@ -379,15 +379,15 @@ def _copies(step: int) -> str:
 
 def _less_than_one(fraction: float | None, basis: int) -> StepError:
     return StepError(
-        f"fraction {fraction!r} of the {basis} rows that it counts from is less than one row, "
-        f"so nothing would be kept. Remedy: a fraction of at least 1/{basis}, or a larger pool."
+        f"fraction {fraction!r} of the {basis} rows that it refers to is less than one row, "
+        f"so nothing would be kept. Remedy: set a fraction of at least 1/{basis}, or use a larger pool."
     )
 
 
 def _keep_top(
     con: duckdb.DuckDBPyConnection, top: KeepTop, report: StepReport, relation: str, inside: str, basis: int
 ) -> tuple[StepReport, str]:
-    """Rank and cut; give the relation with the column that the value may need."""
+    """Execute `keep_top`; the returned relation holds the combined ranks, if the step ranks by those."""
     wanted, entered = top.wanted(basis), report.entered
     if wanted == 0:
         raise _less_than_one(top.fraction, basis)

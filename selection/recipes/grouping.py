@@ -1,7 +1,7 @@
-"""Steps that look at a row among those it shares a value with: the best of equals, and the top of each stratum.
+"""Steps that compare the rows of a group: the best of equal rows, and the top of each stratum.
 
-Here belongs which rows of each group stay, and what is kept of it so that it can be said later why. A row's verdict
-becomes a column beside the source, because no predicate over the row alone could give it.
+Here: which rows of each group stay, and the table that explains it. The verdict becomes a column beside the source,
+because it depends on other rows.
 """
 
 import math
@@ -18,19 +18,20 @@ from selection.recipes.steps import Deduplicate, Ranking, Stratify
 
 @dataclass(frozen=True)
 class Grouped:
-    """What a step did to the groups.
+    """The result of a step on groups.
 
     Attributes:
         relation: A view of the source with one more column, as an SQL identifier.
-        predicate: "It stays" as SQL over one row of it.
-        kept: Rows that stay.
-        table: A query that says why: for duplicates, the dropped rows (f0, f1), each with the one that stayed
-            (kept_f0, kept_f1); for strata, `stratum`, the rows that its fraction counts from (`basis`), `entered`,
-            `wanted`, `kept`, and value (`threshold`) and uid (tie_f0, tie_f1) of the last row that stays.
-        value: What was ranked, as SQL over one row, if anything was.
-        wanted: Rows that strata asked for, as far as they had them.
-        groups: Number of strata, or of sets of equals with more than one row.
-        note: What a reader should know besides.
+        predicate: SQL over one row of it: whether the row stays.
+        kept: Number of rows that stay.
+        table: Query of the table that explains the step. For duplicates: the dropped rows (f0, f1), each with the row
+            that stayed for it (kept_f0, kept_f1). For strata: `stratum`, the number of rows that its fraction refers to
+            (`basis`), `entered`, `wanted`, `kept`, and value (`threshold`) and uid (tie_f0, tie_f1) of the last row
+            that stays.
+        value: The ranked value, as SQL over one row, if the step ranks.
+        wanted: Rows that the strata ask for, capped by what entered.
+        groups: Number of strata, or of groups of duplicates.
+        note: A remark for the reader.
     """
 
     relation: str
@@ -46,18 +47,18 @@ class Grouped:
 def best_of_equals(
     con: duckdb.DuckDBPyConnection, step: Deduplicate, column: str, relation: str, inside: str, entered: int
 ) -> Grouped:
-    """Keep the best row of those that are equal in a column.
+    """Keep the best of the rows that are equal in a column.
 
     Args:
         con: The connection that holds the source.
-        step: The step, which names a column.
-        column: Beginning of the names of what is made.
+        step: The step, with a column to compare.
+        column: Prefix for the names of new tables and columns.
         relation: The source as an SQL identifier.
         inside: SQL over one row: whether it entered the step.
         entered: Number of those rows.
 
     Raises:
-        StepError: A row that entered has no value to compare, or none to rank it by.
+        StepError: A row that entered has no value to compare or to rank by.
     """
     assert step.equal is not None
     by = quoted(step.equal)
@@ -93,7 +94,7 @@ def best_of_equals(
     dropped = con.execute(f"SELECT place FROM {table}").fetchnumpy()["place"]
     groups = one(con, f"SELECT count(DISTINCT (kept_f0, kept_f1)) FROM {table}")[0]
     return Grouped(
-        relation=with_column_at(con, relation, f"{column}_kept", dropped, False, elsewhere=True),
+        relation=with_column_at(con, relation, f"{column}_kept", dropped, False, default=True),
         predicate=quoted(f"{column}_kept"),
         kept=entered - len(dropped),
         table=f"SELECT f0, f1, kept_f0, kept_f1 FROM {table} ORDER BY f0, f1",
@@ -104,15 +105,15 @@ def best_of_equals(
 def top_of_strata(
     con: duckdb.DuckDBPyConnection, step: Stratify, column: str, relation: str, inside: str, basis: str
 ) -> Grouped:
-    """Keep the best rows of each stratum, as many as its fraction or the count allows.
+    """Keep the best rows of each stratum: floor(N · fraction), or the count.
 
     Args:
         con: The connection that holds the source.
         step: The step.
-        column: Beginning of the names of what is made.
+        column: Prefix for the names of new tables and columns.
         relation: The source as an SQL identifier.
         inside: SQL over one row: whether it entered the step.
-        basis: The same: whether a fraction counts it.
+        basis: SQL over one row: whether it counts towards the N of a fraction.
 
     Raises:
         StepError: A score is NaN, NULL or infinite for a row that entered.
@@ -137,7 +138,7 @@ def top_of_strata(
     if not expected:
         raise StepError(
             f"fraction {step.fraction!r} of the rows of each {step.by} is less than one row in every one that has rows "
-            "here. Remedy: a larger fraction, a count, or a column of fewer values."
+            "here. Remedy: set a larger fraction or a count, or stratify by a column with fewer values."
         )
     con.execute(
         f"""

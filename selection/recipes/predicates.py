@@ -1,6 +1,6 @@
-"""Predicates of a recipe: which columns a `where` reads, and that it judges a row by that row alone.
+"""Check the predicate of a `where` and list the columns it reads, with DuckDB's own parser.
 
-Here belongs what is asked of DuckDB's own parser. What a recipe may say besides is in `selection.recipes.steps`.
+A predicate may depend on one row only. The model of a step is in `selection.recipes.steps`.
 """
 
 import json
@@ -13,19 +13,19 @@ import duckdb
 
 @cache
 def predicate_columns(predicate: str) -> frozenset[str]:
-    """Find the columns that a predicate reads, by DuckDB's own parser.
+    """Return the columns that a predicate reads.
 
     Args:
         predicate: A DuckDB expression over one row, such as `least(width, height) >= 200`.
 
     Returns:
-        The names, as written.
+        The names as written.
 
     Raises:
-        ValueError: The text is not one such expression, or what it says of a row depends on more than
-            that row: a subquery, an aggregate, a window, a parameter, `*`, the clock or chance.
+        ValueError: The text is not a single expression, or its value depends on more than the row: a subquery, an
+            aggregate, a window, a parameter, `*`, the clock or a random number.
     """
-    # The brackets keep "a GROUP BY b" out, the bare form keeps "a) OR (b" out.
+    # Brackets reject "a GROUP BY b"; the bare form rejects "a) OR (b".
     tree = _parse(predicate, f"SELECT 1 WHERE (\n{predicate}\n)")
     _parse(predicate, f"SELECT 1 WHERE {predicate}")
     return frozenset(_walk(predicate, tree, frozenset()))
@@ -53,7 +53,7 @@ def _parse(predicate: str, sql: str) -> dict[str, Any]:
 
 
 def _walk(predicate: str, node: Any, bound: frozenset[str]) -> Iterator[str]:
-    """Yield the columns under a node of DuckDB's tree; `bound` are a lambda's own names."""
+    """Yield the columns below a node of DuckDB's parse tree; `bound` holds parameters of enclosing lambdas."""
     if isinstance(node, list):
         for child in node:
             yield from _walk(predicate, child, bound)
@@ -89,7 +89,7 @@ def _walk(predicate: str, node: Any, bound: frozenset[str]) -> Iterator[str]:
 
 @cache
 def _row_functions() -> frozenset[str]:
-    """Name DuckDB's functions whose value depends on their arguments alone."""
+    """List the DuckDB functions whose value depends on their arguments alone, in lower case."""
     with duckdb.connect() as con:
         rows = con.execute(
             """

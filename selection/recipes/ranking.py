@@ -1,11 +1,10 @@
-"""Ranking rows: by what, and where the cut falls.
+"""Rank rows by one score or several combined, and find the last row that stays.
 
-Here belongs the value that a step ranks by, one score or several combined, as SQL over one row, and the value of the
-last row that stays. Which steps there are and what they do to the rows is `selection.recipes.execute`.
+Here: the ranked value as SQL over one row, and its threshold. Not here: executing steps
+(`selection.recipes.execute`).
 
-Combined values depend on the other rows that entered the step: on their ranks, or on a minimum, a mean. Those figures
-are found first. Minima and means then stand as numbers in the value's SQL, so that it is still one row's affair; ranks
-become a column beside the source.
+A combined value depends on all rows that entered the step, through their minimum, mean or ranks. Minima and means are
+computed first and become numbers in the SQL, so it still reads one row; ranks become a column beside the source.
 """
 
 import math
@@ -22,25 +21,25 @@ from core.sql import literal, one, quoted
 from core.uids import format_uid
 from selection.recipes.steps import Ranking
 
-_BINS = 4096
-_SORTABLE = 1 << 17
-_FIXED = 40
+_BINS = 4096  # of a pass that narrows down a quantile
+_SORTABLE = 1 << 17  # rows of a bin that is sorted instead of divided again
+_FIXED = 40  # binary digits of a score in exact sums
 
 
 class StepError(UserError):
-    """A step that can't be carried out; `select` adds recipe and step to the message."""
+    """A step can't be executed; `select` adds recipe and step to the message."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What a step ranks by.
+    """The value that a step ranks by.
 
     Attributes:
-        value: A finite float64 as SQL over one row of `relation`; the larger the better.
+        value: A finite float64 as SQL over one row of `relation`; larger is better.
         relation: The source, or a view of it with one more column, as an SQL identifier.
         least: The smallest value among the rows that entered.
-        most: The largest.
-        note: What a reader should know besides.
+        most: The largest one.
+        note: A remark for the reader.
     """
 
     value: str
@@ -51,12 +50,12 @@ class Ranked:
 
 
 def ranked_value(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relation: str, inside: str) -> Ranked:
-    """Find what a step ranks by.
+    """Build the SQL of the value that a step ranks by.
 
     Args:
         con: The connection that holds the source.
-        top: What the step ranks by.
-        column: Name of a column to make where the value needs one.
+        top: The ranking.
+        column: Name for a new column, if the value needs one.
         relation: The source as an SQL identifier.
         inside: SQL over one row: whether it entered the step.
 
@@ -77,12 +76,12 @@ def ranked_value(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, rela
 
 
 def score_value(score: str) -> str:
-    """Write a score as a float64 with one zero, so that a report never depends on which zero came first."""
+    """Return SQL for a score as float64; adding 0.0 turns -0.0 into 0.0, so reports do not depend on row order."""
     return f"({quoted(score)}::DOUBLE + 0.0)"
 
 
 def cut(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, keep: int) -> tuple[float, tuple[int, int] | None]:
-    """Find the value of the last row that stays and, if it parts equals, that row's (f0, f1)."""
+    """Return the value of the last of `keep` rows and, if not all rows with that value stay, its (f0, f1)."""
     threshold, place, equal = nth(con, ranked, inside, keep)
     if place == equal:
         return threshold, None
@@ -92,10 +91,13 @@ def cut(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, keep: int) 
 
 
 def nth(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, place: int) -> tuple[float, int, int]:
-    """Find the value at a place, from 1, of the values downwards; its place among its equals, and how many they are.
+    """Find the value at a place, counted from 1, in falling order.
 
-    Each pass counts the values in equal bins of [least, most] and goes on with the bin that holds the
-    value; a bin that is small, or that can't be divided further, is sorted. So the rows never are.
+    Each pass counts values in equal bins of [least, most] and continues in the bin that holds the place. Only a bin
+    that is small, or that can't be divided further, is sorted.
+
+    Returns:
+        The value, its place among equal values, and the number of equal values.
     """
     value, least, most = ranked.value, ranked.least, ranked.most
     rows = f"FROM {ranked.relation} WHERE {inside}"
@@ -109,13 +111,13 @@ def nth(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, place: int)
             ORDER BY 1 DESC
             """
         ).fetchall()
-        for bin_ in bins:
+        for bin_ in bins:  # from the largest values down, until the place is inside
             least, most, size = bin_
             if place <= size:
                 break
             place -= size
         within = f"{rows} AND {value} BETWEEN {literal(least)} AND {literal(most)}"
-        if len(bins) == 1:
+        if len(bins) == 1:  # rounding puts all values into one bin: dividing again would change nothing
             break
     counted = con.execute(f"SELECT {value}, count(*) {within} GROUP BY 1 ORDER BY 1 DESC").fetchall()
     for group in counted:
@@ -127,7 +129,7 @@ def nth(con: duckdb.DuckDBPyConnection, ranked: Ranked, inside: str, place: int)
 
 
 def keep_predicate(value: str, threshold: float, tie: tuple[int, int] | None) -> str:
-    """Write "it stays" over one row."""
+    """Return SQL over one row: whether it stays, given the last row that does."""
     if tie is None:
         return f"{value} >= {literal(threshold)}"
     f0, f1 = (f"{word}::UBIGINT" for word in tie)
@@ -136,10 +138,10 @@ def keep_predicate(value: str, threshold: float, tie: tuple[int, int] | None) ->
 
 
 def places(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Give each value's place among all, downwards, from 1; of equal ones the first comes first.
+    """Return each value's place in falling order, from 1; equal values keep their order.
 
-    Float32 numbers, which scores are, become integers in the same order, with the place as the low half: one
-    vectorised sort of uint64.
+    Values that are exact in float32, as scores are, become uint64 keys: 32 bits that sort like the value, then the
+    row. One vectorised sort of the keys is several times faster than an argsort of floats.
 
     Args:
         values: Finite float64 of shape [n].
@@ -152,6 +154,8 @@ def places(values: NDArray[np.float64]) -> NDArray[np.int64]:
         narrow = values.astype(np.float32)
     if len(values) < 1 << 32 and (narrow == values).all():
         bits = narrow.view(np.uint32)
+        # IEEE 754 bits of positive floats sort like the floats, those of negative floats in reverse. For a falling
+        # order the former are inverted (all but the sign), the latter are right already.
         falling = np.where(bits >> 31 != 0, bits, ~bits & np.uint32(0x7FFFFFFF))
         keys = (falling.astype(np.uint64) << np.uint64(32)) | np.arange(len(values), dtype=np.uint64)
         keys.sort()
@@ -163,7 +167,7 @@ def places(values: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def competition_ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Give each value's rank: 1 + the number of larger values; equal values have equal ranks.
+    """Return each value's rank, 1 + the number of larger values; equal values have equal ranks.
 
     Args:
         values: Finite float64 of shape [n].
@@ -180,7 +184,7 @@ def competition_ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) -> tuple[float, float]:
-    """Give the least and the largest value; refuse values that have no place in an order."""
+    """Return the smallest and the largest value; raise StepError if one is NULL, NaN or infinite."""
     unusable = f"NOT coalesce(isfinite({value}), false)"
     least, most, bad = one(con, f"SELECT min({value}), max({value}), count(*) FILTER (WHERE {unusable}) {rows}")
     if bad:
@@ -194,7 +198,7 @@ def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) ->
 
 
 def _weighted(con: duckdb.DuckDBPyConnection, top: Ranking, rows: str, ranges: dict[str, tuple[float, float]]) -> str:
-    """Write the weighted sum of scores brought to one scale; a score that is the same everywhere adds nothing."""
+    """Return SQL for the weighted sum of normalised scores; a constant score adds nothing."""
     assert top.weighted is not None
     terms = []
     for score, weight in top.weighted.items():
@@ -211,9 +215,10 @@ def _weighted(con: duckdb.DuckDBPyConnection, top: Ranking, rows: str, ranges: d
 def _mean_and_deviation(
     con: duckdb.DuckDBPyConnection, value: str, rows: str, least: float, most: float
 ) -> tuple[float, float]:
-    """Give mean and standard deviation, the same whichever thread adds what first.
+    """Return mean and standard deviation, independent of the order in which threads add rows.
 
-    A sum of floats depends on its order. So values are counted in steps of 2⁻⁴⁰ of their range, whose sums are exact.
+    A sum of floats depends on its order, so values are rounded to multiples of 2⁻⁴⁰ of their range, and these
+    integers are summed exactly.
     """
     steps = f"round(({value} - {literal(least)}) / {literal(most - least)} * {1 << _FIXED})::HUGEINT"
     n, total, squares = one(con, f"SELECT count(*), sum(s), sum(s * s) FROM (SELECT {steps} AS s {rows})")
@@ -223,7 +228,11 @@ def _mean_and_deviation(
 
 
 def _by_ranks(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, relation: str, inside: str) -> tuple[str, str]:
-    """Make a view of the source with the sum of ranks as a column; NULL for rows that did not enter."""
+    """Create a view of the source with the combined ranks as a column, NULL for rows that did not enter.
+
+    Returns:
+        SQL of the value, and the view.
+    """
     selected = [f"{score_value(score)} AS s{number}" for number, score in enumerate(top.scores)]
     found = con.execute(f"SELECT {inside} IS TRUE AS entered, {', '.join(selected)} FROM {relation}").fetchnumpy()
     entered = np.asarray(found.pop("entered"))
@@ -246,25 +255,25 @@ def with_column_at(
     column: str,
     places: NDArray[np.int64],
     values: NDArray[Any] | bool,
-    elsewhere: bool | int | float,
+    default: bool | int | float,
 ) -> str:
-    """Make a view of a relation with one more column, of which values are known at some places; give its name.
+    """Create a view of a relation with one more column, given by its values at some places, and return its name.
 
     Args:
         con: The connection that holds the relation.
         relation: As an SQL identifier.
         column: The new column's name.
-        places: Where in the order of a scan, from 0: `row_number() OVER () - 1`.
-        values: What stands there, of the type of `elsewhere`.
-        elsewhere: What stands at all other places; NaN becomes NULL.
+        places: Positions in the order of a scan, from 0: `row_number() OVER () - 1`.
+        values: The values there, of the type of `default`.
+        default: The value at all other positions; NaN becomes NULL.
     """
-    whole = np.full(one(con, f"SELECT count(*) FROM {relation}")[0], elsewhere)
+    whole = np.full(one(con, f"SELECT count(*) FROM {relation}")[0], default)
     whole[places] = values
     return with_column(con, relation, column, whole)
 
 
 def with_column(con: duckdb.DuckDBPyConnection, relation: str, column: str, values: NDArray[Any]) -> str:
-    """Make a view of a relation with one more column, whose values come in the order of a scan; give its name.
+    """Create a view of a relation with one more column, given in the order of a scan, and return its name.
 
     Args:
         con: The connection that holds the relation.

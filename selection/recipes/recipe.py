@@ -1,6 +1,6 @@
-"""Recipes: the model of what a user writes, and the checks that need no data.
+"""The recipe that a user writes, and the checks that need no data.
 
-Here belongs what a recipe is and what it may name. Its steps are in `selection.recipes.steps`; running one is
+Here: the model of a recipe and the names it may use. Its steps are in `selection.recipes.steps`, their execution in
 `selection.recipes.execute`.
 """
 
@@ -17,32 +17,32 @@ UID_LIST_ASSETS = "external_uids/"
 
 
 class Columns(NamedTuple):
-    """The columns that a recipe reads, sorted: those of the pool, and scores by their recipe name."""
+    """The columns that a recipe reads, sorted: columns of the pool, and scores by their name in recipes."""
 
     pool: tuple[str, ...]
     scores: tuple[str, ...]
 
 
 def set_kind(name: str) -> str:
-    """Tell what a recipe's `from`, or a step's set, is: `pool`, `uids` (a uid list) or `recipe`."""
+    """Return the kind of a recipe's `from` or a step's set: `pool`, `uids` (a uid list) or `recipe`."""
     if name == POOL:
         return "pool"
     return "uids" if name.endswith(UID_LIST_ENDINGS) or is_uid_list_asset(name) else "recipe"
 
 
 def is_uid_list_asset(name: str) -> bool:
-    """Tell whether a uid list is named by its asset, `external_uids/<name>`, and not by its path."""
+    """Check whether a uid list is an asset, `external_uids/<name>`, and not a path."""
     return name.startswith(UID_LIST_ASSETS) and not name.endswith(UID_LIST_ENDINGS)
 
 
 class Recipe(Model):
-    """How a subset is chosen.
+    """How a subset is selected.
 
     Attributes:
         source: `from` in YAML: `pool`, the name of another recipe, or the path of a uid list that
             ends in .npy (DataComp's array) or .txt (one uid a line).
-        steps: What is done, in order.
-        description: For the reader.
+        steps: The steps in order.
+        description: A remark for the reader.
     """
 
     source: str = Field(default=POOL, alias="from", min_length=1)
@@ -54,8 +54,8 @@ class Recipe(Model):
         for number, step in enumerate(self.steps[:-1], start=1):
             if step.soft_cap_sample is not None:
                 raise ValueError(
-                    f"step {number} draws samples, some of them several times, which no later step could know of. "
-                    "Remedy: soft_cap_sample as the last step"
+                    f"step {number} draws rows several times, and no later step can read that. "
+                    "Remedy: make soft_cap_sample the last step"
                 )
         return self
 
@@ -66,17 +66,17 @@ class Recipe(Model):
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Name every recipe and uid list that the recipe reads, `from` first, each once."""
+        """Every recipe and uid list that the recipe reads, `from` first, each once."""
         named = [self.source, *(step.set_name for step in self.steps)]
         return tuple(dict.fromkeys(name for name in named if name is not None and name != POOL))
 
     @property
     def recipes(self) -> tuple[str, ...]:
-        """Name the recipes that this one rests on."""
+        """The recipes that this one reads."""
         return tuple(name for name in self.sets if set_kind(name) == "recipe")
 
     def columns(self) -> Columns:
-        """Name the columns that the recipe reads; a score is a name with a slash in it."""
+        """Return the columns that the recipe reads; a name with a slash is a score."""
         names = sorted(set().union(*(step.columns() for step in self.steps)))
         return Columns(
             pool=tuple(name for name in names if "/" not in name),
@@ -84,7 +84,7 @@ class Recipe(Model):
         )
 
     def definition(self) -> dict[str, Any]:
-        """Give the recipe as the YAML says it, in JSON values."""
+        """Return the recipe as in YAML, in JSON values."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"from": self.source}
 
 
@@ -96,24 +96,23 @@ def check_recipes(
     uid_lists: Collection[str] = (),
     texts: Collection[str] = (),
 ) -> None:
-    """Check what one recipe alone can't know: other recipes, scores and columns of the pool.
+    """Check the recipes of a project against each other, its scores and the columns of its pool.
 
     Args:
         recipes: The recipes by name.
-        scores: Names of the scores that the project has.
-        pool_columns: Names of the columns that the pool has.
+        scores: Names of the project's scores.
+        pool_columns: Names of the pool's columns.
         uid_lists: Names of the uid lists that are assets, such as `external_uids/dfn`.
-        texts: Those of the scores and columns whose values are no numbers.
+        texts: The scores and columns that hold text.
 
     Raises:
-        ValueError: One message with a line for each unknown recipe, uid list, score or column, for each text that is
-            ranked, for each circle of recipes that rest on one another, and for each name that stands for something
-            else.
+        ValueError: One message with a line for each unknown recipe, uid list, score or column, each ranking by text,
+            each cycle of recipes, and each recipe whose name `from` would read as something else.
     """
     problems = []
     for name, recipe in recipes.items():
         if name == POOL or name.endswith(UID_LIST_ENDINGS):
-            problems.append(f"recipe {name}: another recipe's from could not name it; call it otherwise")
+            problems.append(f"recipe {name}: from would not read this name as a recipe. Remedy: rename the recipe")
         problems += _unknown_set(f"recipe {name}, from", recipe.source, [POOL, *recipes], uid_lists)
         for number, step in enumerate(recipe.steps, start=1):
             if step.set_name is not None:
@@ -121,14 +120,14 @@ def check_recipes(
                 problems += _unknown_set(where, step.set_name, recipes, uid_lists)
             for column in sorted(step.numbers.intersection(texts)):
                 where = f"recipe {name}, step {number} ({step.text})"
-                problems.append(f"{where}: {column} holds texts, which have no rank. Remedy: a score of numbers")
+                problems.append(f"{where}: {column} holds text, which has no rank. Remedy: use a numeric score")
             unknown = step.columns() - set(scores) - set(pool_columns)
             for column in sorted(unknown):
                 known = [*scores, *pool_columns]
                 what = "score" if column in step.scores or "/" in column else "column"
                 problems.append(f"recipe {name}, step {number} ({step.text}): {_unknown(what, column, known)}")
-    for circle in _circles(recipes):
-        problems.append(f"recipes rest on one another: {' on '.join(circle)}")
+    for cycle in _cycles(recipes):
+        problems.append(f"recipes depend on each other: {' on '.join(cycle)}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -149,17 +148,18 @@ def _unknown_set(where: str, name: str, recipes: Collection[str], uid_lists: Col
     return [f"{where}: {_unknown('recipe', name, recipes)}; {ends}"]
 
 
-def _circles(recipes: Mapping[str, Recipe]) -> list[tuple[str, ...]]:
-    """Find each circle once, from its first name in the alphabet back to that name."""
-    circles = set()
+def _cycles(recipes: Mapping[str, Recipe]) -> list[tuple[str, ...]]:
+    """Return each cycle once, from its first name in the alphabet back to that name."""
+    cycles = set()
 
     def follow(chain: tuple[str, ...]) -> None:
         for name in recipes[chain[-1]].recipes:
             if name == chain[0]:
-                circles.add((*chain, name))
+                cycles.add((*chain, name))
+            # A cycle is followed from its first name only, so that it is found once.
             elif name in recipes and name > chain[0] and name not in chain:
                 follow((*chain, name))
 
     for start in recipes:
         follow((start,))
-    return sorted(circles)
+    return sorted(cycles)

@@ -1,6 +1,6 @@
-"""Soft cap sampling (arXiv 2503.08805): rows are drawn by their value, each time they are drawn the less likely.
+"""Soft cap sampling (arXiv 2503.08805): draw rows by their value; every draw makes a row less likely.
 
-Numpy alone. Here belong the draws; what is drawn from, and what is done with the copies, does not.
+NumPy only. Here: the draws. Not here: the rows that enter, and what becomes of the copies.
 """
 
 import os
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from selection.scores.negatives import keyed_hash
 
-_ROWS = 1 << 18  # that a thread works on at once
-_APART = 1 << 63  # the draws of negatives are numbered from 0, these from here: equal seeds have nothing in common
+_ROWS = 1 << 18  # a thread handles at once
+# First number of a draw in the keyed hash. Draws of negatives count from 0, so equal seeds give independent draws.
+_APART = 1 << 63
 
 
 def soft_cap_sample(
@@ -26,13 +27,13 @@ def soft_cap_sample(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> NDArray[np.int64]:
-    """Draw samples, some of them several times.
+    """Draw samples; a row may be drawn in several rounds.
 
-    Round r draws min(batch, what is left to draw, n) rows without replacement, one after the other with probabilities
-    proportional to exp((value_i − penalty · c_i) / τ), where c_i is how often row i was drawn in earlier rounds. That
-    is the same as taking the largest of (value_i − penalty · c_i) / τ + g_i with independent standard Gumbel g_i
-    (Yellott 1977), which here come from a keyed hash of (seed, r, uid): the result does not depend on the order of the
-    rows, nor on the number of threads.
+    Round r draws min(batch, remaining draws, n) rows without replacement, one after the other with probabilities
+    proportional to exp((value_i − penalty · c_i) / τ), where c_i counts the draws of row i in earlier rounds. This is
+    the same as taking the largest (value_i − penalty · c_i) / τ + g_i with independent standard Gumbel g_i (Yellott
+    1977). The g_i come from a keyed hash of (seed, r, uid), so the result does not depend on the order of rows or the
+    number of threads.
 
     Args:
         values: Finite float64 of shape [n]; n at least 1.
@@ -40,15 +41,15 @@ def soft_cap_sample(
         f1: Second halves.
         samples: Number of draws, at least 1.
         batch: Draws of a round, at least 1.
-        penalty: What each draw takes from a row's value.
+        penalty: Subtracted from a row's value for each earlier draw.
         temperature: τ, above 0.
         seed: Any integer.
 
     Returns:
-        How often each row was drawn, int64 of shape [n]; the sum is `samples`.
+        Number of draws of each row, int64 of shape [n]; the sum is `samples`.
 
     Raises:
-        ValueError: There are no rows, shapes differ, a value is not finite, or a number is out of its range.
+        ValueError: There are no rows, shapes differ, a value is not finite, or an argument is out of its range.
     """
     n = len(values)
     if not n or not (values.shape == f0.shape == f1.shape == (n,)) or not np.isfinite(values).all():
@@ -78,13 +79,13 @@ def soft_cap_sample(
 
 
 def _gumbel(seed: int, draw: int, f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Give standard Gumbel numbers: −log(−log u), u the middle of one of 2⁵² equal parts of [0, 1]."""
+    """Return standard Gumbel numbers −log(−log u); u is the middle of one of 2⁵² equal parts of [0, 1]."""
     places = (keyed_hash(seed, draw, f0, f1) >> np.uint64(12)).astype(np.float64)
     return -np.log(-np.log((places + 0.5) * 2.0**-52))
 
 
 def _largest(keys: NDArray[np.float64], take: int, f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Give the places of the `take` largest keys; of equal keys those of the smaller uids."""
+    """Return the indices of the `take` largest keys; smaller uids win ties."""
     last = np.partition(keys, len(keys) - take)[len(keys) - take]
     above, equal = np.flatnonzero(keys > last), np.flatnonzero(keys == last)
     by_uid = equal[np.lexsort((f1[equal], f0[equal]))]

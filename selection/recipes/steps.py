@@ -1,7 +1,6 @@
-"""The steps of a recipe: the model of what a user writes, and how each is said in words.
+"""The steps of a recipe: their models, the columns they read, and their descriptions.
 
-Here belongs what one step may say and which columns it reads. What a recipe is, and what it may name, is in
-`selection.recipes.recipe`; carrying a step out is `selection.recipes.execute`.
+The recipe is in `selection.recipes.recipe`, the execution of a step in `selection.recipes.execute`.
 """
 
 from fractions import Fraction
@@ -13,31 +12,31 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from selection.recipes.predicates import predicate_columns
 
 POOL = "pool"
-BASIS = "the pool"  # what fractions count from, in words, before a `within`
+BASIS = "the pool"  # describes the rows that fractions refer to, before a `within`
 UID, IMAGE, DIGEST = "uid", "image", "sha256"
 LIKENESS = "near_duplicate/"
 
 
 class Model(BaseModel):
-    """What all parts of a recipe share: immutable, and an unknown field is an error."""
+    """Base of all parts of a recipe: immutable; an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Ranking(Model):
-    """What rows are ranked by: one score, or several combined.
+    """The value that rows are ranked by: one score, or several combined.
 
     Attributes:
         score: The score's name, such as `neg_clip_loss/b32`.
         rank_sum: Names of scores whose ranks are added; the smallest sums stay. A rank is 1 + the number of rows that
             entered the step with a larger value, so equal values have equal ranks.
-        weighted: Names of scores with their weights. Each score is brought to one scale over the rows that entered the
-            step, as `normalise` says, then multiplied and added.
+        weighted: Names of scores with their weights. Each score is normalised over the rows that entered the step,
+            multiplied by its weight, and added.
         normalise: `rank` (n - rank) / (n - 1), `min_max` (x - min) / (max - min), or `z_score` (x - mean) / standard
             deviation (of the population).
     """
 
-    called: ClassVar[str] = "a ranking"
+    yaml_name: ClassVar[str] = "a ranking"
 
     score: str | None = Field(default=None, min_length=1)
     rank_sum: tuple[str, ...] | None = None
@@ -56,27 +55,27 @@ class Ranking(Model):
         return self
 
     def _only_one(self, *names: str) -> str:
-        """Name the one of some fields that is given.
+        """Return the one field of `names` that is set.
 
         Raises:
-            ValueError: none of them is, or several are.
+            ValueError: none is set, or several are.
         """
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
-            raise ValueError(f"{self.called} needs exactly one of {', '.join(names)}; found {found}")
+            raise ValueError(f"{self.yaml_name} needs exactly one of {', '.join(names)}; found {found}")
         return given[0]
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The scores that are ranked by."""
+        """The scores in the ranking."""
         if self.score is not None:
             return (self.score,)
         return self.rank_sum if self.rank_sum is not None else tuple(self.weighted or ())
 
     @property
     def label(self) -> str:
-        """What is ranked by, in words."""
+        """Description of the ranked value; for a single score, its name."""
         if self.score is not None:
             return self.score
         if self.weighted is None:
@@ -85,19 +84,19 @@ class Ranking(Model):
 
 
 class KeepTop(Ranking):
-    """Keep the rows with the largest values; exactly one of the limits is given.
+    """Keep the rows with the largest values; exactly one limit is set.
 
     Attributes:
-        fraction: Share of the rows that the recipe began with, or, after a `within`, of the rows within; above 0 and
-            at most 1.
+        fraction: Share of the rows before the first step, or, after a `within`, of the rows it kept; above 0 and at
+            most 1.
         count: Number of rows.
         threshold: Smallest value that is kept.
-        rule: What a fraction f of N rows keeps: `exact` floor(N·f) rows, ties broken by uid; `datacomp` every row that
-            is at least the value at place int(N·f), counted from 0, of the values sorted downwards, as DataComp's
-            baselines do: one row more, and all that are equal to it.
+        rule: How a fraction f of N rows is cut. `exact`: floor(N·f) rows, ties broken by uid. `datacomp`: every row
+            at or above the value at place int(N·f), from 0, in falling order, as in DataComp's baselines: one row
+            more, and all equal to it.
     """
 
-    called: ClassVar[str] = "keep_top"
+    yaml_name: ClassVar[str] = "keep_top"
 
     fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
     count: int | None = Field(default=None, gt=0, strict=True)
@@ -108,20 +107,20 @@ class KeepTop(Ranking):
     def _one_limit(self) -> Self:
         self._only_one("fraction", "count", "threshold")
         if self.rule == "datacomp" and self.fraction is None:
-            raise ValueError("rule datacomp says what a fraction keeps; give fraction")
+            raise ValueError("rule datacomp applies to a fraction only. Remedy: set fraction, or leave rule out")
         if self.rank_sum is not None and self.threshold is not None:
-            raise ValueError("a sum of ranks has no threshold that means anything; give fraction or count")
+            raise ValueError("rank_sum has no meaningful threshold. Remedy: set fraction or count")
         return self
 
     def wanted(self, basis: int) -> int | None:
-        """Tell how many rows the step may keep.
+        """Return the number of rows to keep.
 
         Args:
-            basis: Number of rows that a fraction counts from.
+            basis: Number of rows that a fraction refers to.
 
         Returns:
-            floor(basis · fraction), or the count; None for a threshold. For the rule `datacomp`, how many there
-            are if no others are equal to the last; it multiplies in binary, as its code does.
+            floor(basis · fraction), or the count; None for a threshold. For the rule `datacomp`, the number without
+            ties; it multiplies in binary, as DataComp's code does.
         """
         if self.fraction is not None and self.rule == "datacomp":
             return int(basis * self.fraction) + 1
@@ -129,8 +128,8 @@ class KeepTop(Ranking):
             return part_of(basis, self.fraction)
         return self.count
 
-    def said(self, basis: str) -> str:
-        """Say the step in one line."""
+    def describe(self, basis: str) -> str:
+        """Return the step in one line; `basis` describes the rows that a fraction refers to."""
         if self.fraction is not None and self.rule == "datacomp":
             return f"keep {self.label} >= its value behind the top {self.fraction!r} of {basis}"
         if self.fraction is not None:
@@ -141,7 +140,7 @@ class KeepTop(Ranking):
 
 
 class _Limited(Ranking):
-    """A ranking with a share of the rows, or their number; exactly one of both is given."""
+    """A ranking limited by a fraction or a count; exactly one is set."""
 
     fraction: float | None = None
     count: int | None = Field(default=None, gt=0, strict=True)
@@ -152,7 +151,7 @@ class _Limited(Ranking):
         return self
 
     def wanted(self, basis: int) -> int:
-        """Tell how many of `basis` rows are asked for: floor(basis · fraction), or the count."""
+        """Return the number of rows asked for: floor(basis · fraction), or the count."""
         if self.fraction is not None:
             return part_of(basis, self.fraction)
         assert self.count is not None
@@ -160,35 +159,35 @@ class _Limited(Ranking):
 
 
 class Stratify(_Limited):
-    """Keep the rows with the largest values of each stratum, the rows that are equal in a column.
+    """Keep the rows with the largest values of each stratum; a stratum is the rows with one value of a column.
 
     Attributes:
         by: A column of the pool or a score. Rows without a value are a stratum of their own.
-        fraction: Share of the stratum's rows among those that the recipe began with, or, after a `within`, of those
-            within: floor(N·f) rows.
+        fraction: Keep floor(N·f) rows of each stratum; N counts its rows before the first step, or, after a `within`,
+            those it kept.
         count: Number of rows of each stratum.
     """
 
-    called: ClassVar[str] = "stratify"
+    yaml_name: ClassVar[str] = "stratify"
 
     by: str = Field(min_length=1)
     fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
 
-    def said(self, basis: str) -> str:
-        """Say the step in one line."""
+    def describe(self, basis: str) -> str:
+        """Return the step in one line; `basis` describes the rows that a fraction refers to."""
         limit = self.count if self.fraction is None else repr(self.fraction)
         counted = f", counted from {basis}" if self.fraction is not None and basis != BASIS else ""
         return f"keep the top {limit} of each {self.by} by {self.label}{counted}"
 
 
 class Deduplicate(Model):
-    """Keep one of the rows that are alike.
+    """Keep one of several duplicates.
 
     Attributes:
-        by: What is alike: `image` (equal sha256 of its bytes), any other column of the pool or score whose values are
-            equal, `uid`, or, with `above`, a score that tells a row's likeness to the most similar better row.
-        best: The score by which the best of equals stays; the smaller uid wins a tie, and where there is no score.
-        above: A row whose `by` is larger is dropped.
+        by: `image` (equal sha256 of its bytes), `uid`, any column of the pool or score (equal values), or, with
+            `above`, a score that holds a row's similarity to the most similar better row.
+        best: The score that decides which of equal rows stays; the smaller uid wins ties, and wins without a score.
+        above: Rows whose `by` is larger are dropped.
     """
 
     by: str = Field(min_length=1)
@@ -198,49 +197,51 @@ class Deduplicate(Model):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.above is not None and self.best is not None:
-            raise ValueError(f"best: which of two rows is the better one, {self.by} has decided. Remedy: leave it out")
+            raise ValueError(f"best: {self.by} has decided already which row is better. Remedy: leave best out")
         if self.above is not None and self.column == DIGEST:
-            raise ValueError(f"above: {self.by} is no number. Remedy: leave it out, or by: near_duplicate/<encoder>")
+            raise ValueError(
+                f"above: {self.by} is no number. Remedy: leave above out, or set by: near_duplicate/<encoder>"
+            )
         if self.above is None and self.by.startswith(LIKENESS):
-            raise ValueError(f"{self.by} tells how alike rows are. Remedy: above, the largest value that stays")
+            raise ValueError(f"{self.by} is a similarity. Remedy: set above, the largest value that stays")
         if self.by == UID and (self.above is not None or self.best is not None):
             raise ValueError("by uid: copies of a uid are one sample. Remedy: leave best and above out")
         return self
 
     @property
     def column(self) -> str | None:
-        """The column that is compared; None for the uid, which no two rows share."""
+        """The compared column; None for the uid, which no two rows share."""
         return {UID: None, IMAGE: DIGEST}.get(self.by, self.by)
 
     @property
     def equal(self) -> str | None:
-        """The column whose equal values make rows alike, if that is what does."""
+        """The column whose equal values make rows duplicates; None with `above` or by uid."""
         return self.column if self.above is None else None
 
-    def said(self) -> str:
-        """Say the step in one line."""
+    def describe(self) -> str:
+        """Return the step in one line."""
         if self.above is not None:
             return f"drop rows whose {self.by} is above {self.above!r}"
         return f"keep one row of each {self.by}" + (f", the best by {self.best}" if self.best is not None else "")
 
 
 class SoftCapSample(_Limited):
-    """Draw samples by their score, each time it is drawn the less likely (soft cap sampling, arXiv 2503.08805).
+    """Draw samples by their score; every draw makes a sample less likely (soft cap sampling, arXiv 2503.08805).
 
-    In each round a batch is drawn without replacement with probabilities softmax((value - penalty · times drawn) /
-    temperature). So a sample may be drawn in several rounds, and the subset's `.npy` has it as often.
+    Each round draws a batch without replacement with probabilities softmax((value - penalty · earlier draws) /
+    temperature). A sample that is drawn in several rounds is in the subset's `.npy` as many times.
 
     Attributes:
-        fraction: Number of draws as a share of the rows that the recipe began with, or, after a `within`, of the rows
-            within; it may be above 1.
+        fraction: Number of draws as a share of the rows before the first step, or, after a `within`, of the rows it
+            kept; it may be above 1.
         count: Number of draws.
-        batch: Draws of a round; the last round has what is left.
-        penalty: What each draw takes from a sample's value.
-        temperature: Of the softmax.
-        seed: Of the draws.
+        batch: Draws of a round; the last round may have fewer.
+        penalty: Subtracted from a sample's value for each earlier draw.
+        temperature: Temperature of the softmax.
+        seed: Seed of the draws.
     """
 
-    called: ClassVar[str] = "soft_cap_sample"
+    yaml_name: ClassVar[str] = "soft_cap_sample"
 
     fraction: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     batch: int = Field(default=100_000, gt=0, strict=True)
@@ -251,34 +252,34 @@ class SoftCapSample(_Limited):
     @model_validator(mode="after")
     def _has_a_softmax(self) -> Self:
         if self.rank_sum is not None:
-            raise ValueError("rank_sum: ranks have no softmax that means anything; give score or weighted")
+            raise ValueError("rank_sum: ranks have no meaningful softmax. Remedy: set score or weighted")
         return self
 
-    def said(self, basis: str) -> str:
-        """Say the step in one line."""
+    def describe(self, basis: str) -> str:
+        """Return the step in one line; `basis` describes the rows that a fraction refers to."""
         draws = f"{self.count}" if self.fraction is None else f"{self.fraction!r} of {basis}"
         fields = type(self).model_fields
         others = {name: getattr(self, name) for name in ("batch", "temperature", "seed")}
-        said = [f"{name} {value!r}" for name, value in others.items() if value != fields[name].default]
-        return ", ".join([f"draw {draws} by {self.label}", f"{self.penalty!r} less likely each time", *said])
+        changed = [f"{name} {value!r}" for name, value in others.items() if value != fields[name].default]
+        return ", ".join([f"draw {draws} by {self.label}", f"{self.penalty!r} less likely each time", *changed])
 
 
 class Step(Model):
     """One step of exactly one kind.
 
     Attributes:
-        where: A DuckDB predicate: the rows for which it is true stay.
-        keep_top: The rows with the largest values stay.
-        within: The rows of that set stay, and later fractions count from them, as if the recipe had begun there.
-        union: Rows of the pool that are in that set come (back) in, whatever dropped them.
-        intersect: The rows of that set stay.
-        except_: `except` in YAML: the rows of that set are dropped.
-        stratify: The rows with the largest values of each stratum stay.
-        deduplicate: One of the rows that are alike stays.
-        soft_cap_sample: Rows are drawn, some of them several times; only the last step may be of this kind.
-        report: Columns that are summed up over the rows that entered, that stayed, and that were dropped.
+        where: Keep the rows for which a DuckDB predicate is true.
+        keep_top: Keep the rows with the largest values.
+        within: Keep the rows of a set; later fractions refer to them.
+        union: Add the rows of a set, also those that an earlier step dropped.
+        intersect: Keep the rows of a set.
+        except_: `except` in YAML: drop the rows of a set.
+        stratify: Keep the rows with the largest values of each stratum.
+        deduplicate: Keep one of several duplicates.
+        soft_cap_sample: Draw rows, some of them several times; only as the last step.
+        report: Columns to summarise over the rows that entered, stayed and were dropped.
 
-    A set is the name of another recipe, or the path of a uid list.
+    A set is another recipe, or a uid list by its path or asset.
     """
 
     where: str | None = None
@@ -315,40 +316,40 @@ class Step(Model):
 
     @property
     def set_name(self) -> str | None:
-        """The other recipe or uid list that the step names, if it is of such a kind."""
+        """The recipe or uid list that the step refers to, if any."""
         return next(
             (name for name in (self.within, self.union, self.intersect, self.except_) if name is not None), None
         )
 
     @property
     def text(self) -> str:
-        """The step in one line, as a person would say it."""
-        return self.said(BASIS)
+        """The step in one line."""
+        return self.describe(BASIS)
 
-    def said(self, basis: str) -> str:
-        """Say the step in one line, with what a fraction counts from."""
+    def describe(self, basis: str) -> str:
+        """Return the step in one line; `basis` describes the rows that a fraction refers to."""
         if self.set_name is not None:
-            return _SAID[self.kind].format(self.set_name)
+            return _SET_TEXT[self.kind].format(self.set_name)
         if self.deduplicate is not None:
-            return self.deduplicate.said()
+            return self.deduplicate.describe()
         ranked = self.keep_top or self.stratify or self.soft_cap_sample
-        return ranked.said(basis) if ranked is not None else f"where {self.where}"
+        return ranked.describe(basis) if ranked is not None else f"where {self.where}"
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The scores that the step ranks by."""
+        """The scores in the step's ranking."""
         ranked = self.keep_top or self.stratify or self.soft_cap_sample
         return ranked.scores if ranked is not None else ()
 
     @property
     def numbers(self) -> frozenset[str]:
-        """Name the columns that the step reads as numbers."""
+        """The columns that the step reads as numbers."""
         like = self.deduplicate
         compared = () if like is None else (like.best, like.by if like.above is not None else None)
         return frozenset(name for name in (*self.scores, *compared) if name is not None)
 
     def columns(self) -> frozenset[str]:
-        """Name every column that the step reads."""
+        """Return every column that the step reads."""
         names = {*self.report, *self.scores}
         if self.stratify is not None:
             names.add(self.stratify.by)
@@ -357,7 +358,7 @@ class Step(Model):
         return frozenset(names) | (predicate_columns(self.where) if self.where is not None else frozenset())
 
 
-_SAID = {
+_SET_TEXT = {
     "within": "within {}",
     "union": "add the rows of {}",
     "intersect": "keep the rows of {}",
@@ -368,8 +369,8 @@ KINDS = tuple(name.rstrip("_") for name in _FIELDS)
 
 
 def part_of(rows: int, fraction: float) -> int:
-    """Give floor(rows · fraction), the fraction taken as the number that was written.
+    """Return floor(rows · fraction), with the fraction as written in decimal.
 
-    0.29 is 29/100 and not the nearest binary fraction, so 0.29 of 100 rows are 29.
+    0.29 counts as 29/100 and not as the nearest binary fraction, so 0.29 of 100 rows is 29.
     """
     return int(rows * Fraction(repr(fraction)))

@@ -1,7 +1,6 @@
-"""What a step's `report` tells of columns: over the rows that entered, that stayed, and that were dropped.
+"""Statistics of columns for a step's `report`: over the rows that entered, stayed and were dropped.
 
-Here belongs which figures those are. They are places in an order and counts, never sums of floats, so that they do not
-depend on which thread added what first.
+All are quantiles and counts. None is a sum of floats, which would depend on the order in which threads add.
 """
 
 from collections.abc import Sequence
@@ -23,31 +22,31 @@ _NUMBERS |= {"FLOAT", "DOUBLE"}
 def summarise(
     con: duckdb.DuckDBPyConnection, columns: Sequence[str], relation: str, before: str, after: str
 ) -> tuple[dict[str, Any], ...]:
-    """Sum columns up.
+    """Summarise columns.
 
-    Of numbers: the smallest, the quartiles (the value at place ceil(q · n), from 1, upwards) and the largest. Of
-    anything else: how often the commonest values occur among the rows that entered, and all others together. Of both:
-    how many rows have no finite value, if any.
+    Numbers: smallest, quartiles (the value at place ceil(q · n), from 1, in rising order) and largest. Other types:
+    counts of the commonest values among the rows that entered, and of all others together. Both: the number of rows
+    without a finite value, if any.
 
     Args:
         con: The connection that holds the rows.
         columns: Their names.
         relation: The rows, as an SQL identifier.
         before: SQL over one row: whether it entered.
-        after: The same: whether it is in after the step.
+        after: SQL over one row: whether it is selected after the step.
 
     Returns:
-        Rows of a table: `name` (the column), `what`, and a figure for each of `entered`, `kept`, `dropped`, None where
-        a group has none.
+        Rows of a table: `name` (the column), `what`, and a value for each of `entered`, `kept` and `dropped`; None
+        for an empty group.
     """
-    groups = (before, after, f"({before} AND {after} IS NOT TRUE)")  # which a NULL did not let through either
+    groups = (before, after, f"({before} AND {after} IS NOT TRUE)")  # a predicate that is NULL drops the row too
     rows: list[dict[str, Any]] = []
     for column in columns:
         kind = str(con.sql(f"SELECT {quoted(column)} FROM {relation} LIMIT 0").types[0])
-        figures = _numbers if kind in _NUMBERS else _values
+        statistics = _numbers if kind in _NUMBERS else _values
         rows += [
             {"name": column, "what": what, **dict(zip(_GROUPS, found, strict=True))}
-            for what, found in figures(con, column, relation, groups)
+            for what, found in statistics(con, column, relation, groups)
         ]
     return tuple(rows)
 
@@ -63,14 +62,15 @@ def _numbers(
         for rows in inside
     ]
     absent = [f"count(*) FILTER (WHERE {group} AND NOT {usable})" for group in groups]
-    told = one(con, f"SELECT {', '.join([*asked, *absent])} FROM {relation}")
+    result = one(con, f"SELECT {', '.join([*asked, *absent])} FROM {relation}")
     found = []
     for number, rows in enumerate(inside):
-        n, least, most = told[3 * number : 3 * number + 3]
+        n, least, most = result[3 * number : 3 * number + 3]
         ranked = Ranked(value, relation, least, most)
+        # ceil(q·n/4) in rising order is n - ceil(q·n/4) + 1 in the falling order of `nth`.
         quartiles = [nth(con, ranked, rows, n - -(-n * q // 4) + 1)[0] if n else None for q in (1, 2, 3)]
         found.append([least, *quartiles, most])
-    missing = list(told[3 * len(groups) :])
+    missing = list(result[3 * len(groups) :])
     table = list(zip(_QUARTILES, map(list, zip(*found, strict=True)), strict=True))
     return table + [(MISSING, missing)] * any(missing)
 

@@ -1,7 +1,7 @@
 """CLIPScore and negCLIPLoss: scores of a pair's image against its own text.
 
 Notation, as in the negCLIPLoss paper (arXiv 2405.19547; s-CLIPLoss in its final version): s_ij is the dot product
-of image embedding i and text embedding j, both of unit norm, τ the temperature. A larger score means "keep".
+of image embedding i and text embedding j, both of unit norm, τ the temperature. Larger is better.
 """
 
 import math
@@ -22,12 +22,12 @@ from selection.similarity.reduction import (
 
 TEMPERATURES = (0.001, 10.0)
 _FEISTEL_ROUNDS = 6
-_CHUNK = 65_536  # rows whose draws are held at once
+_CHUNK = 65_536  # rows whose scores by draw are in memory
 
 
 @torch.no_grad()
 def clip_score(image: Tensor, text: Tensor) -> Tensor:
-    """CLIPScore: the similarity s_ii of each pair. With a filtering encoder it is the DFN score.
+    """Compute CLIPScore, the similarity s_ii of each pair. With a filtering encoder it is the DFN score.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
@@ -54,19 +54,18 @@ def neg_clip_loss(
     member: Tensor | None = None,
     arithmetic: Arithmetic = "float32",
 ) -> tuple[Tensor, Tensor]:
-    """The score negCLIPLoss against reference negatives, and its standard error.
+    """Compute negCLIPLoss against reference negatives, and its standard error.
 
     For row i and draw k, with β the batch of B rows (arXiv 2405.19547, eq. for R and s-CLIPLoss):
 
         R_k(i) = τ/2 · [ log Σ_{j∈β} exp(s_ij/τ) + log Σ_{j∈β} exp(s_ji/τ) ]
         score(i) = mean over k of ( s_ii - R_k(i) )
 
-    β is the draw itself when i is a member of it, else row i and the draw's first B-1 rows. So each sum has
-    exactly B terms, i among them. Draws are read a tile at a time and may be memory-mapped.
+    β is the draw if i is a member of it, else row i and the draw's first B-1 rows. So each sum has exactly B terms, i
+    among them. Draws are read a tile at a time and may be memory-mapped.
 
-    The score never exceeds 0, because s_ii is a term of both sums. A member's s_ii is computed twice, once on its
-    own and once inside the draw, and the two may differ in the last bit; a score above 0 can only be that
-    rounding, and is returned as 0.
+    The score never exceeds 0, because s_ii is a term of both sums. A member's s_ii is computed twice, by itself and
+    inside the draw, and the two may differ in the last bit; a positive score is that rounding, and becomes 0.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
@@ -74,7 +73,7 @@ def neg_clip_loss(
         negative_image: [K, B, d], likewise: K draws of B pool rows.
         negative_text: [K, B, d], the same rows' texts.
         temperature: τ, from 0.001 to 10.
-        member: [K, n] bool, row i is in draw k; None if no row is in any draw.
+        member: bool [K, n], row i is in draw k; None if no row is in any draw.
         arithmetic: "float32", or "bfloat16" for a faster product on CPU; its error is in docs/performance.md.
 
     Returns:
@@ -98,7 +97,7 @@ def neg_clip_loss(
         by_draw = own.double().repeat(draws, 1)
         for k in range(draws):
             for queries, draw in ((v, negative_text[k]), (t, negative_image[k])):
-                # The batches of all rows share B-1 columns; the last term is the row's own or the draw's last.
+                # All batches share the draw's first B-1 rows; the last term is s_ii, for a member the draw's last row.
                 last = own
                 if member is not None:
                     last = torch.where(member[k, at], _own(queries, draw[-1:].expand_as(queries)), own)
@@ -121,12 +120,11 @@ def neg_clip_loss_in_batches(
     seed: int,
     arithmetic: Arithmetic = "float32",
 ) -> Tensor:
-    """The score negCLIPLoss by the paper's estimator: random partitions of the rows into batches.
+    """Compute negCLIPLoss by the paper's estimator: random partitions of the rows into batches.
 
-    The equation is that of `neg_clip_loss`, β being the row's batch in each of the partitions. Every batch has
-    exactly B = min(batch_size, n) different rows: what is left over at the end of a partition is filled up with
-    rows drawn from the rest, which are not scored a second time. One tile of similarities gives the sums of both
-    sides. Memory grows with B, not with n.
+    The equation is that of `neg_clip_loss`, with β the row's batch in each partition. Every batch has exactly
+    B = min(batch_size, n) different rows: the last batch of a partition is filled up with rows of its start, which are
+    not scored again. One pass over the similarities gives the sums of both sides. Memory grows with B, not with n.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
@@ -134,11 +132,11 @@ def neg_clip_loss_in_batches(
         temperature: τ, from 0.001 to 10.
         batch_size: B, at least 1.
         draws: number of partitions K, at least 1.
-        seed: fixes the partitions, whatever the device.
+        seed: determines the partitions on every device.
         arithmetic: as in `neg_clip_loss`.
 
     Returns:
-        score float32 [n], at most 0 (rounding above it is cut off, as in `neg_clip_loss`).
+        score float32 [n], at most 0.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as above.
@@ -167,7 +165,7 @@ def neg_clip_loss_in_batches(
 
 
 def _own(left: Tensor, right: Tensor) -> Tensor:
-    """Dot product of each row of left [n, d] with the same row of right [n, d], as float32 [n]."""
+    """Return the dot product of each row of left [n, d] with the same row of right [n, d], float32 [n]."""
     dots = torch.empty(len(left), device=left.device)
 
     def task(tiles: Tiles, at: slice) -> None:
@@ -178,9 +176,10 @@ def _own(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _shuffled(positions: Tensor, n: int, keys: list[int]) -> Tensor:
-    """Rows at the given positions of a keyed random permutation of range(n), which is never held as a whole.
+    """Return the rows at the given positions of a keyed random permutation of range(n), without storing it.
 
-    A Feistel network permutes the numbers of 2h bits; what falls outside range(n) is sent through it again.
+    A Feistel network permutes the numbers of 2h bits. Results outside range(n) go through it again until they are
+    inside (cycle walking), which permutes range(n).
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = 2**half - 1

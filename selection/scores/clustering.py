@@ -1,6 +1,6 @@
-"""Clusters of image embeddings by cosine, as DataComp's image-based filter wants them (arXiv 2304.14108).
+"""Clusters of image embeddings by cosine, as in DataComp's image-based filter (arXiv 2304.14108).
 
-Here: the nearest centroid of each row, and k-means on the sphere. Which rows are clustered is the caller's choice.
+Here: the nearest centroid of each row, and spherical k-means. Not here: which rows are clustered.
 """
 
 import torch
@@ -11,7 +11,7 @@ from selection.similarity.reduction import check_matrices, largest
 
 @torch.no_grad()
 def nearest_centroid(image: Tensor, centroid: Tensor) -> Tensor:
-    """argmax_c v_i · m_c, the lowest c of equals; products in float32.
+    """Compute argmax_c v_i · m_c, the lowest c of equals, with products in float32.
 
     Args:
         image: [n, d] float16, bfloat16 or float32.
@@ -30,15 +30,15 @@ def nearest_centroid(image: Tensor, centroid: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spherical_k_means(image: Tensor, *, clusters: int, iterations: int) -> Tensor:
-    """Cluster unit vectors by cosine: rows go to the nearest centroid, a centroid is the unit vector of its rows' sum.
+    """Cluster unit vectors by cosine: rows join the nearest centroid; a centroid is the normalised sum of its rows.
 
-    The first `clusters` rows are the centroids to begin with, so the rows should come in random order. A centroid that
-    no row goes to stays where it is. It ends early when no row changes its cluster.
+    The first `clusters` rows are the first centroids, so rows should come in random order. A centroid without rows
+    keeps its place. Iteration ends early when no row changes its cluster.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
         clusters: K.
-        iterations: how often rows are assigned at most.
+        iterations: largest number of assignments.
 
     Returns:
         float32 [K, d], unit norm.
@@ -47,7 +47,9 @@ def spherical_k_means(image: Tensor, *, clusters: int, iterations: int) -> Tenso
         ValueError: there are fewer rows than clusters.
     """
     if len(image) < clusters:
-        raise ValueError(f"{len(image)} rows are fewer than {clusters} clusters. Remedy: fewer clusters, or more rows")
+        raise ValueError(
+            f"{len(image)} rows are fewer than {clusters} clusters. Remedy: set fewer clusters, or use more rows"
+        )
     centroid = torch.nn.functional.normalize(image[:clusters].float(), dim=1)
     before: Tensor | None = None
     for _ in range(iterations):
@@ -55,7 +57,7 @@ def spherical_k_means(image: Tensor, *, clusters: int, iterations: int) -> Tenso
         if before is not None and torch.equal(nearest, before):
             break
         before = nearest
-        # On CPU, where rows are added one after the other: CUDA adds them in any order, and bits would differ.
+        # On CPU, which adds rows in order; CUDA's order varies, and the bits with it.
         sums = torch.zeros(clusters, image.shape[1], dtype=torch.float64)
         for rows, some in zip(image.split(16_384), nearest.split(16_384), strict=True):
             sums.index_add_(0, some.cpu(), rows.cpu().double())

@@ -1,16 +1,16 @@
 """HYPE's parts, from hyperbolic embeddings (arXiv 2404.17507; entailment cones as in MERU, arXiv 2304.09172).
 
-Here: distances, cones and specificity in the Lorentz model. Not here: an encoder into that space, nor the cluster term.
+Here: distances, cones and specificity in the Lorentz model. Not here: a hyperbolic encoder, and the cluster term.
 
-A point is its spatial part x, in R^d; with curvature -c its time part is sqrt(1/c + |x|²). In units of 1/√c its radius
-ρ from the origin has sinh ρ = √c |x|, and everything below is written in radii and in the angle θ between directions:
+A point is given by its spatial part x in R^d; with curvature -c its time part is sqrt(1/c + |x|²). In units of 1/√c,
+its radius ρ from the origin has sinh ρ = √c |x|. The code uses radii and the angle θ between directions:
 
     cosh d = cosh(ρ_x - ρ_y) + sinh ρ_x sinh ρ_y (1 - cos θ)
     exterior(x, y) = atan2(sinh ρ_y sin θ, cosh ρ_x sinh ρ_y cos θ - sinh ρ_x cosh ρ_y)
 
-These are the published distance and angle, by the laws of a hyperbolic triangle with one corner in the origin.
-Written so, nothing is divided by a distance and no cosine leaves [-1, 1]: equal points, points at the origin and points
-nearer to it than a cone allows all have finite values. All is computed in float64.
+These equal the published distance and angle, by the laws of a hyperbolic triangle with one corner at the origin. In
+this form nothing is divided by a distance and no cosine leaves [-1, 1], so equal points, points at the origin, and
+points too near to it for a cone have finite values. Everything is computed in float64.
 """
 
 import math
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 APEX_RADIUS = 0.1
-"""K of the paper: inside the radius 2K (in units of 1/√c) a point's cone would be wider than everything."""
+"""K of the paper: below the radius 2K (in units of 1/√c) the half-aperture of a cone is π/2."""
 
-_PAIRS = 1 << 21  # of a point and a reference, at once
-_ONE_DIRECTION = 1e-14  # of 1 - cos θ: below it rounding alone tells two directions apart
+_PAIRS = 1 << 21  # of points and references in memory
+_ONE_DIRECTION = 1e-14  # values of 1 - cos θ below this are rounding: the directions are equal
 
 
 def lorentz_distance(x: Tensor, y: Tensor, curvature: float) -> Tensor:
-    """Give the length of the geodesic from each x to its y.
+    """Compute the length of the geodesic from each x to its y.
 
     Args:
         x: spatial parts [n, d].
@@ -38,13 +38,13 @@ def lorentz_distance(x: Tensor, y: Tensor, curvature: float) -> Tensor:
     """
     (a, a_way), (b, b_way) = _polar(x, curvature), _polar(y, curvature)
     between = torch.asinh(a) - torch.asinh(b)
-    # cosh d - 1 as a sum of what is never negative; d is exact to rounding also where it is small
+    # cosh d - 1 as a sum of terms that are never negative, so small distances keep all their digits
     excess = 2 * torch.sinh(between / 2) ** 2 + a * b * (a_way - b_way).square().sum(1) / 2
     return 2 * torch.asinh(torch.sqrt(excess / 2)) / math.sqrt(curvature)
 
 
 def half_aperture(x: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
-    """Give the half-aperture of each point's entailment cone: arcsin(2K / (√c |x|)), and π/2 where that has no value.
+    """Compute the half-aperture of each point's entailment cone: arcsin(2K / (√c |x|)), π/2 where that is undefined.
 
     Args:
         x: spatial parts [n, d].
@@ -59,16 +59,15 @@ def half_aperture(x: Tensor, curvature: float, apex_radius: float = APEX_RADIUS)
 
 
 def exterior_angle(x: Tensor, y: Tensor, curvature: float) -> Tensor:
-    """Give the angle at each x between the way on from the origin and the way to each y.
+    """Compute the angle at each x between the ray from the origin through x and the geodesic to each y.
 
     Args:
-        x: spatial parts of the cones' apexes [m, d].
+        x: spatial parts of the cones' apexes, [m, d].
         y: spatial parts [n, d].
         curvature: c.
 
     Returns:
-        Radians, float64 [n, m], in [0, π]; 0 where x and y are one point, and the angle at the origin, taken as π/2,
-        where x is the origin.
+        Radians, float64 [n, m], in [0, π]; 0 where x equals y, and π/2 where x is the origin.
     """
     (a, a_way), (b, b_way) = _polar(x, curvature), _polar(y, curvature)
     b = b[:, None]
@@ -80,7 +79,7 @@ def exterior_angle(x: Tensor, y: Tensor, curvature: float) -> Tensor:
 
 
 def specificity(points: Tensor, references: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
-    """Give how far points lie outside the cones of reference points of the other modality.
+    """Compute how far points lie outside the cones of reference points of the other modality.
 
     Args:
         points: spatial parts [n, d].
@@ -89,8 +88,8 @@ def specificity(points: Tensor, references: Tensor, curvature: float, apex_radiu
         apex_radius: K.
 
     Returns:
-        ε: mean over the references of exterior(reference, point) less the reference's half-aperture, float64 [n], in
-        [-π/2, π]. Something that many references entail has a small one.
+        ε, float64 [n], in [-π/2, π]: the mean over references of exterior(reference, point) minus the reference's
+        half-aperture. It is small for a point that many references entail.
     """
     total = torch.zeros(len(points), dtype=torch.float64, device=points.device)
     step = max(1, _PAIRS // max(1, len(points)))
@@ -101,12 +100,12 @@ def specificity(points: Tensor, references: Tensor, curvature: float, apex_radiu
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Give the cosine of each pair's spatial parts, float64 [n]; 0 where one is the origin."""
+    """Compute the cosine of each pair's spatial parts, float64 [n]; 0 where one is the origin."""
     return (_polar(x, 1.0)[1] * _polar(y, 1.0)[1]).sum(1)
 
 
 def _polar(x: Tensor, curvature: float) -> tuple[Tensor, Tensor]:
-    """Give sinh of the radius [n] and the direction [n, d], which is zero for the origin."""
+    """Return sinh of the radius [n] and the direction [n, d], zero for the origin."""
     wide = x.double()
     length = torch.linalg.vector_norm(wide, dim=1)
     return math.sqrt(curvature) * length, wide / torch.where(length > 0, length, 1)[:, None]

@@ -1,7 +1,7 @@
-"""Near duplicates in an ordered set: how alike each row is to the most similar row before it.
+"""Near duplicates in an ordered set: the similarity of each row to the most similar row before it.
 
-Here belongs the search. Which rows there are, in which order, and where results are kept is the caller's. The rule is
-that of SemDeDup (arXiv 2303.09540), applied to the whole set and not to clusters of it.
+Here: the search. Not here: which rows, in which order, and where results are kept. The rule is that of SemDeDup
+(arXiv 2303.09540), applied to the whole set instead of clusters.
 """
 
 from collections.abc import Iterator
@@ -14,26 +14,29 @@ from selection.similarity.reduction import check_matrices, largest
 from selection.similarity.streaming import resident
 
 CHUNK_ROWS = 65_536
-_BLOCK = {"cpu": 16_384, "cuda": 262_144}  # large blocks read the rows before them less often; small ones lose less
+_BLOCK = {
+    "cpu": 16_384,
+    "cuda": 262_144,
+}  # larger blocks read earlier rows less often; smaller ones lose less on interruption
 
 
 @torch.no_grad()
 def nearest_before(
     vectors: NDArray[np.float16], *, device: torch.device, done: int = 0, block: int | None = None
 ) -> Iterator[tuple[slice, NDArray[np.float32], NDArray[np.int64]]]:
-    """max_{j<i} v_i · v_j for every row i, and the j that attains it, the lowest of equals.
+    """Compute max_{j<i} v_i · v_j for every row i, and the j that attains it, the lowest of equals.
 
-    Every pair is looked at, once. A row's bits depend on the rows before it alone, not on `done`, `block` or threads.
-    Memory is that of a block, a chunk of `CHUNK_ROWS` rows and the tiles, whatever n is.
+    Every pair is compared once. A row's bits depend only on the rows before it, not on `done`, `block` or threads.
+    Memory holds a block, a chunk of `CHUNK_ROWS` rows and the tiles, whatever n is.
 
     Args:
-        vectors: float16 `[n, d]`, unit norm, in order; memory-mapped where they are many.
-        device: where products are computed.
-        done: rows that are done already: it goes on behind them.
-        block: rows that are compared with all before them at a time; by default what suits the device.
+        vectors: float16 `[n, d]`, unit norm, in order; may be memory-mapped.
+        device: computes the products.
+        done: number of rows to skip, because an interrupted run has their results.
+        block: rows to compare with all earlier rows at a time; the default suits the device.
 
     Yields:
-        For each block which rows, their values float32 and their j int64. Row 0 has none before it: −1 and −1.
+        For each block its slice of rows, their values, float32, and their j, int64. Row 0 has −1 and −1.
 
     Raises:
         ValueError: vectors are not float16 `[n, d]`, or not finite.
@@ -51,7 +54,7 @@ def nearest_before(
         check_matrices(vectors=rows)
         value = torch.full((len(rows),), -torch.inf, device=device)
         index = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
-        # Chunks begin at multiples of a tile's width: a column has the same place in its tile in every block.
+        # Chunks start at multiples of a tile's width, so a column has the same place in its tile in every block.
         for some, (columns,) in resident(at.stop, CHUNK_ROWS, device, read):
             before = None if some.stop <= start else start - some.start
             found, place = largest(rows, columns, signed=True, before=before)

@@ -1,11 +1,12 @@
-"""Which pool rows are the reference negatives: K draws of B rows by a keyed hash of the uid.
+"""Draw the reference negatives: K draws of B pool rows by a keyed hash of the uid.
 
-Numpy alone. A row's place depends on (seed, draw, uid) and nothing else, so the draws come out the same in
-whatever order, shards or workers the pool is read, and as the pool grows a row leaves a draw only when another
-pushes it out. Embeddings and files belong elsewhere.
+NumPy only. Here: which rows are drawn. Not here: their embeddings and files.
 
-A uid travels as two uint64, f0 and f1 (its first and its last 16 hexadecimal digits). A uid that the pool holds
-more than once counts once: the copy with the lowest (shard, row) stands for it.
+A draw keeps the B rows with the smallest hashes of (seed, draw, uid), so it does not depend on the order, shards or
+workers in which the pool is read. As the pool grows, a row leaves a draw only when a new row displaces it.
+
+A uid is two uint64, f0 and f1 (its first and last 16 hexadecimal digits). A uid that the pool holds several times
+counts once, as the copy with the lowest (shard, row).
 """
 
 from collections.abc import Iterable
@@ -15,18 +16,17 @@ from numpy.typing import NDArray
 
 from core.uids import UID_DTYPE
 
-# One candidate: its hash in the draw, its uid, and where the caller finds it.
+# A candidate: its hash in the draw, its uid, and its location in the pool.
 CANDIDATE = np.dtype([("hash", "u8"), ("f0", "u8"), ("f1", "u8"), ("shard", "i8"), ("row", "i8")])
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 
 
 def keyed_hash(seed: int, draw: int, f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64-bit hash of (seed, draw, uid).
+    """Compute a 64-bit hash of (seed, draw, uid).
 
-    A chain: h = 0; for each word w of (seed, draw, f0, f1): h = mix((h + γ) ^ w), where γ is 2^64 over the golden
-    ratio and mix is the finaliser of splitmix64 (two xor-shift-multiplies and a shift), a bijection in which each
-    input bit flips each output bit with probability near one half.
+    h = 0; for each word w of (seed, draw, f0, f1): h = mix((h + γ) ^ w), where γ is 2^64 over the golden ratio and mix
+    the finaliser of splitmix64, a bijection in which each input bit flips each output bit with probability near 1/2.
 
     Args:
         seed: any integer; taken modulo 2^64.
@@ -58,7 +58,7 @@ def candidates(
     seed: int,
     shard: int = 0,
 ) -> NDArray[np.void]:
-    """The rows of one shard that may be among the negatives: each draw's at most B smallest.
+    """Return the rows of one shard that may be among the negatives: the B smallest of each draw.
 
     Args:
         f0: uint64 [n], first half of the rows' uids.
@@ -66,7 +66,7 @@ def candidates(
         draws: K, at least 1.
         size: B, at least 1.
         seed: fixes the draws.
-        shard: the caller's number of this shard, written into the result beside the row.
+        shard: number of this shard, copied into the result.
 
     Returns:
         `CANDIDATE` records [K, min(B, different uids)], each draw in ascending order of (hash, f0, f1).
@@ -89,7 +89,7 @@ def candidates(
 
 
 def merge(shards: Iterable[NDArray[np.void]], size: int) -> NDArray[np.void]:
-    """The reference negatives of a pool, from the candidates of its shards; holds no more than one draw set.
+    """Merge the candidates of all shards into the reference negatives; memory holds one set of draws.
 
     Args:
         shards: results of `candidates`, or of `merge`, with the same draws, seed and a size of at least `size`.
@@ -116,7 +116,7 @@ def merge(shards: Iterable[NDArray[np.void]], size: int) -> NDArray[np.void]:
 
 
 def membership(draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which rows are in which draw.
+    """Return which rows are in which draw.
 
     Args:
         draws: records [K, B] with fields f0 and f1, such as `merge` returns.
@@ -144,8 +144,8 @@ def membership(draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.u
 
 
 def _smallest(pool: NDArray[np.void], size: int) -> NDArray[np.void]:
-    """The first `size` of different uids, in order; the cut at the boundary's hash spares sorting the rest."""
-    if len(pool) > 2 * size:
+    """Return the first `size` candidates in order, each uid once."""
+    if len(pool) > 2 * size:  # drop most rows before the sort; 2 · size leaves room for repeated uids
         pool = pool[pool["hash"] <= np.partition(pool["hash"], 2 * size)[2 * size]]
     pool = pool[np.lexsort([pool[field] for field in ("row", "shard", "f1", "f0", "hash")])]
     repeated = (pool["f0"][1:] == pool["f0"][:-1]) & (pool["f1"][1:] == pool["f1"][:-1])

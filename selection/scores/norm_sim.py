@@ -1,4 +1,4 @@
-"""NormSim: how near an image lies to the images of a target set (arXiv 2405.19547); vision embeddings only.
+"""NormSim: similarity of an image to the images of a target set (arXiv 2405.19547); vision embeddings only.
 
 Notation: v_i the image embedding of pool row i, u_t the embedding of target image t, all of unit norm.
 """
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from selection.similarity.reduction import Arithmetic, Tiles, check_matrices, for_each_tile, largest
 
-_BLOCKS = 4
+_BLOCKS = 4  # of columns of a triangular factor
 
 
 @torch.no_grad()
 def norm_sim(image: Tensor, target: Tensor, *, p: float, arithmetic: Arithmetic = "float32") -> Tensor:
-    """NormSim_p(i) = (Σ_t |u_t · v_i|^p)^(1/p) for p = 2, and max_t |u_t · v_i| for p = ∞.
+    """Compute NormSim_p(i) = (Σ_t |u_t · v_i|^p)^(1/p) for p = 2, and max_t |u_t · v_i| for p = ∞.
 
-    p = 2 goes through the targets' second moment; to score many shards against one target set, compute
-    `second_moment` once and call `norm_sim_from_moment`.
+    p = 2 uses the targets' second moment. To score many shards against one target set, compute `second_moment` once
+    and call `norm_sim_from_moment`.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
@@ -42,16 +42,16 @@ def norm_sim(image: Tensor, target: Tensor, *, p: float, arithmetic: Arithmetic 
 
 @torch.no_grad()
 def nearest_target(image: Tensor, target: Tensor, *, arithmetic: Arithmetic = "float32") -> tuple[Tensor, Tensor]:
-    """NormSim_∞ and the target that attains it.
+    """Compute NormSim_∞ and the target that attains it.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
         target: [N_T, d], likewise.
-        arithmetic: "float32", or "bfloat16" for a faster search on CPU, which may name a target that is not quite
-            the nearest (docs/performance.md); the value is that target's own, in float32.
+        arithmetic: "float32", or "bfloat16" for a faster search on CPU, which may return a target that is not quite
+            the nearest (docs/performance.md); the value is the float32 similarity to that target.
 
     Returns:
-        max_t |u_t · v_i| float32 [n]; t int64 [n], the lowest of equals.
+        max_t |u_t · v_i|, float32 [n]; its t, int64 [n], the lowest of equals.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or an argument is empty or not finite.
@@ -62,7 +62,7 @@ def nearest_target(image: Tensor, target: Tensor, *, arithmetic: Arithmetic = "f
 
 @torch.no_grad()
 def second_moment(target: Tensor) -> Tensor:
-    """Σ_t u_t u_tᵀ, float64 [d, d], for target [N_T, d] in float16, bfloat16 or float32."""
+    """Compute Σ_t u_t u_tᵀ, float64 [d, d], for target [N_T, d] in float16, bfloat16 or float32."""
     _check(target=target)
     moment = target.new_zeros(target.shape[1], target.shape[1], dtype=torch.float64)
     for part in target.split(4096):
@@ -73,10 +73,10 @@ def second_moment(target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def norm_sim_from_moment(image: Tensor, moment: Tensor) -> Tensor:
-    """NormSim_2(i) = sqrt(v_iᵀ M v_i), given the second moment M.
+    """Compute NormSim_2(i) = sqrt(v_iᵀ M v_i) from the second moment M.
 
-    Computed as |Lᵀ v_i| with M = L Lᵀ: a sum of squares, which cannot cancel as the quadratic form can in float32.
-    The absolute error is about 1e-6 · sqrt(trace M), that is 1e-6 of the largest score possible.
+    It is |Lᵀ v_i| with M = L Lᵀ: a sum of squares, which cannot cancel in float32 as the quadratic form can. The
+    absolute error is about 1e-6 · sqrt(trace M), which is 1e-6 of the largest possible score.
 
     Args:
         image: [n, d] float16, bfloat16 or float32.
@@ -99,13 +99,13 @@ def norm_sim_from_moment(image: Tensor, moment: Tensor) -> Tensor:
 
 
 def moment_factor(moment: Tensor) -> Tensor:
-    """Give the lower triangular L with L Lᵀ = M, float32 [d, d], of a second moment M, float64 [d, d].
+    """Return the lower triangular L with L Lᵀ = M, float32 [d, d], for a second moment M, float64 [d, d].
 
     Raises:
         ValueError: the moment is not finite.
     """
-    # A second moment is singular when there are fewer targets than dimensions. The shift that makes the
-    # factorisation safe adds less to a score than float32 can hold beside the largest score.
+    # With fewer targets than dimensions the moment is singular, and Cholesky needs a shift. This one changes a score by
+    # less than float32 resolves beside the largest score.
     trace = moment.trace()
     if not torch.isfinite(trace):
         raise ValueError("moment holds NaN or infinity")
@@ -117,10 +117,10 @@ def moment_factor(moment: Tensor) -> Tensor:
 
 @torch.no_grad()
 def norm_sim_from_factor(image: Tensor, factor: Tensor) -> Tensor:
-    """NormSim_2(i) = |Lᵀ v_i|, given L of `moment_factor`; float32 [n] for image [n, d], as `norm_sim_from_moment`."""
+    """Compute NormSim_2(i) = |Lᵀ v_i|, float32 [n], for image [n, d] and L of `moment_factor`."""
     _check(image=image)
     d = image.shape[1]
-    # L is lower triangular: block by block of its columns, the zeros above the diagonal are left out.
+    # L is lower triangular, so a block of its columns is multiplied from its first nonzero row on.
     width = -(-d // _BLOCKS)
     blocks = [(start, factor[start:, start : start + width]) for start in range(0, d, width)]
     score = torch.empty(len(image), device=image.device)

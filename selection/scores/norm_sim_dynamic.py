@@ -1,10 +1,10 @@
 """NormSim_2-D: a set that prunes itself by its own second moment (arXiv 2405.19547); vision embeddings only.
 
-Here belong the rounds: scoring what is in, finding exactly which rows leave, and the second moment of what stays.
-Where rows lie, and how a killed run is taken up again, is the caller's.
+Here: the rounds, which score the current set, find exactly which rows leave, and update the second moment. Not here:
+where rows are stored, and how a caller resumes an interrupted run.
 
-Memory does not grow with the number of rows: a chunk of embeddings, three d × d matrices and a histogram are held.
-What is known of each row (its round of leaving, its last score) lies in arrays of the caller, which may be files.
+Memory does not grow with the number of rows: it holds a chunk of embeddings, three d × d matrices and a histogram. The
+state of each row (the round in which it left, its last score) is in arrays of the caller, which may be memory-mapped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,9 @@ from selection.scores.norm_sim import moment_factor, norm_sim_from_factor
 from selection.similarity.streaming import resident
 
 CHUNK_ROWS = 16_384
-_DIGIT = 16
-_GRID = 2.0**24  # every float16 is a whole number of these parts
-_LOW = 2.0**12
+_DIGIT = 16  # bits that a pass of the radix search decides
+_GRID = 2.0**24  # every float16 is an integer multiple of 1 / _GRID
+_LOW = 2.0**12  # splits such an integer into 2¹² · high + low
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Part:
     """A part of the set's rows, such as a shard; all arrays are in the same order.
 
     Attributes:
-        vectors: gives the float16 image embeddings `[n, d]`, memory-mapped where they are many.
-        uids: gives f0 and f1, uint64 `[n]`.
-        left: int32 `[n]`, read and written: 0 for a row that the set did not begin with, r for one that left in round
-            r, and one more than the number of rounds for one that is in.
-        score: float32 `[n]`, written: the row's NormSim_2 to the set of the last round that it took part in, or, for
-            rows that stay, to the set that is left.
+        vectors: returns the float16 image embeddings `[n, d]`, possibly memory-mapped.
+        uids: returns f0 and f1, uint64 `[n]`.
+        left: int32 `[n]`, read and written: 0 for a row outside the starting set, r for a row that left in round r,
+            and number of rounds + 1 for a row still in the set.
+        score: float32 `[n]`, written: the row's NormSim_2 to the set of its last round, or, for rows that stay, to
+            the final set.
     """
 
     vectors: Callable[[], NDArray[np.float16]]
@@ -45,14 +45,14 @@ class Part:
 
 
 class Round(NamedTuple):
-    """What one round did.
+    """The result of one round.
 
     Attributes:
         round: its number, from 1.
-        entered: rows that were in.
-        left: rows that left.
-        threshold: the largest score that left.
-        tie_f0, tie_f1: where some rows with that score left and others did not, the smallest uid that left.
+        entered: number of rows before the round.
+        left: number of rows that left.
+        threshold: the largest score among them.
+        tie_f0, tie_f1: the smallest uid that left, where rows with that score left only in part.
     """
 
     round: int
@@ -73,24 +73,23 @@ def dynamic_rounds(
     done: Sequence[Round] = (),
     on_rows: Callable[[int], None] | None = None,
 ) -> Iterator[Round]:
-    """Prune a set to `keep` rows: in each round the rows of smallest v_iᵀ M v_i leave, M = Σ v vᵀ over the rows in.
+    """Prune a set to `keep` rows: each round drops the rows with the smallest v_iᵀ M v_i, M = Σ v vᵀ over the set.
 
-    A round drops ceil((|S_0| − keep) / rounds) rows, the last one what is then left to drop. Of equal scores the
-    larger uid leaves first. Scores are sqrt(v_iᵀ M v_i) in float32 with an error of about 1e-6 of the largest possible;
-    M is exact whatever the order of the rows, so that subtracting the rows that left gives what summing the others
-    would give, to the last bit.
+    A round drops ceil((|S_0| − keep) / rounds) rows, the last round the remainder. Of equal scores the larger uid
+    leaves first. Scores are sqrt(v_iᵀ M v_i) in float32, with an error of about 1e-6 of the largest possible score. M
+    is exact: subtracting the rows that left gives the same bits as summing the rows that stay.
 
     Args:
         parts: the rows.
-        keep: how many stay.
-        rounds: how many rounds the pruning is spread over.
-        device: where scores are computed.
-        done: rounds of a run that was cut short, from the first: it goes on behind them. What that run did to
-            `left` in a round that is not among them is undone first.
-        on_rows: called with the number of rows of each chunk that was scored.
+        keep: number of rows to keep.
+        rounds: number of rounds.
+        device: computes the scores.
+        done: completed rounds of an interrupted run, from the first, to resume after. Changes of `left` by later
+            rounds are undone.
+        on_rows: called after each chunk with its number of rows.
 
     Yields:
-        What a round did, when all of it stands in `left`.
+        The result of each round, once `left` holds all of it.
 
     Raises:
         ValueError: `keep` or `rounds` is not positive, or the set has fewer than `keep` rows.
@@ -103,7 +102,7 @@ def dynamic_rounds(
     size = sum(int((part.left == within).sum()) for part in parts)
     start = done[0].entered if done else size
     if start < keep:
-        raise ValueError(f"the set begins with {start} rows, fewer than the {keep} that shall stay. Remedy: keep fewer")
+        raise ValueError(f"the set has {start} rows, fewer than the {keep} to keep. Remedy: set a smaller keep")
     moment = ExactMoment(parts[0].vectors().shape[1], device)
     for part in parts:
         for _, image in _chunks(part.vectors(), np.flatnonzero(part.left == within), device):
@@ -126,13 +125,13 @@ def dynamic_rounds(
 class ExactMoment:
     """Σ v vᵀ of float16 vectors, without rounding.
 
-    A float16 is a whole number of 2⁻²⁴. Parted into 2¹² · high + low, its products are small whole numbers: float64
-    sums those of a chunk exactly, int64 those of 2³⁸ rows. So neither the order of rows nor the number of threads can
-    change a bit, and a row that is subtracted is gone.
+    A float16 is an integer multiple of 2⁻²⁴. Split into 2¹² · high + low, products of such integers are small: float64
+    sums those of a chunk exactly, int64 those of 2³⁸ rows. So no bit depends on the order of rows or the number of
+    threads, and subtracting a row removes it exactly.
 
     Args:
         width: d.
-        device: where the sums are.
+        device: holds the sums.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -147,6 +146,7 @@ class ExactMoment:
             whole = rows.double() * _GRID
             high = (whole / _LOW).floor_()
             low = whole - high * _LOW
+            # Vᵀ V of V = 2¹² H + L needs HᵀH, HᵀL and LᵀL; LᵀH is the transpose of HᵀL.
             for total, left, right in ((self._high, high, high), (self._mixed, high, low), (self._low, low, low)):
                 total.add_((left.T @ right).long(), alpha=sign)
 
@@ -156,7 +156,7 @@ class ExactMoment:
             self.add(image, sign=-1)
 
     def value(self) -> Tensor:
-        """Give the moment, float64 [d, d]."""
+        """Return the moment, float64 [d, d]."""
         mixed = self._mixed + self._mixed.T
         return (self._high.double() * _LOW**2 + mixed.double() * _LOW + self._low.double()) / _GRID**2
 
@@ -164,7 +164,7 @@ class ExactMoment:
 def _chunks(
     vectors: NDArray[np.float16], rows: NDArray[np.int64], device: torch.device
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Give some rows chunk by chunk, on the device."""
+    """Yield the given rows in chunks: their indices, and float16 [m, d] on the device."""
 
     def read(at: slice) -> list[Tensor]:
         return [torch.from_numpy(vectors[rows[at]])]
@@ -182,18 +182,18 @@ def _score(parts: Sequence[Part], within: int, moment: ExactMoment, on_rows: Cal
                 on_rows(len(rows))
 
 
-# Who leaves: the exact place in the order (score upwards, uid downwards) behind which rows stay. Digit by digit, so
-# that memory is a histogram, however many rows there are and however many of them are equal.
+# Which rows leave: a radix search for the exact place of the cut in the order (rising score, falling uid). It needs the
+# memory of one histogram, however many rows there are and however many of them are equal.
 
 Tie = tuple[int, int]
 
 
 def _cut(parts: Sequence[Part], within: int, leaving: int) -> tuple[int, Tie | None]:
-    """Find the last row that leaves: its score's bits and, if not all rows of that score leave, its uid."""
+    """Return the score's bits of the last row that leaves and, if rows with that score leave only in part, its uid."""
     bits, below, equal = _nth(lambda: (_bits(part, part.left == within) for part in parts), 32, leaving)
     if below + equal == leaving:
         return bits, None
-    downwards = leaving - below
+    downwards = leaving - below  # rows to drop among the equal ones; ~ turns falling uids into rising numbers
     f0, more, _ = _nth(lambda: (~_tied(part, within, bits)[0] for part in parts), 64, downwards)
     f1, _, _ = _nth(lambda: (~w1[~w0 == f0] for w0, w1 in _all_tied(parts, within, bits)), 64, downwards - more)
     top = 2**64 - 1
@@ -211,12 +211,22 @@ def _going(part: Part, within: int, bits: int, tie: Tie | None) -> NDArray[np.in
 
 
 def _nth(words: Callable[[], Iterator[NDArray]], width: int, wanted: int) -> tuple[int, int, int]:
-    """Find the `wanted`-th smallest of unsigned numbers; how many are smaller, and how many equal."""
+    """Find the `wanted`-th smallest of unsigned numbers, from its highest digit down.
+
+    Args:
+        words: yields the numbers in parts; called once per digit.
+        width: their bits.
+        wanted: the place, from 1.
+
+    Returns:
+        The number, how many are smaller, and how many are equal.
+    """
     value, below, equal = 0, 0, 0
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, np.int64)
         for some in words():
             wide = some.astype(np.uint64)
+            # Count the next digit of the numbers that agree with `value` in all higher digits.
             if shift < width - _DIGIT:
                 wide = wide[wide >> np.uint64(shift + _DIGIT) == value]
             digits = (wide >> np.uint64(shift)) & np.uint64((1 << _DIGIT) - 1)
@@ -229,7 +239,7 @@ def _nth(words: Callable[[], Iterator[NDArray]], width: int, wanted: int) -> tup
 
 
 def _bits(part: Part, rows: NDArray) -> NDArray[np.uint32]:
-    """Give scores as numbers of the same order: a float32 that is not negative, read as an integer."""
+    """Return scores as integers in the same order: the bits of non-negative float32 sort like the floats."""
     return np.asarray(part.score[rows]).view(np.uint32)
 
 

@@ -1,8 +1,8 @@
-"""SIEVE (arXiv 2310.02110): how near a caption is to what a captioner says of its image.
+"""SIEVE (arXiv 2310.02110): similarity of a text to captions generated from its image.
 
     SIEVE(i) = max over k of cos( E(mask(alt_i)), E(mask(caption_k(image_i))) )
 
-Here: which words are masked, and the maximum. Not here: the captioner and the sentence encoder E.
+Here: masking, and the maximum. Not here: the captioner and the text encoder E.
 """
 
 import re
@@ -20,7 +20,7 @@ MEDIUM_PHRASES = (
     "image",
     "photo",
 )
-"""The paper's phrases that name the medium and not what is seen, in the order in which they are deleted."""
+"""The paper's phrases for the medium, in the order in which they are deleted."""
 
 _PATTERNS = tuple(re.compile(r"\b" + phrase.replace(" ", r"\s+") + r"\b", re.I) for phrase in MEDIUM_PHRASES)
 _WORD = re.compile(r"\w")
@@ -29,10 +29,10 @@ _WORD = re.compile(r"\w")
 def mask(text: str) -> str:
     """Delete the medium phrases from a text, on word boundaries, so that "photograph" and "imagery" stay.
 
-    One phrase after the other, each wherever it stands.
+    Phrases are deleted in the order of `MEDIUM_PHRASES`, each everywhere.
 
     Returns:
-        What is left, its words parted by single spaces; "" where no letter and no digit is left.
+        The remaining words, separated by single spaces; "" if no letter or digit remains.
     """
     for pattern in _PATTERNS:
         text = pattern.sub(" ", text)
@@ -50,15 +50,15 @@ def sieve(
     Args:
         text: embeddings of the masked texts, unit norm, `[n, d]`.
         captions: embeddings of the masked captions, unit norm, `[n, k, d]`.
-        text_is_empty: whose text masking left nothing of, `[n]`; what stands in `text` there is not read.
-        caption_is_empty: the same of the captions, `[n, k]`.
+        text_is_empty: bool `[n]`, the masked text is empty; its row of `text` is not read.
+        caption_is_empty: bool `[n, k]`, the same for captions.
 
     Returns:
-        SIEVE, float32 `[n]`, and which caption gave it, int64 `[n]`, the first of equal ones. A pair in which one side
-        is empty counts 0.
+        SIEVE, float32 `[n]`, and the index of the caption that attains it, int64 `[n]`, the first of equals. A pair
+        with an empty side has cosine 0.
 
     Raises:
-        ValueError: shapes that don't fit, no caption, or an embedding that is not finite and should be read.
+        ValueError: shapes do not fit, there is no caption, or an embedding that is read is not finite.
     """
     n, k = caption_is_empty.shape
     if k == 0 or text.shape[:1] != (n,) or captions.shape != (n, k, text.shape[-1]) or text_is_empty.shape != (n,):

@@ -1,1 +1,1 @@
-"""Tiled reductions over similarities that are never held whole, and their kernels."""
+"""Tiled reductions over similarity matrices that are never stored whole, and their kernels."""

@@ -1,11 +1,11 @@
 """The one tiled reduction over similarities s = rows · columnsᵀ, and its operations.
 
-Here belong the three reductions that the scores are made of (`log_sum_exp`, `log_sum_exp_both`, `largest`), the choice
-of what computes them, the tiles in plain torch and the checks of operands. The kernels for CUDA are in
-`triton_reduction`; what the sums mean belongs to `clip_loss` and `target_similarity`.
+Here: the three reductions that scores use (`log_sum_exp`, `log_sum_exp_both`, `largest`), the choice between kernels
+and plain torch, the tiles in plain torch, and the checks of operands. Not here: the CUDA kernels (`triton_reduction`),
+and the scores (`clip_loss`, `norm_sim`).
 
-A matrix product may round differently when its shape changes, so every tile has the same shape, the last one
-being padded with zeros: a row's result then depends on the row and the columns alone, not on its neighbours.
+A matrix product may round differently when its shape changes, so every tile has the same shape and the last one is
+padded with zeros. A row's result then depends only on the row and the columns, not on its neighbours.
 """
 
 import math
@@ -22,17 +22,17 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Arithmetic = Literal["float32", "bfloat16"]
-"""What is multiplied on CPU: the values as stored, or rounded to bfloat16 (see `Tiles`)."""
+"""Operands of products on CPU: as stored, or rounded to bfloat16 (see `Tiles`)."""
 
-# Rows and columns of a tile. On CPU its products and their exponentials stay in a core's cache between one pass
-# and the next, and are taller in bfloat16, where converting the columns costs more beside the product; on CUDA
-# launches are what costs, so tiles are large.
+# Rows and columns of a tile. On CPU a tile's products and exponentials fit a core's cache from one pass to the next;
+# bfloat16 tiles are taller, because converting the columns costs more relative to the product. On CUDA launches are the
+# cost, so tiles are large.
 _TILE = {"float32": (480, 512), "bfloat16": (960, 512), "cuda": (4096, 8192)}
 
-_GROUP = 16  # tiles of rows whose parts of the columns' sums are held at once
+_GROUP = 16  # tiles of rows whose partial column sums are in memory
 
-# Products of float32 by oneDNN where torch has it: on AMD they are twice as fast as `torch.mm`, which is MKL's, and
-# no row's bits depend on its place, which OpenBLAS's do (docs/decisions/0004-engine.md).
+# Use oneDNN for float32 products where torch has it: on AMD it is twice as fast as MKL's `torch.mm`, and unlike
+# OpenBLAS it gives a row the same bits wherever it is in a tile (docs/decisions/0004-engine.md).
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -44,14 +44,14 @@ def log_sum_exp(
     temperature: float,
     arithmetic: Arithmetic = "float32",
 ) -> Tensor:
-    """τ · log( exp(first_i/τ) + Σ_j exp(s_ij/τ) ) for every row i.
+    """Compute τ · log( exp(first_i/τ) + Σ_j exp(s_ij/τ) ) for every row i.
 
     Args:
         rows: [n, d] float16, bfloat16 or float32.
         columns: [m, d], likewise; m may be 0.
-        first: float32 [n], a term that each sum starts with; -inf for none.
+        first: float32 [n], one more term of each sum; -inf for none.
         temperature: τ.
-        arithmetic: as `Tiles` says.
+        arithmetic: see `Tiles`.
 
     Returns:
         float64 [n].
@@ -75,13 +75,13 @@ def log_sum_exp(
 def log_sum_exp_both(
     rows: Tensor, columns: Tensor, *, temperature: float, arithmetic: Arithmetic = "float32"
 ) -> tuple[Tensor, Tensor]:
-    """τ · log Σ exp(s/τ) along the rows and along the columns of one pass over the similarities.
+    """Compute τ · log Σ exp(s/τ) along rows and along columns in one pass over the similarities.
 
     Args:
         rows: [n, d] float16, bfloat16 or float32.
         columns: [m, d], likewise, not empty.
         temperature: τ.
-        arithmetic: as `Tiles` says.
+        arithmetic: see `Tiles`.
 
     Returns:
         For the rows, float64 [n]; for the columns, float64 [m].
@@ -92,7 +92,7 @@ def log_sum_exp_both(
     by_column = torch.full((1, len(columns)), -math.inf, dtype=torch.float64, device=rows.device)
     height, _ = tile_shape(rows, arithmetic)
     for some in spans(len(rows), _GROUP * height):
-        # Tiles of rows end in any order; their parts of the columns' sums are added in one.
+        # Tiles of rows finish in any order, so their partial column sums are kept and then added in a fixed order.
         parts = by_column.new_full((_GROUP, len(columns)), -math.inf)
 
         def task(tiles: Tiles, at: slice, some: slice = some, parts: Tensor = parts) -> None:
@@ -119,17 +119,17 @@ def largest(
     signed: bool = False,
     before: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """max_j |s_ij|, or max_j s_ij, for every row i, and the j that attains it, the lowest of equals.
+    """Compute max_j |s_ij|, or max_j s_ij, for every row i, and the j that attains it, the lowest of equals.
 
-    In bfloat16 arithmetic j is the largest by rounded similarities; the value is its own similarity in float32.
+    In bfloat16 arithmetic rounded similarities decide j; the value is the similarity to j in float32.
 
     Args:
         rows: [n, d] float16, bfloat16 or float32.
         columns: [m, d], likewise, not empty.
-        arithmetic: as `Tiles` says.
-        signed: the largest s and not the largest |s|.
-        before: with `signed`, row i sees the columns j < before + i alone; None for all. A row that sees none has
-            value -inf and j = 0.
+        arithmetic: see `Tiles`.
+        signed: maximise s instead of |s|.
+        before: with `signed`, row i is compared only with columns j < before + i; None for all. A row without
+            columns has value -inf and j = 0.
 
     Returns:
         The values float32 [n], and j int64 [n].
@@ -146,7 +146,7 @@ def largest(
         tile = tiles.rows(rows, at)
         seen = columns if before is None else columns[: max(before + at.stop - 1, 0)]
         for where, similarities in tiles.similarities(tile, seen):
-            if before is not None and where.stop > before + at.start:
+            if before is not None and where.stop > before + at.start:  # the tile crosses the diagonal j = before + i
                 unseen = torch.ones_like(similarities, dtype=torch.bool).triu_(before + at.start - where.start)
                 similarities.masked_fill_(unseen, -math.inf)
             best.update(similarities, where)
@@ -161,7 +161,7 @@ def largest(
 
 
 def _kernels(like: Tensor, arithmetic: Arithmetic) -> ModuleType | None:
-    """The one place where a device gets what computes: kernels for CUDA, or None for tiles in plain torch."""
+    """Return the CUDA kernels for operands that they support, or None to compute with tiles in plain torch."""
     if arithmetic not in get_args(Arithmetic):
         raise ValueError(f"arithmetic must be one of {', '.join(get_args(Arithmetic))}, not {arithmetic!r}")
     if like.device.type != "cuda" or like.dtype == torch.float32:
@@ -171,7 +171,7 @@ def _kernels(like: Tensor, arithmetic: Arithmetic) -> ModuleType | None:
 
 @cache
 def _triton(device: torch.device) -> ModuleType | None:
-    """The kernels, where they are installed and the device has the shared memory that they are cut for."""
+    """Return the kernels if Triton is installed and the device has enough shared memory for their block sizes."""
     if find_spec("triton") is None:
         return None
     from selection.similarity import triton_reduction
@@ -207,18 +207,18 @@ def check_matrices(**matrices: Tensor) -> None:
             )
     for name, matrix in matrices.items():
         for rows in matrix if matrix.ndim == 3 else [matrix]:
-            # A sum is finite only if all its terms are, and is found twenty times faster than isfinite in halves.
+            # A sum is finite only if all terms are; for halves it is twenty times faster than isfinite.
             if not all(torch.isfinite(part.float().sum()) for part in rows.split(2048)):
                 raise ValueError(f"{name} holds NaN or infinity")
 
 
 def row_dots(left: Tensor, right: Tensor) -> Tensor:
-    """Dot product of each row of left [m, d] with the same row of right ([m, d] or [d]), as float32 [m]."""
+    """Return the dot product of each row of left [m, d] with the same row of right ([m, d] or [d]), float32 [m]."""
     return (left.float() * right.float()).sum(dim=1)
 
 
 def tile_shape(like: Tensor, arithmetic: Arithmetic) -> tuple[int, int]:
-    """Rows and columns of every tile of such operands."""
+    """Return rows and columns of a tile for operands like this one."""
     return _TILE[arithmetic if like.device.type == "cpu" else "cuda"]
 
 
@@ -226,12 +226,12 @@ class Tiles:
     """Tiles of a matrix and of similarities for one device, dtype and embedding width.
 
     On CPU, arithmetic "float32" widens the operands to float32. "bfloat16" rounds them, and the products, to bfloat16,
-    which is faster where the CPU has the instructions. What all columns have in common is taken out beforehand and
-    added back in float32: s = r·c + r·(u - c) with c the mean of the first columns, so that what is rounded is small.
-    On CUDA operands stay as stored, and products accumulate in float32.
+    which is faster where the CPU has the instructions. To round small numbers only, the mean c of the first columns is
+    subtracted first, and its product added in float32: s = r·c + r·(u - c). On CUDA operands stay as stored, and
+    products accumulate in float32.
 
     Args:
-        like: any of the operands; gives device, dtype and width.
+        like: any of the operands; determines device, dtype and width.
         arithmetic: "float32" or "bfloat16".
     """
 
@@ -241,21 +241,18 @@ class Tiles:
         self.height, self.width = tile_shape(like, arithmetic)
         dtype = torch.float32 if on_cpu else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
-        # Scratch of a tile's size, which operations may use.
+        # Scratch of a tile's size, which operations may overwrite.
         self.products = torch.empty(self.height, self.width, device=like.device)
 
     def rows(self, matrix: Tensor, at: slice) -> Tensor:
-        """A tile [height, d] of the rows of matrix [n, d] at a slice of at most `height` rows.
-
-        What is left of the tile is zero.
-        """
+        """Return rows `at`, at most `height`, of matrix [n, d] as a tile [height, d], padded with zeros."""
         return self._fill(self._columns.new_empty(self.height, matrix.shape[1]), matrix[at])
 
     def similarities(self, tile: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Products of a row tile with the rows of matrix [n, d].
+        """Multiply a row tile with the rows of matrix [n, d].
 
         Yields:
-            Which columns, and their similarities [height, columns] in float32, which operations may overwrite.
+            A slice of columns, and their similarities [height, columns] in float32, which operations may overwrite.
         """
         if self.rounds and len(matrix):
             centre = matrix[: self.width].float().mean(0)
@@ -266,7 +263,7 @@ class Tiles:
             if self.rounds:
                 residuals = torch.mm(rounded, columns.sub_(centre).bfloat16().T)
                 products.copy_(residuals).add_(common)
-            elif columns.dtype != torch.float32:  # without out_dtype the product of halves would be rounded to half
+            elif columns.dtype != torch.float32:  # without out_dtype torch rounds the product of halves to half
                 torch.mm(tile, columns.T, out_dtype=torch.float32, out=products)
             elif columns.is_cpu and _ONEDNN:
                 products = torch.ops.mkldnn._linear_pointwise(tile, columns, None, "none", [], "")
@@ -282,7 +279,7 @@ class Tiles:
 
 
 def spans(count: int, step: int) -> list[slice]:
-    """Slices of `step` (the last one shorter) that cover range(count)."""
+    """Return slices of length `step` that cover range(count); the last may be shorter."""
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -291,27 +288,26 @@ def for_each_tile(
 ) -> None:
     """Call task(tiles, at) for each tile of `count` rows.
 
-    On CPU each of torch's threads takes whole tiles and runs their operations alone: the passes over a tile are too
-    short for threads to meet after each, the more so when other work holds the cores; and its bits do not depend on
-    where a pass would be cut among threads.
+    On CPU each thread handles whole tiles by itself. The passes over a tile are too short to synchronise threads after
+    each, and splitting a pass among threads could change a row's bits.
 
     Args:
         count: number of rows.
-        like: an operand; gives device, dtype and width.
-        task: works on the rows `at`, with tiles of its own; writes its result where no other row's goes.
-        arithmetic: of the tiles.
+        like: an operand; determines device, dtype and width.
+        task: handles the rows `at`; may use `tiles` freely, and writes results for those rows only.
+        arithmetic: arithmetic of the tiles.
     """
     height, _ = tile_shape(like, arithmetic)
     todo = iter(spans(count, height))
 
     def work() -> None:
         tiles = Tiles(like, arithmetic)
-        for at in todo:  # threads share the iterator of a list, whose steps are atomic
+        for at in todo:  # threads share this iterator; its steps are atomic
             task(tiles, at)
 
     def work_alone() -> None:
-        torch.set_num_threads(1)  # for this thread's operations
-        with torch.no_grad():  # gradients are off by thread, too
+        torch.set_num_threads(1)  # for operations of this thread
+        with torch.no_grad():  # a setting of the thread, too
             work()
 
     if like.device.type != "cpu":
@@ -323,20 +319,20 @@ def for_each_tile(
             for done in [pool.submit(work_alone) for _ in range(min(threads, -(-count // height)))]:
                 done.result()
     finally:
-        torch.set_num_threads(threads)  # what threads begun from now on inherit
+        torch.set_num_threads(threads)  # threads started later inherit it
 
 
 class LogSumExp:
-    """τ · log Σ exp(s/τ) along one dimension of the similarities, exact for any finite s.
+    """τ · log Σ exp(s/τ) along one dimension of the similarities, without overflow for any finite s.
 
-    A running maximum is taken out of the exponent; powers of two are summed, because exp2 is the cheaper.
+    A running maximum is subtracted from the exponents. The sum is of powers of two, because exp2 is cheaper than exp.
 
     Args:
-        first: float32 [m], a term that each sum starts with; -inf for none.
+        first: float32 [m], one more term of each sum; -inf for none.
         temperature: τ.
         dim: 1 to sum along the rows of a tile, 0 along its columns.
-        scratch: float32 of a whole tile's shape; overwritten. It may be `Tiles.products` itself, when no other
-            operation wants the tile afterwards.
+        scratch: float32 of a whole tile's shape, overwritten. It may be `Tiles.products` if no other operation needs
+            the tile afterwards.
     """
 
     def __init__(self, first: Tensor, temperature: float, dim: int, scratch: Tensor) -> None:
@@ -353,25 +349,26 @@ class LogSumExp:
         top = torch.maximum(old, tile.amax(self._dim))
         terms = self._scratch
         torch.sub(tile, top.unsqueeze(self._dim), out=terms[:height, :width])
-        # Whole and contiguous even when ragged, so that vectors fall alike for every row.
+        # Sum whole, contiguous tiles even when the last is ragged, so that SIMD lanes are the same for every row.
         terms[height:] = -math.inf
         terms[:, width:] = -math.inf
         added = terms.mul_(self._scale).exp2_().sum(self._dim)[: len(top)]
+        # The total so far was relative to the old maximum: rescale it to the new one.
         self._total[at] = self._total[at] * ((old - top).double() * self._scale).exp2() + added
         self._top[at] = top
 
     def value(self) -> Tensor:
-        """τ · log Σ exp(s/τ), float64 [m]."""
+        """Return τ · log Σ exp(s/τ), float64 [m]."""
         return self._top.double() + self._total.log2() / self._scale
 
 
 class Largest:
-    """max |s|, or max s, and its column, for each row of the similarities; of equal ones the lowest column.
+    """max |s|, or max s, and its column, the lowest of equals, for each row of the similarities.
 
     Args:
         rows: number of rows m of a tile.
         device: of the tiles.
-        signed: max s and not max |s|.
+        signed: maximise s instead of |s|.
     """
 
     def __init__(self, rows: int, device: torch.device, *, signed: bool = False) -> None:
@@ -380,17 +377,17 @@ class Largest:
         self._signed = signed
 
     def update(self, tile: Tensor, at: slice) -> None:
-        """Take in a tile of similarities [m, columns at]."""
+        """Update with the similarities [m, columns at] of a tile."""
         value = tile.amax(1) if self._signed else torch.maximum(tile.amax(1), tile.amin(1).neg_())
         better = (value > self.value).nonzero().squeeze(1)
-        if len(better):  # few after the first tiles, so the search for the column is rare
+        if len(better):  # few after the first tiles, so the search for a column is rare
             self.value[better] = value[better]
             found = tile[better] if self._signed else tile[better].abs_()
             self.index[better] = found.argmax(1) + at.start
 
 
 class PowerSum:
-    """(Σ |s|^p)^(1/p) for each row of the similarities: the brute force beside the second moment.
+    """(Σ |s|^p)^(1/p) for each row of the similarities: the reference for the second moment.
 
     Args:
         rows: number of rows m of a tile.
@@ -407,5 +404,5 @@ class PowerSum:
         self._total += tile.abs_().pow_(self._p).sum(1)
 
     def value(self) -> Tensor:
-        """(Σ |s|^p)^(1/p), float64 [m]."""
+        """Return (Σ |s|^p)^(1/p), float64 [m]."""
         return self._total ** (1 / self._p)

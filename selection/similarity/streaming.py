@@ -1,6 +1,6 @@
-"""Rows that pass through a device chunk by chunk, each read once.
+"""Stream rows through a device in chunks, each read once.
 
-Here belongs when a chunk is read and copied. Where rows come from is the caller's, what is done with them as well.
+Here: when a chunk is read and copied. Not here: the source of the rows, and what is computed from them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +15,19 @@ from selection.similarity.reduction import spans
 def resident(
     count: int, rows: int, device: torch.device, read: Callable[[slice], Sequence[Tensor]]
 ) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Give chunk by chunk what `read` gives, on the device.
+    """Yield chunks of rows on a device.
 
-    All that wants a chunk's rows shall run before the next one is asked for. On CUDA the next chunk is read, and copied
-    from pinned memory, by another thread and on another stream while this one is worked on.
+    Launch all work on a chunk before requesting the next one. On CUDA another thread reads the next chunk meanwhile and
+    copies it from pinned memory on another stream.
 
     Args:
         count: number of rows.
-        rows: of a chunk; the last one may have fewer.
-        device: where the chunks shall be.
-        read: gives the rows of a slice as tensors on CPU.
+        rows: rows of a chunk; the last one may have fewer.
+        device: where the chunks are needed.
+        read: returns the rows of a slice as tensors on CPU.
 
     Yields:
-        Which rows, and their tensors on the device.
+        The slice of rows, and its tensors on the device.
     """
     chunks = spans(count, rows)
     if device.type == "cpu":
@@ -48,6 +48,6 @@ def resident(
             here = torch.cuda.current_stream(device)
             here.wait_stream(copies)
             for part in parts:
-                part.record_stream(here)
+                part.record_stream(here)  # or the allocator could reuse its memory for the next copy too early
             following = thread.submit(fetch, after) if after is not None else None
             yield at, parts

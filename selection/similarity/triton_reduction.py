@@ -1,11 +1,11 @@
 """The reductions over similarities as CUDA kernels, for float16 and bfloat16 embeddings.
 
-Here belong the kernels, their sizes and what puts their parts together. Which device gets them is decided in
-`reduction`, whose functions of the same names say what these return.
+Here: the kernels, their block sizes, and the merge of their partial results. `reduction` decides when to use them; its
+functions of the same names document the results.
 
-A program takes a block of rows and a span of the columns and keeps its similarities in registers. Spans, blocks and the
-order of every sum are fixed, and parts of a sum are put together without atomics, so a row's result depends on the row
-and the columns alone and is the same in every run. For the same reason sizes are constants, not chosen by timing at
+A program handles a block of rows and a span of columns and keeps the similarities in registers. Spans, blocks and the
+order of every sum are fixed, and partial sums are merged without atomics, so a row's result depends only on the row and
+the columns and is the same in every run. Block sizes are constants for the same reason, instead of being autotuned at
 run time; `python -m benchmarks.scores --device cuda --tune` times the alternatives.
 """
 
@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Sizes(NamedTuple):
-    """How a kernel is cut: rows and columns of a block, width of a step, warps, and steps that are loaded ahead."""
+    """Block sizes of a kernel: rows and columns, embedding width of a step, warps, and steps loaded ahead."""
 
     rows: int
     columns: int
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 
 
 SIZES = Sizes(128, 256, 64, 8, 3)
-SIZES_BOTH = Sizes(128, 128, 64, 8, 4)  # sums of both sides need registers for two more numbers a similarity
+SIZES_BOTH = Sizes(128, 128, 64, 8, 4)  # column sums need registers for two more numbers per similarity
 ALTERNATIVES = [
     SIZES,
     SIZES_BOTH,
@@ -39,35 +39,35 @@ ALTERNATIVES = [
     Sizes(256, 128, 64, 8, 3),
 ]
 SHARED_MEMORY = 200 * 1024
-"""Bytes of shared memory a block must be able to have: those of an H100, H200 or B200."""
+"""Bytes of shared memory that a block needs; H100, H200 and B200 have them."""
 
-_SPAN = 8192  # columns of one program; programs side by side go through the same columns, so these stay in the L2 cache
-_ROWS = 65_536  # of one launch, so that parts of sums take little memory
-_COLUMN_PARTS = 2**25  # parts of column sums that are held at once
+_SPAN = 8192  # columns of a program; neighbouring programs read the same columns, which stay in the L2 cache
+_ROWS = 65_536  # rows of a launch, which bounds the memory of partial sums
+_COLUMN_PARTS = 2**25  # partial column sums in memory
 
 
 def log_sum_exp(rows: Tensor, columns: Tensor, *, temperature: float, sizes: Sizes = SIZES) -> Tensor:
-    """τ · log Σ_j exp(s_ij/τ), float64 [n]; rows [n, d] and columns [m, d] float16 or bfloat16, neither empty."""
+    """Compute τ · log Σ_j exp(s_ij/τ), float64 [n]; rows [n, d] and columns [m, d] float16 or bfloat16, not empty."""
     result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, len(rows), _ROWS):
         at = slice(start, start + _ROWS)
         tops, totals, _, _ = _sums(rows[at], columns, temperature, sizes, both=False)
-        result[at] = _joined(tops, totals, temperature)
+        result[at] = _merged(tops, totals, temperature)
     return result
 
 
 def log_sum_exp_both(
     rows: Tensor, columns: Tensor, *, temperature: float, sizes: Sizes = SIZES_BOTH
 ) -> tuple[Tensor, Tensor]:
-    """As `log_sum_exp`, for the rows and for the columns of one pass: float64 [n] and [m]."""
+    """Compute `log_sum_exp` along rows and along columns in one pass: float64 [n] and [m]."""
     by_row = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     by_column = torch.full((len(columns),), -math.inf, dtype=torch.float64, device=rows.device)
     step = max(1, _COLUMN_PARTS // len(columns)) * sizes.rows
     for start in range(0, len(rows), step):
         at = slice(start, start + step)
         tops, totals, column_tops, column_totals = _sums(rows[at], columns, temperature, sizes, both=True)
-        by_row[at] = _joined(tops, totals, temperature)
-        part = _joined(column_tops, column_totals, temperature)
+        by_row[at] = _merged(tops, totals, temperature)
+        part = _merged(column_tops, column_totals, temperature)
         by_column = temperature * torch.logaddexp(by_column / temperature, part / temperature)
     return by_row, by_column
 
@@ -75,7 +75,7 @@ def log_sum_exp_both(
 def largest(
     rows: Tensor, columns: Tensor, *, signed: bool = False, before: int | None = None, sizes: Sizes = SIZES
 ) -> tuple[Tensor, Tensor]:
-    """max_j |s_ij|, or max_j s_ij, float32 [n], and its j int64 [n], the lowest of equals."""
+    """Compute max_j |s_ij|, or max_j s_ij, float32 [n], and its j, int64 [n], the lowest of equals."""
     value = torch.empty(len(rows), device=rows.device)
     index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     for start in range(0, len(rows), _ROWS):
@@ -84,11 +84,11 @@ def largest(
         parts = -(-len(columns) // _SPAN), len(some)
         values = torch.empty(parts, device=rows.device)
         indices = torch.empty(parts, dtype=torch.int32, device=rows.device)
-        # Row i of a launch sees the columns below `first` + i.
+        # Row i of a launch is compared with the columns below `first` + i.
         first = len(columns) if before is None else before + start
         _launch(_largest_kernel, some, columns, sizes, values, indices, first=first, SIGNED=signed)
         value[at] = values.amax(0)
-        last = torch.iinfo(torch.int32).max
+        last = torch.iinfo(torch.int32).max  # larger than any column, so equal spans resolve to the lowest
         index[at] = torch.where(values == value[at], indices, last).amin(0).long()
     return value, index
 
@@ -96,7 +96,7 @@ def largest(
 def _sums(
     rows: Tensor, columns: Tensor, temperature: float, sizes: Sizes, *, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts of the sums: shifts and sums by span of columns [., n], and by block of rows [., m] if `both`."""
+    """Return shifts and sums by span of columns, [., n], and, if `both`, by block of rows, [., m]."""
     spans, blocks = -(-len(columns) // _SPAN), -(-len(rows) // sizes.rows)
     by_row = torch.empty(2, spans, len(rows), device=rows.device)
     by_column = torch.empty((2, blocks, len(columns)) if both else (2, 1, 1), device=rows.device)
@@ -106,16 +106,16 @@ def _sums(
 
 
 def has_fixed_shift(temperature: float) -> bool:
-    """Whether exp((s - 1)/τ) is exact for all s from -1 to 1, so that no maximum need be found.
+    """Return whether 1 can replace the running maximum: no exp((s - 1)/τ) with s in [-1, 1] may lose precision.
 
-    The smallest is 2^(-2 log2(e)/τ). It must be a normal float32, above 2^-126, and so must be terms that are 2^-24 of
-    it; the rest can't be seen beside it.
+    The smallest such term is 2^(-2 log2(e)/τ). It and terms that are 2^-24 of it must be normal float32 numbers, at
+    least 2^-126; smaller terms do not change the sum.
     """
     return 2 * math.log2(math.e) / temperature + 24 <= 126
 
 
-def _joined(tops: Tensor, totals: Tensor, temperature: float) -> Tensor:
-    """τ · log of the sum over parts [parts, n] of exp(top/τ) · total, float64 [n]."""
+def _merged(tops: Tensor, totals: Tensor, temperature: float) -> Tensor:
+    """Merge partial sums [parts, n]: return τ · log Σ_parts exp(top/τ) · total, float64 [n]."""
     return temperature * torch.logsumexp(tops.double() / temperature + totals.double().log(), 0)
 
 
@@ -123,8 +123,8 @@ def _launch(kernel: Any, rows: Tensor, columns: Tensor, sizes: Sizes, *results: 
     grid = triton.cdiv(len(rows), sizes.rows) * triton.cdiv(len(columns), _SPAN)
     with torch.cuda.device_of(rows):
         kernel[(grid,)](
-            _described(rows, sizes.rows, sizes.width),
-            _described(columns, sizes.columns, sizes.width),
+            _descriptor(rows, sizes.rows, sizes.width),
+            _descriptor(columns, sizes.columns, sizes.width),
             *results,
             len(rows),
             len(columns),
@@ -140,8 +140,9 @@ def _launch(kernel: Any, rows: Tensor, columns: Tensor, sizes: Sizes, *results: 
         )
 
 
-def _described(matrix: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """Blocks [rows, width] of a matrix, zero beyond its ends; rows must begin at multiples of 16 bytes."""
+def _descriptor(matrix: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Return a descriptor that loads blocks [rows, width] of a matrix, with zeros outside it."""
+    # The hardware's bulk copies need rows that start at multiples of 16 bytes.
     if matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:
         matrix = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % 8)).contiguous()
     return TensorDescriptor.from_tensor(matrix, [rows, width])
@@ -174,16 +175,18 @@ def _sum_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    # Programs with neighbouring numbers take different rows and the same span of columns.
     blocks = tl.cdiv(n, BM)
     block = tl.program_id(0) % blocks
     span = tl.program_id(0) // blocks
     row = block * BM + tl.arange(0, BM)
+    # Sums are relative to `top`: 1 if FIXED (no cosine exceeds it), else the running maximum.
     top = tl.full((BM,), 1.0 if FIXED else -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, m), BN):
         s = _similarities(rows, columns, block * BM, start, d, BM, BN, BK)
         column = start + tl.arange(0, BN)
-        if start + BN > m:
+        if start + BN > m:  # the block reaches past the last column
             s = tl.where((column < m)[None, :], s, -float("inf"))
         if FIXED:
             terms = tl.exp2(s * scale - scale)
@@ -194,6 +197,7 @@ def _sum_kernel(
             total = total * tl.exp2((top - higher) * scale) + tl.sum(terms, 1)
             top = higher
         if BOTH:
+            # Each block of rows stores a partial sum per column; `_merged` adds them, so no atomics are needed.
             real = (row < n)[:, None]
             if FIXED:
                 own = tl.full((BN,), 1.0, tl.float32)
@@ -201,9 +205,9 @@ def _sum_kernel(
             else:
                 s = tl.where(real, s, -float("inf"))
                 own = tl.max(s, 0)
-                own = tl.where(column < m, own, 0.0)
+                own = tl.where(column < m, own, 0.0)  # -inf - -inf would be NaN in columns past the end
                 terms = tl.exp2(s * scale - (own * scale)[None, :])
-            at = block.to(tl.int64) * m + column
+            at = block.to(tl.int64) * m + column  # int64: blocks · m may exceed 2^31
             tl.store(column_top + at, own, column < m)
             tl.store(column_total + at, tl.sum(terms, 0), column < m)
     at = span.to(tl.int64) * n + row
@@ -233,16 +237,16 @@ def _largest_kernel(
     row = block * BM + tl.arange(0, BM)
     best = tl.full((BM,), -float("inf"), tl.float32)
     where = tl.zeros((BM,), tl.int32)
-    seen = tl.minimum(m, first + block * BM + BM - 1)
+    seen = tl.minimum(m, first + block * BM + BM - 1)  # columns that the last row of the block is compared with
     for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, seen), BN):
         s = _similarities(rows, columns, block * BM, start, d, BM, BN, BK)
         if not SIGNED:
             s = tl.abs(s)
         column = start + tl.arange(0, BN)
-        if start + BN > tl.minimum(m, first + block * BM):
+        if start + BN > tl.minimum(m, first + block * BM):  # the block crosses the diagonal or the last column
             s = tl.where((column < m)[None, :] & (column[None, :] < first + row[:, None]), s, -float("inf"))
         value = tl.max(s, 1)
-        if tl.max((value > best).to(tl.int32), 0) > 0:  # seldom after the first blocks, so the search is rare
+        if tl.max((value > best).to(tl.int32), 0) > 0:  # rare after the first blocks, so the search costs little
             place = tl.min(tl.where(s == value[:, None], column[None, :], 0x7FFFFFFF), 1)
             where = tl.where(value > best, place, where)
             best = tl.maximum(best, value)

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment is taken up again without a lost or doubled row."""
+"""A run that is killed at any moment resumes without a lost or repeated row."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from tests.support.scenario import ROWS, SHARDS, Scenario
 
 
 def data_files(lake: Path) -> dict[str, bytes]:
-    """Give the lake's data: everything but Dagster's records, the catalog, and records of the time."""
+    """Return the lake's data: everything but Dagster's records, the catalog, and timings."""
     return {
         str(path.relative_to(lake)): path.read_bytes()
         for path in sorted(lake.rglob("*"))

@@ -1,4 +1,4 @@
-"""Lakes that an earlier commit wrote (`tests/data/old_lake.py`) are up to date, and can be asked and made again."""
+"""Lakes that an earlier commit wrote (`tests/data/old_lake.py`) are up to date; explain, diff and reproduce work."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def old() -> Iterator[Path]:
 
 @pytest.fixture(scope="module", params=["datacomp", "webdataset"])
 def project(old: Path, request: pytest.FixtureRequest) -> Path:
-    """One of the two projects, after a pass over its lake."""
+    """One of the two projects after a pass over its lake."""
     config = old / request.param / "project.yaml"
     opened = open_project(config)
     with dg.DagsterInstance.ephemeral() as instance:

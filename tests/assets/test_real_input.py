@@ -1,4 +1,4 @@
-"""The examples run on real photographs, where those are on this machine."""
+"""The examples run on real photographs, if the machine has them."""
 
 import json
 import shutil

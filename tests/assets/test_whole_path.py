@@ -1,4 +1,4 @@
-"""From a pool to a subset, and again when something changed: what is computed, what is not, and what is said."""
+"""From a pool to a subset, and again after changes: which assets are computed, and which are not."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from assets.scores.neg_clip_loss_settings import temperature
 from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs
 from dagster_project.headless import RANGE_END, RANGE_START
@@ -38,6 +39,7 @@ def test_one_pass_makes_every_asset_of_every_shard(scenario: Scenario) -> None:
     assert all(outcome.computed[key] == list(SHARDS) for key in SHARDED)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_subset_holds_what_its_steps_say(scenario: Scenario) -> None:
     scenario.run()
     loss = scenario.scores("neg_clip_loss/tiny").sort("neg_clip_loss", descending=True)
@@ -53,6 +55,7 @@ def test_a_subset_holds_what_its_steps_say(scenario: Scenario) -> None:
     assert [(s["entered"], s["kept"]) for s in scenario.subset("paper").lineage["steps"]] == [(36, 18), (18, 9)]
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_array_is_what_datacomp_reads(scenario: Scenario) -> None:
     scenario.run()
     array = scenario.array("clip_third")
@@ -63,6 +66,7 @@ def test_the_array_is_what_datacomp_reads(scenario: Scenario) -> None:
     assert texts == sorted(scenario.manifest("clip_third")["uid"])
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_recipe_may_begin_with_another(scenario: Scenario) -> None:
     scenario.run()
     inside = scenario.subset("inside").lineage
@@ -72,6 +76,7 @@ def test_a_recipe_may_begin_with_another(scenario: Scenario) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".txt"])
+@pytest.mark.usefixtures("finished")
 def test_a_recipe_may_begin_with_a_uid_list(scenario: Scenario, suffix: str) -> None:
     scenario.run()
     chosen = scenario.manifest("clip_third")["uid"].to_list()[:5]
@@ -88,6 +93,7 @@ def test_a_recipe_may_begin_with_a_uid_list(scenario: Scenario, suffix: str) -> 
     assert set(scenario.manifest("listed")["uid"]) <= set(chosen)
 
 
+@pytest.mark.usefixtures("finished")
 def test_nothing_is_computed_again_when_nothing_changed(scenario: Scenario) -> None:
     scenario.run()
     before = scenario.files()
@@ -96,6 +102,7 @@ def test_nothing_is_computed_again_when_nothing_changed(scenario: Scenario) -> N
     assert scenario.files() == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_new_shard_is_computed_and_no_other(scenario: Scenario) -> None:
     scenario.run()
     before = scenario.files()
@@ -114,12 +121,14 @@ def test_a_new_shard_is_computed_and_no_other(scenario: Scenario) -> None:
     assert scenario.subset("paper").lineage["source"]["rows"] == 4 * ROWS
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_shard_that_was_only_touched_stops_at_the_pool(scenario: Scenario) -> None:
     scenario.run()
     os.utime(scenario.folder / "pool/00001.tar", ns=(1, 1))
     assert scenario.run().computed == {"raw_pool": ["00001"], "catalog": []}
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_changed_shard_is_computed_again_with_all_that_follows(scenario: Scenario) -> None:
     scenario.run()
     scenario.write_shard("00001", text=b"another caption")
@@ -128,6 +137,7 @@ def test_a_changed_shard_is_computed_again_with_all_that_follows(scenario: Scena
     assert "negatives/tiny" not in outcome.computed
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_removed_shard_leaves_the_subsets_and_the_lake(scenario: Scenario) -> None:
     scenario.run()
     (scenario.folder / "pool/00001.tar").unlink()
@@ -161,6 +171,7 @@ def test_a_removed_shard_leaves_the_subsets_and_the_lake(scenario: Scenario) -> 
         (["pool", "min_side"], 20, {"raw_pool", "catalog"}),
     ],
 )
+@pytest.mark.usefixtures("finished")
 def test_a_changed_setting_recomputes_just_what_depends_on_it(
     scenario: Scenario, path: list[str], value: Any, recomputed: set[str]
 ) -> None:
@@ -171,6 +182,7 @@ def test_a_changed_setting_recomputes_just_what_depends_on_it(
     assert set(outcome.computed) == recomputed
 
 
+@pytest.mark.usefixtures("finished")
 def test_another_target_image_is_embedded_and_norm_sim_follows(scenario: Scenario) -> None:
     scenario.run()
     (scenario.folder / "pets/cat/extra.jpg").write_bytes(
@@ -186,6 +198,7 @@ def test_another_target_image_is_embedded_and_norm_sim_follows(scenario: Scenari
     }
 
 
+@pytest.mark.usefixtures("finished")
 def test_drawing_again_is_asked_for_and_then_every_score_follows(scenario: Scenario) -> None:
     scenario.run()
     scenario.write_shard("00003")
@@ -216,6 +229,7 @@ def test_the_papers_estimator_needs_no_negatives(scenario: Scenario) -> None:
     assert (scenario.scores("neg_clip_loss/tiny")["neg_clip_loss"] <= 0).all()
 
 
+@pytest.mark.usefixtures("finished")
 def test_another_arithmetic_scores_again_against_the_same_negatives(scenario: Scenario) -> None:
     scenario.run()
     exact = scenario.scores("neg_clip_loss/tiny")["neg_clip_loss"]
@@ -262,6 +276,7 @@ def test_negatives_are_not_drawn_from_a_part_of_the_pool(scenario: Scenario) -> 
 
 
 @pytest.mark.parametrize("one", ["00001", None])
+@pytest.mark.usefixtures("finished")
 def test_shards_may_go_through_many_assets_in_one_run(scenario: Scenario, one: str | None) -> None:
     scenario.run()
     for shard in SHARDS:
@@ -318,12 +333,13 @@ def test_dagster_calls_nothing_stale_after_a_pass_and_the_changed_shard_after_a_
     assert stale("embeddings/tiny") == {"00001"}
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_lineage_record_names_what_the_subset_was_made_from(scenario: Scenario) -> None:
     scenario.run()
     lineage = scenario.subset("paper").lineage
     project = scenario.open()
-    assert lineage["encoders"]["tiny"] == json.loads(json.dumps(project.encoder("tiny").identity()))
-    assert lineage["temperatures"]["tiny"] == project.temperature("tiny")
+    assert lineage["encoders"]["tiny"] == json.loads(json.dumps(project.models.encoder("tiny").identity()))
+    assert lineage["temperatures"]["tiny"] == temperature(project, "tiny")
     assert lineage["inputs"]["negatives/tiny"]["seed"] == 0
     assert set(lineage["inputs"]) == {"negatives/tiny", "target_embeddings/tiny/pets"}
     for shard in SHARDS:
@@ -348,6 +364,7 @@ def test_two_encoders_work_side_by_side(scenario: Scenario) -> None:
     assert set(scenario.subset("mixed").lineage["encoders"]) == {"tiny", "other"}
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_catalog_explains_every_sample(scenario: Scenario) -> None:
     scenario.run()
     selected = set(scenario.manifest("paper")["uid"])
@@ -391,6 +408,7 @@ def test_a_graph_has_the_keys_and_partitions_of_the_design(scenario: Scenario) -
     assert found == {key: key in SHARDED for key in EVERYTHING} | dict.fromkeys(exports, True)
 
 
+@pytest.mark.usefixtures("finished")
 def test_scores_lie_within_their_bounds(scenario: Scenario) -> None:
     scenario.run()
     loss, near = scenario.scores("neg_clip_loss/tiny"), scenario.scores("norm_sim/tiny/pets")
@@ -423,6 +441,7 @@ def test_a_changed_sample_that_is_in_a_draw_is_scored_against_its_own_pair(scena
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.usefixtures("finished")
 def test_scores_do_not_join_an_encoder_with_the_targets_of_another(scenario: Scenario, tmp_path: Path) -> None:
     scenario.run()
     other = write_clip(tmp_path / "other_clip", TINY_CONFIG, seed=1)

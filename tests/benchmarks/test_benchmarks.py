@@ -1,4 +1,4 @@
-"""When a low ratio counts, and that every bar belongs to a benchmark."""
+"""When a low ratio fails, and that every bar belongs to a benchmark."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ OTHER_BROKEN = {"fast": 1.0, "faster": 1.9}
 
 
 def runs(*later: Mapping[str, Any]) -> tuple[Callable[[], Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """A benchmark that gives these results one after the other, and those that it has not given yet."""
+    """Return a benchmark that returns these results in order, and the list of results still to come."""
     left = list(later)
     return lambda: left.pop(0), left
 

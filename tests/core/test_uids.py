@@ -1,4 +1,4 @@
-"""Claims about uids as text, as numbers and as DataComp's array."""
+"""Uids as text, as numbers and as DataComp's array."""
 
 import numpy as np
 import pytest

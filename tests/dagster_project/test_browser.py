@@ -1,4 +1,4 @@
-"""What a person does in the browser, on a real Dagster server with its daemon.
+"""A user's actions in the browser, on a real Dagster server with its daemon.
 
 Set SCREENSHOTS to a folder to keep the pictures of the README's tour.
 """
@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from assets.base.keys import SHARDS_NAME
 from assets.settings import open_project
-from dagster_project import cli as command
-from dagster_project.definitions import DEMO_CONFIG
+from dagster_project.instance import open_instance
+from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
@@ -88,7 +88,7 @@ class Browser:
 
     def register(self, *shards: str) -> None:
         """Add shards to the partitions, as the discovery does."""
-        with command.open_instance(open_project(self.project)) as instance:
+        with open_instance(open_project(self.project)) as instance:
             instance.add_dynamic_partitions(SHARDS_NAME, list(shards))
 
     def launch(self, button: str) -> None:
@@ -103,7 +103,7 @@ class Browser:
         return dict(self.page.evaluate(ASK, [query, variables]))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Look once a second until something holds."""
+        """Check once a second until a condition holds."""
         for _ in range(PATIENCE // 1000):
             if condition():
                 return
@@ -112,7 +112,7 @@ class Browser:
         raise AssertionError(f"it did not come to that in time; the server's last words: {log[-4000:]}")
 
     def wait_for_ends(self, query: str) -> set[str]:
-        """Wait until there are runs, or backfills, and all have ended; give their statuses."""
+        """Wait until runs, or backfills, exist and all have ended; return their statuses."""
         statuses: set[str] = set()
 
         def ended() -> bool:
@@ -124,7 +124,7 @@ class Browser:
         return statuses
 
     def versions(self, recipe: str) -> list[str]:
-        """Give the versions of a subset that the server knows of, the newest first."""
+        """Return the versions of a subset on the server, the newest first."""
         found = self.ask(VERSIONS, recipe=recipe)["assetMaterializations"]
         return [entry["text"] for event in found for entry in event["metadataEntries"] if entry["label"] == "version"]
 
@@ -141,7 +141,7 @@ class Browser:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """The demo with three shards; gives its YAML."""
+    """Write the demo with three shards and return its YAML."""
     make_pool(tmp_path / "pool", range(3))
     make_targets(tmp_path / "targets", each=10)
     document = yaml.safe_load(DEMO_CONFIG.read_text())
@@ -155,7 +155,7 @@ def demo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def browse() -> Iterator[Callable[[Path], Browser]]:
-    """Open a browser on a project, served by `clip-select ui`; a test does so once."""
+    """Open a browser on a project served by `clip-select ui`, once per test."""
     closing: list[Callable[[], object]] = []
 
     def open_browser(project: Path) -> Browser:
@@ -175,7 +175,7 @@ def browse() -> Iterator[Callable[[Path], Browser]]:
 
 
 def serve(project: Path) -> tuple[str, Callable[[], object]]:
-    """Start `clip-select ui`; give its address and what ends it."""
+    """Start `clip-select ui`; return its address and a function that stops it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -203,7 +203,7 @@ def serve(project: Path) -> tuple[str, Callable[[], object]]:
 
 
 def answers(address: str) -> bool:
-    """Tell whether the server is up; waits a moment where it is not."""
+    """Check whether the server is up; wait a moment if not."""
     try:
         with urllib.request.urlopen(f"{address}/server_info", timeout=1) as response:
             return bool(response.status == 200)
@@ -303,6 +303,6 @@ def test_a_shard_that_arrives_is_scored_and_selected_by_itself(
 
 
 def run(project: Path) -> int:
-    """Run `clip-select run`; give its exit status."""
+    """Run `clip-select run` and return its exit status."""
     done = subprocess.run([sys.executable, "-m", "dagster_project.cli", "run", str(project)], check=False)
     return done.returncode

@@ -1,14 +1,18 @@
-"""What `clip-select run` prints: every loss is said, and text is printed as it is."""
+"""`clip-select`: options, exit statuses, output. No loss is silent, and text is printed as it is."""
 
+import ast
 import io
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from assets.graph import build_graph
-from dagster_project import cli as command
-from resources.lake.files import LakeError
+from assets.study import figures
+from dagster_project import cli, console
 from tests.support.pool_factory import sample, write_shard, write_tar
 from tests.support.scenario import SHARDS, Scenario
 
@@ -19,18 +23,17 @@ def printed(scenario: Scenario) -> "Printed":
 
 
 class Printed:
-    """Runs the scenario and gives what is printed of it."""
+    """Runs the scenario and returns the printed outcome."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
 
     def __call__(self) -> str:
-        """Make a pass and give the text."""
+        """Run a pass and return the text."""
         outcome = self.scenario.run()
         project = self.scenario.open()
         text = io.StringIO()
-        console = Console(file=text, width=200)
-        command.print_outcome(project, build_graph(project), outcome, console)
+        console.print_outcome(project, build_graph(project), outcome, Console(file=text, width=200))
         return text.getvalue()
 
 
@@ -50,7 +53,7 @@ def test_a_shards_notes_its_rejects_and_repeated_uids_are_said(scenario: Scenari
     text = printed()
     assert "shard 00008: 00008.tar is incomplete" in text
     assert "1 image_empty" in text
-    assert "12 rows left out: their uid came before" in text
+    assert "12 rows left out: an earlier row has their uid" in text
 
 
 def test_a_failure_is_one_message_with_the_file_and_without_a_traceback(scenario: Scenario, printed: Printed) -> None:
@@ -62,12 +65,73 @@ def test_a_failure_is_one_message_with_the_file_and_without_a_traceback(scenario
     assert f"without shard {SHARDS[0]}" in text
 
 
-def test_two_projects_do_not_share_a_dagster_home(
-    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# The command line
+
+
+def test_the_help_lists_every_command_under_a_heading_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert sorted(name for names in cli.SECTIONS.values() for name in names) == sorted(cli.commands.commands)
+    for title, names in cli.SECTIONS.items():
+        assert f"\n{title}:\n" in text
+        assert all(f"\n  {name} " in text for name in names)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clip-select, version {version('clip-data-selection')}\n"
+
+
+def test_a_mistake_in_the_arguments_or_the_yaml_is_one_message_and_exit_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
-    assert command.prepare_home(scenario.open()) == tmp_path / "home"
-    assert command.prepare_home(scenario.open()) == tmp_path / "home"
-    scenario.set("lake", value="another")
-    with pytest.raises(LakeError, match=r"home: this Dagster instance belongs to the lake .*lake\. Remedy"):
-        command.prepare_home(scenario.open())
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("name: [")
+    for arguments, message in (
+        (["sleep"], "No such command 'sleep'"),
+        (["explain"], "Missing option '--uid'"),
+        (["prune", "--keep", "0"], "0 is not in the range x>=1"),
+        (["run", str(tmp_path / "absent.yaml")], "absent.yaml: no such file"),
+        (["run", str(wrong)], "wrong.yaml: not valid YAML"),
+    ):
+        assert cli.main(arguments) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert "Traceback" not in printed
+
+
+HELP = """
+import sys
+from dagster_project import cli
+assert cli.main(sys.argv[1:]) == 0
+print(sorted({"dagster", "duckdb", "numpy", "pyarrow", "pydantic", "torch", "open_clip"} & set(sys.modules)))
+"""
+
+
+def loaded_by(*arguments: str) -> str:
+    """Return the large packages that a command imports."""
+    command = [sys.executable, "-c", HELP, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+
+
+def test_help_imports_nothing_large() -> None:
+    assert loaded_by("--help") == "[]"
+    assert loaded_by("run", "--help") == "[]"
+
+
+def test_explain_does_without_dagster_and_torch_and_prints_each_step(
+    scenario: Scenario, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert scenario.run().failures == {}
+    config, uid = str(scenario.folder / "project.yaml"), scenario.manifest("paper")["uid"][0]
+    assert cli.main(["explain", config, "--uid", uid]) == 0
+    text = capsys.readouterr().out
+    assert "paper v0001" in text
+    assert "keep the top 0.5 of the pool by neg_clip_loss/tiny" in text
+    assert "nearest target: " in text
+    assert not {"dagster", "torch", "open_clip"} & set(ast.literal_eval(loaded_by("explain", config, "--uid", uid)))
+    assert cli.main(["explain", config, "--uid", "0" * 32]) == 0
+    assert "no sample of this uid is in the pool" in capsys.readouterr().out
+
+
+def test_the_help_of_study_names_the_default_number_of_rows() -> None:
+    (option,) = (option for option in cli.study.params if option.name == "rows")
+    assert f"[default: {figures.ROWS}]" in option.help

@@ -1,4 +1,4 @@
-"""What a click in the UI sets off, asked of Dagster's GraphQL as the page asks it: right or wrong, a click is safe."""
+"""Clicks in the UI, sent to Dagster's GraphQL as the page sends them: every click is safe."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import Queued
 from dagster_graphql.schema import create_schema
 
 from assets.base.keys import SHARDS_NAME
-from dagster_project.definitions import CONFIG_VARIABLE
+from dagster_project.location import CONFIG_VARIABLE
 from tests.support.scenario import SHARDS, Scenario
 
 # Of Dagster's own code, when it answers the page.
@@ -69,7 +69,7 @@ ASSETS = "{ assetNodes { assetKey { path } groupName kinds description isPartiti
 
 
 class Server:
-    """A Dagster server of a scenario without its process: GraphQL, the backfill daemon, and runs made at once."""
+    """A scenario's Dagster server in this process: GraphQL, the backfill daemon, and runs."""
 
     def __init__(self, context: WorkspaceProcessContext) -> None:
         self.context = context
@@ -84,7 +84,7 @@ class Server:
         return answer
 
     def materialize(self, assets: Sequence[str], shards: Sequence[str]) -> str:
-        """Do what the button does for assets of which some have shards; give how the backfill ended."""
+        """Materialize assets as the button does, and return the backfill's status."""
         params = {
             "assetSelection": [{"path": key.split("/")} for key in assets],
             "partitionNames": list(shards),
@@ -101,11 +101,11 @@ class Server:
         raise AssertionError("the backfill does not end")
 
     def work(self) -> None:
-        """Make the runs that wait, as the daemon does."""
+        """Execute the queued runs, as the daemon does."""
         assert not any(QueuedRunCoordinatorDaemon(interval_seconds=1).run_iteration(self.context))
 
     def assets(self) -> list[str]:
-        """List every asset that the graph shows."""
+        """List every asset in the graph."""
         return ["/".join(node["assetKey"]["path"]) for node in self.ask(ASSETS)]
 
 

@@ -1,4 +1,4 @@
-"""The code location loads by itself: without torch, without a pool, and from the environment's YAML."""
+"""The code location loads without torch and without a pool, from the YAML in the environment."""
 
 import os
 import subprocess

@@ -14,11 +14,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-import dagster_project
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import DATA_VERSION_TAG
-from dagster_project import cli as command
+from dagster_project import cli
 from dagster_project.definitions import build_defs
+from dagster_project.instance import SETTINGS, open_instance
 from resources.lake.files import LakeError
 from tests.support.scenario import SHARDS, Scenario
 
@@ -63,7 +63,7 @@ class Server:
         assert done.returncode == 0, log.read_text()
 
     def start(self) -> None:
-        """Make the database and wait until it answers."""
+        """Create the database and wait until it answers."""
         secret = self.folder / "password"
         secret.write_text(self.password)
         secret.chmod(0o644)
@@ -75,12 +75,12 @@ class Server:
         self.run("pg_ctl", "-D", data, "-o", options, "-w", "start")
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
 
 def find_programs() -> Path:
-    """Give the folder of PostgreSQL's programs; skip where there is none."""
+    """Return the folder of PostgreSQL's programs; skip where there is none."""
     pytest.importorskip("dagster_postgres", reason="dagster-postgres is not installed (the extra `postgres`)")
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     found = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
@@ -91,19 +91,21 @@ def find_programs() -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DAGSTER_HOME with the project's dagster.yaml and the block that the page tells to add."""
+    """A DAGSTER_HOME with the project's dagster.yaml with the page's block in the place of its event log."""
     (block,) = re.findall(r"```yaml\n(storage:\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    ours = Path(dagster_project.__file__).with_name("dagster.yaml").read_text(encoding="utf-8")
+    section = r"event_log_storage:\n(?:  .*\n)+"
+    ours, replaced = re.subn(section, block, SETTINGS.read_text(encoding="utf-8"))
+    assert replaced == 1
     home = tmp_path / "home"
     home.mkdir()
-    (home / "dagster.yaml").write_text(f"{ours}\n{block}", encoding="utf-8")
+    (home / "dagster.yaml").write_text(ours, encoding="utf-8")
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     return home
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that answers, and the page's environment variables."""
+    """Yield a running server, with the page's environment variables set."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         server.start()
@@ -124,7 +126,7 @@ def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
 ) -> None:
     config = scenario.folder / "project.yaml"
     project, graph = scenario.open_graph()
-    assert command.main(["run", str(config)]) == 0
+    assert cli.main(["run", str(config)]) == 0
     assert not list(home.rglob("*.db"))
 
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -157,7 +159,7 @@ def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
 
     (scenario.folder / "pool" / "00003.tar").unlink()
     capsys.readouterr()
-    assert command.main(["run", str(config)]) == 0
+    assert cli.main(["run", str(config)]) == 0
     assert "nothing was computed" in capsys.readouterr().out
     with dg.DagsterInstance.from_config(str(home)) as instance:
         assert len(instance.get_runs()) == len(runs)
@@ -172,7 +174,7 @@ def test_settings_that_dagster_can_not_open_are_named_in_one_message(
     monkeypatch.delenv("DAGSTER_PG_HOST", raising=False)
     with (
         pytest.raises(LakeError, match=r"dagster\.yaml: Dagster can't open .*DAGSTER_PG_.* not set.*\. Remedy"),
-        command.open_instance(project),
+        open_instance(project),
     ):
         pass
     with socket.socket() as nobody:
@@ -180,5 +182,5 @@ def test_settings_that_dagster_can_not_open_are_named_in_one_message(
         values = {"HOST": "127.0.0.1", "PORT": str(nobody.getsockname()[1]), "USER": "u", "PASSWORD": "p", "DB": "d"}
         for name, value in values.items():
             monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
-        with pytest.raises(LakeError, match=r"refused.* start the database"), command.open_instance(project):
+        with pytest.raises(LakeError, match=r"refused.* start the database"), open_instance(project):
             pass

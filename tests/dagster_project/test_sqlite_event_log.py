@@ -1,5 +1,7 @@
-"""What keeping the event log's files open must not change."""
+"""Keeping the event log's files open changes nothing but the time it takes."""
 
+import inspect
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,20 +10,30 @@ import dagster as dg
 import pytest
 from dagster import DagsterEventType
 from dagster._core.storage.event_log.sqlite import SqliteEventLogStorage
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME
 
-from dagster_project.sqlite_event_log import kept_open
+from dagster_project import sqlite_event_log
+from dagster_project.instance import SETTINGS
+from dagster_project.sqlite_event_log import KeptOpenSqliteEventLogStorage, kept_open
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 @pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+def home(tmp_path: Path) -> Path:
+    """The folder of an instance with the project's dagster.yaml."""
+    shutil.copy(SETTINGS, tmp_path / "dagster.yaml")
+    return tmp_path
+
+
+@pytest.fixture
+def instance(home: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.from_config(str(home)) as instance:
         yield instance
 
 
 def files(instance: dg.DagsterInstance) -> Path:
-    """The folder of the event log."""
+    """Return the folder of the event log."""
     assert isinstance(instance.event_log_storage, SqliteEventLogStorage)
     return Path(instance.event_log_storage.path_for_shard("index")).parent
 
@@ -58,8 +70,14 @@ def test_a_run_with_files_kept_open_logs_what_any_run_logs(instance: dg.DagsterI
     ]
 
 
-def test_another_process_reads_and_writes_events_meanwhile(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    with kept_open(instance), dg.DagsterInstance.local_temp(str(tmp_path)) as other:
+@pytest.mark.parametrize("settings", ["ours", "stock"])
+def test_another_process_reads_and_writes_events_meanwhile(
+    instance: dg.DagsterInstance, home: Path, settings: str
+) -> None:
+    if settings == "stock":
+        (home / "dagster.yaml").unlink()
+    with kept_open(instance), dg.DagsterInstance.from_config(str(home)) as other:
+        assert isinstance(other.event_log_storage, KeptOpenSqliteEventLogStorage) is (settings == "ours")
         first = run(instance)
         assert len(other.fetch_materializations(logged.key, limit=10).records) == 1
         second = run(other)
@@ -68,20 +86,20 @@ def test_another_process_reads_and_writes_events_meanwhile(instance: dg.DagsterI
         assert [record.run_id for record in records] == [third.run_id, second.run_id, first.run_id]
 
 
-def test_a_watched_run_tells_the_web_server_of_every_event(instance: dg.DagsterInstance) -> None:
+def test_the_web_server_sees_every_event_of_a_watched_run(instance: dg.DagsterInstance) -> None:
     with kept_open(instance):
         first = run(instance)
         watching = SqliteEventLogStorage(str(files(instance)))
         cursor = watching.get_records_for_run(first.run_id).cursor
-        seen, told = [], threading.Event()
+        seen, woken = [], threading.Event()
 
         def callback(event: dg.EventLogEntry, _: str) -> None:
             seen.append(event.message)
-            told.set()
+            woken.set()
 
         watching.watch(first.run_id, cursor, callback)
         instance.report_engine_event("one more", first.dagster_run)
-        assert told.wait(20), "the watcher was not woken"
+        assert woken.wait(20), "the watcher was not woken"
         watching.end_watch(first.run_id, callback)
         watching.dispose()
     assert seen == ["one more"]
@@ -98,8 +116,8 @@ def test_what_fails_leaves_no_trace_and_the_files_usable(instance: dg.DagsterIns
         assert len(instance.fetch_materializations(logged.key, limit=10).records) == 1
 
 
-def test_the_files_are_closed_behind_the_block(instance: dg.DagsterInstance) -> None:
-    """SQLite removes its own log when the last one closes a file."""
+def test_the_files_are_closed_after_the_block(instance: dg.DagsterInstance) -> None:
+    """SQLite removes its write-ahead log when the last connection closes."""
     with kept_open(instance), kept_open(instance):
         result = run(instance)
         assert (files(instance) / f"{result.run_id}.db-wal").exists()
@@ -108,7 +126,37 @@ def test_the_files_are_closed_behind_the_block(instance: dg.DagsterInstance) -> 
     assert instance.get_latest_materialization_event(logged.key) is not None
 
 
-def test_a_log_that_is_not_in_files_is_left_as_it_is() -> None:
-    with dg.DagsterInstance.ephemeral() as instance, kept_open(instance):
-        result = run(instance)
-    assert DagsterEventType.ASSET_MATERIALIZATION in {event.event_type for event in result.all_events}
+def test_other_storages_are_left_as_they_are(tmp_path: Path) -> None:
+    for instance in (dg.DagsterInstance.ephemeral(), dg.DagsterInstance.local_temp(str(tmp_path))):
+        with instance, kept_open(instance):
+            result = run(instance)
+        assert DagsterEventType.ASSET_MATERIALIZATION in {event.event_type for event in result.all_events}
+        assert not list(tmp_path.rglob("*.db-wal"))
+
+
+def test_the_files_lie_where_an_instance_without_the_section_has_them(instance: dg.DagsterInstance, home: Path) -> None:
+    """So an instance's history stays when the section is added to its dagster.yaml, or removed; pins Dagster's path."""
+    result = run(instance)
+    (home / "dagster.yaml").unlink()
+    with dg.DagsterInstance.from_config(str(home)) as stock:
+        assert type(stock.event_log_storage) is SqliteEventLogStorage
+        assert files(stock) == files(instance)
+        assert [r.run_id for r in stock.fetch_materializations(logged.key, limit=10).records] == [result.run_id]
+
+
+def test_a_run_s_process_opens_the_same_storage_from_the_instance_s_reference(instance: dg.DagsterInstance) -> None:
+    result = run(instance)
+    with dg.DagsterInstance.from_ref(instance.get_ref()) as other:
+        assert isinstance(other.event_log_storage, KeptOpenSqliteEventLogStorage)
+        assert files(other) == files(instance)
+        assert other.get_latest_materialization_event(logged.key) is not None
+        assert [run.run_id for run in other.get_runs()] == [result.run_id]
+
+
+def test_every_connection_of_the_storage_goes_through_the_two_methods_that_keep_files_open() -> None:
+    """Pins the reason why overriding two public methods is enough: Dagster opens its files in one private one."""
+    source = Path(inspect.getfile(SqliteEventLogStorage)).read_text(encoding="utf-8")
+    assert source.count("self._connect(") == 2
+    assert "return self._connect(run_id)" in inspect.getsource(SqliteEventLogStorage.run_connection)
+    assert "return self._connect(INDEX_SHARD_NAME)" in inspect.getsource(SqliteEventLogStorage.index_connection)
+    assert sqlite_event_log.INDEX == INDEX_SHARD_NAME

@@ -154,7 +154,7 @@ def unit_rows(seed: int, rows: int) -> np.ndarray:
 
 
 def uid(*parts: object) -> str:
-    """Return a uid made of anything."""
+    """Return a uid derived from any values."""
     return hashlib.md5(repr(parts).encode(), usedforsecurity=False).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The demo's pool, targets, encoder and truth table keep what docs/demo.md says of them."""
+"""The demo's pool, targets, encoder and truth table are as docs/demo.md describes them."""
 
 import hashlib
 import io
@@ -111,7 +111,7 @@ def test_a_wrong_attribute_is_one_attribute_and_the_caption_says_it():
         ]
         assert [a for a, _, _ in changed] == [attribute]
         if attribute == "colour":
-            assert changed[0][2] in caption(other, rng, must_say="colour")
+            assert changed[0][2] in caption(other, rng, required="colour")
     assert set(said) == {"colour", "shape", "texture", "count", "layout"}
 
 

@@ -1,4 +1,4 @@
-"""What the design relies on in Dagster 1.13, so that an upgrade which changes it fails here and not in a lake."""
+"""Behaviour of Dagster 1.13 that the design needs, so that an upgrade which changes it fails here and not in a lake."""
 
 import subprocess
 import sys

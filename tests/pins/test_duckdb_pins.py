@@ -1,4 +1,4 @@
-"""What this project relies on in DuckDB, one claim a test: read these first when an upgrade fails."""
+"""Behaviour of DuckDB that this project needs, one claim per test: read these first when an upgrade fails."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is relied on between Polars 2, DuckDB 2 and Arrow."""
+"""Exchange between Polars 2, DuckDB 2 and Arrow that this project needs."""
 
 from pathlib import Path
 

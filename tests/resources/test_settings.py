@@ -1,4 +1,4 @@
-"""Settings of pools, encoders and targets: what is allowed, and what an error says."""
+"""Settings of pools, encoders and targets: valid values and error messages."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,6 @@
 """Small pools, images and models that tests write into their own folders.
 
-Everything is generated, nothing is random between runs. Import what a test needs; `tiny_clip` is a
-fixture that lives as long as the test session.
+Everything is generated from fixed seeds. `tiny_clip` is a session fixture.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ WORDS = ("red", "blue", "old", "small", "dog", "boat", "tree", "house", "runs", 
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 32, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    """An encoded image of smooth noise: the same for the same arguments, another for another seed."""
+    """Return an encoded image of smooth noise, determined by its arguments."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -34,19 +33,19 @@ def picture(seed: int = 0, width: int = 40, height: int = 32, kind: str = "JPEG"
 
 
 def caption(seed: int) -> str:
-    """A caption of four words and the seed."""
+    """Return a caption of four words and the seed."""
     rng = np.random.default_rng(seed)
     return " ".join(str(word) for word in rng.choice(WORDS, 4)) + f" {seed}"
 
 
 def uid(*parts: object) -> str:
-    """A uid made of anything."""
+    """Return a uid, as text, derived from any values."""
     return hashlib.md5(repr(parts).encode(), usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What goes into a tar for one key. None leaves the member out."""
+    """The tar members of one key. None leaves a member out."""
 
     key: str
     image: bytes | None
@@ -55,7 +54,7 @@ class Sample:
     suffix: str = "jpg"
 
     def members(self) -> list[tuple[str, bytes]]:
-        """The sample's members in img2dataset's order."""
+        """Return the sample's members in img2dataset's order."""
         found = []
         if self.image is not None:
             found.append((f"{self.key}.{self.suffix}", self.image))
@@ -68,10 +67,10 @@ class Sample:
 
 
 def sample(number: int, shard: str = "00000", **changes: Any) -> Sample:
-    """A good sample, with some of its parts changed.
+    """Return a valid sample with some fields replaced.
 
     Args:
-        number: seed of its image, caption and uid, and its key.
+        number: its key, and the seed of its image, caption and uid.
         shard: part of the uid.
         changes: fields of `Sample` to replace.
     """
@@ -87,7 +86,7 @@ def sample(number: int, shard: str = "00000", **changes: Any) -> Sample:
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) -> Path:
-    """Write members in the order given, with one fixed time."""
+    """Write a tar of the members in the order given, all with the same modification time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
@@ -98,7 +97,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) 
 
 
 def write_shard(folder: Path, samples: Sequence[Sample], name: str = "00000", *, sidecar: bool = False) -> Path:
-    """Write a webdataset shard; with a sidecar, its parquet too, of the samples' metadata."""
+    """Write a webdataset shard and, with `sidecar`, a Parquet file of its samples' metadata."""
     path = write_tar(folder / f"{name}.tar", [part for one in samples for part in one.members()])
     if sidecar:
         rows = [{"key": one.key, "status": "success", **one.meta} for one in samples if isinstance(one.meta, dict)]
@@ -107,14 +106,14 @@ def write_shard(folder: Path, samples: Sequence[Sample], name: str = "00000", *,
 
 
 def write_sidecar(folder: Path, rows: Sequence[dict[str, Any]], name: str = "00000") -> Path:
-    """Write the parquet that lies beside a tar."""
+    """Write the Parquet file beside a tar."""
     path = folder / f"{name}.parquet"
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     return path
 
 
 def webdataset_pool(folder: Path, shards: int = 2, rows: int = 6) -> Path:
-    """Write a faultless webdataset pool with shards 00000, 00001, … and sidecars."""
+    """Write a valid webdataset pool with shards 00000, 00001, …; every other one has a sidecar."""
     for number in range(shards):
         name = f"{number:05d}"
         first = number * rows
@@ -123,7 +122,7 @@ def webdataset_pool(folder: Path, shards: int = 2, rows: int = 6) -> Path:
 
 
 def unit_rows(seed: int, rows: int, dimension: int = 8) -> np.ndarray:
-    """Random float16 rows of unit norm."""
+    """Return random vectors of unit norm, float16 [rows, dimension]."""
     vectors = np.random.default_rng(seed).standard_normal((rows, dimension))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
@@ -136,12 +135,12 @@ def datacomp_shard(
     columns: dict[str, Any] | None = None,
     arrays: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write DataComp metadata of `rows` samples.
+    """Write a shard in DataComp's metadata format and return its folder.
 
     Args:
-        folder: where.
+        folder: the pool.
         name: stem of the two files.
-        rows: how many samples.
+        rows: number of samples.
         columns: columns to replace or add; None as a value drops one.
         arrays: the npz's arrays; b32_img and b32_txt (unit norm) by default.
     """
@@ -167,7 +166,7 @@ def datacomp_shard(
 
 
 def class_folders(folder: Path, classes: Sequence[str] = ("cat", "dog"), images: int = 3) -> Path:
-    """Write a target: a folder of class folders."""
+    """Write a target as class folders."""
     for number, label in enumerate(classes):
         (folder / label).mkdir(parents=True, exist_ok=True)
         for i in range(images):
@@ -177,14 +176,14 @@ def class_folders(folder: Path, classes: Sequence[str] = ("cat", "dog"), images:
 
 @dataclass(frozen=True)
 class BrokenCase:
-    """A sample of the broken shard and what is expected of it (None: it is accepted)."""
+    """A sample of the broken shard and the reason to reject it (None: it is accepted)."""
 
     sample: Sample
     reason: str | None
 
 
 def broken_cases() -> list[BrokenCase]:
-    """Every fault that a downloaded shard is known to have, between good samples."""
+    """Return every fault known from downloaded shards, between valid samples."""
     jpeg = picture(7, 120, 96)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -224,7 +223,7 @@ def broken_cases() -> list[BrokenCase]:
 
 
 def broken_shard(folder: Path, name: str = "00000") -> list[BrokenCase]:
-    """Write all broken cases as one tar, cut inside the last image, with a stray member."""
+    """Write all broken cases as one tar that ends inside the last image and holds a stray member."""
     cases = broken_cases()
     members = [part for case in cases for part in case.sample.members()]
     members.insert(6, ("README.nfo", b"no part of a sample"))
@@ -261,7 +260,7 @@ TINY_CONVOLUTIONAL_CONFIG = {
 
 
 def write_clip(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
-    """Save a randomly initialised open_clip model in local-dir form."""
+    """Save an open_clip model with random weights as a `local-dir:` folder."""
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -278,5 +277,5 @@ def write_clip(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a CLIP of 16 dimensions and random weights; `local-dir:` loads it."""
+    """Return the folder of a CLIP with 16 dimensions and random weights."""
     return write_clip(tmp_path_factory.mktemp("tiny_clip"), TINY_CONFIG)

@@ -1,6 +1,8 @@
-"""One small project that all tests of the graph share: three shards of twelve samples, two targets, three recipes."""
+"""The project that tests of the asset graph share: three shards of twelve samples, one target, three recipes."""
 
 import copy
+import gc
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import polars as pl
 import pytest
 import yaml
 
-from assets.base.context import Context
+from assets.base.context import Context, Progress
 from assets.base.keys import SHARDS_NAME
 from assets.graph import Graph, build_graph
 from assets.settings import open_project
@@ -25,17 +27,18 @@ SHARDS = ("00000", "00001", "00002")
 
 
 class Scenario:
-    """A project in a folder of its own, opened anew for every pass, as by a new process.
+    """A project in its own folder. Every pass opens it again, as a new process would.
 
     Attributes:
         folder: holds `pool`, `pets`, `project.yaml` and `lake`.
-        instance: Dagster's records, in memory.
-        document: the YAML as it is written before each pass.
+        instance: an ephemeral Dagster instance.
+        document: the YAML, written before each pass.
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
         self.instance = dg.DagsterInstance.ephemeral()
+        folder.mkdir(exist_ok=True)
         for shard in SHARDS:
             self.write_shard(shard)
         class_folders(folder / "pets")
@@ -56,13 +59,13 @@ class Scenario:
         }
 
     def write_shard(self, shard: str, rows: int = ROWS, **changed: Any) -> None:
-        """Write a shard of the pool; `changed` replaces parts of its first sample."""
+        """Write a shard of the pool; `changed` replaces fields of its first `Sample`."""
         first = int(shard) * 100
         samples = [sample(first + i, shard, **(changed if i == 0 else {})) for i in range(rows)]
         write_shard(self.folder / "pool", samples, shard)
 
     def set(self, *path: str, value: Any) -> None:
-        """Change a field of the YAML."""
+        """Set one field of the YAML."""
         place = self.document
         for part in path[:-1]:
             place = place[part]
@@ -81,15 +84,15 @@ class Scenario:
         project = self.open()
         return project, build_graph(project)
 
-    def run(self, *, redraw: bool = False) -> Outcome:
-        """Bring everything up to date, as `clip-select run` does."""
+    def run(self, *, redraw: bool = False, progress: Progress | None = None) -> Outcome:
+        """Compute everything that is missing or stale, as `clip-select run` does."""
         project, graph = self.open_graph()
-        return materialize(project, graph, self.instance, notice=lambda *_: None, redraw=redraw)
+        return materialize(project, graph, self.instance, notice=lambda *_: None, progress=progress, redraw=redraw)
 
     def execute(
         self, *assets: str, shard: str | None = None, tags: dict[str, str] | None = None
     ) -> dg.ExecuteInProcessResult:
-        """Run assets in one run, as a click on "Materialize" does; no assets named: those of every shard."""
+        """Materialize assets in one run, as the UI's button does; by default every asset that has shards."""
         project, graph = self.open_graph()
         defs = build_defs(project, graph)
         job = defs.resolve_implicit_global_asset_job_def() if assets else defs.resolve_job_def("process_shards")
@@ -110,16 +113,16 @@ class Scenario:
         return version
 
     def manifest(self, recipe: str) -> pl.DataFrame:
-        """Read the selected rows of a recipe's newest version."""
+        """Read the manifest of a recipe's newest version."""
         return pl.read_parquet(self.subset(recipe).manifest)
 
     def scores(self, asset: str, shards: Sequence[str] = SHARDS) -> pl.DataFrame:
-        """Read a score asset's rows."""
+        """Read a score asset's files as one table."""
         lake = self.open().lake
         return pl.concat([pl.from_arrow(lake.read(asset, shard)) for shard in shards])
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Give every data file of the lake with its time and inode, which a rewrite changes."""
+        """Return modification time and inode of every file in the lake; a rewrite changes them."""
         lake = self.folder / "lake"
         return {
             str(path.relative_to(lake)): (path.stat().st_mtime_ns, path.stat().st_ino)
@@ -128,18 +131,61 @@ class Scenario:
         }
 
     def array(self, recipe: str) -> np.ndarray:
-        """Load a recipe's newest `.npy`."""
+        """Load the uid array of a recipe's newest version."""
         return np.load(self.subset(recipe).uids, allow_pickle=False)
 
 
 def keep(score: str, **limit: float) -> dict[str, Any]:
-    """Write a `keep_top` step."""
+    """Return a `keep_top` step."""
     return {"keep_top": {"score": score, **limit}}
+
+
+class FinishedPass:
+    """The scenario after its first pass: computed once per test process, and copied for each test that starts from it.
+
+    Provenance holds absolute paths, so every copy is put back at the path where the pass ran.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self._kept = folder / "kept"
+        self._finished = Scenario(folder / "project", model)
+        assert self._finished.run().failures == {}
+        shutil.copytree(self._finished.folder, self._kept)  # with times, which provenance holds too
+
+    def restore(self, scenario: Scenario) -> None:
+        """Turn a fresh scenario into a finished one, with the same files and Dagster records."""
+        gc.collect()  # DuckDB gives an open database of the same path again, so those of the last test must be closed
+        shutil.rmtree(self._finished.folder)
+        shutil.copytree(self._kept, self._finished.folder)
+        scenario.folder = self._finished.folder
+        for storage in ("event_log_storage", "run_storage"):
+            source, target = (getattr(owner.instance, storage) for owner in (self._finished, scenario))
+            # An ephemeral instance keeps its records in SQLite databases in memory, and has no public way to copy them.
+            source._held_conn.connection.driver_connection.backup(target._held_conn.connection.driver_connection)
+
+    def dispose(self) -> None:
+        """Release the records."""
+        self._finished.instance.dispose()
+
+
+@pytest.fixture(scope="session")
+def finished_pass(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[FinishedPass]:
+    """Yield the pass that `finished` copies."""
+    kept = FinishedPass(tmp_path_factory.mktemp("finished"), tiny_clip)
+    yield kept
+    kept.dispose()
 
 
 @pytest.fixture
 def scenario(tmp_path: Path, tiny_clip: Path) -> Iterator[Scenario]:
-    """A fresh project."""
+    """Yield a project in which nothing has run."""
     scenario = Scenario(tmp_path, tiny_clip)
     yield scenario
     scenario.instance.dispose()
+
+
+@pytest.fixture
+def finished(scenario: Scenario, finished_pass: FinishedPass) -> Scenario:
+    """Let the `scenario` of this test start with everything computed; its folder is another than `tmp_path`."""
+    finished_pass.restore(scenario)
+    return scenario

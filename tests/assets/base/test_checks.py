@@ -1,4 +1,4 @@
-"""What is checked before a file is written, what a failed check stops, and how Dagster hears of it."""
+"""Checks before a file is written: what they find, what a failure stops, and the results in Dagster."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,24 +12,30 @@ import pytest
 import yaml
 
 from assets.base.checks import Tables
-from assets.base.partitioned import Result, each, input_fingerprint, sharded_asset
+from assets.base.context import Snapshot
+from assets.base.partitioned import partitioned
+from assets.base.results import Result
+from assets.base.shard import Shard
+from assets.scores.clip_score import clip_score
 from assets.scores.drift import rank_correlation, sides_changed
 from assets.settings import ConfigError, open_project
 from assets.subsets.checks import examine_subset
 from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET, RANGE_END, RANGE_START
-from resources.lake.files import Provenance, column_to_vectors, vectors_to_column
+from dagster_project.resources import build_resources
+from resources.lake.files import column_to_vectors, vectors_to_column
+from tests.support.corruption import Spoil, put, swapped
 from tests.support.pool_factory import datacomp_shard, sample
 from tests.support.scenario import ROWS, SHARDS, Scenario
+from tests.support.steps import checks_of, findings, node_of
 
 ALL = {RANGE_START: SHARDS[0], RANGE_END: SHARDS[-1]}
-Spoil = Callable[[pa.Table], pa.Table]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
-    """A project of which everything is made; for tests that change nothing in it."""
+    """A project with every asset computed, for tests that change nothing."""
     scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
     assert scenario.run().failures == {}
     yield scenario
@@ -37,14 +43,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[
 
 
 def statuses(instance: dg.DagsterInstance, asset: str, check: str) -> dict[str | None, str]:
-    """Give the latest status of a check, by partition."""
+    """Return a check's latest status by partition."""
     key = dg.AssetCheckKey(dg.AssetKey(asset.split("/")), check)
     records = instance.event_log_storage.get_asset_check_execution_history(key, limit=50)
     return {record.partition: record.status.value for record in reversed(records)}
 
 
 def evaluation(instance: dg.DagsterInstance, asset: str, check: str) -> dg.AssetCheckEvaluation:
-    """Give the latest result of a check."""
+    """Return a check's latest result."""
     key = dg.AssetCheckKey(dg.AssetKey(asset.split("/")), check)
     (record,) = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
     assert record.event is not None
@@ -52,7 +58,7 @@ def evaluation(instance: dg.DagsterInstance, asset: str, check: str) -> dg.Asset
 
 
 def launch_checks(scenario: Scenario, asset: str, *names: str, shard: str | None = None) -> bool:
-    """Run checks without their asset, as the button in the UI does."""
+    """Run checks without their asset, as the UI's button does."""
     project, graph = scenario.open_graph()
     keys = {dg.AssetCheckKey(dg.AssetKey(asset.split("/")), name) for name in names}
     job = build_defs(project, graph).resolve_implicit_global_asset_job_def()
@@ -62,18 +68,6 @@ def launch_checks(scenario: Scenario, asset: str, *names: str, shard: str | None
     return result.success
 
 
-def put(column: str, row: int, value: object) -> Spoil:
-    """Spoil one value of a table."""
-
-    def spoil(table: pa.Table) -> pa.Table:
-        place = table.column_names.index(column)
-        values = table[column].to_pylist()
-        values[row] = value
-        return table.set_column(place, table.schema.field(place), pa.array(values, table[column].type))
-
-    return spoil
-
-
 def stretched(column: str, factor: float) -> Spoil:
     def spoil(table: pa.Table) -> pa.Table:
         vectors = column_to_vectors(table[column]).copy()
@@ -81,10 +75,6 @@ def stretched(column: str, factor: float) -> Spoil:
         return table.set_column(table.column_names.index(column), column, vectors_to_column(vectors))
 
     return spoil
-
-
-def swapped(table: pa.Table) -> pa.Table:
-    return table.take([1, 0, *range(2, table.num_rows)])
 
 
 def without_first(table: pa.Table) -> pa.Table:
@@ -207,10 +197,9 @@ def test_a_spoiled_shard_fails_its_check_and_the_true_one_passes(
     made: Scenario, asset: str, check: str, spoil: Spoil
 ) -> None:
     project = made.open()
-    checks = checks_of(project, asset)
     table = project.lake.read(asset, SHARDS[0])
-    assert all(found["passed"] for found in examine(checks, Tables(project, SHARDS[0])).values())
-    found = examine(checks, Tables(project, SHARDS[0], {asset: spoil(table)}))[check]
+    assert all(found["passed"] for found in findings(project, asset, SHARDS[0]).values())
+    found = findings(project, asset, SHARDS[0], {asset: spoil(table)})[check]
     assert not found["passed"]
     assert found["why"]
 
@@ -226,10 +215,9 @@ def test_a_spoiled_shard_fails_its_check_and_the_true_one_passes(
 )
 def test_spoiled_negatives_fail_their_check(made: Scenario, check: str, spoil: Spoil) -> None:
     project = made.open()
-    checks = [c for c in checks_of(project, "negatives/tiny") if not c.when_asked]
     table = project.lake.read("negatives/tiny")
-    assert all(found["passed"] for found in examine(checks, Tables(project, None)).values())
-    assert not examine(checks, Tables(project, None, {"negatives/tiny": spoil(table)}))[check]["passed"]
+    assert all(found["passed"] for found in findings(project, "negatives/tiny", None).values())
+    assert not findings(project, "negatives/tiny", None, {"negatives/tiny": spoil(table)})[check]["passed"]
 
 
 def test_clip_scores_far_from_the_pools_own_warn(tmp_path: Path) -> None:
@@ -252,7 +240,8 @@ def test_clip_scores_far_from_the_pools_own_warn(tmp_path: Path) -> None:
         scores = own.copy()
         scores[2] += np.float32(off)
         table = pa.table({"clip_score": scores})
-        found = check.look(Tables(project, "00000", {"raw_pool": rows, "clip_score/b32": table}))
+        new = {"raw_pool": rows, "clip_score/b32": table}
+        found = check.run(Tables(Snapshot(project), "clip_score/b32", "00000", new))
         assert (found.passed, found.figures["rows_compared"]) == (passed, 6)
         assert found.figures["largest_difference"] == pytest.approx(off, abs=1e-5)
     assert not check.blocking
@@ -319,6 +308,7 @@ def test_each_result_is_about_its_shards_latest_materialization(made: Scenario) 
     assert all(info.is_current and info.latest_target_materialization_storage_id for info in found)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_fresh_shard_tells_its_results_again(scenario: Scenario) -> None:
     scenario.run()
     before = scenario.files()
@@ -327,33 +317,30 @@ def test_a_fresh_shard_tells_its_results_again(scenario: Scenario) -> None:
     assert scenario.files() == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_shard_that_fails_a_check_is_not_written_and_the_others_are(scenario: Scenario) -> None:
     scenario.run()
     project = scenario.open()
     project.lake.remove("clip_score/tiny", SHARDS[1])
 
-    def score(shard: str) -> Result:
-        table = project.lake.read("embeddings/tiny", shard, ["f0", "f1"])
-        scores = np.full(table.num_rows, 7.0 if shard == SHARDS[1] else 0.5, np.float32)
-        return Result(table.append_column("clip_score", pa.array(scores)))
-
-    def provenance(shard: str) -> Provenance:
-        source = input_fingerprint(project, "embeddings/tiny", shard)
-        return Provenance("clip_score/tiny", shard, "broken", {}, {"embeddings/tiny": source})
-
-    broken = sharded_asset(
-        project,
-        key="clip_score/tiny",
-        deps=("embeddings/tiny",),
-        provenance=provenance,
-        compute=each(score),
+    @partitioned(
+        key="clip_score/{encoder}",
+        deps=["embeddings/{encoder}"],
+        columns=clip_score.columns,
+        checks=clip_score.checks,
         code_version="broken",
-        group="scores",
+        group_name="scores",
         kinds=set(),
         description="An encoder that has gone wrong in one shard.",
-        columns=pa.schema([]),
     )
-    job = dg.Definitions(assets=[broken.definition]).resolve_implicit_global_asset_job_def()
+    def broken(shard: Shard) -> Result:
+        scores = np.full(shard.embeddings.num_rows, 7.0 if shard.name == SHARDS[1] else 0.5, np.float32)
+        return shard.scores(clip_score=scores)
+
+    assets = {"embeddings/tiny": node_of(project, "embeddings/tiny")}
+    asset = broken.build(broken.declare(project.settings, encoder="tiny"), project, assets)
+    resources = build_resources(project.settings)
+    job = dg.Definitions(assets=[asset.definition], resources=resources).resolve_implicit_global_asset_job_def()
     result = job.execute_in_process(instance=scenario.instance, tags=ALL, run_config=QUIET, raise_on_error=False)
     assert not result.success
     (failure,) = [event for event in result.all_events if event.is_step_failure]
@@ -366,6 +353,7 @@ def test_a_shard_that_fails_a_check_is_not_written_and_the_others_are(scenario: 
     assert project.lake.shards("clip_score/tiny") == [SHARDS[0], SHARDS[2]]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_check_launched_by_itself_looks_at_the_file_that_is_there(scenario: Scenario) -> None:
     scenario.run()
     lake = scenario.open().lake
@@ -402,17 +390,19 @@ def test_a_pool_that_has_not_changed_has_not_drifted(made: Scenario) -> None:
 
 
 def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(scenario: Scenario) -> None:
+    scenario.set("scores", "neg_clip_loss", "tiny", value={"batch_size": 24, "draws": 2})  # enough rows to change ranks
     scenario.run()
     before = scenario.open().lake.stored("negatives/tiny")
     for shard in ("00003", "00004", "00005"):
         scenario.write_shard(shard)
     scenario.run()
-    scenario.set("scores", "drift", value={"rank_correlation": 1.0, "changed": 0.1, "probe": 5})
+    scenario.set("scores", "drift", value={"rank_correlation": 1.0, "changed": 0.1, "probe": 20})
     assert launch_checks(scenario, "negatives/tiny", "drift")
     found = evaluation(scenario.instance, "negatives/tiny", "drift")
     figures = {name: value.value for name, value in found.metadata.items()}
     assert scenario.open().lake.stored("negatives/tiny") == before
-    assert figures["probe_rows"] == 5
+    assert figures["probe_rows"] == 20
+    assert -1 <= figures["rank_correlation"] < 1
     assert 0 < figures["draws_replaced"] < 1
 
     uids = pl.from_arrow(scenario.open().lake.read("negatives/tiny").select(["draw", "f0", "f1"]))
@@ -420,7 +410,7 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     scenario.run(redraw=True)
     again = pl.from_arrow(scenario.open().lake.read("negatives/tiny").select(["draw", "rank", "f0", "f1"]))
     new = scenario.scores("neg_clip_loss/tiny", [*SHARDS, "00003", "00004", "00005"])
-    probe = again.filter((pl.col("draw") == 0) & (pl.col("rank") < 5)).select("f0", "f1")
+    probe = again.filter((pl.col("draw") == 0) & (pl.col("rank") < 20)).select("f0", "f1")
     pair = probe.join(old, on=["f0", "f1"]).join(new, on=["f0", "f1"], suffix="_new")
     moved = (pair["neg_clip_loss_new"] - pair["neg_clip_loss"]).to_numpy()
     assert figures["mean_shift"] == pytest.approx(moved.mean(), abs=1e-6)
@@ -432,6 +422,7 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     assert found.severity is dg.AssetCheckSeverity.WARN
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_yaml_says_when_drift_warns_and_no_result_depends_on_it(scenario: Scenario) -> None:
     scenario.run()
     scenario.set("scores", "drift", value={"changed": 0.5})

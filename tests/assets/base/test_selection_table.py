@@ -1,4 +1,4 @@
-"""Claims about the rows that recipes of one process choose from, one after another."""
+"""The cached table that the recipes of a process select from."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from assets.base.selection_table import CachedTable
+from assets.base.selection_table import CachedTable, open_selection
 from selection.recipes.recipe import Recipe
-from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake
 from tests.support.scenario import keep
+from tests.support.small_lake import CLIP, NEAR, SmallLake
 
 SCORES = {CLIP: ("clip_score/b32", "clip_score"), NEAR: ("norm_sim/b32/flowers", "norm_sim_inf")}
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A lake of two shards."""
+    """Return a lake of two shards."""
     small = SmallLake(tmp_path / "lake")
     small.add_shard("00000", range(20))
     small.add_shard("00001", range(100, 110))
@@ -25,24 +25,24 @@ def small(tmp_path):
 
 @pytest.fixture
 def shared():
-    """A source that is closed at the end."""
+    """Yield a table that is closed at the end."""
     shared = CachedTable()
     yield shared
     shared.close()
 
 
 def choose(small, shared, steps, *, shards=("00000", "00001"), sets=None, version="1", **more):
-    """Choose by a recipe; give f0 of the chosen."""
+    """Select by a recipe and return f0 of the selected rows."""
     recipe = Recipe.model_validate({"steps": steps, **more})
     scores = {score: SCORES[score] for score in recipe.columns().scores}
     read = {"raw_pool": version, **dict.fromkeys((asset for asset, _ in SCORES.values()), version)}
     files = dict.fromkeys(shards, read)
-    with chosen(small.lake, "mine", recipe, scores, files, sets or {}, shared) as (selection, _):
+    with open_selection(small.lake, "mine", recipe, scores, files, sets or {}, shared) as (selection, _):
         return set(selection.subset()["f0"].tolist())
 
 
 def alone(small, steps, **more):
-    """Choose the same without sharing."""
+    """Select the same without a cached table."""
     return choose(small, None, steps, **more)
 
 

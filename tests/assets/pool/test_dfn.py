@@ -17,12 +17,12 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "dfn.yaml"
 
 @pytest.fixture(scope="module")
 def other_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Another CLIP than the scenario's: the same shape, other weights."""
+    """A CLIP of the scenario's shape with other weights."""
     return f"local-dir:{write_clip(tmp_path_factory.mktemp('other_clip'), TINY_CONFIG, seed=1)}"
 
 
 def best(scores: pl.DataFrame, column: str, rows: int) -> pl.DataFrame:
-    """Give the rows with the largest values, ties to the smaller uid."""
+    """Return the rows with the largest values; smaller uids win ties."""
     return scores.sort([column, "f0", "f1"], descending=[True, False, False]).head(rows)
 
 
@@ -73,7 +73,7 @@ def test_the_two_encoders_do_not_score_alike(scenario: Scenario, other_clip: str
 def test_the_ready_config_names_apples_model_and_is_accepted() -> None:
     settings = load_settings(EXAMPLE)
     assert settings.encoders["dfn"].model == "hf-hub:apple/DFN-public"
-    assert settings.clip_score == ("dfn",)
+    assert settings.scores.clip_score == ("dfn",)
 
 
 def test_every_recipe_of_the_ready_config_runs(scenario: Scenario, other_clip: str) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings by several encoders in one run: decoded once, and each exactly what it is alone."""
+"""Embeddings by several encoders in one run: images are decoded once, and results equal those of separate runs."""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +21,7 @@ BOTH = ["embeddings/tiny", "embeddings/second"]
 
 @pytest.fixture
 def second(scenario: Scenario, tmp_path: Path) -> Path:
-    """A second encoder's folder; the project has both, and no score but CLIPScore."""
+    """Add a second encoder, leave CLIPScore as the only score, and return the encoder's folder."""
     folder = write_clip(tmp_path / "second", TINY_CONFIG, seed=1)
     scenario.set("encoders", "second", value={"model": f"local-dir:{folder}", "workers": 0})
     scenario.set("targets", value={})
@@ -32,7 +32,7 @@ def second(scenario: Scenario, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The size in bytes of every image that is decoded for an encoder."""
+    """Collect the size in bytes of every image that is decoded for an encoder."""
     seen: list[int] = []
     decode: Callable[..., Any] = images.picture
 
@@ -45,7 +45,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def stored(scenario: Scenario, key: str, shard: str) -> tuple[str, np.ndarray, np.ndarray]:
-    """A shard's fingerprint and embeddings."""
+    """Return a shard's fingerprint and embeddings."""
     lake = scenario.open().lake
     table, found = lake.read(key, shard), lake.stored(key, shard)
     assert found is not None
@@ -58,7 +58,7 @@ def without_lake(scenario: Scenario) -> None:
 
 
 def computed(scenario: Scenario, key: str) -> dict[str, bool]:
-    """Whether the newest event of each shard says that it was computed."""
+    """Return whether each shard's newest event marks it as computed."""
     found = {}
     for shard in SHARDS:
         wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(key.split("/")), asset_partitions=[shard])
@@ -104,6 +104,7 @@ def test_one_run_for_both_decodes_once_and_a_run_for_one_leaves_the_other_alone(
 
 
 @pytest.mark.usefixtures("second")
+@pytest.mark.usefixtures("finished")
 def test_a_change_of_one_encoder_computes_that_one_alone(scenario: Scenario) -> None:
     scenario.run()
     before = {key: stored(scenario, key, SHARDS[2])[0] for key in BOTH}

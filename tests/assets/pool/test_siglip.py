@@ -1,4 +1,4 @@
-"""Encoders trained with a sigmoid loss: negCLIPLoss by their own logit scale, whatever their logit bias is."""
+"""Encoders trained with a sigmoid loss: negCLIPLoss uses their logit scale and ignores their logit bias."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from assets.scores.neg_clip_loss_settings import temperature
 from resources.lake.files import column_to_vectors
 from tests.support.pool_factory import TINY_CONFIG, write_clip
 from tests.support.scenario import SHARDS, Scenario
@@ -33,12 +34,12 @@ SIGLIP_CONFIG = {
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of SigLIP's kind: bias beside the scale, a text tower of its own, random weights."""
+    """A SigLIP with random weights: a logit bias, and a custom text tower."""
     return write_clip(tmp_path_factory.mktemp("siglip"), SIGLIP_CONFIG, seed=4)
 
 
 def with_bias(siglip: Path, folder: Path, bias: float | None) -> Path:
-    """Write the same model with another bias, or without any."""
+    """Write the same model with another bias, or without one."""
     config = json.loads((siglip / "open_clip_config.json").read_text())
     config["model_cfg"]["init_logit_bias"] = bias
     state = load_file(siglip / "open_clip_model.safetensors")
@@ -63,8 +64,8 @@ def test_neg_clip_loss_is_the_symmetric_loss_of_the_models_own_logits(scenario: 
     use(scenario, sig=siglip)
     assert scenario.run().failures == {}
     project = scenario.open()
-    temperature = project.temperature("sig")
-    assert temperature == pytest.approx(np.exp(-SCALE), rel=1e-6)
+    tau = temperature(project, "sig")
+    assert tau == pytest.approx(np.exp(-SCALE), rel=1e-6)
 
     model = open_clip.create_model(f"local-dir:{siglip}").double()
     tables = [project.lake.read("embeddings/sig", shard) for shard in SHARDS]
@@ -78,7 +79,7 @@ def test_neg_clip_loss_is_the_symmetric_loss_of_the_models_own_logits(scenario: 
     # The draw is the whole pool: it has fewer rows than were asked for.
     loss = logits.logsumexp(1) + logits.logsumexp(0) - 2 * logits.diagonal()
     found = scenario.scores("neg_clip_loss/sig")["neg_clip_loss"].to_numpy()
-    np.testing.assert_allclose(found, (-temperature / 2 * loss).numpy(), atol=2e-6)
+    np.testing.assert_allclose(found, (-tau / 2 * loss).numpy(), atol=2e-6)
 
 
 def test_the_bias_changes_no_score(scenario: Scenario, siglip: Path, tmp_path: Path) -> None:

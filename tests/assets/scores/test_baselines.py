@@ -1,4 +1,4 @@
-"""DataComp's baseline filters, in the words of its paper and code, against plain Python over the rows."""
+"""DataComp's baseline filters against plain Python, after the paper and its code."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from selection.recipes.recipe import Recipe
 from selection.scores.clustering import nearest_centroid, spherical_k_means
 from tests.support.pool_factory import picture, sample, write_shard
 from tests.support.scenario import SHARDS, Scenario
+from tests.support.wordnet import write_wordnet
 
 RECIPES = Path(__file__).resolve().parents[3] / "config/recipes"
 
@@ -46,7 +47,7 @@ ENGLISH = [True, False, False, True, True, True, False, True]
 
 
 def write_pool(scenario: Scenario) -> pl.DataFrame:
-    """Write shard 00000 anew: its samples have these captions and sizes; give what is known of them."""
+    """Replace the pool by one shard with these captions and sizes, and return its rows."""
     samples = []
     for number, (text, (width, height)) in enumerate(zip(CAPTIONS, SIZES, strict=True)):
         meta = {"uid": f"{number:032x}", "caption": text}
@@ -158,28 +159,11 @@ def test_a_version_may_have_more_rows_than_its_fraction_where_the_rule_keeps_equ
 
 
 def test_a_rule_without_a_fraction_is_refused() -> None:
-    with pytest.raises(ValueError, match="rule datacomp says what a fraction keeps"):
+    with pytest.raises(ValueError, match="rule datacomp applies to a fraction only"):
         Recipe.model_validate({"steps": [{"keep_top": {"score": "a/b", "count": 3, "rule": "datacomp"}}]})
 
 
 # Synsets
-
-INDEX = {
-    "noun": "  1 a licence\ndog n 2 2 @ ~ 2 1 00000011 00000012\nox n 1 0 1 0 00000013\nrun n 1 0 1 0 00000014\n"
-    "church n 1 1 @ 1 0 00000015\nwolf n 1 0 1 0 00000016\npan n 1 0 1 0 00000018\n",
-    "verb": "run v 1 0 1 0 00000021\nbark v 1 2 @ ~ 1 0 00000022\nhop v 1 0 1 0 00000023\n",
-    "adj": "big a 1 0 1 0 00000031\nlarge a 1 0 1 0 00000032\n",
-    "adv": "soon r 1 0 1 0 00000041\n",
-}
-EXCEPTIONS = {"noun": "oxen ox\n", "verb": "ran run\nhopping hop\n", "adj": "bigger big\n", "adv": ""}
-
-
-def write_wordnet(folder: Path) -> Path:
-    folder.mkdir()
-    for part in INDEX:
-        (folder / f"index.{part}").write_text(INDEX[part])
-        (folder / f"{part}.exc").write_text(EXCEPTIONS[part])
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -267,7 +251,7 @@ def test_k_means_finds_clusters_that_are_there() -> None:
 
 
 def in_clusters(scenario: Scenario, centroids: np.ndarray) -> list[bool]:
-    """Tell, in float64, which rows share the nearest centroid with a target image."""
+    """Return, from float64, which rows share their nearest centroid with a target image."""
     lake = scenario.open().lake
     pets = column_to_vectors(lake.read("target_embeddings/tiny/pets")["image"]).astype(np.float64)
     vectors = np.concatenate([column_to_vectors(lake.read("embeddings/tiny", s)["image"]) for s in SHARDS])

@@ -1,4 +1,4 @@
-"""Scores and uid lists from elsewhere, from their files to a subset."""
+"""External scores and uid lists, from their files to a subset."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ ELSEWHERE = [uid("elsewhere", number) for number in range(5)]
 
 
 def value(text: str) -> float:
-    """A score that is different for every uid and the same in every run."""
+    """Return a score that differs for every uid and is the same in every run."""
     return int(text[:8], 16) / 2**32
 
 
@@ -37,7 +37,7 @@ def write_parquet(path: Path, uids: list[str], **columns: list) -> Path:
 
 
 def without_pictures(scenario: Scenario) -> None:
-    """Give the scenario a pool of metadata, and no score of its own."""
+    """Change the scenario to a pool of metadata without scores."""
     for shard in SHARDS:
         datacomp_shard(scenario.folder / "metadata", shard, ROWS)
     scenario.document["pool"] = {"path": "metadata", "format": "datacomp"}
@@ -47,7 +47,7 @@ def without_pictures(scenario: Scenario) -> None:
 
 
 def scored(scenario: Scenario, uids: list[str] = UIDS, **settings: object) -> None:
-    """Give the scenario a score from elsewhere, and a recipe that ranks by it."""
+    """Add an external score to the scenario, and a recipe that ranks by it."""
     write_parquet(scenario.folder / "given" / "a.parquet", uids, dfn=[value(text) for text in uids])
     without_pictures(scenario)
     scenario.document["external_scores"] = {"given": {"files": "given/a.parquet", "columns": "dfn", **settings}}
@@ -378,7 +378,7 @@ def write_list(path: Path, uids: list[str]) -> None:
 
 
 def listed(scenario: Scenario, name: str, uids: list[str], **settings: object) -> None:
-    """Give the scenario a uid list, a recipe that begins with it and one that leaves it out."""
+    """Add a uid list to the scenario, a recipe that starts from it, and one that drops its rows."""
     write_list(scenario.folder / name, uids)
     without_pictures(scenario)
     scenario.document["external_uids"] = {"dfn": {"files": name, **settings}}

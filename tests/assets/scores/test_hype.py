@@ -14,7 +14,7 @@ from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard
 from resources.settings import HypeSettings
 from resources.storage.arrays import ArrayError
-from tests.selection.scores.test_hyperbolic import published_aperture, published_distance, published_exterior
+from tests.support.hyperbolic import published_aperture, published_distance, published_exterior
 from tests.support.pool_factory import datacomp_shard, uid, unit_rows
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -39,7 +39,7 @@ def write_pool(folder: Path, shard: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def hyped(scenario: Scenario) -> Scenario:
-    """The scenario with hyperbolic embeddings, and a recipe that ranks by HYPE."""
+    """Return the scenario with hyperbolic embeddings and a recipe that ranks by HYPE."""
     (scenario.folder / "hyperbolic").mkdir()
     for shard in SHARDS:
         write_pool(scenario.folder, shard)
@@ -55,7 +55,7 @@ def hyped(scenario: Scenario) -> Scenario:
 
 
 def expected(shard: str, curvature: float = CURVATURE) -> dict[str, np.ndarray]:
-    """The parts by the published equations."""
+    """Compute the parts by the published equations."""
     image, text = (side.astype(np.float64) for side in embeddings(shard).values())
     of_images, of_texts = spatial(98, 9).astype(np.float64), spatial(99, 11).astype(np.float64)
     parts = {
@@ -113,7 +113,7 @@ def test_rows_keep_their_own_embedding_when_a_sample_is_rejected(hyped: Scenario
 
 
 def clustered(scenario: Scenario) -> None:
-    """Give HYPE its cluster term: four given centroids, and a target set of two images' features."""
+    """Add HYPE's cluster term: four fixed centroids, and a target of two images' features."""
     images = np.concatenate([unit_rows(int(shard) + 1, ROWS) for shard in SHARDS])
     np.save(scenario.folder / "centroids.npy", images[[0, 7, 20, 30]].astype(np.float32))
     np.save(scenario.folder / "features.npy", images[[7, 30]])

@@ -1,4 +1,4 @@
-"""Near duplicates against every pair in float64; what a killed run leaves; how a recipe uses them."""
+"""Near duplicates against every pair in float64; resuming a killed run; recipes that use them."""
 
 import json
 import re
@@ -20,8 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets.base.checks import Tables
-from assets.base.context import Context
+from assets.base.context import Context, Progress
 from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
 from assets.graph import build_graph
@@ -32,17 +31,18 @@ from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors, vectors_to_column
 from resources.lake.versions import Versions
 from selection.scores.near_duplicates import CHUNK_ROWS, nearest_before
-from tests.assets.base.test_checks import put, swapped
-from tests.dagster_project.test_sensors import Automation
+from tests.support.automation import Automation
+from tests.support.corruption import put, swapped
 from tests.support.pool_factory import datacomp_shard, picture, unit_rows
 from tests.support.pool_factory import uid as uid_of
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
+from tests.support.steps import begin_shards, findings
 
 CPU = torch.device("cpu")
 
 
 def search(vectors: np.ndarray, *, done: int = 0, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Find the values and the rows before, from row `done` on."""
+    """Return values and earlier rows, from row `done` on."""
     found = list(nearest_before(vectors, device=CPU, done=done, block=block))
     assert [at.start for at, _, _ in found] == [done, *[at.stop for at, _, _ in found[:-1]]]
     assert found[-1][0].stop == len(vectors)
@@ -50,7 +50,7 @@ def search(vectors: np.ndarray, *, done: int = 0, block: int | None = None) -> t
 
 
 def by_the_definition(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair in float64: the largest cosine to a row before, and the first row that has it."""
+    """Compute from every pair, in float64, the largest cosine to an earlier row and the first row that attains it."""
     wide = vectors.astype(np.float64)
     value, index = np.full(len(wide), -1.0), np.full(len(wide), -1)
     for row in range(1, len(wide)):
@@ -78,7 +78,7 @@ def test_the_most_similar_row_before_is_that_of_every_pair(rows: int, width: int
 @given(rows=st.integers(1, 700), width=st.integers(1, 6), block=st.integers(1, 800), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_of_equally_similar_rows_the_first_is_named(rows: int, width: int, block: int, seed: int) -> None:
-    """Whole numbers are multiplied without rounding, and many products are equal."""
+    """Products of integers are exact, so many are equal."""
     vectors = np.random.default_rng(seed).integers(-2, 3, (rows, width)).astype(np.float16)
     value, index = search(vectors, block=block)
     expected, first = by_the_definition(vectors)
@@ -146,7 +146,7 @@ SCORE = "near_duplicate/tiny"
 
 
 def ask_for(scenario: Scenario, **given: object) -> None:
-    """Compare by CLIPScore; a recipe drops what is more alike than 0.9, of ten pictures of which some are copies."""
+    """Add a search ordered by CLIPScore, a recipe that drops near duplicates, and copies of some pictures."""
     scenario.set("scores", "near_duplicates", value={"tiny": {"best": "clip_score/tiny", **given}})
     scenario.set("recipes", "apart", value={"steps": [{"where": f'"{SCORE}" <= 0.9999'}]})
     for shard, seed in (("00001", 3), ("00002", 3)):
@@ -156,7 +156,7 @@ def ask_for(scenario: Scenario, **given: object) -> None:
 def expected(
     project: Context, begins: set[str] | None = None, shards: Sequence[str] = SHARDS, encoder: str = "tiny"
 ) -> dict[str, tuple[float, str | None] | None]:
-    """Give each row's value and the row that it is of, by the definition, by uid; of equal uids the first counts."""
+    """Return each row's value and most similar better row by uid, from the definition; repeated uids count once."""
     lake = project.lake
     pool = pl.concat([pl.from_arrow(lake.read("raw_pool", shard, ["uid", "f0", "f1"])) for shard in shards])
     score = pl.concat([pl.from_arrow(lake.read(f"clip_score/{encoder}", shard)) for shard in shards])["clip_score"]
@@ -195,6 +195,7 @@ def assert_same(
             assert row == (pytest.approx(other[0], abs=5e-7), other[1])
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_recipe_drops_what_is_too_near_to_a_better_row(scenario: Scenario) -> None:
     ask_for(scenario)
     assert scenario.run().failures == {}
@@ -217,6 +218,7 @@ def test_a_recipe_drops_what_is_too_near_to_a_better_row(scenario: Scenario) -> 
     assert stored.summary["above/0.95"] == (values > 0.95).sum()
 
 
+@pytest.mark.usefixtures("finished")
 def test_rows_are_compared_with_the_rows_of_the_subset_alone(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third")
     assert scenario.run().failures == {}
@@ -227,6 +229,7 @@ def test_rows_are_compared_with_the_rows_of_the_subset_alone(scenario: Scenario)
     assert set(scenario.manifest("apart")["uid"]) <= begins
 
 
+@pytest.mark.usefixtures("finished")
 def test_what_is_left_of_a_search_is_small(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -235,6 +238,7 @@ def test_what_is_left_of_a_search_is_small(scenario: Scenario) -> None:
     assert sum(path.stat().st_size for path in folder.iterdir() if path.name != "state.json") == 36 * (8 + 16 + 4 + 8)
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_catalog_and_explain_know_the_better_row(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -246,6 +250,7 @@ def test_the_catalog_and_explain_know_the_better_row(scenario: Scenario) -> None
     assert verdicts == [("kept",), ("dropped",)]
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_step_drops_the_same_rows_and_each_names_the_better_one(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.set("recipes", "unlike", value={"steps": [{"deduplicate": {"by": SCORE, "above": 0.9999}}]})
@@ -263,6 +268,7 @@ def test_the_step_drops_the_same_rows_and_each_names_the_better_one(scenario: Sc
             assert answer == [verdict]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_row_that_was_not_compared_can_not_be_judged_by_the_step(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third")
     scenario.set("recipes", "unlike", value={"steps": [{"deduplicate": {"by": SCORE, "above": 0.9999}}]})
@@ -271,6 +277,7 @@ def test_a_row_that_was_not_compared_can_not_be_judged_by_the_step(scenario: Sce
     assert "near_duplicate/tiny is NULL for uid" in failures["subset/unlike"]
 
 
+@pytest.mark.usefixtures("finished")
 def test_nothing_is_done_again_when_nothing_changed(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third")
     scenario.run()
@@ -279,6 +286,7 @@ def test_nothing_is_done_again_when_nothing_changed(scenario: Scenario) -> None:
     assert scenario.files() == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_new_shard_is_searched_and_every_row_told_again(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -292,6 +300,7 @@ def test_a_new_shard_is_searched_and_every_row_told_again(scenario: Scenario) ->
     assert scenario.subset("apart").lineage["rows"] == 4 * ROWS - 3
 
 
+@pytest.mark.usefixtures("finished")
 def test_another_subset_or_another_score_begins_the_search_anew(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third")
     scenario.run()
@@ -315,8 +324,9 @@ def test_another_subset_or_another_score_begins_the_search_anew(scenario: Scenar
 
 
 @pytest.mark.parametrize("of", [None, "subset/pictures"])
+@pytest.mark.usefixtures("finished")
 def test_a_uid_that_is_in_two_shards_is_compared_once_and_told_in_both(scenario: Scenario, of: str | None) -> None:
-    """A recipe that sees only the second of the two shards chooses from the copy that was not compared."""
+    """A recipe that reads only the second of the two shards selects from the copy that was not compared."""
     ask_for(scenario, of=of)
     scenario.write_shard("00001", meta={"uid": "f" * 32}, image=picture(3))
     scenario.write_shard("00002", meta={"uid": "f" * 32}, image=picture(8))
@@ -342,6 +352,7 @@ def test_a_uid_that_is_in_two_shards_is_compared_once_and_told_in_both(scenario:
     assert list(scenario.subset("unlike").lineage["shards_missing"]) == ["00001"]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_shard_that_is_not_there_yet_waits_and_the_others_are_compared(scenario: Scenario) -> None:
     ask_for(scenario)
     (scenario.folder / "pool/00001.tar").write_bytes(b"")
@@ -354,6 +365,7 @@ def test_a_shard_that_is_not_there_yet_waits_and_the_others_are_compared(scenari
     assert_same(told(scenario.open()), expected(scenario.open()))
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_score_that_some_row_has_not_is_one_error_with_a_uid(scenario: Scenario) -> None:
     ask_for(scenario, best="external_scores/theirs")
     theirs = scenario.folder / "theirs.parquet"
@@ -372,6 +384,7 @@ def test_a_score_that_some_row_has_not_is_one_error_with_a_uid(scenario: Scenari
     )
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_subset_without_a_row_in_the_shards_that_are_there_is_one_error(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/first")
     scenario.set("recipes", "first", value={"steps": [{"where": "shard = '00000'"}]})
@@ -382,6 +395,7 @@ def test_a_subset_without_a_row_in_the_shards_that_are_there_is_one_error(scenar
     assert "Remedy: materialize both for more shards" in str(said)
 
 
+@pytest.mark.usefixtures("finished")
 def test_an_embedding_that_is_no_number_is_an_error_with_file_and_uid(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -398,6 +412,7 @@ def test_an_embedding_that_is_no_number_is_an_error_with_file_and_uid(scenario: 
     assert "Remedy" in said
 
 
+@pytest.mark.usefixtures("finished")
 def test_what_a_score_reads_is_gone_and_the_message_says_what_to_do(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -413,14 +428,15 @@ def test_what_a_score_reads_is_gone_and_the_message_says_what_to_do(scenario: Sc
 
 
 @pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.usefixtures("finished")
 def test_a_score_reads_the_search_that_its_provenance_names(scenario: Scenario, is_done: bool) -> None:
-    """While another search is under way, or has been written since."""
+    """Also while another search is running or has been written since."""
     ask_for(scenario)
     scenario.run()
     project, graph = scenario.open_graph()
     (score,) = (node for node in graph.nodes if node.key == TOLD)
     assert isinstance(score, PartitionedAsset)
-    score.provenance("00001")
+    step = begin_shards(score, ["00001"])
     before = told(project, ["00001"])
 
     scenario.set("scores", "near_duplicates", "tiny", "best", value="norm_sim_2/tiny/pets")
@@ -430,10 +446,9 @@ def test_a_score_reads_the_search_that_its_provenance_names(scenario: Scenario, 
         if asset == SEARCH and not is_done:
             raise RuntimeError("no power")
 
-    other.on_progress = dies
-    outcome = materialize(other, their_graph, scenario.instance, notice=lambda *_: None)
+    outcome = materialize(other, their_graph, scenario.instance, notice=lambda *_: None, progress=dies)
     assert (SEARCH in outcome.failures) == (not is_done)
-    ((_, found),) = score.compute(["00001"])
+    ((_, found),) = score.compute(step, ["00001"])
     assert isinstance(found, Result)
     assert found.table["near_duplicate"].to_pylist() == [row and row[0] for row in before.values()]
     assert found.table["near_duplicate_of"].to_pylist() == [row and row[1] for row in before.values()]
@@ -441,7 +456,7 @@ def test_a_score_reads_the_search_that_its_provenance_names(scenario: Scenario, 
 
 
 def assert_files_are_of_the_last(scenario: Scenario, searches: int) -> None:
-    """Of all searches there are the files of the last, and of the one before it."""
+    """Check that only the files of the last two searches exist."""
     stored = scenario.open().lake.stored(SEARCH)
     assert stored is not None
     folders = {path.name for path in (scenario.folder / "lake/duplicate_search/tiny").iterdir()}
@@ -450,7 +465,7 @@ def assert_files_are_of_the_last(scenario: Scenario, searches: int) -> None:
 
 
 def forget(scenario: Scenario) -> None:
-    """Remove what the search has found."""
+    """Delete the results of the search."""
     scenario.open().lake.remove(SEARCH)
     shutil.rmtree(scenario.folder / "lake/duplicate_search")
 
@@ -509,7 +524,7 @@ def test_what_can_not_be_is_refused(scenario: Scenario, given: dict[str, str], m
 def test_a_recipe_that_is_not_there_is_told_of_the_field_that_names_it(
     scenario: Scenario, settings: dict[str, Any], message: str
 ) -> None:
-    """Whatever else begins with, or is made from, the score in whose settings it stands."""
+    """Also where other recipes and scores depend on the score in whose settings the name is."""
     ask_for(scenario)
     for name, value in settings.items():
         scenario.set("scores", name, value=value)
@@ -529,6 +544,7 @@ def test_near_duplicates_need_an_encoder_and_a_best_score(scenario: Scenario) ->
         scenario.open()
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_better_row_may_be_told_by_rounds_and_the_version_is_made_again(scenario: Scenario, tmp_path: Path) -> None:
     ask_for(scenario, best="norm_sim_2_last/tiny")
     scenario.set("scores", "norm_sim_dynamic", value={"tiny": {"keep": 0.25, "rounds": 2}})
@@ -539,6 +555,7 @@ def test_the_better_row_may_be_told_by_rounds_and_the_version_is_made_again(scen
     assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_is_made_again_from_its_record_also_without_a_shard_that_was_compared(
     scenario: Scenario, tmp_path: Path
 ) -> None:
@@ -555,6 +572,7 @@ def test_a_version_is_made_again_from_its_record_also_without_a_shard_that_was_c
     assert (version.name, list(version.lineage["shards_missing"])) == ("v0002", ["00001"])
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_of_rows_of_a_subset_is_chosen_again_and_not_rebuilt(scenario: Scenario, tmp_path: Path) -> None:
     ask_for(scenario, of="subset/clip_third")
     scenario.run()
@@ -566,7 +584,7 @@ def test_a_version_of_rows_of_a_subset_is_chosen_again_and_not_rebuilt(scenario:
 
 
 def precomputed(folder: Path, *sizes: int, best: str = "clip_score/b32") -> Context:
-    """Write a pool of precomputed shards, whose rows are the same however many shards there are, and open it."""
+    """Write and open a pool of precomputed shards; the rows of all shards together do not depend on `sizes`."""
     folder.mkdir()
     image, text = unit_rows(1, sum(sizes)), unit_rows(2, sum(sizes))
     image[-3:] = image[:3]
@@ -602,8 +620,8 @@ def test_embeddings_are_gathered_window_by_window(tmp_path: Path, monkeypatch: p
     assert_same(told(project, shards, "b32"), expected(project, shards=shards, encoder="b32"))
 
 
-def run(project: Context, instance: dg.DagsterInstance) -> Outcome:
-    return materialize(project, build_graph(project), instance, notice=lambda *_: None)
+def run(project: Context, instance: dg.DagsterInstance, progress: Progress | None = None) -> Outcome:
+    return materialize(project, build_graph(project), instance, notice=lambda *_: None, progress=progress)
 
 
 def test_it_does_not_matter_how_rows_are_parted_into_shards(tmp_path: Path) -> None:
@@ -629,12 +647,11 @@ def test_a_killed_run_goes_on_behind_its_last_whole_block(tmp_path: Path) -> Non
             if len(compared) == 1:
                 raise RuntimeError("no power")
 
-    project.on_progress = dies
     with dg.DagsterInstance.ephemeral() as instance:
-        assert "no power" in run(project, instance).failures["duplicate_search/b32"]
+        assert "no power" in run(project, instance, dies).failures["duplicate_search/b32"]
         assert project.lake.stored("duplicate_search/b32") is None
         compared.append(0)
-        assert run(project, instance).failures == {}
+        assert run(project, instance, dies).failures == {}
     assert compared == [16_384, 0, 17_000 - 16_384]
     found, wanted = told(project, shards, "b32"), expected(project, shards=shards, encoder="b32")
     values = [row[0] for rows in (found, wanted) for row in rows.values() if row is not None]
@@ -643,13 +660,13 @@ def test_a_killed_run_goes_on_behind_its_last_whole_block(tmp_path: Path) -> Non
 
 
 def in_a_child(config: Path, key: str, *, method: str = "", call: int = 0, limit: int = 0) -> Any:
-    """Compute an asset without partitions in another process, and write nothing of it but its work files.
+    """Compute an unpartitioned asset in another process, which writes only its work files.
 
     Args:
         config: the project's YAML.
-        key: the asset's.
-        method: the process is killed when it calls this method of the lake for embeddings or work files,
-        call: and does so for this time, from 1.
+        key: the asset key.
+        method: a method of the lake for embeddings or work files.
+        call: kill the process at this call of the method, from 1.
         limit: largest file that it may write, in bytes.
     """
     command = [sys.executable, "-c", _CHILD, str(config), key, method, str(call), str(limit)]
@@ -661,9 +678,9 @@ import os, resource, signal, sys
 from pathlib import Path
 import selection.scores.near_duplicates
 from assets.scores import near_duplicates
-from assets.graph import build_graph
 from assets.settings import open_project
 from resources.lake.files import Lake
+from tests.support.steps import begin, node_of
 
 near_duplicates.WINDOW_BYTES = 40 * 16
 selection.scores.near_duplicates._BLOCK["cpu"] = 20
@@ -678,8 +695,8 @@ if method:
     setattr(Lake, method, deadly)
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-(node,) = (node for node in build_graph(open_project(Path(config))).nodes if node.key == key)
-node.compute()
+node = node_of(open_project(Path(config)), key)
+node.compute(begin(node))
 """
 
 
@@ -730,7 +747,7 @@ def test_killed_and_then_given_another_best_score_a_search_begins_anew(tmp_path:
 
 @pytest.mark.parametrize("key", ["duplicate_search/b32", "dynamic_rounds/b32"])
 def test_a_full_disk_is_an_error_that_says_what_is_needed(tmp_path: Path, key: str) -> None:
-    """Here no file may be larger than a limit, which is told where a disk would be full: when bytes are reserved."""
+    """A limit on file size stands in for a full disk: both fail when bytes are reserved."""
     project = precomputed(tmp_path / "full", 300)
     with dg.DagsterInstance.ephemeral() as instance:
         assert run(project, instance).failures == {}
@@ -760,6 +777,7 @@ def test_sensors_search_once_after_the_score_and_the_subset(tmp_path: Path) -> N
     automation.instance.dispose()
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_table_with_other_rows_or_an_impossible_cosine_is_refused(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -774,6 +792,6 @@ def test_a_table_with_other_rows_or_an_impossible_cosine_is_refused(scenario: Sc
         (put("near_duplicate", 2, None), {""}),
         (swapped, {"", "row 0 is another sample than in raw_pool"}),
     ):
-        found = examine(checks_of(project, TOLD), Tables(project, "00000", {TOLD: spoil(table)}))
+        found = findings(project, TOLD, "00000", {TOLD: spoil(table)})
         assert list(found) == ["rows_aligned", "within_bounds"]
         assert {finding["why"] for finding in found.values()} == why

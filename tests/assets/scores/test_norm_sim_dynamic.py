@@ -1,4 +1,4 @@
-"""NormSim_2-D against the definition in float64; what a killed run leaves; how a recipe uses it."""
+"""NormSim_2-D against its definition in float64; resuming a killed run; recipes that use it."""
 
 import math
 from fractions import Fraction
@@ -17,11 +17,12 @@ from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
 from assets.settings import ConfigError
 from assets.subsets.reproduction import choose_again, rebuild
-from dagster_project.headless import Outcome, materialize
+from dagster_project.headless import Outcome
 from resources.lake.files import LakeError, column_to_vectors
 from selection.scores.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
-from tests.dagster_project.test_sensors import Automation
+from tests.support.automation import Automation
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
+from tests.support.steps import begin_shards
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ def left_in(parts: list[Part]) -> np.ndarray:
 
 
 def by_the_definition(vectors: np.ndarray, f0: np.ndarray, f1: np.ndarray, keep: int, rounds: int) -> np.ndarray:
-    """Greedy in float64: the moment is summed anew in every round, rows are sorted, the lowest leave."""
+    """Compute the rounds in float64: sum the moment again in every round, sort the rows, drop the lowest."""
     wide = vectors.astype(np.float64)
     left = np.full(len(wide), rounds + 1)
     step = math.ceil((len(wide) - keep) / rounds)
@@ -180,7 +181,7 @@ def test_the_moment_is_exact_and_subtracting_rows_leaves_no_trace() -> None:
 
 def test_fewer_rows_than_shall_stay_are_refused() -> None:
     parts = parts_of(embeddings(10), *uids(10), cuts=[], outside=(0,))
-    with pytest.raises(ValueError, match="begins with 9 rows, fewer than the 10"):
+    with pytest.raises(ValueError, match="has 9 rows, fewer than the 10"):
         next(dynamic_rounds(parts, keep=10, rounds=2, device=CPU))
 
 
@@ -195,7 +196,7 @@ def ask_for(scenario: Scenario, **settings: object) -> None:
 
 
 def expected(scenario: Scenario, begins: set[str] | None = None, *, stay: int, rounds: int = 4) -> dict[str, int]:
-    """Give each row's round of leaving by the definition, by uid."""
+    """Return the round in which each row leaves by uid, from the definition."""
     lake = scenario.open().lake
     pool = pl.concat([pl.from_arrow(lake.read("raw_pool", shard, ["uid", "f0", "f1"])) for shard in SHARDS])
     vectors = np.concatenate([column_to_vectors(lake.read("embeddings/tiny", shard)["image"]) for shard in SHARDS])
@@ -211,6 +212,7 @@ def found(scenario: Scenario) -> dict[str, int]:
     return {f"{f0:016x}{f1:016x}": left for f0, f1, left in told.select("f0", "f1", "norm_sim_dynamic").rows()}
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_recipe_keeps_the_rows_that_stay(scenario: Scenario) -> None:
     ask_for(scenario)
     assert scenario.run().failures == {}
@@ -223,6 +225,7 @@ def test_a_recipe_keeps_the_rows_that_stay(scenario: Scenario) -> None:
     assert told.select("round", "entered", "left").rows() == [(1, 36, 7), (2, 29, 7), (3, 22, 7), (4, 15, 6)]
 
 
+@pytest.mark.usefixtures("finished")
 def test_it_may_begin_with_what_another_recipe_chose(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third", keep=0.2)
     scenario.set(
@@ -243,6 +246,7 @@ def test_it_may_begin_with_what_another_recipe_chose(scenario: Scenario) -> None
     }
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_score_reads_the_rounds_that_it_began_with_while_others_are_begun(scenario: Scenario) -> None:
     ask_for(scenario)
     assert scenario.run().failures == {}
@@ -250,7 +254,8 @@ def test_a_score_reads_the_rounds_that_it_began_with_while_others_are_begun(scen
     (score,) = (node for node in graph.nodes if node.key == TOLD)
     assert isinstance(score, PartitionedAsset)
     before = scenario.scores(TOLD, ["00001"])["norm_sim_dynamic"].to_list()
-    computed = score.compute(["00000", "00001"])
+    shards = ["00000", "00001"]
+    computed = score.compute(begin_shards(score, shards), shards)
     next(iter(computed))
     scenario.set("scores", "norm_sim_dynamic", "tiny", "rounds", value=2)
     assert scenario.run().failures == {}
@@ -271,6 +276,7 @@ def test_the_papers_recipe_is_a_file(scenario: Scenario) -> None:
     assert lineage["steps"][1]["threshold"] == 5  # all that stayed, and no other
 
 
+@pytest.mark.usefixtures("finished")
 def test_explain_says_in_which_round_a_sample_left(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -280,6 +286,7 @@ def test_explain_says_in_which_round_a_sample_left(scenario: Scenario) -> None:
         assert rows.fetchall()[1:] == [(TOLD, float(left), 5.0, "dropped")]
 
 
+@pytest.mark.usefixtures("finished")
 def test_nothing_is_done_again_when_nothing_changed(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third", keep=0.2)
     scenario.run()
@@ -288,6 +295,7 @@ def test_nothing_is_done_again_when_nothing_changed(scenario: Scenario) -> None:
     assert scenario.files() == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_new_shard_begins_the_rounds_anew(scenario: Scenario) -> None:
     ask_for(scenario)
     scenario.run()
@@ -299,6 +307,7 @@ def test_a_new_shard_begins_the_rounds_anew(scenario: Scenario) -> None:
     assert scenario.subset("pruned").lineage["rows"] == 4 * ROWS // 4
 
 
+@pytest.mark.usefixtures("finished")
 def test_other_rows_to_begin_with_begin_the_rounds_anew(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third", keep=0.2)
     scenario.run()
@@ -334,9 +343,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_round(scenario: Scenario) ->
                 if len(scored) == dies_at:
                     raise RuntimeError("no power")
 
-        project, graph = scenario.open_graph()
-        project.on_progress = on_progress
-        return materialize(project, graph, scenario.instance, notice=lambda *_: None)
+        return scenario.run(progress=on_progress)
 
     assert "no power" in run(dies_at=2 * len(SHARDS) + 2).failures["dynamic_rounds/tiny"]
     assert scenario.open().lake.stored("dynamic_rounds/tiny") is None
@@ -361,11 +368,13 @@ def test_rounds_that_begin_with_what_rests_on_them_are_refused(scenario: Scenari
         scenario.open()
 
 
+@pytest.mark.usefixtures("finished")
 def test_more_rows_to_keep_than_there_are_to_begin_with_are_refused(scenario: Scenario) -> None:
     ask_for(scenario, of="subset/clip_third", keep=0.9)
-    assert "begins with 12 rows, fewer than the 32 that shall stay" in scenario.run().failures["dynamic_rounds/tiny"]
+    assert "has 12 rows, fewer than the 32 to keep" in scenario.run().failures["dynamic_rounds/tiny"]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_that_rests_on_rounds_is_made_again_from_its_record(scenario: Scenario, tmp_path: Path) -> None:
     ask_for(scenario)
     scenario.run()
@@ -374,6 +383,7 @@ def test_a_version_that_rests_on_rounds_is_made_again_from_its_record(scenario: 
     assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_that_rests_on_rounds_of_a_subset_is_chosen_again_and_not_rebuilt(
     scenario: Scenario, tmp_path: Path
 ) -> None:

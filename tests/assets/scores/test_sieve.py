@@ -1,4 +1,4 @@
-"""Captions by a small random CoCa, and SIEVE from them: in the graph, in recipes and in the catalog."""
+"""Captions by a small random CoCa, and SIEVE from them: in the graph, recipes and catalog."""
 
 import copy
 import importlib.util
@@ -20,48 +20,10 @@ from resources.models.text_encoders import TextEncoder
 from resources.pools.formats import open_pool
 from resources.settings import CaptionerSettings, EncoderSettings, PoolSettings, TextEncoderSettings
 from selection.scores.sieve import mask
-from tests.support.pool_factory import TINY_CONFIG, sample, uid, write_clip, write_shard
+from tests.support.captioning import SPEECH, UIDS, nucleus_token, pixels
+from tests.support.pool_factory import sample, uid, write_shard
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
-
-TOWER = {"width": 16, "heads": 2, "layers": 1, "context_length": 16, "vocab_size": 49408}
-COCA_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {
-            **TINY_CONFIG["model_cfg"]["vision_cfg"],
-            "attentional_pool": True,
-            "attn_pooler_queries": 4,
-            "attn_pooler_heads": 2,
-            "output_tokens": True,
-        },
-        "text_cfg": {**TOWER, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {**TOWER, "attn_pooler_heads": 2},
-        "custom_text": True,
-    },
-    "preprocess_cfg": TINY_CONFIG["preprocess_cfg"],
-}
-SPEECH = {"captions": 3, "max_tokens": 6, "min_tokens": 2}
-
-
-@pytest.fixture(scope="session")
-def tiny_coca(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CoCa with random weights that has something to say: its decoder ends in words far apart."""
-    folder = write_clip(tmp_path_factory.mktemp("tiny_coca"), COCA_CONFIG)
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(folder / "open_clip_model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    projection = torch.full((16, 49408), -9.0)
-    projection[:, 1000:1060] = torch.randn(16, 60, generator=generator)
-    projection[:, 49407] = 0.5 * torch.randn(16, generator=generator)
-    projection[-1, :] = -30.0
-    projection[-1, [*range(1000, 1060), 49407]] = 0.0
-    projection[-1, 49407] = 8.0
-    state["text_decoder.text_projection"] = projection
-    state["text_decoder.ln_final.weight"][-1] = 0.0
-    state["text_decoder.ln_final.bias"][-1] = 1.0
-    save_file(state, folder / "open_clip_model.safetensors")
-    return folder
+from tests.support.steps import begin_shards
 
 
 def captioner(folder: Path, **settings: object) -> Captioner:
@@ -69,32 +31,7 @@ def captioner(folder: Path, **settings: object) -> Captioner:
     return Captioner("tiny", CaptionerSettings(**document))
 
 
-def pixels(n: int) -> torch.Tensor:
-    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-UIDS = [uid("described", number) for number in range(4)]
-
-
 # Sampling
-
-
-def oracle(logits: np.ndarray, uniform: float, top_p: float) -> int:
-    wide = np.exp(logits.astype(np.float64) - logits.max())
-    wide /= wide.sum()
-    order = np.argsort(-wide, kind="stable")
-    nucleus, mass = [], 0.0
-    for token in order:
-        nucleus.append(token)
-        mass += wide[token]
-        if mass >= top_p:
-            break
-    reached = 0.0
-    for token in nucleus:
-        reached += wide[token]
-        if reached > uniform * mass:
-            return int(token)
-    return int(nucleus[-1])
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
@@ -105,7 +42,7 @@ def test_a_token_is_chosen_from_the_nucleus_as_in_float64(top_p, vocabulary):
     uniform = rng.random(64)
     uniform[0] = 0.0
     found = choose(torch.from_numpy(logits), torch.from_numpy(uniform), top_p)
-    assert found.tolist() == [oracle(row, u, top_p) for row, u in zip(logits, uniform, strict=True)]
+    assert found.tolist() == [nucleus_token(row, u, top_p) for row, u in zip(logits, uniform, strict=True)]
 
 
 def test_what_has_no_probability_is_never_chosen():
@@ -148,7 +85,7 @@ def test_captions_follow_the_uid_whatever_the_batch_and_the_order(tiny_coca):
 
 
 def test_the_words_are_those_that_open_clips_own_forward_pass_makes_likely(tiny_coca):
-    """One step after the other by the model's public forward pass, in float64, without anything that saves work."""
+    """Step by step with the model's public forward pass, in float64, without a cache."""
     images = pixels(2)
     ours = captioner(tiny_coca, batch_size=2, captions=2, repetition_penalty=1.3)
     said = ours.describe(images, UIDS[:2])
@@ -165,7 +102,7 @@ def test_the_words_are_those_that_open_clips_own_forward_pass_makes_likely(tiny_
                 logits[[tokenizer.sot_token_id, 0]] = -np.inf
                 if place < 2:
                     logits[tokenizer.eot_token_id] = -np.inf
-                tokens.append(oracle(logits, uniform, 0.9))
+                tokens.append(nucleus_token(logits, uniform, 0.9))
                 if tokens[-1] == tokenizer.eot_token_id:
                     tokens.pop()
                     break
@@ -278,7 +215,7 @@ def test_a_missing_sentence_encoder_is_one_error_with_a_remedy(tmp_path):
 
 @pytest.fixture
 def described(scenario: Scenario, tiny_coca: Path) -> Scenario:
-    """The scenario with a captioner, its own text tower as text encoder, and a recipe that ranks by SIEVE."""
+    """Return the scenario with a captioner, a text encoder, and a recipe that ranks by SIEVE."""
     scenario.document["captioners"] = {
         "coca": {"model": f"local-dir:{tiny_coca}", "workers": 0, "batch_size": 5, **SPEECH}
     }
@@ -300,7 +237,7 @@ def test_a_recipe_ranks_by_sieve_and_the_catalog_shows_the_best_caption(describe
     assert captions["captions"].list.len().to_list() == [3] * ROWS * len(SHARDS)
     project = described.open()
     pool = pl.concat([pl.from_arrow(project.lake.read("raw_pool", shard)) for shard in SHARDS])
-    encoder = project.text_encoder("own")
+    encoder = project.models.text_encoder("own")
     for alt, said, score, best in zip(
         pool["caption"], captions["captions"].to_list(), rows["sieve"], rows["sieve_caption"], strict=True
     ):
@@ -366,9 +303,8 @@ def test_a_killed_run_goes_on_behind_its_last_batch(described):
     def stop(*_):
         raise KeyboardInterrupt
 
-    project.on_progress = stop
     with pytest.raises(KeyboardInterrupt):
-        list(node.compute([SHARDS[0]]))
+        list(node.compute(begin_shards(node, [SHARDS[0]], stop), [SHARDS[0]]))
     parts = list((described.folder / "lake" / "captioning" / "coca" / SHARDS[0]).glob("*.parquet"))
     assert len(parts) == 1
     assert not described.run().failures

@@ -1,4 +1,4 @@
-"""The study page: its figures against brute force, its words where a method loses, and the same bytes each time."""
+"""The study page: statistics against brute force, findings where a method loses, and the same bytes each time."""
 
 import html
 import json
@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assets.scores.draws import read_draws
-from assets.study.figures import Study, StudyError, study
-from assets.study.page import words, write_page
-from dagster_project import cli as command
+from assets.study.figures import study
+from assets.study.findings import findings
+from assets.study.page import write_page
+from assets.study.results import Study, StudyError
+from dagster_project import cli
 from resources.catalog.build import read_catalog
 from resources.lake.files import column_to_vectors
 from selection.scores.negatives import keyed_hash
@@ -30,7 +32,7 @@ HOSTILE = "junk <script>alert(1)</script>"
 
 
 def pairwise_auc(better: np.ndarray, worse: np.ndarray) -> float:
-    """Every pair, one by one, in float64."""
+    """Compute the AUC from every pair, in float64."""
     better, worse = better[~np.isnan(better)], worse[~np.isnan(worse)]
     if not len(better) or not len(worse):
         return math.nan
@@ -38,7 +40,7 @@ def pairwise_auc(better: np.ndarray, worse: np.ndarray) -> float:
 
 
 def brute_spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of ranks counted one by one: rows below, and half of those that are equal."""
+    """Compute Pearson's correlation of ranks: rows below, plus half of the equal ones."""
     both = ~np.isnan(a) & ~np.isnan(b)
     ranks = [np.array([(v < x).sum() + 0.5 * (v == x).sum() for x in v]) for v in (a[both], b[both])]
     return float(np.corrcoef(*ranks)[0, 1])
@@ -115,7 +117,7 @@ def test_the_overlap_of_the_best_takes_the_earlier_of_equal_rows() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
-    """A project that was run, with scores from elsewhere for half of its rows, and a truth of its uids."""
+    """A project that was run, with an external score for half of its rows, and a truth of its uids."""
     scenario = Scenario(tmp_path_factory.mktemp("study"), tiny_clip)
     uids = sorted(uid(shard, int(shard) * 100 + row) for shard in SHARDS for row in range(ROWS))
     half = pl.DataFrame({"uid": uids[::2], "given": [float(i) for i in range(len(uids[::2]))]})
@@ -153,7 +155,7 @@ def scored(scenario: Scenario) -> pl.DataFrame:
     return rows.join(pl.read_parquet(scenario.folder / "truth.parquet"), on="uid", how="left", maintain_order="left")
 
 
-def test_every_score_column_is_studied_but_those_that_rank_nothing(made: Scenario, found: Study) -> None:
+def test_every_score_column_that_ranks_is_studied(made: Scenario, found: Study) -> None:
     columns = [c for c in scored(made).columns if "/" in c]
     assert sorted([*found.scores, *found.left_out]) == sorted(columns)
     assert found.left_out == ["neg_clip_loss_stderr/tiny", "nearest_target/tiny/pets"]
@@ -188,12 +190,12 @@ def test_every_auc_is_that_of_all_pairs(made: Scenario, found: Study) -> None:
     assert half == 0.5
 
 
-def test_a_method_that_loses_is_said_to_lose(found: Study) -> None:
-    said = dict(words(found))
-    text = said["Off topic, 8 rows"]
-    assert re.search(r"Worse than a coin, they rank the fault above clean rows: [^.]*clip_score/tiny", text)
+def test_findings_report_a_method_that_loses(found: Study) -> None:
+    text_of = dict(findings(found))
+    text = text_of["Off topic, 8 rows"]
+    assert re.search(r"Worse than chance, ranking the fault above clean rows: [^.]*clip_score/tiny", text)
     assert not text.startswith("clip_score/tiny has the highest")
-    assert "clip_score/tiny has the highest AUC, 1.000 [1.000, 1.000]" in said["Wanted above others, 6 rows"]
+    assert "clip_score/tiny has the highest AUC, 1.000 [1.000, 1.000]" in text_of["Wanted above others, 6 rows"]
 
 
 def test_agreement_is_that_of_the_catalog(made: Scenario, found: Study) -> None:
@@ -215,7 +217,7 @@ def test_overlaps_are_those_of_the_manifests(made: Scenario, found: Study) -> No
 
 
 def oracle_scores(scenario: Scenario, temperature: float, size: int, draws: int) -> np.ndarray:
-    """The score in float64 against the first rows of the stored draws; rows in the order of (f0, f1)."""
+    """Compute the score in float64 against the first rows of the stored draws; rows are in order of (f0, f1)."""
     lake = scenario.open().lake
     uids, *negatives = read_draws(lake.read("negatives/tiny"))
     rows = []
@@ -266,16 +268,16 @@ def test_another_seed_and_the_other_estimator_are_other_scores(found: Study) -> 
         assert others[what].gain is not None
 
 
-def test_the_same_figures_give_the_same_bytes(made: Scenario, found: Study, tmp_path: Path) -> None:
+def test_the_same_statistics_give_the_same_bytes(made: Scenario, found: Study, tmp_path: Path) -> None:
     again = study(made.open(), made.folder / "truth.parquet", resamples=RESAMPLES)
-    first, second = (write_page(figures, tmp_path / name) for figures, name in ((found, "a"), (again, "b")))
+    first, second = (write_page(made, tmp_path / name) for made, name in ((found, "a"), (again, "b")))
     assert first.read_bytes() == second.read_bytes()
     figures = [(path.parent / "figures.json").read_text() for path in (first, second)]
     assert figures[0] == figures[1]
     assert json.loads(figures[0])["kinds"] == found.kinds
 
 
-def test_a_page_asks_nobody_and_obeys_no_label(found: Study, tmp_path: Path) -> None:
+def test_a_page_loads_nothing_and_labels_stay_inert(found: Study, tmp_path: Path) -> None:
     text = write_page(found, tmp_path / "page").read_text()
     assert "<script" not in text
     assert html.escape(HOSTILE) in text
@@ -285,9 +287,9 @@ def test_a_page_asks_nobody_and_obeys_no_label(found: Study, tmp_path: Path) -> 
     assert "external_scores/half (18 rows)" in text
 
 
-def test_without_a_truth_the_page_says_so_and_has_no_auc(made: Scenario, tmp_path: Path) -> None:
+def test_without_a_truth_the_page_has_no_auc(made: Scenario, tmp_path: Path) -> None:
     config = str(made.folder / "project.yaml")
-    assert command.main(["study", config, "--into", str(tmp_path / "page")]) == 0
+    assert cli.main(["study", config, "--into", str(tmp_path / "page")]) == 0
     text = re.sub(r'src="[^"]*"', "", (tmp_path / "page/index.html").read_text())
     figures = json.loads((tmp_path / "page/figures.json").read_text())
     assert figures["separations"] == []
@@ -307,11 +309,18 @@ def test_no_more_rows_are_studied_than_asked_for_and_always_the_same(made: Scena
     assert few.sensitivities[0].rows == 20
 
 
-def test_a_single_row_has_no_correlations_and_a_page_all_the_same(made: Scenario, tmp_path: Path) -> None:
+def test_a_single_row_has_a_page_without_correlations(made: Scenario, tmp_path: Path) -> None:
     single = study(made.open(), rows=1)
     assert single.rows == 1
     assert np.isnan(single.spearman).all()
-    assert "the pool&#x27;s 36" in write_page(single, tmp_path).read_text()
+    assert "the pool's 36" in html.unescape(write_page(single, tmp_path).read_text())
+
+
+def test_the_caller_may_name_the_columns_that_rank(made: Scenario) -> None:
+    ranking = ["external_scores/half", "clip_score/tiny", "absent/tiny"]
+    found = study(made.open(), ranking=ranking, rows=10, resamples=2)
+    assert set(found.scores) == {"external_scores/half", "clip_score/tiny"}
+    assert "norm_sim_inf/tiny/pets" in found.left_out
 
 
 def test_the_papers_estimator_is_studied_beside_reference_negatives(scenario: Scenario) -> None:
@@ -347,6 +356,6 @@ def test_a_truth_that_is_wrong_is_refused_with_the_reason(
     assert "'clean'" in refused(made, truth.filter(pl.col("kind") != "clean"), tmp_path)
     assert "no row of the pool" in refused(made, truth.with_columns(uid=pl.lit("a" * 30) + "00").head(1), tmp_path)
     config, wrong = str(made.folder / "project.yaml"), str(tmp_path / "absent.parquet")
-    assert command.main(["study", config, "--truth", wrong, "--into", str(tmp_path / "page")]) == 2
+    assert cli.main(["study", config, "--truth", wrong, "--into", str(tmp_path / "page")]) == 2
     assert "absent.parquet" in capsys.readouterr().err
     assert not (tmp_path / "page").exists()

@@ -1,4 +1,4 @@
-"""Claims about exported shards: they hold the selected samples, byte for byte, and nothing else."""
+"""Exported shards hold the selected samples, byte for byte, and nothing else."""
 
 import tarfile
 from pathlib import Path
@@ -23,7 +23,7 @@ EXPORT = "export/clip_third"
 
 @pytest.fixture
 def scenario(scenario: Scenario) -> Scenario:
-    """A project of one score and one recipe."""
+    """Return a project with one score and one recipe."""
     scenario.set("scores", value={"clip_score": ["tiny"], "neg_clip_loss": {}, "norm_sim": {}})
     scenario.set("recipes", value={"clip_third": scenario.document["recipes"]["clip_third"]})
     return scenario
@@ -35,7 +35,7 @@ def export(scenario: Scenario, shards: tuple[str, ...] = SHARDS) -> dg.ExecuteIn
 
 
 def folder(scenario: Scenario) -> Path:
-    """Give the folder of the exported version."""
+    """Return the folder of the exported version."""
     return scenario.folder / "lake" / EXPORT / scenario.subset("clip_third").name
 
 
@@ -45,6 +45,7 @@ def members(path: Path) -> dict[str, bytes]:
         return {info.name: tar.extractfile(info).read() for info in tar}
 
 
+@pytest.mark.usefixtures("finished")
 def test_an_export_holds_the_selected_samples_byte_for_byte(scenario: Scenario) -> None:
     scenario.run()
     assert not (scenario.folder / "lake/export").exists()  # a pass leaves exports alone
@@ -62,6 +63,7 @@ def test_an_export_holds_the_selected_samples_byte_for_byte(scenario: Scenario) 
     assert len(written) == 3 * len(scenario.array("clip_third"))
 
 
+@pytest.mark.usefixtures("finished")
 def test_an_exported_folder_is_a_pool_of_the_same_uids(scenario: Scenario) -> None:
     scenario.run()
     export(scenario)
@@ -73,6 +75,7 @@ def test_an_exported_folder_is_a_pool_of_the_same_uids(scenario: Scenario) -> No
     assert found["uid"].to_list() == sorted(scenario.manifest("clip_third")["uid"])
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_same_version_gives_the_same_bytes_and_is_not_written_twice(scenario: Scenario) -> None:
     scenario.run()
     export(scenario)
@@ -90,6 +93,7 @@ def test_the_same_version_gives_the_same_bytes_and_is_not_written_twice(scenario
     assert [n for n in before if again[n][1] != before[n][1] and n.endswith(".tar")] == [name]
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_uid_that_the_array_repeats_is_written_as_often_under_keys_of_its_own(scenario: Scenario) -> None:
     scenario.run()
     version = scenario.subset("clip_third")
@@ -123,6 +127,7 @@ def test_a_version_that_was_not_chosen_from_the_shard_as_it_is_is_refused(scenar
     assert (folder(scenario).parent / "v0001").is_dir()  # every version stays
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_shard_that_goes_leaves_the_current_export_and_stays_in_the_versions_own(scenario: Scenario) -> None:
     scenario.run()
     assert export(scenario).success

@@ -1,4 +1,4 @@
-"""Claims about versions: what diff and lineage tell, and that a version can be made again from its record."""
+"""Versions: diff and lineage, and reproducing a version from its record."""
 
 import json
 from collections import Counter
@@ -7,24 +7,24 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 from dagster import AssetKey
 
 from assets.subsets.reproduction import choose_again, rebuild
 from assets.subsets.subset import SHOWN
-from dagster_project.catalog import Catalog, open_catalog
+from dagster_project.notebook import open_project
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
-from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake, fetch
 from tests.support.scenario import SHARDS, Scenario, keep
+from tests.support.small_lake import CLIP, NEAR, SmallLake, fetch
+from tests.support.versions import assert_same_bytes
 
 ASSETS = {CLIP: "clip_score/b32", NEAR: "norm_sim/b32/flowers"}
 
 
 @pytest.fixture
 def small(tmp_path):
-    """One shard of twenty rows, not chosen from yet."""
+    """Return a lake with one shard of twenty rows and no subset."""
     small = SmallLake(tmp_path / "the [lake]'s")
     small.add_shard("00000", range(20))
     small.add_targets()
@@ -32,18 +32,18 @@ def small(tmp_path):
 
 
 def diff(small, name="wide", a="v0001", b="v0002"):
-    """Ask for the diff, by f0."""
+    """Query the diff, by f0."""
     with small.build() as con:
         return {int(row["uid"][:16], 16): row for row in fetch(con, "FROM diff(?, ?, ?)", name, a, b)}
 
 
 def reasons(told):
-    """Count changes by their kind, step and reason."""
+    """Count changes by kind, step and reason."""
     return Counter((row["change"], row["step"], row["reason"]) for row in told.values())
 
 
 def top(count, score=CLIP):
-    """Write a recipe of one step."""
+    """Return a recipe of one step."""
     return {"steps": [keep(score, count=count)]}
 
 
@@ -204,7 +204,7 @@ def test_a_uid_list_that_changed_is_the_source(small):
 
 
 def uid_list(f0s):
-    """Give the uids of rows of a `SmallLake` as DataComp's array."""
+    """Return the uids of rows of a `SmallLake` as DataComp's array."""
     return np.array([(f0, 2**64 - 1 - f0) for f0 in f0s], dtype="u8,u8")
 
 
@@ -270,11 +270,12 @@ def test_lineage_gives_every_fact_of_the_record_as_a_row(small):
     assert facts["step", "1"].startswith("where width >= 202: 20 entered, ")
 
 
+@pytest.mark.usefixtures("finished")
 def test_what_is_asked_of_the_whole_path(scenario: Scenario) -> None:
     scenario.run()
     scenario.write_shard("00007")
     scenario.run()
-    catalog = open_catalog(scenario.folder / "project.yaml")
+    catalog = open_project(scenario.folder / "project.yaml")
 
     versions = catalog.versions("paper")
     assert versions["version"].to_list() == ["v0001", "v0002"]
@@ -292,7 +293,7 @@ def test_what_is_asked_of_the_whole_path(scenario: Scenario) -> None:
     project = scenario.open()
     assert facts["shard", "00007 neg_clip_loss/tiny"] == project.lake.stored("neg_clip_loss/tiny", "00007").fingerprint
     assert facts["encoder", "tiny.precision"] == "fp32"
-    weights = project.encoder("tiny").identity()["files"]["open_clip_model.safetensors"]
+    weights = project.models.encoder("tiny").identity()["files"]["open_clip_model.safetensors"]
     assert facts["encoder", "tiny.files.open_clip_model.safetensors"] == weights
     assert facts["parameter", "neg_clip_loss/tiny.estimator"] == "reference_negatives"
     assert facts["input", "negatives/tiny.seed"] == "0"
@@ -310,16 +311,11 @@ def _version(scenario: Scenario, recipe: str, name: str):
 
 
 def _record(scenario: Scenario, recipe: str) -> dict:
-    """Read a record as JSON from its file, as somebody would who has nothing else."""
+    """Read a lineage record from its file."""
     return json.loads(Path(scenario.subset(recipe).folder, "lineage.json").read_text())
 
 
-def _same_bytes(scenario: Scenario, recipe: str, folder: Path) -> None:
-    version = scenario.subset(recipe)
-    assert Path(version.uids).read_bytes() == (folder / "subset.npy").read_bytes()
-    assert pq.read_table(version.manifest).equals(pq.read_table(folder / "manifest.parquet"))
-
-
+@pytest.mark.usefixtures("finished")
 def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Scenario, tmp_path: Path) -> None:
     scenario.run()
     scenario.write_shard("00007")  # comes after the draw, so the negatives are of the first three shards
@@ -333,7 +329,7 @@ def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Sce
     folders = {recipe: rebuild(record, tmp_path / recipe) for recipe, record in records.items()}
     (scenario.folder / "away").rename(scenario.folder / "lake")
     for recipe, folder in folders.items():
-        _same_bytes(scenario, recipe, folder)
+        assert_same_bytes(scenario, recipe, folder)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "paper/lake").rglob("*.*")}
     rebuild(records["paper"], tmp_path / "paper")  # what is there is not made again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "paper/lake").rglob("*.*")} == before
@@ -347,7 +343,7 @@ def test_a_version_is_made_again_bit_for_bit_from_its_record_alone(scenario: Sce
 
 
 def add_set_recipes(scenario: Scenario) -> None:
-    """Give the project recipes that rest on one another and on a uid list, and rank by several scores."""
+    """Add recipes that depend on each other and on a uid list, and rank by several scores."""
     scenario.set(
         "recipes",
         value={
@@ -410,7 +406,7 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
     assert event is not None
     assert {"read/subset/paper", "read/subset/mixed"} <= set(event.asset_materialization.metadata)
 
-    catalog = open_catalog(scenario.folder / "project.yaml")
+    catalog = open_project(scenario.folder / "project.yaml")
     facts = {(what, name): value for what, name, value in catalog.lineage("last").iter_rows()}
     assert facts["set", "mixed version"] == "v0001"
     assert facts["set", "lists/some.txt in_pool"] == "2"
@@ -436,14 +432,16 @@ def test_recipes_that_rest_on_others_are_chosen_told_of_and_made_again(scenario:
                 assert "changed" not in verdicts
 
     for name in ("last", "weighed"):
-        _same_bytes(scenario, name, choose_again(scenario.open().lake, _record(scenario, name), tmp_path / f"c_{name}"))
-        _same_bytes(scenario, name, rebuild(_record(scenario, name), tmp_path / name))
+        assert_same_bytes(
+            scenario, name, choose_again(scenario.open().lake, _record(scenario, name), tmp_path / f"c_{name}")
+        )
+        assert_same_bytes(scenario, name, rebuild(_record(scenario, name), tmp_path / name))
     (scenario.folder / "lists/some.txt").write_text("\n".join(others[1:3]))
     with pytest.raises(LakeError, match=r"lists/some.txt: not the uid list that the subset was made with"):
         rebuild(_record(scenario, "last"), tmp_path / "later")
 
     assert set(scenario.run().computed) == {"subset/last", "catalog"}
-    changes = open_catalog(scenario.folder / "project.yaml").diff("last", "v0001", "v0002")
+    changes = open_project(scenario.folder / "project.yaml").diff("last", "v0001", "v0002")
     assert sorted(changes.select("uid", "change", "reason").iter_rows()) == sorted(
         [(others[0], "left", "list changed"), (others[2], "entered", "list changed")]
     )
@@ -456,16 +454,17 @@ def test_negatives_of_a_pool_smaller_than_a_draw_are_drawn_again_from_the_shards
     scenario.run()
     record = _record(scenario, "paper")
     scenario.write_shard("00007")
-    _same_bytes(scenario, "paper", rebuild(record, tmp_path / "again"))
+    assert_same_bytes(scenario, "paper", rebuild(record, tmp_path / "again"))
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
     scenario: Scenario, tmp_path: Path
 ) -> None:
     scenario.run()
     lake = scenario.open().lake
     for recipe in ("paper", "inside"):
-        _same_bytes(scenario, recipe, choose_again(lake, _record(scenario, recipe), tmp_path / recipe))
+        assert_same_bytes(scenario, recipe, choose_again(lake, _record(scenario, recipe), tmp_path / recipe))
 
     record = _record(scenario, "paper")
     wrong = {**record, "files": {**record["files"], "subset.npy": "0" * 64}, "packages": {"torch": "0.1"}}
@@ -484,6 +483,7 @@ def test_a_version_is_chosen_again_from_the_lake_as_long_as_its_files_are_there(
         choose_again(lake, _record(scenario, "clip_third"), tmp_path / "later")
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_event_of_a_subset_names_and_links_all_that_it_read(scenario: Scenario) -> None:
     scenario.run()
     event = scenario.instance.get_latest_materialization_event(AssetKey(["subset", "paper"]))
@@ -501,8 +501,3 @@ def test_the_event_of_a_subset_names_and_links_all_that_it_read(scenario: Scenar
     assert metadata["files_read"].value == len(read) == 11
     assert metadata["read/neg_clip_loss/tiny"].asset_key == AssetKey(["neg_clip_loss", "tiny"])
     assert Path(metadata["lineage"].value).is_file()
-
-
-def test_a_catalog_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no catalog"):
-        Catalog(tmp_path / "catalog.duckdb").versions("paper")

@@ -1,7 +1,7 @@
-"""Every published recipe of config/recipes, run over a pool of the demo's pictures, against what it says in its paper.
+"""Every published recipe in config/recipes against its paper, on a pool of the demo's pictures.
 
-A subset is compared with one that plain Python chooses from the scores in the lake, row by row. A new file needs one
-more line in `CASES`; without it a test fails.
+Plain Python selects from the scores in the lake, row by row, and subsets must be equal. A new file needs a line in
+`CASES`; without it a test fails.
 """
 
 import re
@@ -19,15 +19,16 @@ import pytest
 import yaml
 
 from assets.base.context import Context
+from assets.base.score_kind import Scores
 from assets.graph import build_graph
 from assets.settings import open_project
 from core.uids import format_uids, parse_uids, subset_array
 from dagster_project.headless import materialize
 from examples.demo import pool as demo
 from resources.lake.versions import Versions
-from tests.assets.scores.test_baselines import write_wordnet
-from tests.selection.recipes.test_steps import brute_force as plain_draws
 from tests.support.pool_factory import Sample, uid, write_shard, write_tar
+from tests.support.soft_cap import draw_row_by_row
+from tests.support.wordnet import write_wordnet
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ROOT / "config/recipes"
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """Rows that are in, and the number that a share counts from."""
+    """The selected rows, and the number that a fraction refers to."""
 
     def __init__(self, rows: list[Row], of: int | None = None) -> None:
         self.rows = rows
@@ -58,35 +59,35 @@ class Rows:
         return Rows([row for row in self.rows if true(row)], self.of)
 
     def or_in(self, *lists: Collection[str], pool: "Rows") -> "Rows":
-        """Bring in the rows of the pool that are in a list, each once."""
+        """Add the rows of the pool that are in a list, each once."""
         uids = {row["uid"] for row in self.rows}.union(*lists)
         return pool.where(lambda row: row["uid"] in uids)
 
     def begin_with(self, uids: Collection[str]) -> "Rows":
-        """Keep the rows of a list, and count from them."""
+        """Keep the rows of a list; later fractions refer to them."""
         return Rows([row for row in self.rows if row["uid"] in uids])
 
     def drawn(self, one: str, other: str, share: str) -> "Rows":
-        """Draw by the sum of two scores' z-scores, in one round, which has room for all draws."""
+        """Draw by the sum of two scores' z-scores, in one round."""
         scores = [np.array([row[name] for row in self.rows], np.float64) for name in (one, other)]
         values = sum((score - score.mean()) / score.std() for score in scores)
         uids = parse_uids([row["uid"] for row in self.rows])
-        copies = plain_draws(values, *uids, int(self.of * Fraction(share)), 100_000, 0.15, 1.0, 0)
+        copies = draw_row_by_row(values, *uids, int(self.of * Fraction(share)), 100_000, 0.15, 1.0, 0)
         return Rows([row for row, times in zip(self.rows, copies, strict=True) for _ in range(times)], self.of)
 
     def halves(self, one: str, other: str) -> Callable[[Row], float]:
-        """Give the mean of two scores, each from 0 to 1 over these rows."""
+        """Return the mean of two scores, each scaled to [0, 1] over these rows."""
         ends = {name: [end(row[name] for row in self.rows) for end in (min, max)] for name in (one, other)}
         return lambda row: sum(0.5 * (row[name] - least) / (most - least) for name, (least, most) in ends.items())
 
 
 def english(row: Row, *, words: int = 0, characters: int = 0) -> bool:
-    """Tell whether a caption is English, with more words and more characters than these."""
+    """Check whether a caption is English, with more words and characters than these."""
     return row["language/facts"] == "en" and row["words/facts"] > words and row["characters/facts"] > characters
 
 
 def well_shaped(row: Row) -> bool:
-    """Tell whether a picture was of the size and shape that the basic filter asks for."""
+    """Check whether a picture has the size and shape that the basic filter asks for."""
     short, long = sorted((row["original_width"], row["original_height"]))
     return short >= 200 and long <= 3 * short
 
@@ -99,7 +100,7 @@ ONE, ALL = {**TINY, "target": "imagenet"}, {**TINY, "target": "tasks"}
 
 
 class Case(NamedTuple):
-    """A file, the names that it is given, and what it means."""
+    """A recipe file, its names, and its steps in plain Python."""
 
     file: str
     names: dict[str, str]
@@ -160,7 +161,7 @@ CASES = {
 
 
 def planned(shard: int) -> list[demo.Row]:
-    """Give the first rows of a shard of the demo's pool; its kinds are shuffled."""
+    """Return the first rows of a shard of the demo's pool, whose kinds are shuffled."""
     return demo.plan_shard(shard)[: SHARD_ROWS[shard]]
 
 
@@ -170,14 +171,14 @@ FIRST = planned(0)[0].uid
 
 @cache
 def listed(name: str) -> list[str]:
-    """Give the uids that somebody else chose: some of the pool, some of both lists, some of neither."""
+    """Return uids of an external list: some in the pool, some in both lists, some in neither."""
     rng = Random(name)
     uids = [row.uid for shard in range(len(SHARD_ROWS)) for row in planned(shard)]
     return [FIRST, *(one for one in uids if rng.random() < 0.3), *(uid("elsewhere", n) for n in range(7))]
 
 
 def write_pool(folder: Path) -> None:
-    """Write the pool as img2dataset would have left it, had the pictures been larger, and not all captions English."""
+    """Write the pool as img2dataset would, with larger original sizes and some captions in other languages."""
     for shard in range(len(SHARD_ROWS)):
         samples = []
         for number, row in enumerate(planned(shard)):
@@ -195,7 +196,7 @@ def write_pool(folder: Path) -> None:
 
 
 def write_tasks(folder: Path) -> None:
-    """Write one target of several tasks: a webdataset tar of each."""
+    """Write a target of several tasks, each a webdataset tar."""
     for task in range(2):
         rows = [row for row in demo.plan_shard(8 + task) if row.kind == "clean"][:10]
         members = [(f"{n:03d}.jpg", demo.picture(row)[0]) for n, row in enumerate(rows)]
@@ -203,7 +204,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def document() -> dict[str, Any]:
-    """Give a project with every file of config/recipes, and all that these need."""
+    """Return a project with every file of config/recipes and their inputs."""
     models = f"local-dir:{ROOT / 'examples/demo'}"
     return {
         "name": "published",
@@ -230,7 +231,7 @@ def document() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    """The project, after one pass over all of it."""
+    """The project after one pass."""
     folder = tmp_path_factory.mktemp("published")
     write_pool(folder / "pool")
     demo.make_targets(folder / "imagenet", each=4)
@@ -248,21 +249,21 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 @pytest.fixture(scope="module")
 def pool(published: Context) -> Rows:
-    """Every uid of the pool with its first row's scores, under their names in recipes, as they are in the lake."""
+    """Every uid of the pool with the scores of its first row, by their names in recipes."""
     lake = published.lake
 
     def read(asset: str) -> pl.DataFrame:
         return pl.concat([pl.from_arrow(lake.read(asset, shard)) for shard in lake.shards(asset)])
 
     table = read("raw_pool").select("uid", "original_width", "original_height")
-    scores = {name: read(asset)[column] for name, (asset, column) in published.settings.score_columns.items()}
+    scores = {name: read(s.asset)[s.column.name] for name, s in Scores(published.settings).by_name.items()}
     rows = table.with_columns(column.alias(name) for name, column in scores.items())
     assert (rows.height, rows["uid"].n_unique()) == (302, 301)
     return Rows(rows.unique("uid", keep="first", maintain_order=True).to_dicts())
 
 
 def test_the_file_of_soft_cap_sampling_draws_as_its_paper_does() -> None:
-    """The pool is small enough for one round, which feels neither batch nor penalty."""
+    """The pool fits one round, on which batch and penalty have no effect."""
     (step,) = yaml.safe_load((FILES / "soft_cap_sample_weighted.yaml").read_text())["steps"]
     assert (step["soft_cap_sample"]["batch"], step["soft_cap_sample"]["penalty"]) == (100_000, 0.15)
 

@@ -1,4 +1,4 @@
-"""What a subset shows of itself: the right samples, their own pictures, in little space, whatever the pool holds."""
+"""The report of a subset: the right samples, their own pictures, small events, and hostile captions that stay inert."""
 
 import base64
 import io
@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import dagster as dg
@@ -15,54 +14,17 @@ import polars as pl
 import pyarrow.compute as pc
 import pytest
 from dagster._serdes import serialize_value
+from markupsafe import escape
 from PIL import Image
 
 from assets.subsets.contact_sheets import Sheet, Tile, html_page, markdown, small_jpeg
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash
 from tests.support.pool_factory import datacomp_shard, picture
+from tests.support.reports import Page, report_folder, report_page
 from tests.support.scenario import SHARDS, Scenario, keep
 
 HOSTILE = '<script>alert("x")</script> & ![](http://example.com/a.png) | **bold** [l](u)'
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: its headings, captions and everything it refers to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.references: list[str] = []
-        self.sections: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self._title = ""
-        self.feed(text)
-
-    def handle_starttag(  # noqa: D102
-        self, tag: str, attrs: list[tuple[str, str | None]]
-    ) -> None:
-        self.tags.append(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("img", "meta", "wbr"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:  # noqa: D102
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:  # noqa: D102
-        if self._open and self._open[-1] == "h2":
-            self._title = data
-            self.sections[data] = []
-        elif self._open and self._open[-1] == "small":
-            self.sections[self._title].append(data)
-
-
-def folder(scenario: Scenario, recipe: str) -> Path:
-    return Path(scenario.subset(recipe).folder) / "report"
-
-
-def page(scenario: Scenario, recipe: str) -> Page:
-    return Page((folder(scenario, recipe) / "index.html").read_text())
 
 
 def materialization(scenario: Scenario, recipe: str) -> dg.EventLogEntry:
@@ -78,7 +40,7 @@ def warnings(scenario: Scenario) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Scenario]:
-    """A project of which everything is made, with one caption that is no friend of pages."""
+    """A project with every asset materialized, and one hostile caption."""
     scenario = Scenario(tmp_path_factory.mktemp("made"), tiny_clip)
     scenario.write_shard(SHARDS[0], text=HOSTILE.encode())
     scenario.set("recipes", "everything", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
@@ -96,7 +58,7 @@ def test_the_sheets_show_the_ends_of_the_last_ranking(made: Scenario) -> None:
         .to_series()
         .to_list()
     )
-    shown = page(made, "paper").sections
+    shown = report_page(made, "paper").sections
     score = "norm_sim_inf/tiny/pets"
     assert shown[f"Best kept by {score}"] == uids[:9]
     assert shown[f"Worst kept by {score}"] == uids[:9][::-1]
@@ -109,14 +71,14 @@ def test_the_random_handful_is_the_subsets_smallest_keyed_hashes(made: Scenario)
     uids = made.array("clip_third")
     order = np.argsort(keyed_hash(0, 0, uids["f0"].copy(), uids["f1"].copy()))[:12]
     wanted = {f"{f0:016x}{f1:016x}" for f0, f1 in uids[order].tolist()}
-    assert set(page(made, "clip_third").sections["A random handful of the subset"]) == wanted
+    assert set(report_page(made, "clip_third").sections["A random handful of the subset"]) == wanted
 
 
 def test_each_picture_is_the_samples_own(made: Scenario) -> None:
-    uid = page(made, "paper").sections["Best kept by norm_sim_inf/tiny/pets"][0]
+    uid = report_page(made, "paper").sections["Best kept by norm_sim_inf/tiny/pets"][0]
     pool = pl.concat([pl.from_arrow(made.open().lake.read("raw_pool", shard)) for shard in SHARDS])
     number = int(pool.row(by_predicate=pl.col("uid") == uid, named=True)["key"])
-    shown = np.asarray(Image.open(folder(made, "paper") / f"images/{uid}.jpg"), dtype=float)
+    shown = np.asarray(Image.open(report_folder(made, "paper") / f"images/{uid}.jpg"), dtype=float)
     true = np.asarray(Image.open(io.BytesIO(picture(number))), dtype=float)
     assert np.abs(shown - true).mean() < 6
     other = np.asarray(Image.open(io.BytesIO(picture(number + 1))), dtype=float)
@@ -125,19 +87,19 @@ def test_each_picture_is_the_samples_own(made: Scenario) -> None:
 
 def test_a_page_refers_to_files_beside_it_and_to_nothing_else(made: Scenario) -> None:
     for recipe in ("clip_third", "paper", "inside", "everything"):
-        found = page(made, recipe)
+        found = report_page(made, recipe)
         assert "script" not in found.tags
         assert "link" not in found.tags
         files = [reference for reference in found.references if not reference.startswith("#")]
         assert len(files) > 3
-        assert all((folder(made, recipe) / name).is_file() and ".." not in name for name in files)
+        assert all((report_folder(made, recipe) / name).is_file() and ".." not in name for name in files)
 
 
 def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
-    text = (folder(made, "everything") / "index.html").read_text()
+    text = (report_folder(made, "everything") / "index.html").read_text()
     shown = html_page("t", {}, {"Funnel": [["step"]]}, "scores.png", [Sheet("s", "", [Tile("0" * 32, HOSTILE)])])
     assert "script" not in Page(text).tags + Page(shown).tags
-    assert HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;") in shown
+    assert str(escape(HOSTILE)) in shown
     table = markdown(Sheet("s", "", [Tile("0" * 32, HOSTILE, {}, small_jpeg(picture(), 16))]))
     assert "<script" not in table
     (line,) = [line for line in table.splitlines() if "alert" in line]
@@ -149,7 +111,7 @@ def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> No
     event = materialization(made, "paper")
     assert len(serialize_value(event)) < 200 * 1024
     metadata = event.asset_materialization.metadata
-    assert metadata["report"].value == str(folder(made, "paper") / "index.html")
+    assert metadata["report"].value == str(report_folder(made, "paper") / "index.html")
     assert (
         metadata["threshold/step2 norm_sim_inf/tiny/pets"].value
         == made.subset("paper").lineage["steps"][1]["threshold"]
@@ -179,16 +141,17 @@ def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
     assert materialization(made, "clip_third").asset_materialization.metadata["contact_sheet"] == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
     scenario.run()
-    shutil.rmtree(folder(scenario, "paper"))
+    shutil.rmtree(report_folder(scenario, "paper"))
     assert scenario.run().computed == {}
     assert scenario.execute("subset/paper").success
     assert scenario.subset("paper").name == "v0001"
 
 
 def beyond_the_tar(scenario: Scenario) -> str:
-    """Let `raw_pool` point behind the end of a shard's tar."""
+    """Let `raw_pool` point beyond the end of a shard's tar."""
     lake = scenario.open().lake
     stored, table = lake.stored("raw_pool", SHARDS[0]), lake.read("raw_pool", SHARDS[0])
     assert stored is not None
@@ -199,7 +162,7 @@ def beyond_the_tar(scenario: Scenario) -> str:
 
 
 def other_bytes(scenario: Scenario) -> str:
-    """Change the pictures of a shard behind the listing's back: same size, same time."""
+    """Change the pictures of a shard, but not its size and time, so that the listing is the same."""
     tar = scenario.folder / "pool" / f"{SHARDS[0]}.tar"
     stat, data = tar.stat(), bytearray(tar.read_bytes())
     for row in scenario.open().lake.read("raw_pool", SHARDS[0]).to_pylist():
@@ -210,6 +173,7 @@ def other_bytes(scenario: Scenario) -> str:
 
 
 @pytest.mark.parametrize("spoil", [beyond_the_tar, other_bytes])
+@pytest.mark.usefixtures("finished")
 def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
     scenario: Scenario, spoil: Callable[[Scenario], str]
 ) -> None:
@@ -218,17 +182,18 @@ def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
     scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=1.0)]})
     assert scenario.execute("subset/late").success
     assert scenario.subset("late").lineage["rows"] == 36
-    text = (folder(scenario, "late") / "index.html").read_text()
+    text = (report_folder(scenario, "late") / "index.html").read_text()
     said = [message for message in warnings(scenario) if "No picture of" in message]
     named = {re.search(r"No picture of (\w{32}) in shard (\w+)", message).groups() for message in said}  # type: ignore
     assert {shard for _, shard in named} == {SHARDS[0]}
     assert all(reason in message for message in said)
     assert all(f"No picture of {uid}" in text for uid, _ in named)
-    assert not any((folder(scenario, "late") / f"images/{uid}.jpg").exists() for uid, _ in named)
+    assert not any((report_folder(scenario, "late") / f"images/{uid}.jpg").exists() for uid, _ in named)
     assert "No picture of" in materialization(scenario, "late").asset_materialization.metadata["contact_sheet"].md_str
 
 
-def test_a_report_that_cannot_be_written_is_told_and_the_subset_stands(scenario: Scenario) -> None:
+@pytest.mark.usefixtures("finished")
+def test_a_report_that_cannot_be_written_is_logged_and_the_subset_stays(scenario: Scenario) -> None:
     scenario.run()
     blocked = scenario.folder / "lake/subset/late/v0001"
     blocked.mkdir(parents=True)
@@ -252,8 +217,8 @@ def test_a_pool_without_pictures_shows_captions_and_scores(scenario: Scenario) -
         "recipes": {"third": {"steps": [keep("clip_score/b32", fraction=0.34)]}},
     }
     assert scenario.run().failures == {}
-    assert "img" in page(scenario, "third").tags  # the chart
-    assert not list(folder(scenario, "third").glob("images/*"))
+    assert "img" in report_page(scenario, "third").tags  # the chart
+    assert not list(report_folder(scenario, "third").glob("images/*"))
     sheet = materialization(scenario, "third").asset_materialization.metadata["contact_sheet"].md_str
     assert "| caption | clip\\_score/b32 |" in sheet
     assert "data:image" not in sheet

@@ -1,4 +1,4 @@
-"""Claims about the whole path of recipes that drop duplicates, choose by stratum, or draw: files, checks, report."""
+"""Recipes that drop duplicates, select by stratum, or draw, from settings to files, checks and report."""
 
 import tarfile
 from collections import Counter
@@ -13,10 +13,10 @@ from assets.subsets.checks import examine_stored, examine_subset
 from assets.subsets.reproduction import choose_again
 from dagster_project.headless import RANGE_END, RANGE_START
 from resources.catalog.build import read_catalog
-from tests.assets.subsets.test_lineage import _same_bytes
-from tests.assets.subsets.test_report import page
 from tests.support.pool_factory import picture
+from tests.support.reports import report_page
 from tests.support.scenario import SHARDS, Scenario
+from tests.support.versions import assert_same_bytes
 
 CLIP = "clip_score/tiny"
 RECIPES = {
@@ -33,7 +33,7 @@ RECIPES = {
 
 @pytest.fixture
 def scenario(scenario: Scenario) -> Scenario:
-    """Three shards, of which each begins with the same picture; one score."""
+    """Return a project of three shards that start with the same picture, and one score."""
     for shard in SHARDS:
         scenario.write_shard(shard, image=picture(7000))
     scenario.set("scores", value={"clip_score": ["tiny"], "neg_clip_loss": {}, "norm_sim": {}})
@@ -61,7 +61,7 @@ def test_of_equal_pictures_the_best_stays_and_the_others_name_it(scenario: Scena
         ).fetchall()
     kept = dict(manifest.group_by("shard").len().rows())
     assert reported == [(shard, 12.0, float(kept[shard]), 12.0 - kept[shard]) for shard in SHARDS]
-    shown = page(scenario, "unlike")
+    shown = report_page(scenario, "unlike")
     assert shown.sections["Alike by image"] == [winner, *sorted(dropped)]
     event = scenario.instance.get_latest_materialization_event(dg.AssetKey(["subset", "unlike"]))
     metadata = event.asset_materialization.metadata
@@ -105,7 +105,7 @@ def test_what_was_drawn_several_times_is_so_in_the_array_and_in_the_export(scena
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_such_a_version_is_chosen_again_to_the_same_bytes(scenario: Scenario, recipe: str, tmp_path: Path) -> None:
     version = scenario.subset(recipe)
-    _same_bytes(scenario, recipe, choose_again(scenario.open().lake, version.lineage, tmp_path / "again"))
+    assert_same_bytes(scenario, recipe, choose_again(scenario.open().lake, version.lineage, tmp_path / "again"))
     assert not scenario.run().computed
 
 

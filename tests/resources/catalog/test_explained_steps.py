@@ -1,4 +1,4 @@
-"""Claims about what the catalog tells of steps that looked at a row among others: explain, diff and the views."""
+"""The catalog on steps that compare rows: explain, diff and the views."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from tests.resources.catalog.test_build import CLIP, NEAR, SmallLake, fetch
+from tests.support.small_lake import CLIP, NEAR, SmallLake, fetch
 
 ALIKE = {"deduplicate": {"by": "caption", "best": CLIP}}
 STRATA = {"stratify": {"by": "width", "score": NEAR, "count": 2}}
@@ -16,7 +16,7 @@ UNLIKE = {"deduplicate": {"by": NEAR, "above": 0.5}}
 
 @pytest.fixture
 def small(tmp_path):
-    """Two shards: 32 rows, some of the same caption, in seven strata of width."""
+    """Return two shards: 32 rows, some with the same caption, in seven strata of width."""
     lake = SmallLake(tmp_path / "lake")
     lake.add_shard("00000", range(20))
     lake.add_shard("00001", range(100, 112))
@@ -37,7 +37,7 @@ def best(rows, score):
 
 
 def one_of_each(rows):
-    """Give for each caption the row that stays."""
+    """Return for each caption the row that stays."""
     stays = {}
     for row in best(rows, CLIP):
         stays.setdefault(row["caption"], row)
@@ -52,7 +52,7 @@ def top_of_each(rows, count=2):
 
 
 def explained(small, recipe):
-    """Give for each uid the answer's rows by step."""
+    """Return for each uid the answer's rows by step."""
     with small.build([recipe]) as con:
         return {
             uid(row): {told["step"]: told for told in fetch(con, "FROM explain(?)", uid(row))} for row in rows_of(small)
@@ -113,7 +113,7 @@ def test_only_the_step_that_dropped_a_row_names_another(small):
 
 
 def test_a_likeness_that_is_not_there_now_is_unknown(small):
-    """A value that a row had when it was chosen is gone: it can't be told what the step did."""
+    """A value that decided the step is gone, so the verdict is unknown."""
     small.add_version("mine", 1, recipe={"steps": [UNLIKE, {"keep_top": {"score": CLIP, "count": 3}}]})
     (small.root / "norm_sim/b32/flowers/00001.parquet").unlink()
     dropped = {uid(row) for row in rows_of(small) if row["f0"] >= 100} - set(members(small))

@@ -1,4 +1,4 @@
-"""Targets: which images a downstream task has, their classes, and ready-made features."""
+"""Targets: images of a downstream task, their classes, and precomputed features."""
 
 import io
 import os

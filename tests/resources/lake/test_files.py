@@ -1,4 +1,4 @@
-"""The lake keeps whole files that say what they were made from."""
+"""The lake holds complete files with their provenance."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_writing_the_same_again_gives_the_same_bytes(lake: Lake) -> None:
 
 
 def test_a_pools_file_tells_by_filters_that_it_has_no_such_row(lake: Lake) -> None:
-    """And others have no filters, which would be as large as a score itself."""
+    """Other files have no filters, which would be as large as a score itself."""
     numbers = np.random.default_rng(0).integers(0, 2**64, 150_000, dtype=np.uint64)
     written, others = numbers[:140_000], numbers[140_000:]  # two row groups
     for asset in ("raw_pool", "clip_score/b32"):

@@ -1,4 +1,4 @@
-"""Claims about the table that a recipe begins with."""
+"""The table of rows and scores that a recipe starts from."""
 
 import duckdb
 import pyarrow as pa

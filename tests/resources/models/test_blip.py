@@ -1,4 +1,4 @@
-"""Captions by a small random BLIP of transformers; what all captioners share is in test_captions."""
+"""Captions by a small random BLIP of transformers; tests/assets/scores/test_sieve.py tests what captioners share."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
 from resources.pools.formats import open_pool
 from resources.settings import CaptionerSettings, PoolSettings, TextEncoderSettings
-from tests.assets.scores.test_sieve import SPEECH, UIDS, oracle, pixels
+from tests.support.captioning import SPEECH, UIDS, nucleus_token, pixels
 from tests.support.pool_factory import sample, write_shard
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -46,7 +46,7 @@ SIDE = 32
 
 
 def write_blip(folder: Path, **biases: float) -> Path:
-    """Write a BLIP with random weights as `save_pretrained` does; its biases by the tokens' names."""
+    """Write a BLIP with random weights as `save_pretrained` does; `biases` are by token name."""
     transformers = pytest.importorskip("transformers", reason="needs pip install '.[blip]'")
     config = transformers.BlipConfig(
         text_config={
@@ -103,7 +103,7 @@ def captioner(folder: Path | str, **settings: object) -> Captioner:
 
 
 def tokens_of(chosen: Captioner, images: torch.Tensor) -> list[list[list[int]]]:
-    """For each image the tokens of its captions, without the end token."""
+    """Return for each image the tokens of its captions, without the end token."""
     settings = chosen.settings
     draws = np.stack([uniforms(settings.seed, u, settings.captions, settings.max_tokens) for u in UIDS[: len(images)]])
     said = chosen._sample(images, draws).tolist()
@@ -127,7 +127,7 @@ def test_the_narrowest_nucleus_says_what_transformers_own_greedy_search_says(tin
 
 
 def test_the_words_are_those_that_transformers_own_forward_pass_makes_likely(tiny_blip):
-    """One step after the other by the model's public forward pass, in float64, without keys and values kept."""
+    """Step by step with the model's public forward pass, in float64, without a key-value cache."""
     images = pixels(3)
     ours = captioner(tiny_blip, batch_size=3, captions=4, max_tokens=9, repetition_penalty=1.3)
     found = tokens_of(ours, images)
@@ -144,7 +144,7 @@ def test_the_words_are_those_that_transformers_own_forward_pass_makes_likely(tin
                 logits[[PAD, UNK, CLS, MASK, DEC, ENC]] = -np.inf
                 if place < 2:
                     logits[SEP] = -np.inf
-                token = oracle(logits, uniform, 0.9)
+                token = nucleus_token(logits, uniform, 0.9)
                 if token == SEP:
                     break
                 tokens.append(token)
@@ -235,7 +235,7 @@ def test_draft_decodes_a_jpeg_no_smaller_than_the_model_needs(tiny_blip):
 
 
 def test_a_folder_as_transformers_4_wrote_it_says_the_same(tiny_blip, tmp_path):
-    """The hub's BLIP-base is kept so: pickled weights with a buffer that is gone, one number for the size."""
+    """The hub's BLIP-base has this format: pickled weights with a removed buffer, one number for the size."""
     from safetensors.torch import load_file
 
     state = load_file(tiny_blip / "model.safetensors")
@@ -280,7 +280,7 @@ NOT_USED = [".gitattributes", "README.md", "tf_model.h5", "onnx/model.onnx"]
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """The hub's cache, empty, without a connection."""
+    """Set up an empty hub cache, offline."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -289,9 +289,9 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 
 def cache(hub: Path, commit: str, cached: dict[str, bytes], not_cached: Iterable[str] = ()) -> Path:
-    """Write a commit of someone/blip as the hub's own library does, and make it the newest.
+    """Write a commit of someone/blip as the hub's library does, as the newest one.
 
-    Its listing, by which the library knows what a download left out, has the files that are not cached as well.
+    Its listing also has the files that are not cached, so the library knows that the download is partial.
     """
     repository = hub / "models--someone--blip"
     snapshot = repository / "snapshots" / commit

@@ -1,4 +1,4 @@
-"""Encoders: open_clip's own embeddings, row for row, whatever the batches, the processes and the memory."""
+"""Encoders return open_clip's embeddings, row for row, for any batch size, number of processes and memory."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def tables(pool: Pool) -> dict[str, pa.Table]:
 
 
 def reference(folder: Path, images: list[bytes], texts: list[str]) -> tuple[Any, Any]:
-    """open_clip, one sample at a time, in its plain form."""
+    """Embed with open_clip directly, one sample at a time."""
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
@@ -293,7 +293,7 @@ def test_an_error_that_is_not_of_memory_is_not_taken_for_one(tiny_clip: Path, po
 
 
 def counted_images(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
-    """Note every decoding."""
+    """Count every decoded image."""
     seen: list[int | None] = []
     decode = images.picture
 

@@ -1,4 +1,4 @@
-"""One damaged shard: every fault is told apart, and costs its own sample alone."""
+"""One damaged shard: every fault has its own reason, and costs only its own sample."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pools of both formats: which samples there are, who they are, and what stops a shard."""
+"""Pools of both formats: their samples, uids, rejects, and faults that stop a shard."""
 
 import gzip
 import hashlib

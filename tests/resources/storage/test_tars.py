@@ -1,4 +1,4 @@
-"""The walk over a tar's headers: what tarfile says, and what comes before a fault."""
+"""The walk over a tar's headers: equal to tarfile, and complete up to a fault."""
 
 import gc
 import gzip

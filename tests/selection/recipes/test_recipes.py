@@ -1,4 +1,4 @@
-"""Claims about recipes: what they may say, which rows they choose, and what they report."""
+"""Recipes: valid settings, selected rows, and reports."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def con():
 
 
 def make_source(con, rows, score_type="FLOAT"):
-    """Make the relation `source` of dicts with f0, f1 and any of width, A, B."""
+    """Create the relation `source` from dicts with f0, f1 and any of width, A, B."""
     types = TYPES | {A: score_type, B: score_type}
     columns = ", ".join(f'"{name}" {kind}' for name, kind in types.items())
     con.execute(f"CREATE OR REPLACE TABLE source ({columns})")
@@ -60,7 +60,7 @@ def uids(selection):
 
 
 def figures(selection):
-    """Give for each chosen row its value and rank at each ranking, in the order of the manifest."""
+    """Return each selected row's value and rank at each ranking, in the order of the manifest."""
     relation, ranks = selection.manifest(), selection.ranks()
     columns = []
     for place, name in enumerate(relation.columns):
@@ -71,7 +71,7 @@ def figures(selection):
 
 
 def brute_force(rows, steps):
-    """Choose rows the plain way; give the rows, with value and rank at each keep_top, or None if none stay."""
+    """Select rows in plain Python; return them with value and rank at each keep_top, or None if none stay."""
     total, left = len(rows), [dict(row) for row in rows]
     for number, step in enumerate(steps, start=1):
         if "where" in step:
@@ -293,7 +293,7 @@ SETS = {name: f"in {name}" for name in NAMES}
 
 
 def make_sets(con, rows):
-    """Give `source` the columns that say which of the two sets a row is in; `rows` have them under the sets' names."""
+    """Add boolean columns for the two sets to `source`; `rows` have them under the sets' names."""
     for name, column in SETS.items():
         listed = ", ".join(f"({row['f0']}, {row['f1']})" for row in rows if row[name])
         inside = f"(f0, f1) IN ({listed})" if listed else "false"
@@ -301,7 +301,7 @@ def make_sets(con, rows):
 
 
 def combined(left, top):
-    """Compute what a `keep_top` ranks by the plain way, for each row that entered."""
+    """Compute the ranked value of a `keep_top` in plain Python, for each row that entered."""
     names = top.get("rank_sum") or list(top["weighted"])
     columns = {name: np.array([row[name] for row in left], dtype=np.float64) for name in names}
     rank = {name: np.array([1 + int((values > value).sum()) for value in values]) for name, values in columns.items()}
@@ -322,7 +322,7 @@ def combined(left, top):
 
 
 def plain(rows, steps, source="pool"):
-    """Choose rows step by step as sets of places; give the places after each step, and what was ranked at each."""
+    """Select rows step by step as sets of indices; return the indices after each step, and the ranked values."""
     inside = {i for i, row in enumerate(rows) if source == "pool" or row[source]}
     basis, after, ranked = len(inside), [inside], {}
     for number, step in enumerate(steps, start=1):
@@ -507,7 +507,7 @@ def test_a_set_step_that_keeps_nothing_is_an_error_with_recipe_and_step(con):
         ({"keep_top": {"score": A, "rank_sum": [A, B], "count": 1}}, "found score and rank_sum"),
         ({"keep_top": {"rank_sum": [A], "count": 1}}, "two or more different scores"),
         ({"keep_top": {"rank_sum": [A, A], "count": 1}}, "two or more different scores"),
-        ({"keep_top": {"rank_sum": [A, B], "threshold": 1.0}}, "no threshold"),
+        ({"keep_top": {"rank_sum": [A, B], "threshold": 1.0}}, "no meaningful threshold"),
         ({"keep_top": {"weighted": {A: 1, B: 2}, "count": 1}}, "together or not at all"),
         ({"keep_top": {"score": A, "normalise": "rank", "count": 1}}, "together or not at all"),
         ({"keep_top": {"weighted": {A: 1, B: 0}, "normalise": "rank", "count": 1}}, "other than 0"),
@@ -667,19 +667,19 @@ def test_recipes_that_rest_on_one_another_are_told_once():
     recipes["f"] = recipe({"union": "g"}, {"except": "a"})
     recipes["g"] = recipe({"within": "x.npy"}, {"intersect": "f"}, {"within": "h"})
     recipes["h"] = recipe({"where": "true"}, {"except": "f"})
-    with pytest.raises(ValueError, match="recipes rest") as error:
+    with pytest.raises(ValueError, match="recipes depend") as error:
         check_recipes(recipes, scores=[], pool_columns=[])
     assert str(error.value).splitlines() == [
-        "recipes rest on one another: a on b on c on a",
-        "recipes rest on one another: e on e",
-        "recipes rest on one another: f on g on f",
-        "recipes rest on one another: f on g on h on f",
+        "recipes depend on each other: a on b on c on a",
+        "recipes depend on each other: e on e",
+        "recipes depend on each other: f on g on f",
+        "recipes depend on each other: f on g on h on f",
     ]
 
 
 @pytest.mark.parametrize("name", ["pool", "mine.npy", "mine.txt"])
 def test_a_recipe_named_like_another_kind_of_source_is_refused(name):
-    with pytest.raises(ValueError, match=f"recipe {re.escape(name)}: .*call it otherwise"):
+    with pytest.raises(ValueError, match=f"recipe {re.escape(name)}: .*rename the recipe"):
         check_recipes({name: recipe()}, scores=[], pool_columns=[])
 
 

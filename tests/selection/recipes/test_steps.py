@@ -1,4 +1,4 @@
-"""Claims about steps that look at a row among others: deduplicate, stratify, soft_cap_sample; and about reports."""
+"""Steps that compare rows: deduplicate, stratify, soft_cap_sample; and reports."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from selection.recipes import sampling
 from selection.recipes.execute import select
 from selection.recipes.recipe import Recipe, check_recipes
 from selection.recipes.sampling import soft_cap_sample
-from selection.scores.negatives import keyed_hash
+from tests.support.soft_cap import draw_row_by_row
 
 A, B, LANGUAGE = "clip_score/b32", "norm_sim_inf/b32/imagenet", "language/facts"
 TYPES = {"f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR", "width": "INTEGER"}
@@ -238,17 +238,17 @@ def test_later_steps_rank_what_the_grouped_steps_left(con):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"deduplicate": {"by": B, "above": 0.9, "best": A}}, "which of two rows is the better one"),
+        ({"deduplicate": {"by": B, "above": 0.9, "best": A}}, "has decided already which row is better"),
         ({"deduplicate": {"by": "uid", "best": A}}, "copies of a uid are one sample"),
         ({"deduplicate": {"by": B, "above": math.nan}}, "finite"),
         ({"deduplicate": {}}, "Field required"),
         ({"deduplicate": {"by": "image", "above": 0.9}}, "image is no number"),
-        ({"deduplicate": {"by": "near_duplicate/b32"}}, "Remedy: above"),
+        ({"deduplicate": {"by": "near_duplicate/b32"}}, "Remedy: set above"),
         ({"stratify": {"by": "width", "score": A}}, "stratify needs exactly one of fraction, count"),
         ({"stratify": {"by": "width", "fraction": 0.5}}, "stratify needs exactly one of score, rank_sum, weighted"),
         ({"stratify": {"by": "width", "score": A, "threshold": 1.0}}, "Extra inputs"),
         ({"soft_cap_sample": {"score": A}}, "soft_cap_sample needs exactly one of fraction, count"),
-        ({"soft_cap_sample": {"rank_sum": [A, B], "count": 1}}, "ranks have no softmax"),
+        ({"soft_cap_sample": {"rank_sum": [A, B], "count": 1}}, "ranks have no meaningful softmax"),
         ({"soft_cap_sample": {"score": A, "count": 1, "penalty": -1}}, "greater than or equal to 0"),
         ({"soft_cap_sample": {"score": A, "count": 1, "temperature": 0}}, "greater than 0"),
         ({"report": ["width"]}, "found none"),
@@ -261,7 +261,9 @@ def test_a_step_that_makes_no_sense_is_refused(step, message):
 
 def test_nothing_follows_a_draw():
     draw = {"soft_cap_sample": {"score": A, "count": 1}}
-    with pytest.raises(ValidationError, match=r"step 1 draws samples.*Remedy: soft_cap_sample as the last step"):
+    with pytest.raises(
+        ValidationError, match=r"step 1 draws rows several times.*Remedy: make soft_cap_sample the last step"
+    ):
         recipe(draw, {"where": "true"})
 
 
@@ -270,22 +272,6 @@ def test_nothing_follows_a_draw():
 
 def words(n, seed=0):
     return np.random.default_rng(seed).integers(0, 2**64, (2, n), dtype=np.uint64)
-
-
-def brute_force(values, f0, f1, samples, batch, penalty, temperature, seed):
-    """Draw row by row in plain Python, sorting all rows in every round."""
-    copies, left, round_ = [0] * len(values), samples, 0
-    while left:
-        keys = []
-        for i, value in enumerate(values):
-            bits = int(keyed_hash(seed, 2**63 + round_, f0[i : i + 1], f1[i : i + 1])[0]) >> 12
-            gumbel = -math.log(-math.log((bits + 0.5) / 2**52))
-            keys.append(((value - penalty * copies[i]) / temperature + gumbel, -int(f0[i]), -int(f1[i]), i))
-        take = min(batch, left, len(values))
-        for *_, i in sorted(keys, reverse=True)[:take]:
-            copies[i] += 1
-        left, round_ = left - take, round_ + 1
-    return copies
 
 
 @pytest.mark.parametrize(
@@ -297,7 +283,7 @@ def test_draws_are_those_of_the_plain_way(n, samples, batch, penalty, temperatur
     values = np.random.default_rng(1).normal(size=n)
     how = {"samples": samples, "batch": batch, "penalty": penalty, "temperature": temperature, "seed": 3}
     copies = soft_cap_sample(values, f0, f1, **how)
-    assert copies.tolist() == brute_force(values, f0, f1, **how)
+    assert copies.tolist() == draw_row_by_row(values, f0, f1, **how)
     assert copies.sum() == samples
     shuffled = np.random.default_rng(2).permutation(n)
     np.testing.assert_array_equal(
@@ -385,7 +371,7 @@ def test_draws_do_not_depend_on_how_rows_are_shared_out(monkeypatch, at_once):
     values = np.random.default_rng(1).normal(size=100)
     how = {"samples": 150, "batch": 40, "penalty": 0.15, "temperature": 1.0, "seed": 0}
     monkeypatch.setattr(sampling, "_ROWS", at_once)
-    assert soft_cap_sample(values, f0, f1, **how).tolist() == brute_force(values, f0, f1, **how)
+    assert soft_cap_sample(values, f0, f1, **how).tolist() == draw_row_by_row(values, f0, f1, **how)
 
 
 def test_the_same_rows_give_the_same_subset_on_any_number_of_threads():
@@ -465,7 +451,7 @@ def test_a_row_that_a_null_dropped_is_among_the_dropped(con):
 
 def test_a_text_can_not_be_ranked():
     recipes = {"mine": recipe({"deduplicate": {"by": "image", "best": LANGUAGE}})}
-    with pytest.raises(ValueError, match="language/facts holds texts, which have no rank"):
+    with pytest.raises(ValueError, match="language/facts holds text, which has no rank"):
         check_recipes(recipes, scores=[LANGUAGE], pool_columns=["sha256"], texts=[LANGUAGE, "sha256"])
 
 

@@ -24,7 +24,7 @@ TEMPERATURES = [0.001, 0.01, 0.07, 1.0, 10.0]
 
 
 def embeddings(*shape, seed=0, dtype=torch.float32, kind="random"):
-    """Unit rows: random ones, copies of few, or ± one direction (every cosine is 1 or -1)."""
+    """Return unit rows: random, copies of few, or ± one direction (every cosine is 1 or -1)."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(*shape, generator=generator)
     if kind != "random":
@@ -45,14 +45,14 @@ def problem(rows, draws, size, width, dtype=torch.float32, kind="random", seed=0
 
 
 def score_in_batch(v, t, batch_v, batch_t, temperature):
-    """The equation in float64, for one row and the batch that it is in."""
+    """Compute the equation in float64, for one row and its batch."""
     v, t, batch_v, batch_t = (x.double() for x in (v, t, batch_v, batch_t))
     sums = torch.logsumexp(batch_t @ v / temperature, 0) + torch.logsumexp(batch_v @ t / temperature, 0)
     return v @ t - temperature / 2 * sums
 
 
 def oracle(image, text, negative_image, negative_text, temperature, member=None):
-    """Score and standard error in float64, row by row and draw by draw, from the definition of the batch."""
+    """Compute score and standard error in float64, row by row and draw by draw, from the definition of the batch."""
     by_draw = torch.empty(len(negative_image), len(image), dtype=torch.float64)
     for k, (draw_v, draw_t) in enumerate(zip(negative_image, negative_text, strict=True)):
         for i, (v, t) in enumerate(zip(image, text, strict=True)):
@@ -214,7 +214,7 @@ def test_scores_follow_their_rows_and_ignore_the_order_of_the_negatives_before_t
 
 
 def test_bfloat16_scores_differ_from_the_equation_by_less_than_a_thousandth():
-    """Of both estimators, at the width and temperature of a real encoder; float32 is a thousand times closer."""
+    """For both estimators, at the width and temperature of a real encoder; float32 is a thousand times closer."""
     args = problem(40, 2, 1000, 512, torch.float16)
     score, _ = neg_clip_loss(*args, temperature=0.01, arithmetic="bfloat16")
     expected, _ = oracle(*args, 0.01)

@@ -16,6 +16,7 @@ from selection.scores.hyperbolic import (
     lorentz_distance,
     specificity,
 )
+from tests.support.hyperbolic import published_aperture, published_distance, published_exterior
 
 sizes = {
     "rows": st.integers(1, 40),
@@ -30,32 +31,6 @@ def points(rows, width, *, seed, length=1.0, dtype=torch.float64):
 
 
 # The equations as they are published, for points that are no special case
-
-
-def time_part(x, c):
-    return np.sqrt(1 / c + (x**2).sum(-1))
-
-
-def inner(x, y, c):
-    """<x, y>_L for all pairs, [n, m]."""
-    return x @ y.T - time_part(x, c)[:, None] * time_part(y, c)[None, :]
-
-
-def published_distance(x, y, c):
-    return np.arccosh(np.maximum(1, -c * np.diag(inner(x, y, c)))) / math.sqrt(c)
-
-
-def published_aperture(x, c, k=0.1):
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.arcsin(2 * k / (math.sqrt(c) * np.linalg.norm(x, axis=1)))
-
-
-def published_exterior(x, y, c):
-    """Apexes x [m, d], points y [n, d]; gives [n, m]."""
-    product = c * inner(x, y, c)
-    on = time_part(y, c)[None, :] + time_part(x, c)[:, None] * product
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.arccos(on / (np.linalg.norm(x, axis=1)[:, None] * np.sqrt(product**2 - 1))).T
 
 
 @given(**sizes)

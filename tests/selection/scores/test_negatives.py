@@ -17,7 +17,7 @@ def uids(draws):
 
 
 def plain_mix(h):
-    """The finaliser of splitmix64 in whole numbers."""
+    """Compute the finaliser of splitmix64 in Python integers."""
     h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     h = (h ^ h >> 27) * 0x94D049BB133111EB % 2**64
     return h ^ h >> 31
@@ -170,7 +170,7 @@ def test_an_empty_shard_changes_nothing():
 
 
 def test_merging_is_streamed():
-    """A generator is enough, and only one shard is asked for at a time."""
+    """A generator is enough, and merge reads one shard at a time."""
     f0, f1 = pool(300)
 
     def shards():

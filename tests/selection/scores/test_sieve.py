@@ -1,4 +1,4 @@
-"""Claims about SIEVE's masking and its maximum."""
+"""SIEVE's masking and its maximum."""
 
 import numpy as np
 import pytest

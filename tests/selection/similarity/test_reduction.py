@@ -1,4 +1,4 @@
-"""The tiles and the operations on them, and what importing the science brings in."""
+"""The tiles and the operations on them, and the imports of the science."""
 
 import math
 import subprocess
@@ -25,7 +25,7 @@ from selection.similarity.streaming import resident
 
 
 def imported_by(statement):
-    """Top-level packages in sys.modules after the statement, in a fresh interpreter."""
+    """List the top-level packages in sys.modules after a statement in a fresh interpreter."""
     child = subprocess.run(
         [sys.executable, "-c", f"{statement}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"],
         capture_output=True,
@@ -77,7 +77,7 @@ def test_tiles_cover_every_row_and_column_once(rows, columns, width, seed):
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 64, 97, 768])
 def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width, arithmetic):
-    """A row's sum must not depend on where in a tile it lies: not in the product, not in exp2, not in the sum."""
+    """A row's sum must not depend on its place in a tile: not in the product, in exp2, or in the sum."""
     generator = torch.Generator().manual_seed(width)
     row, columns = torch.randn(width, generator=generator), torch.randn(700, width, generator=generator)
     row, columns = row / row.norm(), columns / columns.norm(dim=1, keepdim=True)
@@ -94,7 +94,7 @@ def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width, arithmetic):
 
 
 def with_common_part(rows, width, seed):
-    """Unit rows whose cosines with one another are about 0.9, as far from zero as images of one kind lie."""
+    """Return unit rows with pairwise cosines of about 0.9, as images of one kind have."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, width, generator=generator) / math.sqrt(width) / 3
     return torch.nn.functional.normalize(noise + torch.eye(width)[0], dim=1)
@@ -225,7 +225,7 @@ def test_the_largest_keeps_the_first_of_equal_values_within_and_across_tiles():
 def test_a_row_finds_the_largest_signed_similarity_among_the_columns_that_it_sees(
     rows, columns, before, arithmetic, seed
 ):
-    """Whole numbers are multiplied without rounding, and many of them are equal."""
+    """Products of integers are exact, so many are equal."""
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randint(-2, 3, (n, 3), generator=generator).half() for n in (rows, columns))
     exact = left.float() @ right.float().T

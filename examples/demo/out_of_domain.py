@@ -1,7 +1,6 @@
-"""Pictures that do not belong to the demo's domain, and words of their own for them.
+"""Pictures from outside the demo's domain, with captions of their own.
 
-Noise, colour ramps, line and bar charts, Julia sets, pages of writing. What captions they get in
-the pool is decided in `pool`.
+Noise, colour ramps, line and bar charts, Julia sets, pages of writing. `pool` decides which captions they get.
 """
 
 import math
@@ -14,8 +13,8 @@ from PIL import Image, ImageDraw
 from examples.demo.pictures import SIDES, Colour
 
 
-def draw_strange(rng: Random) -> tuple[Image.Image, str]:
-    """Draw an off-domain picture; returns it (square RGB, 64, 96 or 128 px) and its own caption."""
+def draw_out_of_domain(rng: Random) -> tuple[Image.Image, str]:
+    """Draw an off-domain picture and return it (square RGB, 64, 96 or 128 pixels) with its own caption."""
     painter, captions = rng.choice(_PAINTERS)
     return painter(rng.choice(SIDES), rng), rng.choice(captions)
 

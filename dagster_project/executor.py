@@ -1,0 +1,86 @@
+"""How a run's steps are executed: all in one process, whether the UI or a terminal started the run.
+
+Dagster exports neither a base class for executors nor a way to execute a run that belongs to a code location; the
+private names here are pinned by `tests/dagster_project/test_executor.py`.
+"""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.api import execute_run
+from dagster._core.execution.context.system import PlanOrchestrationContext
+from dagster._core.execution.plan.plan import ExecutionPlan
+from dagster._core.execution.retries import RetryMode
+from dagster._core.executor.in_process import InProcessExecutor
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+
+from dagster_project.dead_runs import at_work, lock_run
+from dagster_project.sqlite_event_log import kept_open
+
+REPOSITORY = "__repository__"
+"""The name that Dagster gives to a code location's only repository."""
+
+_executing: set[str] = set()
+"""Runs that `execute` has marked as this process's."""
+
+
+class _OneProcess(InProcessExecutor):
+    def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
+        if plan_context.run_id not in _executing:
+            lock_run(plan_context.instance, plan_context.run_id)  # until the process ends: the run's end comes later
+        with kept_open(plan_context.instance):
+            yield from super().execute(plan_context, execution_plan)
+
+
+@dg.executor(name="one_process")
+def one_process(context: dg.InitExecutorContext) -> InProcessExecutor:
+    """Execute all steps of a run in one process, so that torch is imported and a model loaded once."""
+    del context
+    return _OneProcess(RetryMode.ENABLED)
+
+
+def execute(
+    job: dg.JobDefinition,
+    instance: dg.DagsterInstance,
+    *,
+    location: str,
+    asset_selection: Sequence[dg.AssetKey],
+    run_config: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> dg.JobExecutionResult:
+    """Execute a job in this process, as a run of a code location.
+
+    `JobDefinition.execute_in_process` records no code location, and the UI's timeline shows only runs that have one.
+
+    Args:
+        job: of the code location; its executor is used.
+        instance: where the run is recorded.
+        location: name of the code location, which is the project's name.
+        asset_selection: assets to materialize.
+        run_config: of the run.
+        tags: of the run.
+
+    Returns:
+        The result; an asset that fails makes it unsuccessful and raises nothing.
+    """
+    subset = job.get_subset(asset_selection=frozenset(asset_selection))
+    repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(location), REPOSITORY)
+    run_id = str(uuid.uuid4())
+    with at_work(instance, run_id), kept_open(instance):
+        _executing.add(run_id)
+        try:
+            run = instance.create_run_for_job(
+                subset,
+                run_id=run_id,
+                run_config=run_config,
+                tags={**job.run_tags, **(tags or {})},
+                asset_selection=frozenset(asset_selection),
+                remote_job_origin=RemoteJobOrigin(repository, job.name),
+            )
+            return execute_run(InMemoryJob(job), run, instance)
+        finally:
+            _executing.discard(run_id)

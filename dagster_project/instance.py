@@ -1,0 +1,141 @@
+"""The Dagster instance of a project: its folder, opening it, its server, and the lock that allows one pass at a time.
+
+Here: everything that needs to know where Dagster keeps its records. Not here: the work of a run (`headless`,
+`executor`), and runs whose process died (`dead_runs`). Dagster is imported where it is used, because the commands that
+do without it should start at once.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import yaml
+
+from dagster_project.location import CONFIG_VARIABLE, MODULE
+from resources.lake.files import LakeError
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from assets.base.context import Context
+
+SETTINGS = Path(__file__).with_name("dagster.yaml")
+"""Settings that a new instance starts with."""
+
+
+def prepare_home(project: "Context") -> Path:
+    """Return the folder of the Dagster instance, made ready: `DAGSTER_HOME`, else `.dagster` in the lake.
+
+    A lake has an instance of its own, because shard names are partitions and every pool has a `00000`.
+
+    Raises:
+        LakeError: the folder can't be used, or belongs to another lake.
+    """
+    given = os.environ.get("DAGSTER_HOME")
+    home = Path(given).resolve() if given else project.lake.local_root() / ".dagster"
+    if set("%?") & set(str(home)):
+        raise LakeError(
+            f"{home}: SQLite can't open a folder with % or ? in its path. Remedy: set DAGSTER_HOME to another folder"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    if not os.access(home, os.W_OK):
+        raise LakeError(f"{home}: this folder is not writable. Remedy: set DAGSTER_HOME to one that is")
+    if given:
+        _refuse_another_lake(home / "lake.txt", project.settings.lake)
+    if not (home / "dagster.yaml").exists():
+        shutil.copy(SETTINGS, home / "dagster.yaml")
+    return home
+
+
+def _refuse_another_lake(owner: Path, lake: str) -> None:
+    """Check that an instance is this lake's: of two lakes, each would delete the other's partitions."""
+    if not owner.exists():
+        owner.write_text(lake, encoding="utf-8")
+    found = owner.read_text(encoding="utf-8")
+    if found != lake:
+        raise LakeError(
+            f"{owner.parent}: this Dagster instance belongs to the lake {found}. Remedy: another DAGSTER_HOME for "
+            f"{lake}; or, if the lake was moved, correct {owner}"
+        )
+
+
+@contextmanager
+def open_instance(project: "Context") -> Iterator["dg.DagsterInstance"]:
+    """Open the project's Dagster instance.
+
+    Raises:
+        LakeError: its folder or its dagster.yaml can't be used, or its database does not answer.
+    """
+    import dagster as dg
+
+    home = prepare_home(project)
+    try:
+        opened = dg.DagsterInstance.from_config(str(home))
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).partition("Stack Trace:")[0].split()).rstrip(".")
+        raise LakeError(
+            f"{home / 'dagster.yaml'}: Dagster can't open its instance: {reason}. Remedy: correct the file or the "
+            "environment variables that it names; start the database"
+        ) from error
+    with opened as instance:
+        yield instance
+
+
+@contextmanager
+def only_pass(project: "Context") -> Iterator[None]:
+    """Hold the lake's lock: two passes at once would do the same work twice.
+
+    Raises:
+        LakeError: another process holds it.
+    """
+    root = project.lake.local_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".pass.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LakeError(
+                f"{lock.name}: another `clip-select` is working on this lake. Remedy: wait for it to end"
+            ) from error
+        yield
+
+
+def write_workspace(home: Path, name: str) -> Path:
+    """Write the workspace file of a project's server, `<home>/workspace.yaml`, and return its path.
+
+    Args:
+        home: folder of the instance.
+        name: of the project; the UI shows it as the code location's name.
+    """
+    path = home / "workspace.yaml"
+    module = {"module_name": MODULE, "location_name": name, "executable_path": sys.executable}
+    path.write_text(yaml.safe_dump({"load_from": [{"python_module": module}]}), encoding="utf-8")
+    return path
+
+
+def serve(project: "Context", port: int) -> NoReturn:
+    """Replace this process by Dagster's web server and daemon, on 127.0.0.1.
+
+    Args:
+        project: the opened project.
+        port: of the web server.
+    """
+    from dagster_project.dead_runs import close_dead_runs
+
+    home = prepare_home(project)
+    with open_instance(project) as instance:
+        close_dead_runs(instance)
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": str(home),
+        "DAGSTER_DISABLE_TELEMETRY": "yes",  # `dg` sends its first event before it reads dagster.yaml
+        CONFIG_VARIABLE: str(project.config.resolve()),
+    }
+    workspace = write_workspace(home, project.settings.name)
+    arguments = ["dev", "--workspace", str(workspace), "--host", "127.0.0.1", "--port", str(port)]
+    os.execve(sys.executable, [sys.executable, "-m", "dagster_dg_cli.cli", *arguments], environment)

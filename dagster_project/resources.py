@@ -1,0 +1,152 @@
+"""The project's Dagster resources, which the UI lists under Resources: lake, pool, models, catalog and run.
+
+Their fields are plain settings, which the UI shows. Lake, pool and models are factories: a step gets the object of the
+package `resources` that `open()` returns. To run on others, as tests and deployments do, pass `resource_overrides` to
+`build_defs`. Not here: assets.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import dagster as dg
+import polars as pl
+from pydantic import BaseModel, Field
+
+from assets.base.context import RunState
+from assets.base.settings import ProjectSettings
+from assets.settings import ConfigError
+from resources.catalog.build import read_catalog
+from resources.lake.files import Lake
+from resources.models.by_name import Models
+from resources.pools.base import Pool
+from resources.pools.formats import open_pool
+from resources.settings import CaptionerSettings, EncoderSettings, PoolSettings, TextEncoderSettings
+
+Settings = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class LakeResource(dg.ConfigurableResourceFactory[Lake]):
+    """The lake: the folder of files that assets read and write."""
+
+    root: str = Field(description="Path of the folder, or any fsspec URL.")
+
+    def open(self) -> Lake:
+        """Return the lake; its folder is created by the first write."""
+        return Lake(self.root)
+
+    def create_resource(self, context: dg.InitResourceContext) -> Lake:
+        """Return the lake to a step."""
+        del context
+        return self.open()
+
+
+class PoolResource(dg.ConfigurableResourceFactory[Pool]):
+    """The pool of image-text pairs that everything is selected from."""
+
+    settings: Settings = Field(description="`pool` in the project's YAML.")
+    encoders: Settings = Field(description="`encoders` there: a pool may carry an encoder's embeddings.")
+
+    def open(self) -> Pool:
+        """Return the pool; nothing is read yet.
+
+        Raises:
+            PoolError: its format and the encoders don't match.
+        """
+        return open_pool(PoolSettings.model_validate(self.settings), _each(EncoderSettings, self.encoders))
+
+    def create_resource(self, context: dg.InitResourceContext) -> Pool:
+        """Return the pool to a step."""
+        del context
+        return self.open()
+
+
+class ModelsResource(dg.ConfigurableResourceFactory[Models]):
+    """Encoders, captioners and text encoders by name."""
+
+    encoders: Settings = Field(description="`encoders` in the project's YAML.")
+    captioners: Settings = Field(default={}, description="`captioners` there.")
+    text_encoders: Settings = Field(default={}, description="`text_encoders` there.")
+
+    def open(self) -> Models:
+        """Return the models; each is loaded when it first computes something."""
+        return Models(
+            _each(EncoderSettings, self.encoders),
+            _each(CaptionerSettings, self.captioners),
+            _each(TextEncoderSettings, self.text_encoders),
+        )
+
+    def create_resource(self, context: dg.InitResourceContext) -> Models:
+        """Return the models to a step."""
+        del context
+        return self.open()
+
+
+class RunResource(dg.ConfigurableResourceFactory[RunState]):
+    """The state of one run: progress, and files that one step wrote for another."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> RunState:
+        """Return a new state to a run."""
+        del context
+        return RunState()
+
+
+class CatalogResource(dg.ConfigurableResource):
+    """The catalog: one DuckDB file of views and macros over the lake, opened read-only."""
+
+    path: str = Field(description="Path of catalog.duckdb.")
+
+    def sql(self, query: str, **parameters: object) -> pl.DataFrame:
+        """Return the rows of a query, in which `$name` stands for the parameter `name`.
+
+        Raises:
+            FileNotFoundError: there is no catalog yet.
+        """
+        with read_catalog(Path(self.path)) as con:
+            return con.sql(query, params=parameters).pl()
+
+
+def build_resources(settings: ProjectSettings) -> dict[str, Any]:
+    """Build the resources of a project.
+
+    Args:
+        settings: the checked YAML.
+
+    Returns:
+        The resources by key: lake, pool, models, catalog, run.
+
+    Raises:
+        ConfigError: a URL contains a password, which the UI would show.
+    """
+    for field, location in (("lake", settings.lake), ("pool.path", settings.pool.path)):
+        if "://" in location and urlsplit(location).password is not None:
+            raise ConfigError(
+                f"{field}: the URL contains a password, which Dagster's UI would show. Remedy: leave it out, and give "
+                "it by the file system's environment variables or its fsspec configuration file"
+            )
+    encoders = _dumped(settings.encoders)
+    return {
+        "lake": LakeResource(root=settings.lake),
+        "pool": PoolResource(settings=_dump(settings.pool), encoders=encoders),
+        "models": ModelsResource(
+            encoders=encoders,
+            captioners=_dumped(settings.captioners),
+            text_encoders=_dumped(settings.text_encoders),
+        ),
+        "catalog": CatalogResource(path=f"{settings.lake}/catalog.duckdb"),
+        "run": RunResource(),
+    }
+
+
+def _each(model: type[Model], settings: Settings) -> dict[str, Model]:
+    return {name: model.model_validate(value) for name, value in settings.items()}
+
+
+def _dump(model: BaseModel) -> Settings:
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _dumped(models: Mapping[str, BaseModel]) -> Settings:
+    return {name: _dump(model) for name, model in models.items()}

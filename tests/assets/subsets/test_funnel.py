@@ -1,0 +1,28 @@
+"""The funnel of a lineage record, as rows and as Markdown."""
+
+from assets.subsets.funnel import COLUMNS, funnel_markdown, funnel_rows
+
+LINEAGE = {
+    "source": {"rows": 2400},
+    "steps": [
+        {"text": "where a | b", "entered": 2400, "kept": 2400, "threshold": None},
+        {"text": "keep the top 0.3 of the pool by s", "entered": 2400, "kept": 720, "threshold": -0.2106723},
+    ],
+}
+
+
+def test_a_row_has_the_share_of_the_source_and_the_threshold() -> None:
+    first, second = funnel_rows(LINEAGE)
+    assert len(COLUMNS) == len(first)
+    assert first == ("where a | b", "2,400", "2,400", "100.0%", "")
+    assert second[1:] == ("2,400", "720", "30.0%", "-0.210672")
+    assert funnel_rows(LINEAGE, ".2f")[1].threshold == "-0.21"
+
+
+def test_markdown_escapes_the_bars_of_a_step() -> None:
+    assert funnel_markdown(LINEAGE).splitlines() == [
+        "| kept | entered | of source | threshold | step |",
+        "|---:|---:|---:|---:|---|",
+        "| 2,400 | 2,400 | 100.0% |  | where a \\| b |",
+        "| 720 | 2,400 | 30.0% | -0.210672 | keep the top 0.3 of the pool by s |",
+    ]
