@@ -1,4 +1,4 @@
-"""The world outside: raw pools, encoders, targets, files.
+"""Raw pools, models, targets, the lake and the catalog.
 
-Nothing here knows Dagster's asset layer or the science in `selection`.
+Independent of Dagster's asset layer and of `selection`.
 """

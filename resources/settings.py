@@ -1,8 +1,8 @@
-"""Settings of the outside world: pools, encoders and targets, as a user writes them in the YAML.
+"""Settings of pools, models, targets and imported files, as a user writes them in the YAML.
 
-Only what a user chooses belongs here, with its unit and its default. Nothing here opens a file.
-Relative local paths are resolved against the folder of the YAML, which the caller passes as
-pydantic's validation context: `PoolSettings.model_validate(data, context={"base": folder})`.
+Here: fields with their units and defaults. Nothing here opens a file. Relative local paths are resolved against the
+folder of the YAML, which the caller passes as pydantic's validation context:
+`PoolSettings.model_validate(data, context={"base": folder})`.
 """
 
 import os
@@ -25,7 +25,7 @@ HF_HUB = "hf-hub:"
 
 
 def available_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
+    """Return the number of cores that this process may use; in a container it is smaller than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -50,7 +50,7 @@ def _resolve_local_dir(model: str, info: ValidationInfo) -> str:
 
 
 def _resolve_weights_file(pretrained: str, info: ValidationInfo) -> str:
-    """A tag has neither a slash nor a file suffix; whatever has one is a path."""
+    """Resolve a path; a tag, which has neither a slash nor a file suffix, stays as it is."""
     if "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors")):
         return _resolve(pretrained, info)
     return pretrained
@@ -61,7 +61,7 @@ Pretrained = Annotated[str, StringConstraints(min_length=1), AfterValidator(_res
 
 
 class Settings(BaseModel):
-    """What all settings share: immutable, and an unknown field is an error."""
+    """Base of all settings: immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,32 +107,32 @@ class PoolSettings(Settings):
         default=16,
         ge=1,
         description="Pixels. An image whose smaller side is below this is rejected "
-        "(image_too_small). The default drops tracking pixels and bullets, and keeps icons.",
+        "(image_too_small). The default rejects tracking pixels and bullets, and keeps icons.",
     )
     max_pixels: int = Field(
         default=50_000_000,
         ge=1,
         le=89_478_485,
-        description="Width times height. A larger image is refused before decoding (image_bomb). "
-        "Pillow itself warns above 89,478,485.",
+        description="Width times height. A larger image is rejected before decoding (image_bomb). "
+        "Pillow warns above 89,478,485.",
     )
     max_caption_chars: int | None = Field(
         default=None,
         ge=1,
-        description="Characters. A longer caption is rejected (caption_too_long). By default any "
-        "length is kept: the tokenizer cuts at its context length.",
+        description="Characters. A longer caption is rejected (caption_too_long). Default: no "
+        "limit; the tokenizer cuts at its context length.",
     )
 
 
 class PrecomputedKeys(Settings):
-    """The names of one encoder's two arrays in the pool's npz."""
+    """Names of one encoder's two arrays in the pool's npz."""
 
     image: str = Field(min_length=1, description="Name of the image embeddings' array.")
     text: str = Field(min_length=1, description="Name of the text embeddings' array.")
 
 
 class EncoderSettings(Settings):
-    """One CLIP encoder: a model to run, embeddings the pool carries, or both."""
+    """One CLIP encoder: a model to run, embeddings that the pool carries, or both."""
 
     model: ModelName | None = Field(
         default=None,
@@ -146,40 +146,40 @@ class EncoderSettings(Settings):
     precomputed: str | PrecomputedKeys | None = Field(
         default=None,
         description="Embeddings that the pool carries: a prefix (b32, l14), or {image: key, text: "
-        "key}. The model, if given as well, then serves the targets and the temperature.",
+        "key}. A model given as well is used for targets and temperature.",
     )
     precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
         default="fp32",
-        description="Number format the model runs in. bf16 and fp16: weights in half precision, layer norms in "
+        description="Number format of the model. bf16 and fp16: weights in half precision, layer norms in "
         "single. amp_bf16 and amp_fp16: weights in single, products in half. Part of the provenance.",
     )
     decode: Literal["exact", "draft"] = Field(
         default="exact",
-        description="exact: every pixel, as open_clip's own preprocessing sees it. draft: a JPEG of twice the model's "
-        "input or more is decoded at a half, a quarter or an eighth of its size. Part of the provenance.",
+        description="exact: all pixels, as open_clip's own preprocessing. draft: a JPEG of at least twice the model's "
+        "input is decoded at a half, a quarter or an eighth of its size. Part of the provenance.",
     )
     batch_size: int = Field(
         default=64,
         ge=1,
-        description="Samples a forward pass. Halved when the memory doesn't hold them, as often as it takes.",
+        description="Samples per forward pass. Halved, repeatedly if needed, when the memory does not hold them.",
     )
     channels_last: bool | None = Field(
         default=None,
-        description="Memory format of the image tower. Default: channels last where it has more than one convolution.",
+        description="Memory format of the image tower. Default: channels last if it has more than one convolution.",
     )
     compile: bool = Field(
         default=False,
-        description="Whether torch.compile makes kernels for the model first, which takes a minute and a C++ compiler.",
+        description="Whether to compile the model with torch.compile, which takes a minute and a C++ compiler.",
     )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
+        description="auto (CUDA if available, else CPU), cpu, cuda or cuda:<index>.",
     )
     workers: int = Field(
         default_factory=available_cores,
         ge=0,
-        description="Processes that decode images; 0 decodes in the main process. Default: one for each core.",
+        description="Processes that decode images; 0 decodes in the main process. Default: one per core.",
     )
     temperature: float | None = Field(
         default=None,
@@ -197,7 +197,7 @@ class EncoderSettings(Settings):
             raise ValueError("`pretrained` needs `model`")
         if self.model is None and self.temperature is None:
             raise ValueError(
-                "`precomputed` without `model` needs `temperature`, as there is no logit scale "
+                "`precomputed` without `model` needs `temperature`, because there is no logit scale "
                 "to take it from (0.01 for OpenAI's encoders)"
             )
         if self.model is not None and self.model.startswith((LOCAL_DIR, HF_HUB)) and self.pretrained is not None:
@@ -210,8 +210,8 @@ class TargetFeatures(Settings):
 
     files: list[Location] = Field(
         min_length=1,
-        description=".npy, .npz or .pt files, in this order; a pattern such as in1k_*.pt names "
-        "several, in the order of their names.",
+        description=".npy, .npz or .pt files, in this order; a pattern such as in1k_*.pt stands for "
+        "several, sorted by name.",
     )
     key: str | None = Field(
         default=None,
@@ -235,13 +235,13 @@ class TargetSettings(Settings):
         default=50_000_000,
         ge=1,
         le=89_478_485,
-        description="Width times height. A larger image is refused before decoding.",
+        description="Width times height. A larger image is skipped before decoding.",
     )
 
     @field_validator("features", mode="before")
     @classmethod
     def _spell_out(cls, features: object) -> object:
-        """Let a user write a file, or a list of files, where {files: [...]} is meant."""
+        """Accept a file or a list of files in place of {files: [...]}."""
         if not isinstance(features, dict):
             return features
         spelled = {}
@@ -263,11 +263,11 @@ class TargetSettings(Settings):
 
 
 class ExternalSettings(Settings):
-    """Files from elsewhere with one row a uid."""
+    """Imported files with one row per uid."""
 
     files: tuple[Location, ...] = Field(
         min_length=1,
-        description=".parquet, .csv, .npy (a structured array with f0 and f1) or, for uids alone, .txt (one a line): "
+        description=".parquet, .csv, .npy (a structured array with f0 and f1) or, for uids alone, .txt (one per line): "
         "a file, a pattern such as dfn_*.parquet, a folder, or a list of those.",
     )
     uid: str = Field(
@@ -279,54 +279,56 @@ class ExternalSettings(Settings):
         default=0.0,
         ge=0,
         le=1,
-        description="Smallest share of the pool's rows that must be in the files. Below it the files are refused, and "
-        "a shard below it is warned of.",
+        description="Smallest fraction of the pool's rows that must be in the files. Below it the files are refused, "
+        "and a shard below it causes a warning.",
     )
 
     @field_validator("files", mode="before")
     @classmethod
     def _spell_out(cls, files: object) -> object:
-        """Let a user write one file where a list is meant."""
+        """Accept one file in place of a list."""
         return [files] if isinstance(files, str) else files
 
 
 class HypeSettings(Settings):
-    """HYPE from hyperbolic embeddings that somebody has computed (arXiv 2404.17507; `docs/methods/hype.md`)."""
+    """HYPE from imported hyperbolic embeddings (arXiv 2404.17507; `docs/methods/hype.md`)."""
 
     path: Location = Field(
-        description="Folder with <shard>.npz: spatial parts of image and text [n, d], a row for each sample of the "
-        "shard in its order, or joined by arrays f0 and f1, or uid.",
+        description="Folder with <shard>.npz: spatial parts of image and text [n, d], one row per sample of the shard "
+        "in its order, or joined by arrays f0 and f1, or uid.",
     )
     curvature: float = Field(gt=0, description="c of the encoder's space, whose curvature is -c.")
     reference: Location = Field(description=".npz with the same two arrays of the reference set, of any lengths.")
     image: str = Field(default="image", min_length=1, description="Name of the images' array.")
     text: str = Field(default="text", min_length=1, description="Name of the captions' array.")
-    apex_radius: float = Field(default=0.1, gt=0, description="K: how near to the origin a cone may begin.")
+    apex_radius: float = Field(
+        default=0.1, gt=0, description="K: smallest distance from the origin at which entailment cones are defined."
+    )
     clusters: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*/[A-Za-z_][A-Za-z0-9_]*$",
-        description="<encoder>/<target> of scores.clusters: whether an image is in one of the target's clusters is the "
-        "cluster term. Left out, HYPE has none.",
+        description="<encoder>/<target> of scores.clusters: the cluster term is whether an image is in one of the "
+        "target's clusters. Default: no cluster term.",
     )
 
 
 class ExternalUids(ExternalSettings):
-    """A uid list from elsewhere."""
+    """An imported uid list."""
 
 
 class ExternalScores(ExternalSettings):
-    """Scores from elsewhere."""
+    """Imported scores."""
 
     columns: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
         min_length=1,
-        description="Columns to read: a name, a list of names, or a mapping of the name that recipes shall use to the "
-        "column's name in the files. Larger shall mean better only where a recipe ranks by it.",
+        description="Columns to read: a name, a list of names, or a mapping of the name in recipes to the column's "
+        "name in the files. Recipes that rank by a column take larger as better.",
     )
 
     @field_validator("columns", mode="before")
     @classmethod
     def _name_columns(cls, columns: object) -> object:
-        """Let a user write names where a mapping is meant."""
+        """Accept names in place of a mapping."""
         if isinstance(columns, str):
             columns = [columns]
         if isinstance(columns, list):
@@ -345,12 +347,12 @@ class ExternalScores(ExternalSettings):
 
 
 class CaptionerSettings(Settings):
-    """One captioner, for SIEVE (arXiv 2310.02110); the defaults of how it speaks are the paper's."""
+    """One captioner, for SIEVE (arXiv 2310.02110); the defaults of sampling are the paper's."""
 
     library: Literal["open_clip", "transformers"] = Field(
         default="open_clip",
         description="open_clip: the model is a CoCa. transformers: it is a BLIP, the paper's captioner, and needs the "
-        "extra `blip`. Said rather than guessed, because a name or a folder could be meant for either.",
+        "extra `blip`. It cannot be inferred, because a name or a folder may be either.",
     )
     model: ModelName = Field(
         description="open_clip's name of a CoCa (coca_ViT-L-14), hub id (hf-hub:...) or folder (local-dir:<path>). Of "
@@ -365,27 +367,27 @@ class CaptionerSettings(Settings):
     of: str | None = Field(
         default=None,
         pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$",
-        description="The subset whose images are described, as subset/<recipe>; the whole pool where it is left out.",
+        description="The subset whose images get captions, as subset/<recipe>. Default: the whole pool.",
     )
-    captions: int = Field(default=8, ge=1, description="Captions of each image.")
-    top_p: float = Field(default=0.9, gt=0, le=1, description="Share of the probability that the nucleus has.")
-    min_tokens: int = Field(default=5, ge=0, description="Tokens that a caption has at least.")
-    max_tokens: int = Field(default=20, ge=1, description="Tokens that a caption has at most.")
+    captions: int = Field(default=8, ge=1, description="Captions per image.")
+    top_p: float = Field(default=0.9, gt=0, le=1, description="Probability mass of the nucleus.")
+    min_tokens: int = Field(default=5, ge=0, description="Smallest number of tokens in a caption.")
+    max_tokens: int = Field(default=20, ge=1, description="Largest number of tokens in a caption.")
     repetition_penalty: float = Field(
-        default=1.1, ge=1, description="By which tokens that were said are made unlikely."
+        default=1.1, ge=1, description="Factor that lowers the logits of tokens generated before."
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Of the sampling, together with the uid.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sampling, together with the uid.")
     precision: Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"] = Field(
         default="fp32",
-        description="Number format the model runs in, as for an encoder; but bf16 and fp16 are for a BLIP alone, and "
-        "are all of its weights, those of the layer norms too. Part of the provenance.",
+        description="Number format of the model, as for an encoder; but bf16 and fp16 are for a BLIP only, and apply "
+        "to all of its weights, including layer norms. Part of the provenance.",
     )
     decode: Literal["exact", "draft"] = Field(default="exact", description="As for an encoder.")
-    batch_size: int = Field(default=32, ge=1, description="Images a forward pass, each with all of its captions.")
+    batch_size: int = Field(default=32, ge=1, description="Images per forward pass, each with all of its captions.")
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
+        description="auto (CUDA if available, else CPU), cpu, cuda or cuda:<index>.",
     )
     workers: int = Field(default_factory=available_cores, ge=0, description="Processes that decode images.")
 
@@ -409,28 +411,30 @@ class CaptionerSettings(Settings):
 
     @property
     def recipe(self) -> str | None:
-        """Name of the recipe whose subset is described."""
+        """The recipe whose subset gets captions."""
         return self.of.removeprefix("subset/") if self.of is not None else None
 
 
 class TextEncoderSettings(Settings):
-    """What turns masked captions into vectors, for SIEVE: a sentence encoder, or the text tower of an encoder."""
+    """A text encoder for masked captions in SIEVE: a sentence-transformers model, or the text tower of an encoder."""
 
     model: ModelName | None = Field(
         default=None,
         description="sentence-transformers model: hub id (sentence-transformers/all-MiniLM-L6-v2, the paper's) or "
         "folder (local-dir:<path>). Needs the extra `sieve`.",
     )
-    encoder: str | None = Field(default=None, description="Name of an encoder of the project, whose text tower serves.")
-    batch_size: int = Field(default=256, ge=1, description="Texts a forward pass.")
+    encoder: str | None = Field(
+        default=None, description="Name of an encoder of the project, whose text tower is used."
+    )
+    batch_size: int = Field(default=256, ge=1, description="Texts per forward pass.")
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Of a sentence encoder: auto (CUDA when there, else CPU), cpu, cuda or cuda:<index>.",
+        description="Of a `model`: auto (CUDA if available, else CPU), cpu, cuda or cuda:<index>.",
     )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TextEncoderSettings":
         if (self.model is None) == (self.encoder is None):
-            raise ValueError("give `model` or `encoder`, one of both")
+            raise ValueError("give either `model` or `encoder`")
         return self

@@ -225,7 +225,7 @@ def _explained_steps(record: Record, judged: str, by_name: Mapping[str, CatalogS
 
 
 def _step_columns(step: Step, by_name: Mapping[str, CatalogScore]) -> dict[str, str]:
-    """Write what a step's row shows besides the verdict, by column."""
+    """Write the columns of a step's row, except the verdict."""
     number = step["step"]
     columns = {"step": str(number), "text": sql.text(step["text"])}
     if step["threshold"] is not None:

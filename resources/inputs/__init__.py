@@ -1,1 +1,1 @@
-"""Files that a user brings besides the pool: targets, external scores, word lists, hyperbolic embeddings."""
+"""Files that a user provides in addition to the pool: targets, imported scores, word lists, hyperbolic embeddings."""

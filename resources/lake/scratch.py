@@ -69,7 +69,7 @@ class WorkFolder:
         return json.loads(self.lake.fs.cat_file(place)) if self.lake.fs.exists(place) else {}
 
     def is_of(self, provenance: str) -> bool:
-        """Return whether the work began with this digest of a provenance, for states that hold it."""
+        """Return whether the state holds this digest of a provenance."""
         return bool(self.state.get("provenance") == provenance)
 
     def is_complete(self, names: Collection[str]) -> bool:

@@ -342,7 +342,7 @@ def test_a_version_that_rests_on_sieve_is_made_again_from_the_pool(described, tm
         (("scores", "sieve"), {"blip": ["own"]}, "no captioner 'blip'"),
         (("scores", "sieve"), {"coca": ["minilm"]}, "no text encoder 'minilm'"),
         (("text_encoders", "own"), {"encoder": "large"}, "no encoder 'large'"),
-        (("text_encoders", "own"), {}, "one of both"),
+        (("text_encoders", "own"), {}, "give either `model` or `encoder`"),
     ],
 )
 def test_the_yaml_says_what_is_wrong_with_it(described, path, value, message):
