@@ -196,7 +196,7 @@ def require_no_cycle(settings: ProjectSettings, field: str, asset: str, recipe: 
     waiting, seen = [recipe], {recipe}
     while waiting:
         name = waiting.pop()
-        if name is None:
+        if name is None or name not in settings.recipes:  # which `require_recipe` refuses
             continue
         read = scores.of_recipe(name)
         if asset in read:

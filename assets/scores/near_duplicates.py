@@ -207,11 +207,11 @@ def near_duplicates(shard: Shard) -> Result:
     return Result(table, {"rows_compared": len(compared), **score_stats("near_duplicate", compared)})
 
 
-def _validate_recipes(settings: ProjectSettings) -> None:
-    scores = Scores(settings)
+def _validate(settings: ProjectSettings) -> None:
+    require_encoders(settings, "scores.near_duplicates", configured(settings))
     ordering = [
         name
-        for name, score in scores.by_name.items()
+        for name, score in Scores(settings).by_name.items()
         if score.column.sql_type != "VARCHAR" and score.kind is not NEAR_DUPLICATES
     ]
     for encoder, chosen in configured(settings).items():
@@ -220,6 +220,10 @@ def _validate_recipes(settings: ProjectSettings) -> None:
                 f"scores.near_duplicates.{encoder}.best: there is no such score to order rows by. "
                 f"Remedy: one of {ordering}"
             )
+
+
+def _validate_recipes(settings: ProjectSettings) -> None:
+    scores = Scores(settings)
     for encoder, chosen in configured(settings).items():
         field, asset = f"scores.near_duplicates.{encoder}", f"near_duplicates/{encoder}"
         require_recipe(settings, f"{field}.of", chosen.recipe)
@@ -240,7 +244,7 @@ NEAR_DUPLICATES = ScoreKind(
     configured=configured,
     instances=lambda settings: [{"encoder": encoder} for encoder in configured(settings)],
     upstream=lambda settings: (duplicate_search.declare(settings, encoder=e) for e in configured(settings)),
-    validate=lambda settings: require_encoders(settings, "scores.near_duplicates", configured(settings)),
+    validate=_validate,
     validate_recipes=_validate_recipes,
     starts_from=lambda asset: _settings(asset).recipe,
     made_from=_made_from,

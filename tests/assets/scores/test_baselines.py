@@ -340,7 +340,7 @@ def test_a_recipe_may_be_a_file_and_its_path_begins_at_the_projects_folder(scena
     ("recipe", "message"),
     [
         ("absent.yaml", "absent.yaml: no such recipe file"),
-        ({"file": "mine.yaml"}, "mine.yaml: it wants names for encoder"),
+        ({"file": "mine.yaml"}, "mine.yaml: it needs names for encoder"),
         ({"file": "mine.yaml", "names": {"encoder": "tiny"}, "steps": []}, "has `file` and `names`"),
         ({"file": "mine.yaml", "names": {"encoder": "large"}}, "there is no score 'clip_score/large'"),
         ({"file": "list.yaml"}, "list.yaml: expected one recipe"),

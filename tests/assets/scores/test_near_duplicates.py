@@ -421,7 +421,7 @@ def test_what_a_score_reads_is_gone_and_the_message_says_what_to_do(scenario: Sc
     state.unlink()
     scenario.open().lake.remove(TOLD, "00001")
     said = scenario.run().failures[TOLD]
-    assert f"{state.parent}: not the rows that {SEARCH} tells of. Remedy: remove" in said
+    assert f"{state.parent}: these are not the rows of the stored {SEARCH}. Remedy: remove" in said
     scenario.open().lake.remove(SEARCH)
     assert scenario.run().failures == {}
     assert told(scenario.open()) == wanted
@@ -555,7 +555,6 @@ def test_the_better_row_may_be_told_by_rounds_and_the_version_is_made_again(scen
     assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
 
 
-@pytest.mark.usefixtures("finished")
 def test_a_version_is_made_again_from_its_record_also_without_a_shard_that_was_compared(
     scenario: Scenario, tmp_path: Path
 ) -> None:
@@ -579,7 +578,7 @@ def test_a_version_of_rows_of_a_subset_is_chosen_again_and_not_rebuilt(scenario:
     version = scenario.subset("apart")
     folder = choose_again(scenario.open().lake, version.lineage, tmp_path / "again")
     assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
-    with pytest.raises(LakeError, match="duplicate_search/tiny began with subset/clip_third"):
+    with pytest.raises(LakeError, match="duplicate_search/tiny started from subset/clip_third"):
         rebuild(version.lineage, tmp_path / "rebuilt")
 
 

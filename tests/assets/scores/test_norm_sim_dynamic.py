@@ -392,7 +392,7 @@ def test_a_version_that_rests_on_rounds_of_a_subset_is_chosen_again_and_not_rebu
     version = scenario.subset("pruned")
     folder = choose_again(scenario.open().lake, version.lineage, tmp_path / "again")
     assert (folder / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
-    with pytest.raises(LakeError, match="dynamic_rounds/tiny began with subset/clip_third"):
+    with pytest.raises(LakeError, match="dynamic_rounds/tiny started from subset/clip_third"):
         rebuild(version.lineage, tmp_path / "rebuilt")
 
 
