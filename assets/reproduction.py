@@ -78,7 +78,7 @@ def choose_again(
 def rebuild(record: Mapping[str, Any], folder: Path, kinds: Kinds = KINDS) -> Path:
     """Reproduce a version from the pool: every row, embedding, draw and score that it needs, and the selection.
 
-    Needs the pool, the models, the targets and the uid list where the record says, and nothing else. An interrupted
+    Needs the pool, the models, the targets and the uid list at the recorded paths, and nothing else. An interrupted
     call resumes: existing files are not computed again.
 
     Args:

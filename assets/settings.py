@@ -1,6 +1,6 @@
 """The YAML of a project, read and checked, with the settings of every score kind.
 
-Here: the model of the file and its error messages. Not here: what a score's settings mean (its module in
+Here: the model of the file and its error messages. Not here: the meaning of a score's settings (its module in
 `assets.scores`), nor pools, encoders and targets (`resources.settings`).
 """
 

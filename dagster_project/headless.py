@@ -1,8 +1,8 @@
-"""The whole path without a browser: discover shards, then compute what is missing or stale, in order.
+"""The whole path without a browser: discover shards, then compute missing and stale files, in order.
 
 Each asset gets a Dagster run of its own over only the shards that need it. So the UI shows the history, a bad shard
 stops no other shard, and nothing is computed twice. The embeddings by several encoders share a run, because they share
-the images. Only the lake's provenance decides what is stale.
+the images. Only the lake's provenance decides about staleness.
 """
 
 import contextlib

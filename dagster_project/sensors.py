@@ -1,4 +1,4 @@
-"""Automation: three sensors that find out what is to be done and request runs. They compute nothing.
+"""Automation: three sensors that find the work to be done and request runs. They compute nothing.
 
 All are level-triggered: every tick compares the pool's listing with the lake's provenance, so no event can be lost. A
 cursor only saves work and bounds retries; after "reset cursor" everything is looked at and tried again.

@@ -30,7 +30,7 @@ class Dep:
     Attributes:
         key: its key, in which `{names}` are filled in.
         fresh: a partition of it must be up to date, not merely there. Unpartitioned assets always must.
-        recorded: its fingerprint is recorded in the provenance under its key. Otherwise `inputs` records what is read.
+        recorded: the provenance has its fingerprint, under its key. Otherwise `inputs` records the files that are read.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Template:
         description: its description there, with `{names}`.
         pool: Dagster's concurrency pool: `gpu` or `cpu`.
         parameters: settings that its rows depend on, JSON values, for provenance.
-        inputs: fingerprints of inputs besides the recorded `deps`, by name; raises NotReady.
+        inputs: fingerprints of further inputs, by name; raises NotReady.
         function: the decorated function.
     """
 

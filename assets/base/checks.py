@@ -36,7 +36,7 @@ class Finding:
     Attributes:
         passed: whether the condition holds.
         figures: numbers for the UI, JSON values.
-        why: when it does not hold, what is wrong and where first.
+        why: when it does not hold, the fault and its first place.
     """
 
     passed: bool

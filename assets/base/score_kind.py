@@ -27,7 +27,7 @@ class ScoreKind(Generic[S]):
 
     Attributes:
         name: its name in the YAML, under `scores`.
-        asset: the template of its asset, whose key begins with the kind's own name in recipes.
+        asset: the template of its asset.
         settings: the type of the YAML's field, as pydantic takes it; None for a kind whose field is one of
             `ProjectSettings` itself.
         default: the value of the field where the YAML leaves it out.
@@ -200,7 +200,9 @@ def require_no_cycle(settings: ProjectSettings, field: str, asset: str, recipe: 
             continue
         read = scores.of_recipe(name)
         if asset in read:
-            raise ValueError(f"{field}: recipe {name!r}, which it begins with, reads {asset}. Remedy: another recipe")
+            raise ValueError(
+                f"{field}: recipe {name!r} reads {asset}, which is computed over its subset. Remedy: another recipe"
+            )
         starts = {scores.starts_from(score) for score in read}
         found = {*settings.recipes[name].recipes, *starts} - seen
         waiting.extend(found)

@@ -1,7 +1,7 @@
 """The table that recipes select from: pool rows and scores of the lake's files, cached for the next recipe.
 
 Here: which files become that table, and when it can be reused. Not here: how files are joined
-(`resources.lake.pool_scores`), how a recipe selects (`selection.recipes.execute`), and what is written of a selection
+(`resources.lake.pool_scores`), how a recipe selects (`selection.recipes.execute`), and writing a selection
 (`assets.subsets.subset`).
 """
 
@@ -48,7 +48,7 @@ class CachedTable:
         Args:
             lake: the lake.
             scores: asset and column of every score.
-            pool_columns: columns of `raw_pool` besides uid, shard and key.
+            pool_columns: columns of `raw_pool` apart from uid, shard and key.
             shards: the fingerprint of each file, by shard and asset.
         """
         pool = {shard: read["raw_pool"] for shard, read in shards.items()}

@@ -1,6 +1,6 @@
 """Assets of one file: the decorator `unpartitioned`, and how Dagster runs such an asset.
 
-Here: assets that are skipped when the lake holds what a run would write. Not here: any computation, and subsets, of
+Here: assets that are skipped when their file is up to date. Not here: any computation, and subsets, of
 which every version stays.
 """
 

@@ -1,6 +1,6 @@
-"""Checks of a subset's version: its size follows from the recipe, and DataComp's array is one that can be searched.
+"""Checks of a subset's version: its size follows from the recipe, and DataComp's array can be searched by bisection.
 
-Here: the checks. They are looked at before a version is written, and again on the files whenever it is told of.
+They run before a version is written, and again on its files in every run of the subset.
 """
 
 from collections.abc import Mapping
@@ -18,18 +18,19 @@ from resources.lake.versions import Version, Versions
 from selection.recipes.recipe import Recipe
 
 DESCRIPTIONS = {
-    "size": "Each step kept floor(rows that the recipe began with × fraction), or the count, or all that entered if "
-    "those were fewer; `stratify` that of each stratum; by DataComp's rule one more, and all that are equal to it. The "
-    "manifest has as many rows as the last step kept, and so has the array, or as many as were drawn.",
-    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), the manifest's uids, each once, or as often "
-    "as it was drawn.",
-    "uids_unique_across_shards": "No uid is there twice; where one is, its first row stays and others are left out.",
+    "size": "Every step kept the number of rows its recipe asks for: floor(N × fraction) of the starting rows, or "
+    "`count`, capped by what was left; `stratify` in each stratum; DataComp's rule keeps one more, and ties. The "
+    "manifest has the rows of the last step, and the array has them too, or the drawn samples.",
+    "uids_sorted_and_unique": "The `.npy` is `u8,u8`, sorted by (f0, f1), and has the manifest's uids, each once or as "
+    "often as it was drawn.",
+    "uids_unique_across_shards": "Every uid occurs once. Of repeated uids, the first row stays and the others are left "
+    "out.",
 }
 BLOCKING = ("size", "uids_sorted_and_unique")
 
 
 def specs(key: str) -> list[dg.AssetCheckSpec]:
-    """Declare the checks to Dagster."""
+    """Return the checks as Dagster declares them."""
     return [
         dg.AssetCheckSpec(name, asset=asset_key(key), description=text, blocking=name in BLOCKING)
         for name, text in DESCRIPTIONS.items()
@@ -39,13 +40,13 @@ def specs(key: str) -> list[dg.AssetCheckSpec]:
 def examine_subset(
     lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, strata: Mapping[int, pa.Table]
 ) -> dict[str, dict[str, Any]]:
-    """Look at the checks; give the findings as JSON values, by the check's name.
+    """Run the checks; return the findings as JSON values, by the check's name.
 
     Args:
         lineage: the lineage record.
         manifest: f0 and f1 of the selected rows; where they were drawn, copies.
         uids: DataComp's array.
-        strata: for each `stratify` step, by its number, the version's table of them.
+        strata: the table of strata of each `stratify` step, by its number.
     """
     duplicates = lineage["source"]["duplicates"]
     found = {
@@ -63,7 +64,7 @@ def examine_subset(
 
 
 def examine_before_the_record(lake: Lake, version: Version) -> None:
-    """Look at the checks of files that are about to become a version.
+    """Run the checks of files that are about to become a version.
 
     Raises:
         CheckFailed: a blocking one failed.
@@ -74,7 +75,7 @@ def examine_before_the_record(lake: Lake, version: Version) -> None:
 
 
 def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
-    """Look at the checks of a version's files."""
+    """Run the checks of a version's files."""
     with lake.fs.open(version.uids) as file:
         uids = np.lib.format.read_array(file, allow_pickle=False)
     columns = ("f0", "f1", "copies") if _drawn(version.lineage) else ("f0", "f1")
@@ -93,7 +94,7 @@ def _drawn(lineage: Mapping[str, Any]) -> bool:
 
 
 def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, strata: Mapping[int, pa.Table]) -> str:
-    """Tell what is wrong with the numbers of rows, if anything is."""
+    """Return what differs from the numbers of rows that the recipe asks for; empty if nothing does."""
     basis = entered = lineage["source"]["rows"]
     recipe = Recipe.model_validate(lineage["definition"])
     for step, report in zip(recipe.steps, lineage["steps"], strict=True):
@@ -121,7 +122,7 @@ def _size(lineage: Mapping[str, Any], manifest: pa.Table, uids: np.ndarray, stra
 
 
 def _order(manifest: pa.Table, uids: np.ndarray) -> str:
-    """Tell what is wrong with DataComp's array, if anything is."""
+    """Return how DataComp's array differs from the manifest in order; empty if it does not."""
     if uids.dtype != UID_DTYPE:
         return f"its dtype is {uids.dtype}, not u8,u8"
     f0, f1 = uids["f0"], uids["f1"]

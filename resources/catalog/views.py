@@ -49,7 +49,7 @@ _TARGET_COLUMNS = {
 }
 _VERSION = "v[0-9]*"
 _VISIBLE = "[!.]*"
-"""Pattern of a name: temporary files begin with a dot, and DuckDB's `*` would match them."""
+"""Pattern of a name: temporary files start with a dot, and DuckDB's `*` would match them."""
 
 
 def catalog_views(root: Path, scores: Scores) -> dict[str, str]:

@@ -473,12 +473,12 @@ def forget(scenario: Scenario) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"of": "subset/apart"}, "tiny.of: recipe 'apart', which it begins with, reads near_duplicates/tiny"),
-        ({"of": "subset/outer"}, "tiny.of: recipe 'apart', which it begins with, reads near_duplicates/tiny"),
+        ({"of": "subset/apart"}, "tiny.of: recipe 'apart' reads near_duplicates/tiny"),
+        ({"of": "subset/outer"}, "tiny.of: recipe 'apart' reads near_duplicates/tiny"),
         ({"of": "subset/none"}, "tiny.of: there is no recipe 'none'"),
         (
             {"best": "norm_sim_dynamic/tiny"},
-            "scores.norm_sim_dynamic.tiny.of: recipe 'apart', which it begins with, reads norm_sim_dynamic/tiny",
+            "scores.norm_sim_dynamic.tiny.of: recipe 'apart' reads norm_sim_dynamic/tiny",
         ),
         (
             {"best": "clip_score/none"},

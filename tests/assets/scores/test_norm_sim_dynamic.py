@@ -356,8 +356,8 @@ def test_a_killed_run_goes_on_behind_its_last_whole_round(scenario: Scenario) ->
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("pruned", "recipe 'pruned', which it begins with, reads norm_sim_dynamic/tiny"),
-        ("outer", "recipe 'pruned', which it begins with, reads norm_sim_dynamic/tiny"),
+        ("pruned", "recipe 'pruned' reads norm_sim_dynamic/tiny"),
+        ("outer", "recipe 'pruned' reads norm_sim_dynamic/tiny"),
         ("none", "there is no recipe 'none'"),
     ],
 )

@@ -118,7 +118,8 @@ def test_a_version_that_was_not_chosen_from_the_shard_as_it_is_is_refused(scenar
     assert not result.success
     failure = next(e for e in result.all_events if e.is_step_failure).step_failure_data.user_failure_data
     assert failure.metadata["failed_shards"].value == ["00001"]
-    assert "was not selected from shard 00001 as it is now. Remedy: materialize subset/clip_third" in failure.description
+    text = "was not selected from shard 00001 as it is now. Remedy: materialize subset/clip_third"
+    assert text in failure.description
     assert {path.stem for path in folder(scenario).glob("*.parquet")} == {"00000", "00002"}
 
     scenario.run()
