@@ -120,8 +120,6 @@ def test_a_shard_that_fails_is_tried_a_few_times_alone_and_the_subset_goes_on_wi
     assert list(automation.subset().lineage["shards_missing"]) == ["00001"]
     quiet = "Nothing has changed; everything is up to date, except for 1 "
     assert automation.skipped["follow_shards"].startswith(quiet)
-        "Nothing has changed; everything is up to date, except for 1 "
-    )
     automation.assert_as_headless()
 
     assert automation.settle() == []
@@ -251,7 +249,6 @@ def test_a_subset_that_fails_is_tried_a_few_times_and_the_others_go_on(automatio
     assert runs[-1] == ("catalog", "")
     assert sum("subset/none" in keys for keys, _ in runs) == ATTEMPTS
     assert automation.subset().name == "v0001"
-    assert (
     reason = automation.skipped["refresh_subsets"]
     assert "subset/none" in reason or "except for 1" in reason
     assert automation.settle() == []
