@@ -82,7 +82,7 @@ def _source(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     deps=[],
     columns=RAW_POOL_SCHEMA,
     checks=[lambda _: ROWS_AND_REJECTS, lambda _: UIDS_UNIQUE],
-    code_version="1",
+    code_version="2",
     group_name="pool",
     kinds={"parquet"},
     pool="cpu",

@@ -20,11 +20,12 @@ Reasons for which a sample is rejected:
 | caption_missing | no .txt, and no caption in a sidecar, .json, table or column |
 | caption_empty | nothing, or white space only |
 | caption_too_long | more than `max_caption_chars` |
-| metadata_invalid | its .json cannot be read, and there is no sidecar row |
-| uid_invalid | its uid is not 32 hexadecimal digits |
+| metadata_invalid | its .json cannot be read, and the sidecar does not have its uid |
+| uid_invalid | its uid is not 32 hexadecimal digits (in any case, as a UUID with dashes, or as 16 bytes) |
 | duplicate_uid | its uid occurred before in the shard (the first one stays) |
 | download_failed | a sidecar row whose status is not success; nothing was stored |
 | missing_from_tar | a sidecar row with status success and no members in the tar |
+| missing_from_parquet | its key is not in the sidecar, which has the uids of the others, and its .json has no uid |
 | embedding_not_finite | NaN or infinity in an embedding of an encoder in use |
 | embedding_not_unit | the norm of such an embedding differs from 1 by more than 0.01 |
 
@@ -32,7 +33,8 @@ A caption that is not valid UTF-8 is no reason: it is repaired with replacement 
 true (caption_bad_utf8 in other tools).
 
 Captions are kept unchanged, except for line ends at their end. The .txt is the caption; without one, the sidecar's or
-.json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content.
+.json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content. `resources.pools.samples`
+has the rules by which descriptions of one sample are joined.
 """
 
 import hashlib

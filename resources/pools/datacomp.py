@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
+from resources.pools.samples import column_values, encodable, is_null, normal_uid, nothing_usable
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -201,7 +202,8 @@ class DatacompPool:
             }
             for row in np.flatnonzero(~faults.good).tolist()
         ]
-        return ShardRead(rows, pools.rejects_table(name, rejects), notes)
+        rejected = pools.rejects_table(name, rejects)
+        return ShardRead(rows, rejected, [*notes, *nothing_usable(rows.num_rows, rejected)])
 
     def _judge_captions(self, captions: pa.Array, faults: _Faults) -> None:
         missing = _bools(pc.is_null(captions))
@@ -368,6 +370,9 @@ def _read_parquet(url: str) -> dict[str, pa.Array]:
             columns[column] = pa.nulls(table.num_rows, kind)
             continue
         found = _flat(table[source])
+        if column == "uid":
+            columns[column] = _normal_uids(found)
+            continue
         try:
             columns[column] = found if pa.types.is_string(found.type) else found.cast(kind)
         except pa.ArrowException as error:
@@ -378,6 +383,28 @@ def _read_parquet(url: str) -> dict[str, pa.Array]:
             finite = pc.is_finite(columns[column])
             columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
     return columns
+
+
+def _normal_uids(column: pa.Array) -> pa.Array:
+    """Return uids as 32 lower-case hexadecimal digits; others stay, with their type unless they are text."""
+    if pa.types.is_string(column.type):
+        text = column
+    elif pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+        text = column.cast(pa.string())
+    else:
+        text = None
+    if text is not None:
+        with contextlib.suppress(pa.ArrowInvalid):  # no UTF-8
+            lower = pc.utf8_lower(text)
+            if pc.all(pc.match_substring_regex(lower, f"^{pools.UID.pattern}$"), min_count=0).as_py():
+                return lower
+    uids = [None if is_null(value) else normal_uid(value) or _unusable(value) for value in column_values(column)]
+    return pa.array(uids, pa.string())
+
+
+def _unusable(value: object) -> str:
+    """Return a value that is not a uid as text that cannot be taken for one."""
+    return encodable(value)[0] if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
 
 
 def _flat(column: Any) -> pa.Array:

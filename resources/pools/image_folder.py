@@ -40,6 +40,7 @@ from resources.pools.samples import (
     ShardSamples,
     check_image,
     encodable,
+    merge_descriptions,
     shown,
 )
 from resources.settings import PoolColumns, PoolSettings, available_cores
@@ -190,9 +191,10 @@ class ImageFolderPool:
         for table, prefix in tables:
             for name, row in _table(table.url, self.settings.columns):
                 if name.startswith(prefix) and (folder or "/" not in name):
-                    kept = rows.setdefault(name.removeprefix(prefix), row)
-                    repeated += kept is not row
-        notes = [f"ignored {repeated} table rows of images that had one before"] if repeated else []
+                    inside = name.removeprefix(prefix)
+                    repeated += inside in rows
+                    rows[inside] = merge_descriptions(rows.get(inside, {}), row)
+        notes = [f"{repeated} table rows of images that had one before only fill in missing values"] if repeated else []
         return rows, notes
 
     def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:

@@ -1,4 +1,7 @@
-"""Checks of one sample at a time, for formats that store images: a sample becomes a row or a reject.
+"""Rules that all pool formats share: joining descriptions of one sample, and checking a sample's parts.
+
+A sample may be described in several places (a Parquet file, a .json, a table). Each field has the first value that is
+not null, in the format's order of places. Places are joined by key; uids and keys have several spellings.
 
 Here: keys, captions, images and uids, and the reasons for rejecting them (the table is in `resources.pools.base`).
 Not here: how a format finds a sample's parts.
@@ -7,7 +10,9 @@ Not here: how a format finds a sample's parts.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +21,7 @@ import pyarrow as pa
 from resources.pools import base
 from resources.settings import PoolSettings
 from resources.storage import images
+from resources.storage.tar_samples import IMAGE_SUFFIXES
 
 METADATA = (
     "url",
@@ -26,6 +32,9 @@ METADATA = (
     "clip_l14_similarity_score",
 )
 """Fields of a sample's metadata that become columns of `raw_pool`."""
+
+_DASHED = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_NUMBER = re.compile(r"0*([0-9]+?)(\.0+)?")
 
 
 class RejectedError(ValueError):
@@ -159,7 +168,8 @@ class ShardSamples:
     def result(self, notes: list[str]) -> base.ShardRead:
         """Return the shard's rows and rejects."""
         rows = pa.Table.from_pylist(self._rows, base.RAW_POOL_SCHEMA)
-        return base.ShardRead(rows, base.rejects_table(self.shard, self._rejects), notes)
+        rejects = base.rejects_table(self.shard, self._rejects)
+        return base.ShardRead(rows, rejects, [*notes, *nothing_usable(rows.num_rows, rejects)])
 
     def _caption(self, given: str | bytes | None) -> tuple[str, bool]:
         if given is None:
@@ -180,15 +190,103 @@ class ShardSamples:
         return caption, repaired
 
     def _uid(self, given: object, digest: bytes, caption: str) -> str:
-        if given is None:
+        if is_null(given):
             uid = base.content_uid(digest, caption)
         else:
-            uid = str(given).lower()
-            if not base.UID.fullmatch(uid):
+            parsed = normal_uid(given)
+            if parsed is None:
                 raise RejectedError("uid_invalid", f"{str(given)[:80]!r} is not 32 hexadecimal digits")
+            uid = parsed
         if uid in self._uids:
             raise RejectedError("duplicate_uid", f"the uid {uid} is also that of key {self._uids[uid]}")
         return uid
+
+
+def is_null(value: object) -> bool:
+    """Return whether a value of a description states nothing: None, NaN (pandas' null), or a blank string."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def merge_descriptions(*places: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first value of each field that is not None or NaN.
+
+    Args:
+        places: the descriptions of one sample, the most trusted first.
+    """
+    merged: dict[str, Any] = {}
+    for place in places:
+        for name, value in place.items():
+            if merged.get(name) is None and value == value:
+                merged[name] = value
+    return merged
+
+
+def normal_uid(value: object) -> str | None:
+    """Return a uid as 32 lower-case hexadecimal digits, or None if the value is not a uid.
+
+    Accepts text in any case, with the dashes of a UUID and with white space around it; 16 bytes; and `uuid.UUID`.
+    Integers are refused: their digits could be read as hexadecimal ones.
+    """
+    if isinstance(value, uuid.UUID):
+        return value.hex
+    if isinstance(value, bytes) and len(value) == 16:
+        return value.hex()
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    if not isinstance(value, str):
+        return None
+    text = value.strip().lower()
+    if _DASHED.fullmatch(text):
+        text = text.replace("-", "")
+    return text if base.UID.fullmatch(text) else None
+
+
+def normal_key(key: str) -> str:
+    """Return a key without folders, image suffix and leading zeros: `00000/000000012`, `12` and `12.0` are one key."""
+    name = key.rpartition("/")[2]
+    stem, _, suffix = name.rpartition(".")
+    if suffix.lower() in IMAGE_SUFFIXES:
+        name = stem
+    number = _NUMBER.fullmatch(name)
+    return name if number is None else number[1]
+
+
+def match_keys(samples: Iterable[str], described: Collection[str]) -> dict[str, str]:
+    """Match the keys of samples to the keys of their descriptions.
+
+    A key matches the same key, else the only one that `normal_key` makes the same.
+
+    Returns:
+        The description's key by the sample's, for the samples that have one.
+    """
+    ours = list(dict.fromkeys(samples))
+    found = {key: key for key in ours if key in described}
+    if len(found) == len(ours):
+        return found
+    sides = [Counter(map(normal_key, keys)) for keys in (ours, described)]
+    by_normal = {normal: key for key in described if sides[1][normal := normal_key(key)] == 1}
+    for key in ours:
+        other = by_normal.get(normal_key(key))
+        if key not in found and other is not None and sides[0][normal_key(key)] == 1:
+            found[key] = other
+    return found
+
+
+def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Return a column's values; strings that are no UTF-8 as bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.binary()).to_pylist()
+
+
+def nothing_usable(rows: int, rejects: pa.Table) -> list[str]:
+    """Return a note if a shard has rejects and no row: how many of each reason, and the details of the first."""
+    if rows or not rejects.num_rows:
+        return []
+    counts = Counter(rejects["reason"].to_pylist()).most_common()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+    return [f"no sample of this shard is usable: {reasons} (the first: {rejects['detail'][0]})"]
 
 
 def encodable(text: str) -> tuple[str, bool]:

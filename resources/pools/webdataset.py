@@ -1,12 +1,15 @@
 """The format `webdataset`: shards as img2dataset writes them, a tar and perhaps a Parquet file beside it.
 
+A sample's caption is its .txt, else the Parquet file's, else its .json's. Every other field is the first that is not
+null of Parquet file and .json; a uid that neither has is a hash of the content.
+
 Which members form a sample is decided in `resources.storage.tar_samples`. Members with other suffixes are ignored and
 noted.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +25,11 @@ from resources.pools.samples import (
     RejectedError,
     ShardSamples,
     check_image,
+    column_values,
     encodable,
+    is_null,
+    match_keys,
+    merge_descriptions,
     shown,
 )
 from resources.settings import PoolSettings, available_cores
@@ -92,7 +99,7 @@ class WebdatasetPool:
                 f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet."
             )
         url = parts["tar"].url
-        sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else {}
+        sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else _Sidecar("")
         with files.mapped(url) as view:
             try:
                 index = tars.walk(view, url)
@@ -101,18 +108,70 @@ class WebdatasetPool:
             groups, unrelated = group_samples(index)
             if not groups:
                 raise pools.empty_shard(name, url)
+            sidecar.match([group.key for group in groups])
             shard = _Shard(name, self.settings, view, sidecar)
             with ThreadPoolExecutor(available_cores()) as threads:
                 # Decoding and hashing release the interpreter's lock.
                 for group, image in zip(groups, threads.map(shard.check, groups), strict=True):
                     shard.add(group, image)
         shard.add_sidecar_only()
-        notes = []
+        notes = list(sidecar.notes)
         if index.fault is not None:
             notes.append(f"{name}.tar is incomplete ({index.fault}); the samples before that point are used")
         if unrelated:
             notes.append(f"ignored members that are no part of a sample: {shown(unrelated)}")
         return shard.samples.result(notes)
+
+
+class _Sidecar:
+    """The Parquet file beside a tar.
+
+    Args:
+        url: its place, for messages.
+        rows: its rows by key.
+        notes: remarks about the file, one sentence each.
+    """
+
+    def __init__(self, url: str, rows: Mapping[str, dict[str, Any]] | None = None, notes: Sequence[str] = ()) -> None:
+        self.url = url
+        self.rows = rows or {}
+        self.notes = list(notes)
+        self.has_uids = any(not is_null(row.get("uid")) for row in self.rows.values())
+        self._matched: dict[str, str] = {}
+
+    def match(self, keys: Sequence[str]) -> None:
+        """Match the file's keys to those of the tar's samples.
+
+        Raises:
+            PoolError: fewer than half of the tar's keys are in the file.
+        """
+        if not self.rows:
+            return
+        self._matched = match_keys(keys, self.rows)
+        if 2 * len(self._matched) < len(set(keys)):
+            ours = next(key for key in keys if key not in self._matched)
+            theirs = next((key for key in self.rows if key not in self._matched.values()), next(iter(self.rows)))
+            raise PoolError(
+                f"{self.url}: only {len(self._matched)} of the tar's {len(set(keys))} keys are in this parquet. The "
+                f"tar has {encodable(ours)[0]!r}, for example, and the parquet has {encodable(theirs)[0]!r}. Remedy: "
+                "write the tar's keys into its column `key`, or remove it if the tar alone describes its samples."
+            )
+        other = [(ours, theirs) for ours, theirs in self._matched.items() if ours != theirs]
+        if other:
+            ours, theirs = other[0]
+            self.notes.append(
+                f"{len(other)} keys are spelt differently in tar and parquet, such as {encodable(ours)[0]} and {theirs}"
+            )
+
+    def row(self, key: str) -> Mapping[str, Any] | None:
+        """Return the row of a sample of the tar."""
+        matched = self._matched.get(key)
+        return None if matched is None else self.rows[matched]
+
+    def unmatched(self) -> dict[str, dict[str, Any]]:
+        """Return the rows that have no sample in the tar."""
+        matched = set(self._matched.values())
+        return {key: row for key, row in self.rows.items() if key not in matched}
 
 
 class _Shard:
@@ -122,7 +181,7 @@ class _Shard:
         name: the shard's.
         settings: the pool's.
         view: the tar's bytes.
-        sidecar: the rows of the Parquet file beside it, by key.
+        sidecar: the Parquet file beside it.
     """
 
     def __init__(
@@ -130,7 +189,7 @@ class _Shard:
         name: str,
         settings: PoolSettings,
         view: memoryview,
-        sidecar: Mapping[str, dict[str, Any]],
+        sidecar: _Sidecar,
     ) -> None:
         self.samples = ShardSamples(name, settings)
         self.view = view
@@ -151,10 +210,8 @@ class _Shard:
 
     def add_sidecar_only(self) -> None:
         """Reject the sidecar's rows that have no members in the tar."""
-        for key, row in self.sidecar.items():
-            if key in self.samples.keys:
-                continue
-            if row.get("status", "success") != "success":
+        for key, row in self.sidecar.unmatched().items():
+            if _failed(row):
                 detail = f"{row['status']}: {row.get('error_message') or 'no message'}"
                 rejected = RejectedError("download_failed", detail)
             else:
@@ -183,22 +240,32 @@ class _Shard:
         return self.samples.row(key, image, caption, metadata, offset=sample.image.offset)
 
     def _metadata(self, sample: TarSample) -> Mapping[str, Any]:
-        """Return the sidecar's row, else the .json, else nothing."""
-        if sample.key in self.sidecar:
-            return self.sidecar[sample.key]
+        """Return the sample's description, merged from the Parquet file and the .json."""
+        row = self.sidecar.row(sample.key)
+        metadata = merge_descriptions(row or {}, self._json(sample, row))
+        if row is None and self.sidecar.has_uids and is_null(metadata.get("uid")):
+            raise RejectedError("missing_from_parquet", "the parquet has the uids of other samples, and not this key")
+        return metadata
+
+    def _json(self, sample: TarSample, row: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if sample.json is None:
             return {}
         try:
             metadata = json.loads(self._bytes(sample.json))
+            if isinstance(metadata, dict):
+                return metadata
+            fault = "not an object"
         except (ValueError, RecursionError) as error:
-            raise RejectedError("metadata_invalid", f"{sample.json.name}: {error}") from error
-        if not isinstance(metadata, dict):
-            raise RejectedError("metadata_invalid", f"{sample.json.name}: not an object")
-        return metadata
+            fault = str(error)
+        if row is not None and not is_null(row.get("uid")):
+            return {}  # the sample's identity is known without it
+        raise RejectedError("metadata_invalid", f"{sample.json.name}: {fault}")
 
 
-def _read_sidecar(url: str) -> dict[str, dict[str, Any]]:
-    """Return the Parquet file's rows by key.
+def _read_sidecar(url: str) -> _Sidecar:
+    """Read the Parquet file beside a tar.
+
+    Of rows with one key the first successful one is used, else the first. Rows without a key are left out.
 
     Raises:
         PoolError: it cannot be read, or has no key column.
@@ -215,12 +282,31 @@ def _read_sidecar(url: str) -> dict[str, dict[str, Any]]:
     if "key" not in names:
         raise PoolError(f"{url}: the parquet has no column `key`. {remedy}")
     rows: dict[str, dict[str, Any]] = {}
-    for row in table.to_pylist():
-        if row["key"] is None:
-            raise PoolError(f"{url}: a row has no key. {remedy}")
-        if rows.setdefault(str(row["key"]), row) is not row:
-            raise PoolError(f"{url}: the key {row['key']} is in it twice. {remedy}")
-    return rows
+    without_key, repeated = 0, []
+    columns = {name: column_values(table[name]) for name in table.column_names}
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        if is_null(row["key"]):
+            without_key += 1
+            continue
+        key = row["key"].decode(errors="surrogateescape") if isinstance(row["key"], bytes) else str(row["key"])
+        first = rows.setdefault(key, row)
+        if first is not row:
+            repeated.append(key)
+            if _failed(first) and not _failed(row):
+                rows[key] = row
+    file_name = url.rpartition("/")[2]
+    notes = []
+    if without_key:
+        notes.append(f"ignored rows of {file_name} without a key: {without_key}")
+    if repeated:
+        notes.append(f"keys that {file_name} has more than once, of which one row is used: {shown(repeated)}")
+    return _Sidecar(url, rows, notes)
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of the Parquet file is of a download that failed."""
+    return not is_null(row.get("status")) and row["status"] != "success"
 
 
 def _climbs(key: str) -> bool:

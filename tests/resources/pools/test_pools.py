@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -208,19 +209,123 @@ def test_sidecar_rows_without_members_are_rejected_not_lost(tmp_path: Path) -> N
     assert "404" in found.rejects["detail"][0].as_py()
 
 
+def test_a_sidecar_without_keys_is_an_error(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0)])
+    write_sidecar(tmp_path, [{"id": 1}])
+    with pytest.raises(PoolError, match=r"00000\.parquet.*no column `key`"):
+        read(tmp_path)
+
+
+def test_a_sidecar_that_matches_few_keys_is_an_error_with_one_key_of_each_side(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0), sample(1), sample(2)])
+    write_sidecar(tmp_path, [{"key": name, "uid": uid(name)} for name in ("000000001", "other-a", "other-b")])
+    with pytest.raises(PoolError, match=r"00000\.parquet: only 1 of the tar's 3 keys.*'000000000'.*'other-a'.*Remedy"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("ours", "theirs"),
     [
-        ([{"id": 1}], "no column `key`"),
-        ([{"key": "1"}, {"key": "1"}], "twice"),
-        ([{"key": "1"}, {"key": None}], "a row has no key"),
+        ("00000/{:09d}", "{:09d}"),
+        ("{:09d}", "train/{:09d}"),
+        ("{:09d}", "{}"),
+        ("00000/{:09d}", "{}.0"),
+        ("{:09d}", "{:09d}.jpg"),
     ],
 )
-def test_a_sidecar_that_cannot_be_matched_is_an_error(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    write_shard(tmp_path, [sample(0)])
+def test_spellings_of_a_key_are_joined_and_noted(tmp_path: Path, ours: str, theirs: str) -> None:
+    write_shard(tmp_path, [sample(n, key=ours.format(n), meta=None) for n in range(3)])
+    write_sidecar(tmp_path, [{"key": theirs.format(n), "uid": uid("side", n), "status": "success"} for n in range(3)])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", n) for n in range(3)]
+    assert found.rejects.num_rows == 0
+    assert [note for note in found.notes if "3 keys are spelt differently" in note]
+
+
+def test_integer_keys_are_joined(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(n, meta=None) for n in range(3)])
+    write_sidecar(tmp_path, [{"key": n, "uid": uid("side", n)} for n in range(3)])
+    assert read(tmp_path).rows["uid"].to_pylist() == [uid("side", n) for n in range(3)]
+
+
+def test_a_key_that_fits_two_samples_is_joined_to_neither(tmp_path: Path) -> None:
+    keys = ["a/0", "b/0", "c/1", "c/2", "c/3"]
+    write_shard(tmp_path, [sample(n, key=key, meta=None) for n, key in enumerate(keys)])
+    write_sidecar(tmp_path, [{"key": str(n), "uid": uid("side", n)} for n in range(4)])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", n) for n in (1, 2, 3)]
+    assert reasons(found) == {0: "missing_from_parquet", 1: "missing_from_parquet", 5: "missing_from_tar"}
+
+
+def test_no_sample_gets_a_uid_of_its_content_when_the_sidecar_has_the_uids(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0, meta=None), sample(1, meta=None), sample(2)])
+    write_sidecar(tmp_path, [{"key": "000000000", "uid": uid("side", 0)}, {"key": "000000002", "uid": None}])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", 0), uid("00000", 2)]
+    assert reasons(found) == {1: "missing_from_parquet"}
+
+
+def test_each_field_is_the_first_that_is_not_null(tmp_path: Path) -> None:
+    meta = {"uid": uid("json"), "caption": "of the json", "url": "src://json", "original_width": 7}
+    write_shard(tmp_path, [sample(0, text=None, meta=meta), sample(1, text=None, meta=meta | {"uid": uid(1)})])
+    rows = [
+        {"key": "000000000", "uid": None, "caption": None, "url": "src://parquet", "original_width": float("nan")},
+        {"key": "000000001", "uid": uid(2), "caption": "of the parquet", "url": None, "original_width": 9.0},
+    ]
     write_sidecar(tmp_path, rows)
-    with pytest.raises(PoolError, match=rf"00000\.parquet.*{message}"):
-        read(tmp_path)
+    fields = ["uid", "caption", "url", "original_width"]
+    assert [list(row.values()) for row in read(tmp_path).rows.select(fields).to_pylist()] == [
+        [uid("json"), "of the json", "src://parquet", 7],
+        [uid(2), "of the parquet", "src://json", 9],
+    ]
+
+
+def test_a_bad_row_of_the_sidecar_costs_itself(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(n, meta=None) for n in range(3)])
+    rows = [{"key": f"{n:09d}", "uid": uid("side", n), "status": "success"} for n in range(3)]
+    failed = {**rows[1], "uid": uid("other"), "status": "failed_to_download"}
+    write_sidecar(tmp_path, [rows[0], failed, rows[1], rows[2], rows[2], {**rows[0], "key": None}])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", n) for n in range(3)]
+    assert found.rejects.num_rows == 0
+    assert found.notes == [
+        "ignored rows of 00000.parquet without a key: 1",
+        "keys that 00000.parquet has more than once, of which one row is used: 000000001, 000000002",
+    ]
+
+
+def test_damaged_json_costs_a_sample_only_if_it_may_hold_the_uid(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0, meta=b"{"), sample(1, meta=b"{")])
+    write_sidecar(tmp_path, [{"key": "000000000", "uid": uid("side")}, {"key": "000000001", "uid": None}])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side")]
+    assert reasons(found) == {1: "metadata_invalid"}
+
+
+def spellings(value: str) -> list[Any]:
+    return [value.upper(), str(uuid.UUID(value)), f" {value}\n", bytes.fromhex(value), value.encode()]
+
+
+def test_spellings_of_a_uid_name_the_same_sample(tmp_path: Path) -> None:
+    plain = [uid("spelt", n) for n in range(3)]
+    for number in range(5):
+        given = [spellings(value)[number] for value in plain]
+        write_shard(tmp_path / f"tar{number}", [sample(n) for n in range(3)])
+        write_sidecar(tmp_path / f"tar{number}", [{"key": f"{n:09d}", "uid": given[n]} for n in range(3)])
+        assert read(tmp_path / f"tar{number}").rows["uid"].to_pylist() == plain
+        datacomp_shard(tmp_path / f"npz{number}", rows=3, columns={"uid": given})
+        assert read_datacomp(tmp_path / f"npz{number}").rows["uid"].to_pylist() == plain
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.decimal128(38)])
+def test_numbers_are_never_read_as_hexadecimal_uids_and_a_shard_without_rows_is_noted(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    digits = 10**17 if kind == pa.int64() else 10**31
+    datacomp_shard(tmp_path, rows=3, columns={"uid": pa.array([digits + n for n in range(3)], kind)})
+    found = read_datacomp(tmp_path)
+    assert set(reasons(found).values()) == {"uid_invalid"}
+    assert "no sample of this shard is usable: 3 uid_invalid" in found.notes[0]
 
 
 def test_a_damaged_sidecar_is_an_error(tmp_path: Path) -> None:
