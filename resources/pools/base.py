@@ -11,7 +11,7 @@ Reasons for which a sample is rejected:
 | key_invalid | its key is not valid UTF-8 |
 | shard_truncated | the tar ends or is damaged inside it |
 | duplicate_key | its key occurred before in the shard (the first one stays) |
-| image_missing | no .jpg, .jpeg, .png, .webp, .gif or .bmp, or a null in a column of images |
+| image_missing | no member, file or column value is its image |
 | image_empty | zero bytes |
 | image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF or BMP, or are damaged |
 | image_truncated | the image's data ends early |
@@ -132,7 +132,7 @@ class Pool(Protocol):
         """Return the fingerprint of each shard by name, from the listing alone.
 
         Raises:
-            PoolError: the folder or its shards are missing, or a name cannot be a partition.
+            PoolError: the folder or its shards are missing.
         """
 
     def read_shard(self, name: str) -> ShardRead:
@@ -204,13 +204,13 @@ def content_uid(image_sha256: bytes, caption: str) -> str:
 
 
 def list_folder(settings: PoolSettings) -> list[files.Listed]:
-    """List the files in the pool's folder.
+    """List the files in the pool's folder; hidden files (such as macOS's `._00000.tar`) are left out.
 
     Raises:
         PoolError: the folder is missing.
     """
     try:
-        return files.list_folder(settings.path)
+        return [file for file in files.list_folder(settings.path) if not file.name.startswith(".")]
     except FileNotFoundError as error:
         raise PoolError(
             f"the pool's folder {settings.path} does not exist. Set pool.path to the folder that "
@@ -220,6 +220,17 @@ def list_folder(settings: PoolSettings) -> list[files.Listed]:
         raise PoolError(
             f"the pool's path {settings.path} is a file. Set pool.path to the folder that holds it."
         ) from error
+
+
+def shard_name(stem: str) -> str:
+    """Return the name of a shard: the file's stem, or a stand-in if that cannot be a partition key and file name.
+
+    A shard with a stand-in is listed, so that it fails alone: reading it raises the error of `check_shard_name`.
+    """
+    if _SHARD_NAME.fullmatch(stem):
+        return stem
+    digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"unusable-name-{re.sub('[^A-Za-z0-9._-]+', '_', stem).strip('_')[:40]}-{digest}"
 
 
 def check_shard_name(name: str, url: str) -> str:

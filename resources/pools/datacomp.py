@@ -52,8 +52,9 @@ _COLUMNS = {  # of raw_pool: names in the file, of which the first that exists i
 
 @dataclass(slots=True)
 class _Parts:
-    """The files of a shard."""
+    """The files of a shard, and the stem of their names."""
 
+    stem: str
     parquet: files.Listed | None = None
     npz: files.Listed | None = None
     image: files.Listed | None = None
@@ -97,7 +98,8 @@ class DatacompPool:
         listed = pools.list_folder(self.settings)
         for folder in _FOLDERS:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                listed += files.list_folder(f"{self.settings.path.rstrip('/')}/{folder}")
+                inside = files.list_folder(f"{self.settings.path.rstrip('/')}/{folder}")
+                listed += [file for file in inside if not file.name.startswith(".")]
         shards: dict[str, _Parts] = {}
         for file in listed:
             retrieval = _RETRIEVAL.fullmatch(file.name)
@@ -109,7 +111,7 @@ class DatacompPool:
                 kind = suffix
             else:
                 continue
-            parts = shards.setdefault(pools.check_shard_name(stem, file.url), _Parts())
+            parts = shards.setdefault(pools.shard_name(stem), _Parts(stem))
             if getattr(parts, kind) is not None:
                 raise PoolError(
                     f"shard {stem} is there twice: {getattr(parts, kind).url} and {file.url}. "
@@ -138,6 +140,7 @@ class DatacompPool:
         parts = self._shards().get(name)
         if parts is None:
             raise PoolError(f"there is no shard {name} in {self.settings.path}")
+        pools.check_shard_name(parts.stem, parts.all()[0].url)
         if parts.parquet is None:
             raise PoolError(f"{parts.all()[0].url} has no parquet beside it. Download it, or remove the file.")
         return parts

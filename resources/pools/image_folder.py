@@ -92,7 +92,6 @@ class ImageFolderPool:
             own = [file for file in listed if file.name in _TABLES and folder]
             for shard, inside in self._divided(folder, listed).items():
                 if any(_is_image(file.name) for file in inside):
-                    pools.check_shard_name(shard, f"{self._root}/{folder}")
                     found[shard] = files.fingerprint([*inside, *own, *above])
         if not found:
             raise PoolError(
@@ -126,7 +125,7 @@ class ImageFolderPool:
 
     def _shard(self, folder: str, name: str) -> str:
         """Return the shard of a file. An image and its .txt are in the same one."""
-        shard = folder or TOP
+        shard = pools.shard_name(folder) if folder else TOP
         if self.settings.buckets is None:
             return shard
         stem = os.path.splitext(name)[0].encode("utf-8", "surrogateescape")
@@ -138,6 +137,9 @@ class ImageFolderPool:
         top = _visible(pools.list_folder(self.settings))
         folder = name if self.settings.buckets is None else name.rpartition("-")[0]
         folders = self._folders(top)
+        folder = next((found for found in folders if found and pools.shard_name(found) == folder), folder)
+        if folder and folder in folders:
+            pools.check_shard_name(folder, f"{self._root}/{folder}")
         if folder == TOP and "" in folders:
             folder = ""
         if folder not in folders:

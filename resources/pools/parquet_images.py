@@ -57,7 +57,7 @@ class ParquetImagesPool:
         found = {}
         for file in pools.list_folder(self.settings):
             if file.name.endswith(".parquet") and file.name[0] not in "._":
-                found[pools.check_shard_name(file.name.removesuffix(".parquet"), file.url)] = file
+                found[pools.shard_name(file.name.removesuffix(".parquet"))] = file
         if not found:
             raise PoolError(
                 f"no shards: there is no *.parquet in {self.settings.path}. Set pool.path to the folder that holds the "
@@ -69,6 +69,7 @@ class ParquetImagesPool:
         file = self._shards().get(name)
         if file is None:
             raise PoolError(f"there is no shard {name} (no {name}.parquet) in {self.settings.path}")
+        pools.check_shard_name(file.name.removesuffix(".parquet"), file.url)
         return file
 
     def list_shards(self) -> dict[str, str]:

@@ -3,8 +3,8 @@
 A sample's caption is its .txt, else the Parquet file's, else its .json's. Every other field is the first that is not
 null of Parquet file and .json; a uid that neither has is a hash of the content.
 
-Which members form a sample is decided in `resources.storage.tar_samples`. Members with other suffixes are ignored and
-noted.
+Which members form a sample is decided in `resources.storage.tar_samples`. Members that belong to no sample are ignored
+and noted.
 """
 
 import json
@@ -34,7 +34,13 @@ from resources.pools.samples import (
 )
 from resources.settings import PoolSettings, available_cores
 from resources.storage import files, tars
-from resources.storage.tar_samples import TarSample, group_samples
+from resources.storage.tar_samples import (
+    IMAGE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
+    TarSample,
+    group_samples,
+    split_name,
+)
 
 
 class WebdatasetPool:
@@ -50,8 +56,8 @@ class WebdatasetPool:
         compressed = []
         for file in pools.list_folder(self.settings):
             stem, suffix = os.path.splitext(file.name)
+            stem = pools.shard_name(stem)
             if suffix == ".tar":
-                pools.check_shard_name(stem, file.url)
                 found.setdefault(stem, {})["tar"] = file
             elif suffix == ".parquet":
                 found.setdefault(stem, {})["parquet"] = file
@@ -99,6 +105,7 @@ class WebdatasetPool:
                 f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet."
             )
         url = parts["tar"].url
+        pools.check_shard_name(parts["tar"].name.removesuffix(".tar"), url)
         sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else _Sidecar("")
         with files.mapped(url) as view:
             try:
@@ -106,8 +113,8 @@ class WebdatasetPool:
             except tars.TarError as error:
                 raise PoolError(str(error)) from error
             groups, unrelated = group_samples(index)
-            if not groups:
-                raise pools.empty_shard(name, url)
+            if not groups and not sidecar.all_failed:
+                raise _no_samples(name, url, sidecar, unrelated)
             sidecar.match([group.key for group in groups])
             shard = _Shard(name, self.settings, view, sidecar)
             with ThreadPoolExecutor(available_cores()) as threads:
@@ -118,6 +125,9 @@ class WebdatasetPool:
         notes = list(sidecar.notes)
         if index.fault is not None:
             notes.append(f"{name}.tar is incomplete ({index.fault}); the samples before that point are used")
+        notes += _remarks(name, groups)
+        if index.after_end is not None:
+            notes.append(f"{name}.tar: {index.after_end}")
         if unrelated:
             notes.append(f"ignored members that are no part of a sample: {shown(unrelated)}")
         return shard.samples.result(notes)
@@ -137,6 +147,7 @@ class _Sidecar:
         self.rows = rows or {}
         self.notes = list(notes)
         self.has_uids = any(not is_null(row.get("uid")) for row in self.rows.values())
+        self.all_failed = bool(self.rows) and all(map(_failed, self.rows.values()))
         self._matched: dict[str, str] = {}
 
     def match(self, keys: Sequence[str]) -> None:
@@ -145,7 +156,7 @@ class _Sidecar:
         Raises:
             PoolError: fewer than half of the tar's keys are in the file.
         """
-        if not self.rows:
+        if not self.rows or not keys:
             return
         self._matched = match_keys(keys, self.rows)
         if 2 * len(self._matched) < len(set(keys)):
@@ -229,10 +240,10 @@ class _Shard:
         if key in self.samples.keys:
             raise RejectedError(
                 "duplicate_key",
-                "the key came before; a sample's members must be neighbours in the tar",
+                "the key came before, with members of the same suffix",
             )
         if sample.image is None or image is None:
-            raise RejectedError("image_missing", f"no image beside {', '.join(sample.kinds)}")
+            raise RejectedError("image_missing", _suffixes_found(sample))
         metadata = self._metadata(sample)
         caption: str | bytes | None = metadata["caption"] if isinstance(metadata.get("caption"), str) else None
         if sample.text is not None:
@@ -260,6 +271,51 @@ class _Shard:
         if row is not None and not is_null(row.get("uid")):
             return {}  # the sample's identity is known without it
         raise RejectedError("metadata_invalid", f"{sample.json.name}: {fault}")
+
+
+def _suffixes_found(sample: TarSample) -> str:
+    suffixes = [split_name(member.name)[1] for member in sample.members]
+    found = f"no image: the suffixes of this key are {', '.join(map(repr, suffixes))}"
+    if any("." in suffix for suffix in suffixes):
+        found += (
+            ". A suffix is everything after the first dot of the name: rename the members to <key>.jpg and <key>.txt"
+        )
+    return found
+
+
+def _remarks(name: str, groups: Sequence[TarSample]) -> list[str]:
+    """Return notes on how the members of samples lie in the tar."""
+    notes = []
+    scattered = [group.key for group in groups if group.scattered]
+    if scattered:
+        notes.append(
+            f"members of one sample are not neighbours in {name}.tar ({shown(scattered)}); webdataset needs them to "
+            f"be: pack it again with `tar --sort=name -cf {name}.tar <folder>`"
+        )
+    several = [group.key for group in groups if any(_is_image(other.name) for other in group.others) and group.image]
+    if several:
+        notes.append(f"keys with more than one image, of which the first is used: {shown(several)}")
+    return notes
+
+
+def _is_image(name: str) -> bool:
+    return split_name(name)[1].lower() in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
+
+
+def _no_samples(name: str, url: str, sidecar: _Sidecar, unrelated: list[str]) -> PoolError:
+    """Return the error of a tar without samples."""
+    if sidecar.rows:
+        good = sum(not _failed(row) for row in sidecar.rows.values())
+        return PoolError(
+            f"empty shard {name}: there is no sample in {url}, and {good} downloads were successful according to "
+            f"{sidecar.url}. Remedy: bring the whole tar, or remove both files."
+        )
+    if unrelated:
+        return PoolError(
+            f"empty shard {name}: no member of {url} is an image, .txt or .json; it has {shown(unrelated)}. Remedy: "
+            f"name images <key>.jpg (or {', '.join(sorted(IMAGE_SUFFIXES - {'jpg'}))}), or remove the file."
+        )
+    return pools.empty_shard(name, url)
 
 
 def _read_sidecar(url: str) -> _Sidecar:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,36 @@ def test_a_missing_folder_and_one_without_shards_are_named(tmp_path: Path, form:
         open_pool(PoolSettings(path=str(tmp_path / "00000.tar.gz")), {}).list_shards()
 
 
-def test_a_name_that_cannot_be_a_partition_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_cannot_be_a_partition_fails_alone_and_hidden_files_are_ignored(tmp_path: Path) -> None:
     write_shard(tmp_path, [sample(0)], "a shard")
-    with pytest.raises(PoolError, match=r"'a shard'.*Rename"):
-        open_pool(PoolSettings(path=str(tmp_path)), {}).list_shards()
+    write_shard(tmp_path, [sample(1)], "good")
+    (tmp_path / "._good.tar").write_bytes(b"\0\5\x16\7" + bytes(4000))
+    pool = open_pool(PoolSettings(path=str(tmp_path)), {})
+    odd, good = sorted(pool.list_shards(), key=lambda name: name == "good")
+    assert good == "good"
+    assert pool.read_shard("good").rows.num_rows == 1
+    assert re.fullmatch("[A-Za-z0-9._-]+", odd)
+    with pytest.raises(PoolError, match=r"a shard\.tar.*'a shard'.*Rename"):
+        pool.read_shard(odd)
+
+
+def test_an_odd_name_costs_its_file_in_the_other_formats(tmp_path: Path) -> None:
+    datacomp_shard(tmp_path / "d", "{0}")
+    datacomp_shard(tmp_path / "d", "0")
+    pool = open_pool(PoolSettings(path=str(tmp_path / "d"), format="datacomp"), B32)
+    assert len(pool.list_shards()) == 2
+    with pytest.raises(PoolError, match=r"'\{0\}'.*Rename"):
+        pool.read_shard(next(name for name in pool.list_shards() if name != "0"))
+    for folder in ("two words", "one"):
+        (tmp_path / "f" / folder).mkdir(parents=True)
+        (tmp_path / "f" / folder / "a.jpg").write_bytes(picture(1))
+    for buckets in (None, 2):
+        pool = open_pool(PoolSettings(path=str(tmp_path / "f"), format="image_folder", buckets=buckets), {})
+        good, odd = sorted(pool.list_shards())
+        assert good.startswith("one")
+        assert pool.read_shard(good).samples == 1
+        with pytest.raises(PoolError, match=r"'two words'.*Rename"):
+            pool.read_shard(odd)
 
 
 def test_a_shard_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -116,6 +143,57 @@ def test_a_shard_without_samples_is_an_error(tmp_path: Path, content: Any) -> No
     (tmp_path / "00000.tar").write_bytes(b"")
     with pytest.raises(PoolError, match="empty shard"):
         read(tmp_path)
+
+
+def test_a_shard_whose_downloads_all_failed_has_no_rows_and_all_rejects(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [])
+    failed = {"status": "failed_to_download", "error_message": "HTTP Error 404"}
+    write_sidecar(tmp_path, [{"key": f"{n:09d}", **failed} for n in range(3)])
+    found = read(tmp_path)
+    assert found.rows.num_rows == 0
+    assert reasons(found) == dict.fromkeys(range(3), "download_failed")
+    assert "3 download_failed" in found.notes[0]
+    write_sidecar(tmp_path, [{"key": "000000000", "status": "success"}])
+    with pytest.raises(PoolError, match=r"empty shard.*1 downloads were successful.*Remedy"):
+        read(tmp_path)
+
+
+def test_members_that_are_no_neighbours_are_one_sample_and_noted(tmp_path: Path) -> None:
+    members = [member for n in range(3) for member in sample(n).members()]
+    write_tar(tmp_path / "00000.tar", sorted(members, key=lambda member: member[0].rpartition(".")[2]))
+    found = read(tmp_path)
+    assert (found.rows["uid"].to_pylist(), found.samples) == ([uid("00000", n) for n in range(3)], 3)
+    assert "--sort=name" in found.notes[0]
+
+
+def test_two_images_of_a_key_are_one_row_with_the_first(tmp_path: Path) -> None:
+    key = "000000001"
+    members = [*sample(0).members(), (f"{key}.png", picture(7, kind="PNG")), *sample(1).members()]
+    write_tar(tmp_path / "00000.tar", members)
+    found = read(tmp_path)
+    assert (found.rows["image_format"].to_pylist(), found.samples) == (["JPEG", "PNG"], 2)
+    assert found.notes == [f"keys with more than one image, of which the first is used: {key}"]
+
+
+def test_samples_with_other_suffixes_are_counted_with_their_suffixes(tmp_path: Path) -> None:
+    words = b"a caption"
+    members = [("a.input.jpg", picture(1)), ("a.outputs.txt", words), ("b.dat", b"x"), ("b.txt", words)]
+    write_tar(tmp_path / "00000.tar", [*members, ("c.tiff", b"II*\0"), ("c.txt", words)])
+    found = read(tmp_path)
+    assert reasons(found) == {0: "image_missing", 1: "image_missing", 2: "image_undecodable"}
+    first, second, _ = found.rejects["detail"].to_pylist()
+    assert "'input.jpg', 'outputs.txt'" in first
+    assert "'dat', 'txt'" in second
+
+
+def test_tars_joined_to_one_file_are_all_read(tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(tmp_path / str(number), [sample(number)])
+    joined = b"".join((tmp_path / str(number) / "00000.tar").read_bytes() for number in range(2))
+    (tmp_path / "00000.tar").write_bytes(joined)
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("00000", number) for number in range(2)]
+    assert "2 tars are joined" in found.notes[0]
 
 
 @pytest.mark.parametrize(
