@@ -18,7 +18,8 @@ Reasons for which a sample is rejected:
 | image_bomb | more than `max_pixels`, or thinner than 1 : 200; refused before it is decoded |
 | image_too_small | a side is under `min_side` |
 | caption_missing | no .txt, and no caption in a sidecar, .json, table or column |
-| caption_empty | nothing, or white space only |
+| caption_invalid | its caption is a number, a list or an object |
+| caption_empty | nothing, or white space, control and zero-width characters only |
 | caption_too_long | more than `max_caption_chars` |
 | metadata_invalid | its .json cannot be read, and the sidecar does not have its uid |
 | uid_invalid | its uid is not 32 hexadecimal digits (in any case, as a UUID with dashes, or as 16 bytes) |
@@ -29,12 +30,12 @@ Reasons for which a sample is rejected:
 | embedding_not_finite | NaN or infinity in an embedding of an encoder in use |
 | embedding_not_unit | the norm of such an embedding differs from 1 by more than 0.01 |
 
-A caption that is not valid UTF-8 is no reason: it is repaired with replacement characters, and `caption_repaired` is
-true (caption_bad_utf8 in other tools).
+A caption that is not valid UTF-8 (or UTF-16 with a byte order mark) is no reason: it is repaired with replacement
+characters, and `caption_repaired` is true (caption_bad_utf8 in other tools).
 
-Captions are kept unchanged, except for line ends at their end. The .txt is the caption; without one, the sidecar's or
-.json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content. `resources.pools.samples`
-has the rules by which descriptions of one sample are joined.
+Captions are kept unchanged, except for a byte order mark and line ends at their end. The .txt is the caption; without
+one, the sidecar's or .json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content.
+`resources.pools.samples` has the rules by which descriptions of one sample are joined.
 """
 
 import hashlib

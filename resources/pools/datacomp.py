@@ -28,7 +28,15 @@ import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
-from resources.pools.samples import column_values, encodable, is_null, normal_uid, nothing_usable
+from resources.pools.samples import (
+    column_values,
+    encodable,
+    is_null,
+    normal_uid,
+    nothing_usable,
+    pixels_or_none,
+    score_or_none,
+)
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -149,19 +157,19 @@ class DatacompPool:
         """See `pools.Pool`."""
         parts = self._parts(name)
         assert parts.parquet is not None
-        columns = _read_parquet(parts.parquet.url)
+        columns, notes = _read_parquet(parts.parquet.url)
         total = len(columns["caption"])
         if total == 0:
             raise pools.empty_shard(name, parts.parquet.url)
         captions, repaired = _utf8(columns["caption"])
-        columns["caption"] = pc.utf8_rtrim(captions, characters="\r\n")
+        columns["caption"] = pc.utf8_rtrim(pc.utf8_ltrim(captions, characters="\ufeff"), characters="\r\n")
         for column in ("uid", "key", "url", "sha256", "image_path"):
             columns[column] = _utf8(columns[column])[0]
 
         faults = _Faults(np.full(total, "", dtype=object))
         self._judge_captions(columns["caption"], faults)
         self._judge_sizes(columns, faults)
-        notes = self._judge_embeddings(parts, total, faults)
+        notes += self._judge_embeddings(parts, total, faults)
         uids = _uids(columns, faults)
         fields = _fields(uids)
 
@@ -211,8 +219,8 @@ class DatacompPool:
     def _judge_captions(self, captions: pa.Array, faults: _Faults) -> None:
         missing = _bools(pc.is_null(captions))
         faults.add(missing, "caption_missing", "the caption is null")
-        empty = _bools(pc.equal(pc.utf8_trim_whitespace(captions), ""))
-        faults.add(empty, "caption_empty", "nothing but white space, if anything")
+        empty = ~_bools(pc.match_substring_regex(captions, r"[^\s\p{Z}\p{Cc}\p{Cf}]"))
+        faults.add(empty, "caption_empty", "nothing that is visible")
         limit = self.settings.max_caption_chars
         if limit is not None:
             lengths = pc.utf8_length(captions)
@@ -351,8 +359,8 @@ def _blocks(stream: ArrayStream) -> Iterator[np.ndarray]:
         yield from stream.blocks()
 
 
-def _read_parquet(url: str) -> dict[str, pa.Array]:
-    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks."""
+def _read_parquet(url: str) -> tuple[dict[str, pa.Array], list[str]]:
+    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks; and notes."""
     try:
         with files.open_binary(url) as file:
             parquet = pq.ParquetFile(file)
@@ -367,6 +375,7 @@ def _read_parquet(url: str) -> dict[str, pa.Array]:
         raise PoolError(f"{url}: there is no column `text` or `caption`. Add the captions.")
     numbers = {"width": pa.int32(), "height": pa.int32()}
     columns = {}
+    notes: list[str] = []
     for column, source in sources.items():
         kind = numbers.get(column, pa.float32() if "score" in column else pa.string())
         if source is None:
@@ -376,16 +385,32 @@ def _read_parquet(url: str) -> dict[str, pa.Array]:
         if column == "uid":
             columns[column] = _normal_uids(found)
             continue
-        try:
-            columns[column] = found if pa.types.is_string(found.type) else found.cast(kind)
-        except pa.ArrowException as error:
-            raise PoolError(
-                f"{url}: the column {source} is {found.type} and cannot be read as {kind} ({error}). Correct the file."
-            ) from error
+        columns[column], lost = _cast(found, kind, f"{url}: the column {source}")
+        notes += [f"{lost} values of column {source} are not usable numbers and are null"] if lost else []
         if pa.types.is_floating(kind):  # DuckDB would rank a NaN first
             finite = pc.is_finite(columns[column])
             columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
-    return columns
+    return columns, notes
+
+
+def _cast(found: pa.Array, kind: pa.DataType, where: str) -> tuple[pa.Array, int]:
+    """Return a column as `kind`, and how many of its numbers became null because they are none.
+
+    Raises:
+        PoolError: it holds neither numbers nor text, and text is wanted.
+    """
+    if found.type == kind:
+        return found, 0
+    try:
+        if pa.types.is_string(kind) or pa.types.is_integer(found.type) or pa.types.is_dictionary(found.type):
+            return found.cast(kind), 0
+    except pa.ArrowException as error:
+        if pa.types.is_string(kind):
+            raise PoolError(f"{where} is {found.type} and cannot be read as {kind} ({error}). Correct it.") from error
+    read = pixels_or_none if pa.types.is_integer(kind) else score_or_none
+    values = column_values(found)
+    numbers = pa.array([read(value) for value in values], kind)
+    return numbers, numbers.null_count - sum(map(is_null, values))
 
 
 def _normal_uids(column: pa.Array) -> pa.Array:

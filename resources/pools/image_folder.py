@@ -221,7 +221,7 @@ def _row(samples: ShardSamples, key: str, read: _Read, values: Mapping[str, Any]
         raise RejectedError("key_invalid", "the file's name is not valid UTF-8")
     assert read.image is not None
     caption = read.text if read.text is not None else values.get("caption")
-    return samples.row(key, read.image, caption if isinstance(caption, str | bytes) else None, values)
+    return samples.row(key, read.image, caption, values)
 
 
 def _visible(listed: Iterable[files.Listed]) -> list[files.Listed]:

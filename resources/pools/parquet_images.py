@@ -233,8 +233,8 @@ def _row(samples: ShardSamples, key: str, image: CheckedImage | None, values: Ma
         raise RejectedError("image_missing", "the image is null")
     caption = values["caption"]
     if isinstance(caption, list):
-        raise RejectedError("caption_missing", f"a list of {len(caption)} captions. Name a column with one caption")
-    return samples.row(key, image, caption if isinstance(caption, str | bytes) else None, values)
+        raise RejectedError("caption_invalid", f"a list of {len(caption)} captions. Name a column with one caption")
+    return samples.row(key, image, caption, values)
 
 
 FORMAT = PoolFormat(

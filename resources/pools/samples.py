@@ -7,9 +7,12 @@ Here: keys, captions, images and uids, and the reasons for rejecting them (the t
 Not here: how a format finds a sample's parts.
 """
 
+import codecs
+import decimal
 import hashlib
 import math
 import re
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -34,6 +37,7 @@ METADATA = (
 """Fields of a sample's metadata that become columns of `raw_pool`."""
 
 _DASHED = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_INVISIBLE = frozenset({"Cc", "Cf"})
 _NUMBER = re.compile(r"0*([0-9]+?)(\.0+)?")
 
 
@@ -117,7 +121,7 @@ class ShardSamples:
         self,
         key: str,
         image: CheckedImage,
-        caption: str | bytes | None,
+        caption: object,
         metadata: Mapping[str, Any],
         *,
         offset: int | None = None,
@@ -127,14 +131,14 @@ class ShardSamples:
         Args:
             key: the sample's key.
             image: its image.
-            caption: its caption; bytes that are no UTF-8 are repaired.
+            caption: its caption, which `caption_text` decodes; None or NaN if there is none.
             metadata: the fields in `METADATA`, as far as the pool has them.
             offset: place of the image's bytes in the shard's tar, for formats that have one.
 
         Raises:
             RejectedError: caption, image or uid cannot be used.
         """
-        caption, repaired = self._caption(caption)
+        text, repaired = self._caption(caption)
         if image.fault is not None:
             raise RejectedError(image.fault.reason, image.fault.detail)
         facts = image.facts
@@ -144,25 +148,25 @@ class ShardSamples:
                 "image_too_small",
                 f"{facts.width} x {facts.height} px, a side under {self.settings.min_side}",
             )
-        uid = self._uid(metadata.get("uid"), image.sha256, caption)
+        uid = self._uid(metadata.get("uid"), image.sha256, text)
         return {
             "uid": uid,
             "f0": int(uid[:16], 16),
             "f1": int(uid[16:], 16),
             "key": key,
-            "caption": caption,
+            "caption": text,
             "url": _text_or_none(metadata.get("url")),
             "width": facts.width,
             "height": facts.height,
-            "original_width": _pixels_or_none(metadata.get("original_width")),
-            "original_height": _pixels_or_none(metadata.get("original_height")),
+            "original_width": pixels_or_none(metadata.get("original_width")),
+            "original_height": pixels_or_none(metadata.get("original_height")),
             "image_format": facts.format,
             "sha256": image.sha256.hex(),
             "image_offset": offset,
             "image_size": image.size,
             "caption_repaired": repaired,
-            "clip_b32_similarity_score": _score_or_none(metadata.get("clip_b32_similarity_score")),
-            "clip_l14_similarity_score": _score_or_none(metadata.get("clip_l14_similarity_score")),
+            "clip_b32_similarity_score": score_or_none(metadata.get("clip_b32_similarity_score")),
+            "clip_l14_similarity_score": score_or_none(metadata.get("clip_l14_similarity_score")),
         }
 
     def result(self, notes: list[str]) -> base.ShardRead:
@@ -171,19 +175,14 @@ class ShardSamples:
         rejects = base.rejects_table(self.shard, self._rejects)
         return base.ShardRead(rows, rejects, [*notes, *nothing_usable(rows.num_rows, rejects)])
 
-    def _caption(self, given: str | bytes | None) -> tuple[str, bool]:
-        if given is None:
+    def _caption(self, given: object) -> tuple[str, bool]:
+        if given is None or given != given:
             raise RejectedError("caption_missing", "no .txt, and no caption in the metadata")
-        if isinstance(given, bytes):
-            try:
-                caption, repaired = given.decode(), False
-            except UnicodeDecodeError:
-                caption, repaired = given.decode(errors="replace"), True
-        else:
-            caption, repaired = encodable(given)
-        caption = caption.rstrip("\r\n")
-        if not caption.strip():
-            raise RejectedError("caption_empty", "nothing but white space" if caption else "no text")
+        if not isinstance(given, str | bytes):
+            raise RejectedError("caption_invalid", f"the caption is {described(given)}, not text")
+        caption, repaired = caption_text(given)
+        if not is_visible(caption):
+            raise RejectedError("caption_empty", "nothing that is visible" if caption else "no text")
         limit = self.settings.max_caption_chars
         if limit is not None and len(caption) > limit:
             raise RejectedError("caption_too_long", f"{len(caption):,} characters, more than {limit:,}")
@@ -280,6 +279,34 @@ def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
         return column.cast(pa.binary()).to_pylist()
 
 
+def caption_text(given: str | bytes) -> tuple[str, bool]:
+    """Return a caption without byte order mark and line ends at its end, and whether it was repaired.
+
+    Bytes are UTF-8, or UTF-16 if they start with its byte order mark. Invalid bytes become replacement characters.
+    """
+    if isinstance(given, bytes):
+        encoding = "utf-16" if given.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+        try:
+            caption, repaired = given.decode(encoding), False
+        except UnicodeDecodeError:
+            caption, repaired = given.decode(encoding, errors="replace"), True
+    else:
+        caption, repaired = encodable(given)
+    return caption.removeprefix("\ufeff").rstrip("\r\n"), repaired
+
+
+def is_visible(caption: str) -> bool:
+    """Return whether a caption has more than white space, control characters and zero-width characters."""
+    return any(not character.isspace() and unicodedata.category(character) not in _INVISIBLE for character in caption)
+
+
+def described(value: object) -> str:
+    """Return the kind of a value that is not text, for a message."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return f"{value!r} ({type(value).__name__})"[:80]
+
+
 def nothing_usable(rows: int, rejects: pa.Table) -> list[str]:
     """Return a note if a shard has rejects and no row: how many of each reason, and the details of the first."""
     if rows or not rejects.num_rows:
@@ -308,9 +335,23 @@ def _text_or_none(value: object) -> str | None:
     return None if value is None else encodable(str(value))[0]
 
 
-def _pixels_or_none(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 31 else None
+def pixels_or_none(value: object) -> int | None:
+    """Return a width or height, or None if the value is none."""
+    number = _number_or_none(value)
+    return int(number) if number is not None and 0 <= number < 1 << 31 else None
 
 
-def _score_or_none(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def score_or_none(value: object) -> float | None:
+    """Return a finite number, or None if the value is none."""
+    return _number_or_none(value)
+
+
+def _number_or_none(value: object) -> float | None:
+    """Return a finite number, also from text and decimals."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | decimal.Decimal):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

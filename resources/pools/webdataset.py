@@ -245,9 +245,7 @@ class _Shard:
         if sample.image is None or image is None:
             raise RejectedError("image_missing", _suffixes_found(sample))
         metadata = self._metadata(sample)
-        caption: str | bytes | None = metadata["caption"] if isinstance(metadata.get("caption"), str) else None
-        if sample.text is not None:
-            caption = self._bytes(sample.text)
+        caption = metadata.get("caption") if sample.text is None else self._bytes(sample.text)
         return self.samples.row(key, image, caption, metadata, offset=sample.image.offset)
 
     def _metadata(self, sample: TarSample) -> Mapping[str, Any]:

@@ -573,3 +573,16 @@ def test_a_real_model_gives_the_embeddings_that_were_stored() -> None:
     stored = np.load(root / "real_datacomp" / "00001.npz")
     np.testing.assert_allclose(found.image, stored["b32_img"][100:124], atol=4e-3)
     np.testing.assert_allclose(found.text, stored["b32_txt"][100:124], atol=4e-3)
+
+
+def test_long_captions_have_the_tokens_of_the_whole_caption() -> None:
+    import open_clip
+
+    from resources.models.decoding import MAX_CAPTION, _bounded
+
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    words = " ".join(f"word{number} of  many\n" for number in range(2000))
+    for text in (words, " " * 10_000 + words, "short"):
+        assert len(_bounded(text)) <= MAX_CAPTION
+        assert tokenizer([_bounded(text)]).equal(tokenizer([text]))
+    assert len(_bounded("x" * 20_000)) == MAX_CAPTION

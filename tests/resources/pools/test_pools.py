@@ -433,6 +433,63 @@ def test_captions_lose_line_ends_and_nothing_else(tmp_path: Path) -> None:
     assert read(tmp_path).rows["caption"].to_pylist() == [" two  words ", "\x00\ttab "]
 
 
+@pytest.mark.parametrize(
+    ("data", "expected", "repaired"),
+    [
+        (b"\xef\xbb\xbfa dog", "a dog", False),
+        ("a d\u00f6g\n".encode("utf-16"), "a d\u00f6g", False),
+        ("a dog".encode("utf-16-be"), "\0a\0 \0d\0o\0g", False),
+        (b"\xfe\xff\0a\0", "a\N{REPLACEMENT CHARACTER}", True),
+        ("\u202eright to left".encode(), "\u202eright to left", False),
+    ],
+)
+def test_captions_with_a_byte_order_mark_are_decoded(
+    tmp_path: Path, data: bytes, expected: str, repaired: bool
+) -> None:
+    write_shard(tmp_path, [sample(0, text=data)])
+    rows = read(tmp_path).rows
+    assert (rows["caption"].to_pylist(), rows["caption_repaired"].to_pylist()) == ([expected], [repaired])
+
+
+@pytest.mark.parametrize("text", ["\u200b\u200b", "\ufeff", " \0\x1b \u2060\u00ad\n", "\u2028\u3000"])
+def test_a_caption_without_anything_visible_is_empty_in_both_formats(tmp_path: Path, text: str) -> None:
+    write_shard(tmp_path, [sample(0, text=text.encode()), sample(1)])
+    assert reasons(read(tmp_path)) == {0: "caption_empty"}
+    datacomp_shard(tmp_path / "d", rows=3, columns={"text": [text, "\ufeffa dog", "\U0001f415"]})
+    found = read_datacomp(tmp_path / "d")
+    assert reasons(found) == {0: "caption_empty"}
+    assert found.rows["caption"].to_pylist() == ["a dog", "\U0001f415"]
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
+    values: list[object] = [7, ["a", "b"], {"en": "a dog"}, True, None]
+    write_shard(tmp_path, [sample(n, text=None, meta={"caption": value}) for n, value in enumerate(values)])
+    found = read(tmp_path)
+    assert list(reasons(found).values()) == ["caption_invalid"] * 4 + ["caption_missing"]
+    details = found.rejects["detail"].to_pylist()
+    for detail, words in zip(details, ["7 (int)", "a list of 2", "an object of 1", "True (bool)"], strict=False):
+        assert words in detail
+
+
+def test_bad_optional_values_become_null_and_are_counted(tmp_path: Path) -> None:
+    columns = {
+        "original_width": [200.0, float("nan"), 2.0**40, 300.0, 400.0, None],
+        "original_height": ["300", "tall", "300", "300", "300", "300"],
+        "clip_b32_similarity_score": ["0.5", "", "high", "0.25", "inf", None],
+    }
+    datacomp_shard(tmp_path, columns=columns)
+    found = read_datacomp(tmp_path)
+    rows = found.rows
+    assert rows["original_width"].to_pylist() == [200, None, None, 300, 400, None]
+    assert rows["original_height"].to_pylist() == [300, None, 300, 300, 300, 300]
+    assert rows["clip_b32_similarity_score"].to_pylist() == [0.5, None, None, 0.25, None, None]
+    assert found.notes == [
+        "1 values of column original_width are not usable numbers and are null",
+        "1 values of column original_height are not usable numbers and are null",
+        "2 values of column clip_b32_similarity_score are not usable numbers and are null",
+    ]
+
+
 def test_metadata_that_is_odd_does_not_stop_the_shard(tmp_path: Path) -> None:
     odd = [
         {"original_width": 10**12, "original_height": "wide", "url": 5},
