@@ -13,9 +13,10 @@ Reasons for which a sample is rejected:
 | duplicate_key | its key occurred before in the shard (the first one stays) |
 | image_missing | no member, file or column value is its image |
 | image_empty | zero bytes |
-| image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF or BMP, or are damaged |
+| image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF, BMP or AVIF, or are damaged |
 | image_truncated | the image's data ends early |
-| image_bomb | more than `max_pixels`, or thinner than 1 : 200; refused before it is decoded |
+| image_bomb | more than `max_pixels`, or a JPEG of very many scans; refused before it is decoded |
+| image_too_thin | thinner than 1 : 200 |
 | image_too_small | a side is under `min_side` |
 | caption_missing | no .txt, and no caption in a sidecar, .json, table or column |
 | caption_invalid | its caption is a number, a list or an object |
@@ -104,11 +105,13 @@ class ShardRead:
         rows: accepted samples, in `RAW_POOL_SCHEMA`, in the order of the source.
         rejects: the others, in `REJECTS_SCHEMA`, in the order of the source.
         notes: remarks about the shard for the user, one sentence each.
+        converted: `source_row` of each row whose image `resources.storage.images` converts to RGB.
     """
 
     rows: pa.Table
     rejects: pa.Table
     notes: list[str] = field(default_factory=list)
+    converted: list[int] = field(default_factory=list)
 
     @property
     def samples(self) -> int:

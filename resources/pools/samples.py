@@ -89,6 +89,7 @@ class ShardSamples:
         self._rows: list[dict[str, Any]] = []
         self._rejects: list[dict[str, Any]] = []
         self._uids: dict[str, str] = {}
+        self._converted: list[int] = []
 
     @property
     def seen(self) -> int:
@@ -149,6 +150,8 @@ class ShardSamples:
                 f"{facts.width} x {facts.height} px, a side under {self.settings.min_side}",
             )
         uid = self._uid(metadata.get("uid"), image.sha256, text)
+        if facts.converted:
+            self._converted.append(self.seen)
         return {
             "uid": uid,
             "f0": int(uid[:16], 16),
@@ -173,7 +176,7 @@ class ShardSamples:
         """Return the shard's rows and rejects."""
         rows = pa.Table.from_pylist(self._rows, base.RAW_POOL_SCHEMA)
         rejects = base.rejects_table(self.shard, self._rejects)
-        return base.ShardRead(rows, rejects, [*notes, *nothing_usable(rows.num_rows, rejects)])
+        return base.ShardRead(rows, rejects, [*notes, *nothing_usable(rows.num_rows, rejects)], self._converted)
 
     def _caption(self, given: object) -> tuple[str, bool]:
         if given is None or given != given:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from resources.storage.tars import Member, TarIndex
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "avif"})
 OTHER_IMAGE_SUFFIXES = frozenset(
     {"tif", "tiff", "heic", "heif", "jp2", "j2k", "jpx", "jxl", "ico", "svg", "psd", "tga", "ppm", "pgm", "pbm", "exr"}
 )
