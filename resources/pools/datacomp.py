@@ -385,19 +385,19 @@ def _read_parquet(url: str) -> tuple[dict[str, pa.Array], list[str]]:
         if column == "uid":
             columns[column] = _normal_uids(found)
             continue
-        columns[column], lost = _cast(found, kind, f"{url}: the column {source}")
-        notes += [f"{lost} values of column {source} are not usable numbers and are null"] if lost else []
+        columns[column], lost = _cast(found, kind, column, f"{url}: the column {source}")
+        notes += [f"{lost} values of column {source} are not usable as {kind} and are null"] if lost else []
         if pa.types.is_floating(kind):  # DuckDB would rank a NaN first
             finite = pc.is_finite(columns[column])
             columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
     return columns, notes
 
 
-def _cast(found: pa.Array, kind: pa.DataType, where: str) -> tuple[pa.Array, int]:
-    """Return a column as `kind`, and how many of its numbers became null because they are none.
+def _cast(found: pa.Array, kind: pa.DataType, column: str, where: str) -> tuple[pa.Array, int]:
+    """Return a column as `kind`, and how many of its values became null because they cannot be.
 
     Raises:
-        PoolError: it holds neither numbers nor text, and text is wanted.
+        PoolError: it is the caption, and not text.
     """
     if found.type == kind:
         return found, 0
@@ -405,8 +405,10 @@ def _cast(found: pa.Array, kind: pa.DataType, where: str) -> tuple[pa.Array, int
         if pa.types.is_string(kind) or pa.types.is_integer(found.type) or pa.types.is_dictionary(found.type):
             return found.cast(kind), 0
     except pa.ArrowException as error:
-        if pa.types.is_string(kind):
+        if column == "caption":
             raise PoolError(f"{where} is {found.type} and cannot be read as {kind} ({error}). Correct it.") from error
+        if pa.types.is_string(kind):
+            return pa.nulls(len(found), kind), len(found) - found.null_count
     read = pixels_or_none if pa.types.is_integer(kind) else score_or_none
     values = column_values(found)
     numbers = pa.array([read(value) for value in values], kind)

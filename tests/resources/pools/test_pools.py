@@ -476,6 +476,7 @@ def test_bad_optional_values_become_null_and_are_counted(tmp_path: Path) -> None
         "original_width": [200.0, float("nan"), 2.0**40, 300.0, 400.0, None],
         "original_height": ["300", "tall", "300", "300", "300", "300"],
         "clip_b32_similarity_score": ["0.5", "", "high", "0.25", "inf", None],
+        "url": [["src://list"]] * 6,
     }
     datacomp_shard(tmp_path, columns=columns)
     found = read_datacomp(tmp_path)
@@ -483,10 +484,12 @@ def test_bad_optional_values_become_null_and_are_counted(tmp_path: Path) -> None
     assert rows["original_width"].to_pylist() == [200, None, None, 300, 400, None]
     assert rows["original_height"].to_pylist() == [300, None, 300, 300, 300, 300]
     assert rows["clip_b32_similarity_score"].to_pylist() == [0.5, None, None, 0.25, None, None]
+    assert rows["url"].to_pylist() == [None] * 6
     assert found.notes == [
-        "1 values of column original_width are not usable numbers and are null",
-        "1 values of column original_height are not usable numbers and are null",
-        "2 values of column clip_b32_similarity_score are not usable numbers and are null",
+        "6 values of column url are not usable as string and are null",
+        "1 values of column original_width are not usable as int32 and are null",
+        "1 values of column original_height are not usable as int32 and are null",
+        "2 values of column clip_b32_similarity_score are not usable as float and are null",
     ]
 
 
