@@ -3,6 +3,7 @@
 Images are decoded here once, to find the usable samples. Every later asset has its rows in the order of this one.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import uid_records
 from core.uids import format_uids
 from resources.lake.files import sample_digest
-from resources.pools.base import RAW_POOL_SCHEMA
+from resources.pools.base import RAW_POOL_SCHEMA, ShardRead
 
 
 def _rows_and_rejects(tables: Tables) -> Finding:
@@ -77,12 +78,24 @@ def _source(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     return {"source": fingerprint}
 
 
+def _content(found: ShardRead) -> str:
+    """Return the fingerprint of a shard's rows, and of the pictures that encoders see of them.
+
+    Pictures that are not RGB are converted before they are resized, which code version 1 did not do. Only shards that
+    have such pictures get another fingerprint, so that the others stay up to date.
+    """
+    digest = sample_digest(found.rows)
+    if not found.converted:
+        return digest
+    return hashlib.sha256(f"{digest} to RGB first: {found.converted}".encode()).hexdigest()
+
+
 @partitioned(
     key="raw_pool",
     deps=[],
     columns=RAW_POOL_SCHEMA,
     checks=[lambda _: ROWS_AND_REJECTS, lambda _: UIDS_UNIQUE],
-    code_version="1",
+    code_version="2",
     group_name="pool",
     kinds={"parquet"},
     pool="cpu",
@@ -98,10 +111,11 @@ def raw_pool(shard: Shard) -> Result:
     reasons = Counter(found.rejects["reason"].to_pylist())
     return Result(
         table=found.rows,
-        content=sample_digest(found.rows),
+        content=_content(found),
         summary={
             "samples_seen": found.rows.num_rows + found.rejects.num_rows,
             "rejected": found.rejects.num_rows,
+            **({"converted_to_rgb": len(found.converted)} if found.converted else {}),
             **{f"rejected/{reason}": count for reason, count in sorted(reasons.items())},
             **({"notes": "\n".join(found.notes)} if found.notes else {}),
         },

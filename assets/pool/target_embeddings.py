@@ -32,7 +32,7 @@ def _files(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[s
     deps=[],
     columns=SCHEMA,
     checks=[unit_norm("image")],
-    code_version="1",
+    code_version="2",
     group_name="target_embeddings",
     kinds={"pytorch", "arrow"},
     pool="gpu",

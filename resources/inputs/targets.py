@@ -20,8 +20,8 @@ from resources.models.encoders import Encoder, EncoderError
 from resources.settings import TargetFeatures, TargetSettings
 from resources.storage import files, tars
 from resources.storage.arrays import ArrayError, array_names, open_array
+from resources.storage.tar_samples import IMAGE_SUFFIXES
 
-_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp"}
 _KEY = "image_features"
 _LABELS = ("labels", "label", "targets")
 _SHOWN = 5
@@ -208,7 +208,7 @@ class Target:
     def _no_images(self) -> TargetError:
         return TargetError(
             f"target {self.name}: there is no image in {self.settings.path}; looked for class "
-            f"folders with files ending in {', '.join(sorted(_IMAGES))}, and for tars of them. Set "
+            f"folders with files ending in {', '.join(sorted(IMAGE_SUFFIXES))}, and for tars of them. Set "
             "the target's `path` to such a folder or tar, or give `features`."
         )
 
@@ -281,7 +281,7 @@ def open_target(name: str, settings: TargetSettings) -> Target:
 
 def _is_image(path: str) -> bool:
     name = posixpath.basename(path)
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in _IMAGES
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def _label(path: str) -> str:

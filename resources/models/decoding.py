@@ -18,6 +18,9 @@ from resources.storage import images
 if TYPE_CHECKING:
     import torch
 
+MAX_CAPTION = 2500
+"""Characters of a caption that are tokenized: 32 for each of CLIP's 77 tokens, which English text never reaches."""
+
 _AHEAD = 2  # batches each process prepares ahead, so that the model does not wait for a slow one
 # imported once in the server that worker processes are forked from
 _PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", __name__]
@@ -213,9 +216,18 @@ class Prepare:
             except images.ImageError as fault:
                 message = f"shard {item.shard}, key {key} in {self.pool.settings.path}: {fault}. {remedy}"
                 return Batch(rows, error=message, total=item.total, last=item.last)
-        captions = item.rows["caption"].to_pylist()
+        captions = [_bounded(caption) for caption in item.rows["caption"].to_pylist()]
         tokens = [tokenizer(captions) for tokenizer in self.tokenizers]
         return Batch(rows, _stacked(tensors), tokens, list(range(rows)), [], None, item.total, item.last)
+
+
+def _bounded(caption: str) -> str:
+    """Return the part of a caption that is tokenized.
+
+    Byte pair encoding takes quadratic time in the length of a word. White space of longer captions is collapsed first,
+    as CLIP's tokenizer does anyway.
+    """
+    return caption if len(caption) <= MAX_CAPTION else " ".join(caption.split())[:MAX_CAPTION]
 
 
 def _stacked(tensors: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":

@@ -1,9 +1,9 @@
 """CLIP encoders: shards, targets and single batches to float16 embeddings of unit norm.
 
-Images go through open_clip's own evaluation transform, unchanged: EXIF orientation is not applied and transparency is
-dropped. Encoders that embed the same shards in one run share the reading, the decoding and, where their tokenizers
-agree, the tokens. Loading a model is in `resources.models.clip_models`, the work of a decoding process in
-`resources.models.decoding`. torch is imported inside functions, so that this module loads at once.
+Images are converted to RGB (`resources.storage.images`) and go through open_clip's own evaluation transform, unchanged:
+EXIF orientation is not applied. Encoders that embed the same shards in one run share the reading, the decoding and,
+where their tokenizers agree, the tokens. Loading a model is in `resources.models.clip_models`, the work of a decoding
+process in `resources.models.decoding`. torch is imported inside functions, so that this module loads at once.
 """
 
 import contextlib

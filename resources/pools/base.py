@@ -11,28 +11,32 @@ Reasons for which a sample is rejected:
 | key_invalid | its key is not valid UTF-8 |
 | shard_truncated | the tar ends or is damaged inside it |
 | duplicate_key | its key occurred before in the shard (the first one stays) |
-| image_missing | no .jpg, .jpeg, .png, .webp, .gif or .bmp, or a null in a column of images |
+| image_missing | no member, file or column value is its image |
 | image_empty | zero bytes |
-| image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF or BMP, or are damaged |
+| image_undecodable | the bytes are not JPEG, PNG, WEBP, GIF, BMP or AVIF, or are damaged |
 | image_truncated | the image's data ends early |
-| image_bomb | more than `max_pixels`, or thinner than 1 : 200; refused before it is decoded |
+| image_bomb | more than `max_pixels`, or a JPEG of very many scans; refused before it is decoded |
+| image_too_thin | thinner than 1 : 200 |
 | image_too_small | a side is under `min_side` |
 | caption_missing | no .txt, and no caption in a sidecar, .json, table or column |
-| caption_empty | nothing, or white space only |
+| caption_invalid | its caption is a number, a list or an object |
+| caption_empty | nothing, or white space, control and zero-width characters only |
 | caption_too_long | more than `max_caption_chars` |
-| metadata_invalid | its .json cannot be read, and there is no sidecar row |
-| uid_invalid | its uid is not 32 hexadecimal digits |
+| metadata_invalid | its .json cannot be read, and the sidecar does not have its uid |
+| uid_invalid | its uid is not 32 hexadecimal digits (in any case, as a UUID with dashes, or as 16 bytes) |
 | duplicate_uid | its uid occurred before in the shard (the first one stays) |
 | download_failed | a sidecar row whose status is not success; nothing was stored |
 | missing_from_tar | a sidecar row with status success and no members in the tar |
+| missing_from_parquet | its key is not in the sidecar, which has the uids of the others, and its .json has no uid |
 | embedding_not_finite | NaN or infinity in an embedding of an encoder in use |
 | embedding_not_unit | the norm of such an embedding differs from 1 by more than 0.01 |
 
-A caption that is not valid UTF-8 is no reason: it is repaired with replacement characters, and `caption_repaired` is
-true (caption_bad_utf8 in other tools).
+A caption that is not valid UTF-8 (or UTF-16 with a byte order mark) is no reason: it is repaired with replacement
+characters, and `caption_repaired` is true (caption_bad_utf8 in other tools).
 
-Captions are kept unchanged, except for line ends at their end. The .txt is the caption; without one, the sidecar's or
-.json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content.
+Captions are kept unchanged, except for a byte order mark and line ends at their end. The .txt is the caption; without
+one, the sidecar's or .json's caption is. The uid is the sidecar's, else the .json's, else a hash of the content.
+`resources.pools.samples` has the rules by which descriptions of one sample are joined.
 """
 
 import hashlib
@@ -101,11 +105,13 @@ class ShardRead:
         rows: accepted samples, in `RAW_POOL_SCHEMA`, in the order of the source.
         rejects: the others, in `REJECTS_SCHEMA`, in the order of the source.
         notes: remarks about the shard for the user, one sentence each.
+        converted: `source_row` of each row whose image `resources.storage.images` converts to RGB.
     """
 
     rows: pa.Table
     rejects: pa.Table
     notes: list[str] = field(default_factory=list)
+    converted: list[int] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -130,7 +136,7 @@ class Pool(Protocol):
         """Return the fingerprint of each shard by name, from the listing alone.
 
         Raises:
-            PoolError: the folder or its shards are missing, or a name cannot be a partition.
+            PoolError: the folder or its shards are missing.
         """
 
     def read_shard(self, name: str) -> ShardRead:
@@ -202,13 +208,13 @@ def content_uid(image_sha256: bytes, caption: str) -> str:
 
 
 def list_folder(settings: PoolSettings) -> list[files.Listed]:
-    """List the files in the pool's folder.
+    """List the files in the pool's folder; hidden files (such as macOS's `._00000.tar`) are left out.
 
     Raises:
         PoolError: the folder is missing.
     """
     try:
-        return files.list_folder(settings.path)
+        return [file for file in files.list_folder(settings.path) if not file.name.startswith(".")]
     except FileNotFoundError as error:
         raise PoolError(
             f"the pool's folder {settings.path} does not exist. Set pool.path to the folder that "
@@ -218,6 +224,17 @@ def list_folder(settings: PoolSettings) -> list[files.Listed]:
         raise PoolError(
             f"the pool's path {settings.path} is a file. Set pool.path to the folder that holds it."
         ) from error
+
+
+def shard_name(stem: str) -> str:
+    """Return the name of a shard: the file's stem, or a stand-in if that cannot be a partition key and file name.
+
+    A shard with a stand-in is listed, so that it fails alone: reading it raises the error of `check_shard_name`.
+    """
+    if _SHARD_NAME.fullmatch(stem):
+        return stem
+    digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"unusable-name-{re.sub('[^A-Za-z0-9._-]+', '_', stem).strip('_')[:40]}-{digest}"
 
 
 def check_shard_name(name: str, url: str) -> str:

@@ -28,6 +28,15 @@ import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
+from resources.pools.samples import (
+    column_values,
+    encodable,
+    is_null,
+    normal_uid,
+    nothing_usable,
+    pixels_or_none,
+    score_or_none,
+)
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -51,8 +60,9 @@ _COLUMNS = {  # of raw_pool: names in the file, of which the first that exists i
 
 @dataclass(slots=True)
 class _Parts:
-    """The files of a shard."""
+    """The files of a shard, and the stem of their names."""
 
+    stem: str
     parquet: files.Listed | None = None
     npz: files.Listed | None = None
     image: files.Listed | None = None
@@ -96,7 +106,8 @@ class DatacompPool:
         listed = pools.list_folder(self.settings)
         for folder in _FOLDERS:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                listed += files.list_folder(f"{self.settings.path.rstrip('/')}/{folder}")
+                inside = files.list_folder(f"{self.settings.path.rstrip('/')}/{folder}")
+                listed += [file for file in inside if not file.name.startswith(".")]
         shards: dict[str, _Parts] = {}
         for file in listed:
             retrieval = _RETRIEVAL.fullmatch(file.name)
@@ -108,7 +119,7 @@ class DatacompPool:
                 kind = suffix
             else:
                 continue
-            parts = shards.setdefault(pools.check_shard_name(stem, file.url), _Parts())
+            parts = shards.setdefault(pools.shard_name(stem), _Parts(stem))
             if getattr(parts, kind) is not None:
                 raise PoolError(
                     f"shard {stem} is there twice: {getattr(parts, kind).url} and {file.url}. "
@@ -137,6 +148,7 @@ class DatacompPool:
         parts = self._shards().get(name)
         if parts is None:
             raise PoolError(f"there is no shard {name} in {self.settings.path}")
+        pools.check_shard_name(parts.stem, parts.all()[0].url)
         if parts.parquet is None:
             raise PoolError(f"{parts.all()[0].url} has no parquet beside it. Download it, or remove the file.")
         return parts
@@ -145,19 +157,19 @@ class DatacompPool:
         """See `pools.Pool`."""
         parts = self._parts(name)
         assert parts.parquet is not None
-        columns = _read_parquet(parts.parquet.url)
+        columns, notes = _read_parquet(parts.parquet.url)
         total = len(columns["caption"])
         if total == 0:
             raise pools.empty_shard(name, parts.parquet.url)
         captions, repaired = _utf8(columns["caption"])
-        columns["caption"] = pc.utf8_rtrim(captions, characters="\r\n")
+        columns["caption"] = pc.utf8_rtrim(pc.utf8_ltrim(captions, characters="\ufeff"), characters="\r\n")
         for column in ("uid", "key", "url", "sha256", "image_path"):
             columns[column] = _utf8(columns[column])[0]
 
         faults = _Faults(np.full(total, "", dtype=object))
         self._judge_captions(columns["caption"], faults)
         self._judge_sizes(columns, faults)
-        notes = self._judge_embeddings(parts, total, faults)
+        notes += self._judge_embeddings(parts, total, faults)
         uids = _uids(columns, faults)
         fields = _fields(uids)
 
@@ -201,13 +213,14 @@ class DatacompPool:
             }
             for row in np.flatnonzero(~faults.good).tolist()
         ]
-        return ShardRead(rows, pools.rejects_table(name, rejects), notes)
+        rejected = pools.rejects_table(name, rejects)
+        return ShardRead(rows, rejected, [*notes, *nothing_usable(rows.num_rows, rejected)])
 
     def _judge_captions(self, captions: pa.Array, faults: _Faults) -> None:
         missing = _bools(pc.is_null(captions))
         faults.add(missing, "caption_missing", "the caption is null")
-        empty = _bools(pc.equal(pc.utf8_trim_whitespace(captions), ""))
-        faults.add(empty, "caption_empty", "nothing but white space, if anything")
+        empty = ~_bools(pc.match_substring_regex(captions, r"[^\s\p{Z}\p{Cc}\p{Cf}]"))
+        faults.add(empty, "caption_empty", "nothing that is visible")
         limit = self.settings.max_caption_chars
         if limit is not None:
             lengths = pc.utf8_length(captions)
@@ -346,8 +359,8 @@ def _blocks(stream: ArrayStream) -> Iterator[np.ndarray]:
         yield from stream.blocks()
 
 
-def _read_parquet(url: str) -> dict[str, pa.Array]:
-    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks."""
+def _read_parquet(url: str) -> tuple[dict[str, pa.Array], list[str]]:
+    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks; and notes."""
     try:
         with files.open_binary(url) as file:
             parquet = pq.ParquetFile(file)
@@ -362,22 +375,66 @@ def _read_parquet(url: str) -> dict[str, pa.Array]:
         raise PoolError(f"{url}: there is no column `text` or `caption`. Add the captions.")
     numbers = {"width": pa.int32(), "height": pa.int32()}
     columns = {}
+    notes: list[str] = []
     for column, source in sources.items():
         kind = numbers.get(column, pa.float32() if "score" in column else pa.string())
         if source is None:
             columns[column] = pa.nulls(table.num_rows, kind)
             continue
         found = _flat(table[source])
-        try:
-            columns[column] = found if pa.types.is_string(found.type) else found.cast(kind)
-        except pa.ArrowException as error:
-            raise PoolError(
-                f"{url}: the column {source} is {found.type} and cannot be read as {kind} ({error}). Correct the file."
-            ) from error
+        if column == "uid":
+            columns[column] = _normal_uids(found)
+            continue
+        columns[column], lost = _cast(found, kind, column, f"{url}: the column {source}")
+        notes += [f"{lost} values of column {source} are not usable as {kind} and are null"] if lost else []
         if pa.types.is_floating(kind):  # DuckDB would rank a NaN first
             finite = pc.is_finite(columns[column])
             columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
-    return columns
+    return columns, notes
+
+
+def _cast(found: pa.Array, kind: pa.DataType, column: str, where: str) -> tuple[pa.Array, int]:
+    """Return a column as `kind`, and how many of its values became null because they cannot be.
+
+    Raises:
+        PoolError: it is the caption, and not text.
+    """
+    if found.type == kind:
+        return found, 0
+    try:
+        if pa.types.is_string(kind) or pa.types.is_integer(found.type) or pa.types.is_dictionary(found.type):
+            return found.cast(kind), 0
+    except pa.ArrowException as error:
+        if column == "caption":
+            raise PoolError(f"{where} is {found.type} and cannot be read as {kind} ({error}). Correct it.") from error
+        if pa.types.is_string(kind):
+            return pa.nulls(len(found), kind), len(found) - found.null_count
+    read = pixels_or_none if pa.types.is_integer(kind) else score_or_none
+    values = column_values(found)
+    numbers = pa.array([read(value) for value in values], kind)
+    return numbers, numbers.null_count - sum(map(is_null, values))
+
+
+def _normal_uids(column: pa.Array) -> pa.Array:
+    """Return uids as 32 lower-case hexadecimal digits; others stay, with their type unless they are text."""
+    if pa.types.is_string(column.type):
+        text = column
+    elif pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+        text = column.cast(pa.string())
+    else:
+        text = None
+    if text is not None:
+        with contextlib.suppress(pa.ArrowInvalid):  # no UTF-8
+            lower = pc.utf8_lower(text)
+            if pc.all(pc.match_substring_regex(lower, f"^{pools.UID.pattern}$"), min_count=0).as_py():
+                return lower
+    uids = [None if is_null(value) else normal_uid(value) or _unusable(value) for value in column_values(column)]
+    return pa.array(uids, pa.string())
+
+
+def _unusable(value: object) -> str:
+    """Return a value that is not a uid as text that cannot be taken for one."""
+    return encodable(value)[0] if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
 
 
 def _flat(column: Any) -> pa.Array:

@@ -40,6 +40,7 @@ from resources.pools.samples import (
     ShardSamples,
     check_image,
     encodable,
+    merge_descriptions,
     shown,
 )
 from resources.settings import PoolColumns, PoolSettings, available_cores
@@ -91,7 +92,6 @@ class ImageFolderPool:
             own = [file for file in listed if file.name in _TABLES and folder]
             for shard, inside in self._divided(folder, listed).items():
                 if any(_is_image(file.name) for file in inside):
-                    pools.check_shard_name(shard, f"{self._root}/{folder}")
                     found[shard] = files.fingerprint([*inside, *own, *above])
         if not found:
             raise PoolError(
@@ -125,7 +125,7 @@ class ImageFolderPool:
 
     def _shard(self, folder: str, name: str) -> str:
         """Return the shard of a file. An image and its .txt are in the same one."""
-        shard = folder or TOP
+        shard = pools.shard_name(folder) if folder else TOP
         if self.settings.buckets is None:
             return shard
         stem = os.path.splitext(name)[0].encode("utf-8", "surrogateescape")
@@ -137,6 +137,9 @@ class ImageFolderPool:
         top = _visible(pools.list_folder(self.settings))
         folder = name if self.settings.buckets is None else name.rpartition("-")[0]
         folders = self._folders(top)
+        folder = next((found for found in folders if found and pools.shard_name(found) == folder), folder)
+        if folder and folder in folders:
+            pools.check_shard_name(folder, f"{self._root}/{folder}")
         if folder == TOP and "" in folders:
             folder = ""
         if folder not in folders:
@@ -190,9 +193,10 @@ class ImageFolderPool:
         for table, prefix in tables:
             for name, row in _table(table.url, self.settings.columns):
                 if name.startswith(prefix) and (folder or "/" not in name):
-                    kept = rows.setdefault(name.removeprefix(prefix), row)
-                    repeated += kept is not row
-        notes = [f"ignored {repeated} table rows of images that had one before"] if repeated else []
+                    inside = name.removeprefix(prefix)
+                    repeated += inside in rows
+                    rows[inside] = merge_descriptions(rows.get(inside, {}), row)
+        notes = [f"{repeated} table rows of images that had one before only fill in missing values"] if repeated else []
         return rows, notes
 
     def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
@@ -217,7 +221,7 @@ def _row(samples: ShardSamples, key: str, read: _Read, values: Mapping[str, Any]
         raise RejectedError("key_invalid", "the file's name is not valid UTF-8")
     assert read.image is not None
     caption = read.text if read.text is not None else values.get("caption")
-    return samples.row(key, read.image, caption if isinstance(caption, str | bytes) else None, values)
+    return samples.row(key, read.image, caption, values)
 
 
 def _visible(listed: Iterable[files.Listed]) -> list[files.Listed]:

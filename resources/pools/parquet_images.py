@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
-from resources.pools.samples import METADATA, CheckedImage, RejectedError, ShardSamples, check_image
+from resources.pools.samples import METADATA, CheckedImage, RejectedError, ShardSamples, check_image, column_values
 from resources.settings import PoolColumns, PoolSettings, available_cores
 from resources.storage import files
 
@@ -57,7 +57,7 @@ class ParquetImagesPool:
         found = {}
         for file in pools.list_folder(self.settings):
             if file.name.endswith(".parquet") and file.name[0] not in "._":
-                found[pools.check_shard_name(file.name.removesuffix(".parquet"), file.url)] = file
+                found[pools.shard_name(file.name.removesuffix(".parquet"))] = file
         if not found:
             raise PoolError(
                 f"no shards: there is no *.parquet in {self.settings.path}. Set pool.path to the folder that holds the "
@@ -69,6 +69,7 @@ class ParquetImagesPool:
         file = self._shards().get(name)
         if file is None:
             raise PoolError(f"there is no shard {name} (no {name}.parquet) in {self.settings.path}")
+        pools.check_shard_name(file.name.removesuffix(".parquet"), file.url)
         return file
 
     def list_shards(self) -> dict[str, str]:
@@ -216,8 +217,8 @@ def _add(samples: ShardSamples, batch: pa.RecordBatch, columns: Mapping[str, str
     images = _bytes(batch.column(columns["image"])).to_pylist()
     limit = samples.settings.max_pixels
     checked = threads.map(lambda data: None if data is None else check_image(data, limit), images)
-    metadata = {name: _values(batch.column(name)) for name in METADATA if name in batch.schema.names}
-    named = {column: _values(batch.column(name)) for column, name in columns.items() if column != "image"}
+    metadata = {name: column_values(batch.column(name)) for name in METADATA if name in batch.schema.names}
+    named = {column: column_values(batch.column(name)) for column, name in columns.items() if column != "image"}
     for row, image in enumerate(checked):
         of_row = {name: values[row] for name, values in (metadata | named).items()}
         key = of_row.get("key")
@@ -232,16 +233,8 @@ def _row(samples: ShardSamples, key: str, image: CheckedImage | None, values: Ma
         raise RejectedError("image_missing", "the image is null")
     caption = values["caption"]
     if isinstance(caption, list):
-        raise RejectedError("caption_missing", f"a list of {len(caption)} captions. Name a column with one caption")
-    return samples.row(key, image, caption if isinstance(caption, str | bytes) else None, values)
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """Return a column's values; strings that are no UTF-8 as bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return column.cast(pa.binary()).to_pylist()
+        raise RejectedError("caption_invalid", f"a list of {len(caption)} captions. Name a column with one caption")
+    return samples.row(key, image, caption, values)
 
 
 FORMAT = PoolFormat(

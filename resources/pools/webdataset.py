@@ -1,12 +1,15 @@
 """The format `webdataset`: shards as img2dataset writes them, a tar and perhaps a Parquet file beside it.
 
-Which members form a sample is decided in `resources.storage.tar_samples`. Members with other suffixes are ignored and
-noted.
+A sample's caption is its .txt, else the Parquet file's, else its .json's. Every other field is the first that is not
+null of Parquet file and .json; a uid that neither has is a hash of the content.
+
+Which members form a sample is decided in `resources.storage.tar_samples`. Members that belong to no sample are ignored
+and noted.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,12 +25,22 @@ from resources.pools.samples import (
     RejectedError,
     ShardSamples,
     check_image,
+    column_values,
     encodable,
+    is_null,
+    match_keys,
+    merge_descriptions,
     shown,
 )
 from resources.settings import PoolSettings, available_cores
 from resources.storage import files, tars
-from resources.storage.tar_samples import TarSample, group_samples
+from resources.storage.tar_samples import (
+    IMAGE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
+    TarSample,
+    group_samples,
+    split_name,
+)
 
 
 class WebdatasetPool:
@@ -43,8 +56,8 @@ class WebdatasetPool:
         compressed = []
         for file in pools.list_folder(self.settings):
             stem, suffix = os.path.splitext(file.name)
+            stem = pools.shard_name(stem)
             if suffix == ".tar":
-                pools.check_shard_name(stem, file.url)
                 found.setdefault(stem, {})["tar"] = file
             elif suffix == ".parquet":
                 found.setdefault(stem, {})["parquet"] = file
@@ -92,27 +105,84 @@ class WebdatasetPool:
                 f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet."
             )
         url = parts["tar"].url
-        sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else {}
+        pools.check_shard_name(parts["tar"].name.removesuffix(".tar"), url)
+        sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else _Sidecar("")
         with files.mapped(url) as view:
             try:
                 index = tars.walk(view, url)
             except tars.TarError as error:
                 raise PoolError(str(error)) from error
             groups, unrelated = group_samples(index)
-            if not groups:
-                raise pools.empty_shard(name, url)
+            if not groups and not sidecar.all_failed:
+                raise _no_samples(name, url, sidecar, unrelated)
+            sidecar.match([group.key for group in groups])
             shard = _Shard(name, self.settings, view, sidecar)
             with ThreadPoolExecutor(available_cores()) as threads:
                 # Decoding and hashing release the interpreter's lock.
                 for group, image in zip(groups, threads.map(shard.check, groups), strict=True):
                     shard.add(group, image)
         shard.add_sidecar_only()
-        notes = []
+        notes = list(sidecar.notes)
         if index.fault is not None:
             notes.append(f"{name}.tar is incomplete ({index.fault}); the samples before that point are used")
+        notes += _remarks(name, groups)
+        if index.after_end is not None:
+            notes.append(f"{name}.tar: {index.after_end}")
         if unrelated:
             notes.append(f"ignored members that are no part of a sample: {shown(unrelated)}")
         return shard.samples.result(notes)
+
+
+class _Sidecar:
+    """The Parquet file beside a tar.
+
+    Args:
+        url: its place, for messages.
+        rows: its rows by key.
+        notes: remarks about the file, one sentence each.
+    """
+
+    def __init__(self, url: str, rows: Mapping[str, dict[str, Any]] | None = None, notes: Sequence[str] = ()) -> None:
+        self.url = url
+        self.rows = rows or {}
+        self.notes = list(notes)
+        self.has_uids = any(not is_null(row.get("uid")) for row in self.rows.values())
+        self.all_failed = bool(self.rows) and all(map(_failed, self.rows.values()))
+        self._matched: dict[str, str] = {}
+
+    def match(self, keys: Sequence[str]) -> None:
+        """Match the file's keys to those of the tar's samples.
+
+        Raises:
+            PoolError: fewer than half of the tar's keys are in the file.
+        """
+        if not self.rows or not keys:
+            return
+        self._matched = match_keys(keys, self.rows)
+        if 2 * len(self._matched) < len(set(keys)):
+            ours = next(key for key in keys if key not in self._matched)
+            theirs = next((key for key in self.rows if key not in self._matched.values()), next(iter(self.rows)))
+            raise PoolError(
+                f"{self.url}: only {len(self._matched)} of the tar's {len(set(keys))} keys are in this parquet. The "
+                f"tar has {encodable(ours)[0]!r}, for example, and the parquet has {encodable(theirs)[0]!r}. Remedy: "
+                "write the tar's keys into its column `key`, or remove it if the tar alone describes its samples."
+            )
+        other = [(ours, theirs) for ours, theirs in self._matched.items() if ours != theirs]
+        if other:
+            ours, theirs = other[0]
+            self.notes.append(
+                f"{len(other)} keys are spelt differently in tar and parquet, such as {encodable(ours)[0]} and {theirs}"
+            )
+
+    def row(self, key: str) -> Mapping[str, Any] | None:
+        """Return the row of a sample of the tar."""
+        matched = self._matched.get(key)
+        return None if matched is None else self.rows[matched]
+
+    def unmatched(self) -> dict[str, dict[str, Any]]:
+        """Return the rows that have no sample in the tar."""
+        matched = set(self._matched.values())
+        return {key: row for key, row in self.rows.items() if key not in matched}
 
 
 class _Shard:
@@ -122,7 +192,7 @@ class _Shard:
         name: the shard's.
         settings: the pool's.
         view: the tar's bytes.
-        sidecar: the rows of the Parquet file beside it, by key.
+        sidecar: the Parquet file beside it.
     """
 
     def __init__(
@@ -130,7 +200,7 @@ class _Shard:
         name: str,
         settings: PoolSettings,
         view: memoryview,
-        sidecar: Mapping[str, dict[str, Any]],
+        sidecar: _Sidecar,
     ) -> None:
         self.samples = ShardSamples(name, settings)
         self.view = view
@@ -151,10 +221,8 @@ class _Shard:
 
     def add_sidecar_only(self) -> None:
         """Reject the sidecar's rows that have no members in the tar."""
-        for key, row in self.sidecar.items():
-            if key in self.samples.keys:
-                continue
-            if row.get("status", "success") != "success":
+        for key, row in self.sidecar.unmatched().items():
+            if _failed(row):
                 detail = f"{row['status']}: {row.get('error_message') or 'no message'}"
                 rejected = RejectedError("download_failed", detail)
             else:
@@ -172,33 +240,86 @@ class _Shard:
         if key in self.samples.keys:
             raise RejectedError(
                 "duplicate_key",
-                "the key came before; a sample's members must be neighbours in the tar",
+                "the key came before, with members of the same suffix",
             )
         if sample.image is None or image is None:
-            raise RejectedError("image_missing", f"no image beside {', '.join(sample.kinds)}")
+            raise RejectedError("image_missing", _suffixes_found(sample))
         metadata = self._metadata(sample)
-        caption: str | bytes | None = metadata["caption"] if isinstance(metadata.get("caption"), str) else None
-        if sample.text is not None:
-            caption = self._bytes(sample.text)
+        caption = metadata.get("caption") if sample.text is None else self._bytes(sample.text)
         return self.samples.row(key, image, caption, metadata, offset=sample.image.offset)
 
     def _metadata(self, sample: TarSample) -> Mapping[str, Any]:
-        """Return the sidecar's row, else the .json, else nothing."""
-        if sample.key in self.sidecar:
-            return self.sidecar[sample.key]
+        """Return the sample's description, merged from the Parquet file and the .json."""
+        row = self.sidecar.row(sample.key)
+        metadata = merge_descriptions(row or {}, self._json(sample, row))
+        if row is None and self.sidecar.has_uids and is_null(metadata.get("uid")):
+            raise RejectedError("missing_from_parquet", "the parquet has the uids of other samples, and not this key")
+        return metadata
+
+    def _json(self, sample: TarSample, row: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if sample.json is None:
             return {}
         try:
             metadata = json.loads(self._bytes(sample.json))
+            if isinstance(metadata, dict):
+                return metadata
+            fault = "not an object"
         except (ValueError, RecursionError) as error:
-            raise RejectedError("metadata_invalid", f"{sample.json.name}: {error}") from error
-        if not isinstance(metadata, dict):
-            raise RejectedError("metadata_invalid", f"{sample.json.name}: not an object")
-        return metadata
+            fault = str(error)
+        if row is not None and not is_null(row.get("uid")):
+            return {}  # the sample's identity is known without it
+        raise RejectedError("metadata_invalid", f"{sample.json.name}: {fault}")
 
 
-def _read_sidecar(url: str) -> dict[str, dict[str, Any]]:
-    """Return the Parquet file's rows by key.
+def _suffixes_found(sample: TarSample) -> str:
+    suffixes = [split_name(member.name)[1] for member in sample.members]
+    found = f"no image: the suffixes of this key are {', '.join(map(repr, suffixes))}"
+    if any("." in suffix for suffix in suffixes):
+        found += (
+            ". A suffix is everything after the first dot of the name: rename the members to <key>.jpg and <key>.txt"
+        )
+    return found
+
+
+def _remarks(name: str, groups: Sequence[TarSample]) -> list[str]:
+    """Return notes on how the members of samples lie in the tar."""
+    notes = []
+    scattered = [group.key for group in groups if group.scattered]
+    if scattered:
+        notes.append(
+            f"members of one sample are not neighbours in {name}.tar ({shown(scattered)}); webdataset needs them to "
+            f"be: pack it again with `tar --sort=name -cf {name}.tar <folder>`"
+        )
+    several = [group.key for group in groups if any(_is_image(other.name) for other in group.others) and group.image]
+    if several:
+        notes.append(f"keys with more than one image, of which the first is used: {shown(several)}")
+    return notes
+
+
+def _is_image(name: str) -> bool:
+    return split_name(name)[1].lower() in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
+
+
+def _no_samples(name: str, url: str, sidecar: _Sidecar, unrelated: list[str]) -> PoolError:
+    """Return the error of a tar without samples."""
+    if sidecar.rows:
+        good = sum(not _failed(row) for row in sidecar.rows.values())
+        return PoolError(
+            f"empty shard {name}: there is no sample in {url}, and {good} downloads were successful according to "
+            f"{sidecar.url}. Remedy: bring the whole tar, or remove both files."
+        )
+    if unrelated:
+        return PoolError(
+            f"empty shard {name}: no member of {url} is an image, .txt or .json; it has {shown(unrelated)}. Remedy: "
+            f"name images <key>.jpg (or {', '.join(sorted(IMAGE_SUFFIXES - {'jpg'}))}), or remove the file."
+        )
+    return pools.empty_shard(name, url)
+
+
+def _read_sidecar(url: str) -> _Sidecar:
+    """Read the Parquet file beside a tar.
+
+    Of rows with one key the first successful one is used, else the first. Rows without a key are left out.
 
     Raises:
         PoolError: it cannot be read, or has no key column.
@@ -215,12 +336,31 @@ def _read_sidecar(url: str) -> dict[str, dict[str, Any]]:
     if "key" not in names:
         raise PoolError(f"{url}: the parquet has no column `key`. {remedy}")
     rows: dict[str, dict[str, Any]] = {}
-    for row in table.to_pylist():
-        if row["key"] is None:
-            raise PoolError(f"{url}: a row has no key. {remedy}")
-        if rows.setdefault(str(row["key"]), row) is not row:
-            raise PoolError(f"{url}: the key {row['key']} is in it twice. {remedy}")
-    return rows
+    without_key, repeated = 0, []
+    columns = {name: column_values(table[name]) for name in table.column_names}
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        if is_null(row["key"]):
+            without_key += 1
+            continue
+        key = row["key"].decode(errors="surrogateescape") if isinstance(row["key"], bytes) else str(row["key"])
+        first = rows.setdefault(key, row)
+        if first is not row:
+            repeated.append(key)
+            if _failed(first) and not _failed(row):
+                rows[key] = row
+    file_name = url.rpartition("/")[2]
+    notes = []
+    if without_key:
+        notes.append(f"ignored rows of {file_name} without a key: {without_key}")
+    if repeated:
+        notes.append(f"keys that {file_name} has more than once, of which one row is used: {shown(repeated)}")
+    return _Sidecar(url, rows, notes)
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of the Parquet file is of a download that failed."""
+    return not is_null(row.get("status")) and row["status"] != "success"
 
 
 def _climbs(key: str) -> bool:

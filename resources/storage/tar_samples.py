@@ -1,18 +1,29 @@
 """The members of a tar grouped into samples, for the pool reader and the exporter.
 
-A sample is a run of members with one key and at most one image, one .txt and one .json. The key is the path up to the
-first dot of the file name. Members of other kinds neither start nor end a sample: those with its key belong to it,
-all others belong to none.
+A sample has the members of one key: the path up to the first dot of the file name, as in webdataset. Its members need
+not be neighbours. A suffix that occurs again starts another sample of that key. Of several images, the first is the
+sample's image. Members with other suffixes neither start nor end a sample: those with its key belong to it, all others
+belong to none.
+
+A name such as `a.input.jpg` has the key `a` and the suffix `input.jpg`, which is no image. If a key has only such
+members, they still count as one sample, or, if it has several images (`v1.0001.jpg`, `v1.0002.jpg`), as one sample for
+each name up to its last dot. Such samples have no image, text or json, only `others`.
 
 Here: which members form a sample. Not here: whether a sample is usable (`resources.pools.samples`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from resources.storage.tars import Member, TarIndex
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
-_KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), "txt": "text", "json": "json"}
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "avif"})
+OTHER_IMAGE_SUFFIXES = frozenset(
+    {"tif", "tiff", "heic", "heif", "jp2", "j2k", "jpx", "jxl", "ico", "svg", "psd", "tga", "ppm", "pgm", "pbm", "exr"}
+)
+"""Suffixes of images that are not read: a sample with one is rejected for its format."""
+
+_KINDS = {**dict.fromkeys(IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES, "image"), "txt": "text", "json": "json"}
 
 
 @dataclass(slots=True)
@@ -24,8 +35,9 @@ class TarSample:
         image: the image.
         text: the .txt.
         json: the .json.
-        others: members with other suffixes, each suffix once.
+        others: members with other suffixes, each suffix once, and images after the first.
         cut: whether the tar ends inside the sample.
+        scattered: whether members of other samples are between its own.
     """
 
     key: str
@@ -34,6 +46,8 @@ class TarSample:
     json: Member | None = None
     others: list[Member] = field(default_factory=list)
     cut: bool = False
+    scattered: bool = False
+    suffixes: set[str] = field(default_factory=set)
 
     @property
     def kinds(self) -> set[str]:
@@ -58,38 +72,45 @@ def group_samples(index: TarIndex) -> tuple[list[TarSample], list[str]]:
     """Group the members of a tar into samples.
 
     Returns:
-        The samples in the order of the tar, and the names of all members that are no image, .txt or .json. Of samples
-        with one key, the first is the one that `raw_pool` may keep.
+        The samples in the order of the tar, and the names of the members that are no image, .txt or .json and do not
+        count as a sample. Of samples with one key, the first is the one that `raw_pool` may keep.
     """
     samples: list[TarSample] = []
+    by_key: dict[str, list[TarSample]] = {}
     other_names: list[str] = []
     current: TarSample | None = None
-    waiting: list[Member] = []  # members of other kinds, in case the next sample has their key
     for member in index.members if index.cut is None else [*index.members, index.cut]:
         key, suffix = split_name(member.name)
         kind = _KINDS.get(suffix.lower())
-        if kind is None or not key or key.endswith("/"):
+        unnamed = not key or key.endswith("/")
+        if kind is None or unnamed:
             other_names.append(member.name)
-            if member is index.cut:
+            if unnamed or member is index.cut:
                 continue
-            if current is not None and current.key == key:
-                _add_other(current, member)
+        if current is None or current.key != key or suffix in current.suffixes:
+            of_key = by_key.setdefault(key, [])
+            found = next((sample for sample in of_key if suffix not in sample.suffixes), None)
+            if found is not None:
+                found.scattered = True
+            elif of_key and kind is None:
+                continue  # such a member again
             else:
-                waiting.append(member)
-            continue
-        if current is None or current.key != key or getattr(current, kind) is not None:
-            current = TarSample(key)
-            samples.append(current)
-            for other in waiting:
-                if split_name(other.name)[0] == key:
-                    _add_other(current, other)
-            waiting = []
-        setattr(current, kind, member)
-        current.cut = member is index.cut
-    if index.fault is not None and current is not None and len(samples) > 1:
-        # A tar that ends between two members shows no cut: compare the last sample with the one before.
-        current.cut = current.cut or not current.kinds >= samples[-2].kinds
-    return samples, other_names
+                found = TarSample(key)
+                of_key.append(found)
+                samples.append(found)
+            current = found
+        _add(current, member, kind, suffix)
+        current.cut = current.cut or member is index.cut
+    samples = [counted for sample in samples for counted in _counted(sample)]
+    if index.fault is not None and len(samples) > 1:
+        # A tar that ends between two members shows no cut: compare the kinds of members with those of another sample.
+        if any(sample.scattered for sample in samples):
+            for sample in samples:
+                sample.cut = sample.cut or not sample.kinds >= samples[0].kinds
+        else:
+            samples[-1].cut = samples[-1].cut or not samples[-1].kinds >= samples[-2].kinds
+    counted_names = {member.name for sample in samples if not sample.kinds for member in sample.others}
+    return samples, [name for name in other_names if name not in counted_names]
 
 
 def members_by_key(index: TarIndex) -> dict[str, list[Member]]:
@@ -101,7 +122,39 @@ def members_by_key(index: TarIndex) -> dict[str, list[Member]]:
     return found
 
 
-def _add_other(sample: TarSample, member: Member) -> None:
-    suffix = split_name(member.name)[1]
-    if all(split_name(other.name)[1] != suffix for other in sample.others):
+def _add(sample: TarSample, member: Member, kind: str | None, suffix: str) -> None:
+    sample.suffixes.add(suffix)
+    if kind is None:
         sample.others.append(member)
+    elif getattr(sample, kind) is None:
+        setattr(sample, kind, member)
+    elif kind == "image" and _unread(sample.image) and not _unread(member):
+        assert sample.image is not None
+        sample.others.append(sample.image)
+        sample.image = member
+    else:
+        sample.others.append(member)
+
+
+def _unread(image: Member | None) -> bool:
+    return image is not None and split_name(image.name)[1].lower() in OTHER_IMAGE_SUFFIXES
+
+
+def _counted(sample: TarSample) -> Iterator[TarSample]:
+    """Yield the sample, or the samples that a key without image, text and json counts as; see the module."""
+    if sample.kinds:
+        yield sample
+        return
+    stems: dict[str, list[Member]] = {}
+    images = 0
+    for member in sample.others:
+        stem, _, last = member.name.rpartition(".")
+        kind = _KINDS.get(last.lower())
+        if kind is not None:
+            stems.setdefault(stem.removeprefix("./"), []).append(member)
+            images += kind == "image"
+    if images > 1:
+        for stem, members in stems.items():
+            yield TarSample(stem, others=members)
+    elif stems:
+        yield sample

@@ -56,6 +56,8 @@ class TarIndex:
         others: names of folders, links and other members without bytes of their own.
         cut: the member inside which the tar ends, if there is one.
         fault: description of the tar's fault, or None; `members` are good in both cases.
+        after_end: description of the data after the first end-of-archive marker, or None. Members of tars that were
+            joined to the first are among `members`.
     """
 
     names: list[str]
@@ -64,6 +66,7 @@ class TarIndex:
     others: list[str]
     cut: Member | None
     fault: str | None
+    after_end: str | None = None
 
     @property
     def members(self) -> Iterator[Member]:
@@ -98,6 +101,8 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
     fault: str | None = None
     extended: dict[str, str] = {}  # from headers before, for the next member
     common: dict[str, str] = {}  # from global pax headers, for all that follow
+    joined = 0
+    after_end: str | None = None
     position = 0
     unpack = _QUICK.unpack_from
     while True:
@@ -110,7 +115,16 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
             size = _not_negative(int(digits if last_digit in b"\0 " else digits + last_digit, 8))
         except ValueError:
             if not any(view[position : position + _BLOCK]):
-                break
+                following = _next_data(view, position)
+                if following is None:
+                    break
+                if _first_bad_checksum(view, [following]) is not None:
+                    after_end = f"{length - following:,} bytes after the end marker at byte {position:,} are no tar"
+                    break
+                joined += 1
+                extended, common = {}, {}
+                position = following
+                continue
             try:
                 size = _number(digits + last_digit)
             except ValueError:
@@ -176,7 +190,23 @@ def walk(buffer: bytes | memoryview, source: str) -> TarIndex:
     elif fault is not None and (not headers or bad == 0):
         raise TarError(f"{source}: this is not a tar ({fault}). Replace or remove the file.")
     offsets = [position + _BLOCK for position in positions]
-    return TarIndex(_names(view, positions, named), offsets, sizes, [name for _, name in others], cut, fault)
+    if joined:
+        after_end = (
+            f"{joined + 1} tars are joined into one file; webdataset and tar read only the first unless they are asked "
+            "to ignore end markers"
+        )
+    return TarIndex(_names(view, positions, named), offsets, sizes, [name for _, name in others], cut, fault, after_end)
+
+
+def _next_data(view: memoryview, position: int) -> int | None:
+    """Return the offset of the first block from `position` on that is not zero, or None."""
+    step = _AT_ONCE * _BLOCK
+    for start in range(position, len(view) - _BLOCK + 1, step):
+        chunk = np.frombuffer(view[start : start + step], np.uint8)
+        if chunk.any():
+            block = start + int(np.flatnonzero(chunk)[0]) // _BLOCK * _BLOCK
+            return block if block + _BLOCK <= len(view) else None
+    return None
 
 
 def _names(view: memoryview, positions: list[int], named: dict[int, str]) -> list[str]:

@@ -366,7 +366,7 @@ def test_a_draft_is_of_no_side_smaller_than_the_model_takes_and_near_the_exact_p
     assert (exact * draft).sum(axis=1).min() > 0.99
 
 
-def test_preprocessing_is_open_clips_bit_for_bit(tiny_clip: Path) -> None:
+def test_preprocessing_is_open_clips_bit_for_bit_of_the_rgb_picture(tiny_clip: Path) -> None:
     rotated = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -384,7 +384,10 @@ def test_preprocessing_is_open_clips_bit_for_bit(tiny_clip: Path) -> None:
     (batch,) = [Prepare([Look(transform)])[item] for item in ImageWork(odd.items(), 64, 10**6)]
     assert batch.faults == []
     for tensor, data in zip(batch.images[0], odd.values(), strict=True):
-        assert torch.equal(tensor, transform(Image.open(io.BytesIO(data))))
+        assert torch.equal(tensor, transform(Image.open(io.BytesIO(data)).convert("RGB")))
+    for name in ("wide.jpg", "grey.jpg", "rotated.jpg"):  # where it makes no difference
+        tensor = batch.images[0][list(odd).index(name)]
+        assert torch.equal(tensor, transform(Image.open(io.BytesIO(odd[name]))))
 
 
 def test_channels_last_changes_no_embedding_by_more_than_rounding(tmp_path: Path) -> None:
@@ -573,3 +576,16 @@ def test_a_real_model_gives_the_embeddings_that_were_stored() -> None:
     stored = np.load(root / "real_datacomp" / "00001.npz")
     np.testing.assert_allclose(found.image, stored["b32_img"][100:124], atol=4e-3)
     np.testing.assert_allclose(found.text, stored["b32_txt"][100:124], atol=4e-3)
+
+
+def test_long_captions_have_the_tokens_of_the_whole_caption() -> None:
+    import open_clip
+
+    from resources.models.decoding import MAX_CAPTION, _bounded
+
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    words = " ".join(f"word{number} of  many\n" for number in range(2000))
+    for text in (words, " " * 10_000 + words, "short"):
+        assert len(_bounded(text)) <= MAX_CAPTION
+        assert tokenizer([_bounded(text)]).equal(tokenizer([text]))
+    assert len(_bounded("x" * 20_000)) == MAX_CAPTION

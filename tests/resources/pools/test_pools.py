@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,36 @@ def test_a_missing_folder_and_one_without_shards_are_named(tmp_path: Path, form:
         open_pool(PoolSettings(path=str(tmp_path / "00000.tar.gz")), {}).list_shards()
 
 
-def test_a_name_that_cannot_be_a_partition_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_cannot_be_a_partition_fails_alone_and_hidden_files_are_ignored(tmp_path: Path) -> None:
     write_shard(tmp_path, [sample(0)], "a shard")
-    with pytest.raises(PoolError, match=r"'a shard'.*Rename"):
-        open_pool(PoolSettings(path=str(tmp_path)), {}).list_shards()
+    write_shard(tmp_path, [sample(1)], "good")
+    (tmp_path / "._good.tar").write_bytes(b"\0\5\x16\7" + bytes(4000))
+    pool = open_pool(PoolSettings(path=str(tmp_path)), {})
+    odd, good = sorted(pool.list_shards(), key=lambda name: name == "good")
+    assert good == "good"
+    assert pool.read_shard("good").rows.num_rows == 1
+    assert re.fullmatch("[A-Za-z0-9._-]+", odd)
+    with pytest.raises(PoolError, match=r"a shard\.tar.*'a shard'.*Rename"):
+        pool.read_shard(odd)
+
+
+def test_an_odd_name_costs_its_file_in_the_other_formats(tmp_path: Path) -> None:
+    datacomp_shard(tmp_path / "d", "{0}")
+    datacomp_shard(tmp_path / "d", "0")
+    pool = open_pool(PoolSettings(path=str(tmp_path / "d"), format="datacomp"), B32)
+    assert len(pool.list_shards()) == 2
+    with pytest.raises(PoolError, match=r"'\{0\}'.*Rename"):
+        pool.read_shard(next(name for name in pool.list_shards() if name != "0"))
+    for folder in ("two words", "one"):
+        (tmp_path / "f" / folder).mkdir(parents=True)
+        (tmp_path / "f" / folder / "a.jpg").write_bytes(picture(1))
+    for buckets in (None, 2):
+        pool = open_pool(PoolSettings(path=str(tmp_path / "f"), format="image_folder", buckets=buckets), {})
+        good, odd = sorted(pool.list_shards())
+        assert good.startswith("one")
+        assert pool.read_shard(good).samples == 1
+        with pytest.raises(PoolError, match=r"'two words'.*Rename"):
+            pool.read_shard(odd)
 
 
 def test_a_shard_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -115,6 +143,57 @@ def test_a_shard_without_samples_is_an_error(tmp_path: Path, content: Any) -> No
     (tmp_path / "00000.tar").write_bytes(b"")
     with pytest.raises(PoolError, match="empty shard"):
         read(tmp_path)
+
+
+def test_a_shard_whose_downloads_all_failed_has_no_rows_and_all_rejects(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [])
+    failed = {"status": "failed_to_download", "error_message": "HTTP Error 404"}
+    write_sidecar(tmp_path, [{"key": f"{n:09d}", **failed} for n in range(3)])
+    found = read(tmp_path)
+    assert found.rows.num_rows == 0
+    assert reasons(found) == dict.fromkeys(range(3), "download_failed")
+    assert "3 download_failed" in found.notes[0]
+    write_sidecar(tmp_path, [{"key": "000000000", "status": "success"}])
+    with pytest.raises(PoolError, match=r"empty shard.*1 downloads were successful.*Remedy"):
+        read(tmp_path)
+
+
+def test_members_that_are_no_neighbours_are_one_sample_and_noted(tmp_path: Path) -> None:
+    members = [member for n in range(3) for member in sample(n).members()]
+    write_tar(tmp_path / "00000.tar", sorted(members, key=lambda member: member[0].rpartition(".")[2]))
+    found = read(tmp_path)
+    assert (found.rows["uid"].to_pylist(), found.samples) == ([uid("00000", n) for n in range(3)], 3)
+    assert "--sort=name" in found.notes[0]
+
+
+def test_two_images_of_a_key_are_one_row_with_the_first(tmp_path: Path) -> None:
+    key = "000000001"
+    members = [*sample(0).members(), (f"{key}.png", picture(7, kind="PNG")), *sample(1).members()]
+    write_tar(tmp_path / "00000.tar", members)
+    found = read(tmp_path)
+    assert (found.rows["image_format"].to_pylist(), found.samples) == (["JPEG", "PNG"], 2)
+    assert found.notes == [f"keys with more than one image, of which the first is used: {key}"]
+
+
+def test_samples_with_other_suffixes_are_counted_with_their_suffixes(tmp_path: Path) -> None:
+    words = b"a caption"
+    members = [("a.input.jpg", picture(1)), ("a.outputs.txt", words), ("b.dat", b"x"), ("b.txt", words)]
+    write_tar(tmp_path / "00000.tar", [*members, ("c.tiff", b"II*\0"), ("c.txt", words)])
+    found = read(tmp_path)
+    assert reasons(found) == {0: "image_missing", 1: "image_missing", 2: "image_undecodable"}
+    first, second, _ = found.rejects["detail"].to_pylist()
+    assert "'input.jpg', 'outputs.txt'" in first
+    assert "'dat', 'txt'" in second
+
+
+def test_tars_joined_to_one_file_are_all_read(tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(tmp_path / str(number), [sample(number)])
+    joined = b"".join((tmp_path / str(number) / "00000.tar").read_bytes() for number in range(2))
+    (tmp_path / "00000.tar").write_bytes(joined)
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("00000", number) for number in range(2)]
+    assert "2 tars are joined" in found.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -208,19 +287,123 @@ def test_sidecar_rows_without_members_are_rejected_not_lost(tmp_path: Path) -> N
     assert "404" in found.rejects["detail"][0].as_py()
 
 
+def test_a_sidecar_without_keys_is_an_error(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0)])
+    write_sidecar(tmp_path, [{"id": 1}])
+    with pytest.raises(PoolError, match=r"00000\.parquet.*no column `key`"):
+        read(tmp_path)
+
+
+def test_a_sidecar_that_matches_few_keys_is_an_error_with_one_key_of_each_side(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0), sample(1), sample(2)])
+    write_sidecar(tmp_path, [{"key": name, "uid": uid(name)} for name in ("000000001", "other-a", "other-b")])
+    with pytest.raises(PoolError, match=r"00000\.parquet: only 1 of the tar's 3 keys.*'000000000'.*'other-a'.*Remedy"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("ours", "theirs"),
     [
-        ([{"id": 1}], "no column `key`"),
-        ([{"key": "1"}, {"key": "1"}], "twice"),
-        ([{"key": "1"}, {"key": None}], "a row has no key"),
+        ("00000/{:09d}", "{:09d}"),
+        ("{:09d}", "train/{:09d}"),
+        ("{:09d}", "{}"),
+        ("00000/{:09d}", "{}.0"),
+        ("{:09d}", "{:09d}.jpg"),
     ],
 )
-def test_a_sidecar_that_cannot_be_matched_is_an_error(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    write_shard(tmp_path, [sample(0)])
+def test_spellings_of_a_key_are_joined_and_noted(tmp_path: Path, ours: str, theirs: str) -> None:
+    write_shard(tmp_path, [sample(n, key=ours.format(n), meta=None) for n in range(3)])
+    write_sidecar(tmp_path, [{"key": theirs.format(n), "uid": uid("side", n), "status": "success"} for n in range(3)])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", n) for n in range(3)]
+    assert found.rejects.num_rows == 0
+    assert [note for note in found.notes if "3 keys are spelt differently" in note]
+
+
+def test_integer_keys_are_joined(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(n, meta=None) for n in range(3)])
+    write_sidecar(tmp_path, [{"key": n, "uid": uid("side", n)} for n in range(3)])
+    assert read(tmp_path).rows["uid"].to_pylist() == [uid("side", n) for n in range(3)]
+
+
+def test_a_key_that_fits_two_samples_is_joined_to_neither(tmp_path: Path) -> None:
+    keys = ["a/0", "b/0", "c/1", "c/2", "c/3"]
+    write_shard(tmp_path, [sample(n, key=key, meta=None) for n, key in enumerate(keys)])
+    write_sidecar(tmp_path, [{"key": str(n), "uid": uid("side", n)} for n in range(4)])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", n) for n in (1, 2, 3)]
+    assert reasons(found) == {0: "missing_from_parquet", 1: "missing_from_parquet", 5: "missing_from_tar"}
+
+
+def test_no_sample_gets_a_uid_of_its_content_when_the_sidecar_has_the_uids(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0, meta=None), sample(1, meta=None), sample(2)])
+    write_sidecar(tmp_path, [{"key": "000000000", "uid": uid("side", 0)}, {"key": "000000002", "uid": None}])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", 0), uid("00000", 2)]
+    assert reasons(found) == {1: "missing_from_parquet"}
+
+
+def test_each_field_is_the_first_that_is_not_null(tmp_path: Path) -> None:
+    meta = {"uid": uid("json"), "caption": "of the json", "url": "src://json", "original_width": 7}
+    write_shard(tmp_path, [sample(0, text=None, meta=meta), sample(1, text=None, meta=meta | {"uid": uid(1)})])
+    rows = [
+        {"key": "000000000", "uid": None, "caption": None, "url": "src://parquet", "original_width": float("nan")},
+        {"key": "000000001", "uid": uid(2), "caption": "of the parquet", "url": None, "original_width": 9.0},
+    ]
     write_sidecar(tmp_path, rows)
-    with pytest.raises(PoolError, match=rf"00000\.parquet.*{message}"):
-        read(tmp_path)
+    fields = ["uid", "caption", "url", "original_width"]
+    assert [list(row.values()) for row in read(tmp_path).rows.select(fields).to_pylist()] == [
+        [uid("json"), "of the json", "src://parquet", 7],
+        [uid(2), "of the parquet", "src://json", 9],
+    ]
+
+
+def test_a_bad_row_of_the_sidecar_costs_itself(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(n, meta=None) for n in range(3)])
+    rows = [{"key": f"{n:09d}", "uid": uid("side", n), "status": "success"} for n in range(3)]
+    failed = {**rows[1], "uid": uid("other"), "status": "failed_to_download"}
+    write_sidecar(tmp_path, [rows[0], failed, rows[1], rows[2], rows[2], {**rows[0], "key": None}])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side", n) for n in range(3)]
+    assert found.rejects.num_rows == 0
+    assert found.notes == [
+        "ignored rows of 00000.parquet without a key: 1",
+        "keys that 00000.parquet has more than once, of which one row is used: 000000001, 000000002",
+    ]
+
+
+def test_damaged_json_costs_a_sample_only_if_it_may_hold_the_uid(tmp_path: Path) -> None:
+    write_shard(tmp_path, [sample(0, meta=b"{"), sample(1, meta=b"{")])
+    write_sidecar(tmp_path, [{"key": "000000000", "uid": uid("side")}, {"key": "000000001", "uid": None}])
+    found = read(tmp_path)
+    assert found.rows["uid"].to_pylist() == [uid("side")]
+    assert reasons(found) == {1: "metadata_invalid"}
+
+
+def spellings(value: str) -> list[Any]:
+    return [value.upper(), str(uuid.UUID(value)), f" {value}\n", bytes.fromhex(value), value.encode()]
+
+
+def test_spellings_of_a_uid_name_the_same_sample(tmp_path: Path) -> None:
+    plain = [uid("spelt", n) for n in range(3)]
+    for number in range(5):
+        given = [spellings(value)[number] for value in plain]
+        write_shard(tmp_path / f"tar{number}", [sample(n) for n in range(3)])
+        write_sidecar(tmp_path / f"tar{number}", [{"key": f"{n:09d}", "uid": given[n]} for n in range(3)])
+        assert read(tmp_path / f"tar{number}").rows["uid"].to_pylist() == plain
+        datacomp_shard(tmp_path / f"npz{number}", rows=3, columns={"uid": given})
+        assert read_datacomp(tmp_path / f"npz{number}").rows["uid"].to_pylist() == plain
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.decimal128(38)])
+def test_numbers_are_never_read_as_hexadecimal_uids_and_a_shard_without_rows_is_noted(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    digits = 10**17 if kind == pa.int64() else 10**31
+    datacomp_shard(tmp_path, rows=3, columns={"uid": pa.array([digits + n for n in range(3)], kind)})
+    found = read_datacomp(tmp_path)
+    assert set(reasons(found).values()) == {"uid_invalid"}
+    assert "no sample of this shard is usable: 3 uid_invalid" in found.notes[0]
 
 
 def test_a_damaged_sidecar_is_an_error(tmp_path: Path) -> None:
@@ -248,6 +431,66 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) ->
 def test_captions_lose_line_ends_and_nothing_else(tmp_path: Path) -> None:
     write_shard(tmp_path, [sample(0, text=b" two  words \r\n\n"), sample(1, text=b"\x00\ttab ")])
     assert read(tmp_path).rows["caption"].to_pylist() == [" two  words ", "\x00\ttab "]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "repaired"),
+    [
+        (b"\xef\xbb\xbfa dog", "a dog", False),
+        ("a d\u00f6g\n".encode("utf-16"), "a d\u00f6g", False),
+        ("a dog".encode("utf-16-be"), "\0a\0 \0d\0o\0g", False),
+        (b"\xfe\xff\0a\0", "a\N{REPLACEMENT CHARACTER}", True),
+        ("\u202eright to left".encode(), "\u202eright to left", False),
+    ],
+)
+def test_captions_with_a_byte_order_mark_are_decoded(
+    tmp_path: Path, data: bytes, expected: str, repaired: bool
+) -> None:
+    write_shard(tmp_path, [sample(0, text=data)])
+    rows = read(tmp_path).rows
+    assert (rows["caption"].to_pylist(), rows["caption_repaired"].to_pylist()) == ([expected], [repaired])
+
+
+@pytest.mark.parametrize("text", ["\u200b\u200b", "\ufeff", " \0\x1b \u2060\u00ad\n", "\u2028\u3000"])
+def test_a_caption_without_anything_visible_is_empty_in_both_formats(tmp_path: Path, text: str) -> None:
+    write_shard(tmp_path, [sample(0, text=text.encode()), sample(1)])
+    assert reasons(read(tmp_path)) == {0: "caption_empty"}
+    datacomp_shard(tmp_path / "d", rows=3, columns={"text": [text, "\ufeffa dog", "\U0001f415"]})
+    found = read_datacomp(tmp_path / "d")
+    assert reasons(found) == {0: "caption_empty"}
+    assert found.rows["caption"].to_pylist() == ["a dog", "\U0001f415"]
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
+    values: list[object] = [7, ["a", "b"], {"en": "a dog"}, True, None]
+    write_shard(tmp_path, [sample(n, text=None, meta={"caption": value}) for n, value in enumerate(values)])
+    found = read(tmp_path)
+    assert list(reasons(found).values()) == ["caption_invalid"] * 4 + ["caption_missing"]
+    details = found.rejects["detail"].to_pylist()
+    for detail, words in zip(details, ["7 (int)", "a list of 2", "an object of 1", "True (bool)"], strict=False):
+        assert words in detail
+
+
+def test_bad_optional_values_become_null_and_are_counted(tmp_path: Path) -> None:
+    columns = {
+        "original_width": [200.0, float("nan"), 2.0**40, 300.0, 400.0, None],
+        "original_height": ["300", "tall", "300", "300", "300", "300"],
+        "clip_b32_similarity_score": ["0.5", "", "high", "0.25", "inf", None],
+        "url": [["src://list"]] * 6,
+    }
+    datacomp_shard(tmp_path, columns=columns)
+    found = read_datacomp(tmp_path)
+    rows = found.rows
+    assert rows["original_width"].to_pylist() == [200, None, None, 300, 400, None]
+    assert rows["original_height"].to_pylist() == [300, None, 300, 300, 300, 300]
+    assert rows["clip_b32_similarity_score"].to_pylist() == [0.5, None, None, 0.25, None, None]
+    assert rows["url"].to_pylist() == [None] * 6
+    assert found.notes == [
+        "6 values of column url are not usable as string and are null",
+        "1 values of column original_width are not usable as int32 and are null",
+        "1 values of column original_height are not usable as int32 and are null",
+        "2 values of column clip_b32_similarity_score are not usable as float and are null",
+    ]
 
 
 def test_metadata_that_is_odd_does_not_stop_the_shard(tmp_path: Path) -> None:

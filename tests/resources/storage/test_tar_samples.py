@@ -27,7 +27,7 @@ def test_a_key_ends_at_the_first_dot_of_the_file_name() -> None:
     assert split_name("README") == ("README", "")
 
 
-def test_a_sample_is_a_run_of_one_key_with_each_kind_once(tmp_path: Path) -> None:
+def test_a_sample_has_the_members_of_one_key_with_each_suffix_once(tmp_path: Path) -> None:
     path = write_source(
         tmp_path / "a.tar",
         [
@@ -42,15 +42,38 @@ def test_a_sample_is_a_run_of_one_key_with_each_kind_once(tmp_path: Path) -> Non
         ],
     )
     samples, others = group_samples(index_of(path))
-    assert [(sample.key, sorted(sample.kinds)) for sample in samples] == [
-        ("x/a", ["image", "text"]),
-        ("b", ["image"]),
-        ("b", ["image"]),
-        ("x/a", ["json"]),
-        ("c", ["image"]),
-        ("c", ["image"]),
+    assert [(sample.key, sorted(sample.kinds), sample.scattered) for sample in samples] == [
+        ("x/a", ["image", "json", "text"], True),
+        ("b", ["image"], False),
+        ("b", ["image"], False),
+        ("c", ["image"], False),
     ]
+    assert samples[3].image is not None
+    assert samples[3].image.name == "./c.JPG"
     assert others == ["b.seg.png"]
+
+
+def test_the_first_image_that_can_be_read_is_the_samples(tmp_path: Path) -> None:
+    path = write_source(tmp_path / "a.tar", [("a.tiff", b"1"), ("a.png", b"2"), ("a.jpg", b"3"), ("b.heic", b"4")])
+    samples, _ = group_samples(index_of(path))
+    assert [sample.image.name for sample in samples if sample.image is not None] == ["a.png", "b.heic"]
+    assert [member.name for member in samples[0].members] == ["a.tiff", "a.png", "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["a.input.jpg", "a.outputs.txt", "b.input.jpg", "b.outputs.txt"], ["a", "b"]),
+        (["v1.0.jpg", "v1.0.txt", "v1.1.jpg", "v1.1.txt", "./v1.2.jpg"], ["v1.0", "v1.1", "v1.2"]),
+        (["a.jpg", "a.seg.png", "a.mask.png"], ["a"]),
+        (["README.txt.bak", "log.md", "a.npy"], []),
+    ],
+)
+def test_names_with_several_dots_are_counted(tmp_path: Path, names: list[str], keys: list[str]) -> None:
+    path = write_source(tmp_path / "a.tar", [(name, b"x") for name in names])
+    samples, others = group_samples(index_of(path))
+    assert [sample.key for sample in samples] == keys
+    assert sum(len(sample.members) for sample in samples) + len(others) >= len(names)
 
 
 def test_of_samples_with_one_key_the_first_is_written_with_all_its_members(tmp_path: Path) -> None:
@@ -71,7 +94,7 @@ def test_of_samples_with_one_key_the_first_is_written_with_all_its_members(tmp_p
     data = memoryview(path.read_bytes())
     found = members_by_key(index_of(path))
     assert {key: [bytes(data[m.offset : m.offset + m.size]) for m in group] for key, group in found.items()} == {
-        "x/a": [b"1", b"2"],
+        "x/a": [b"1", b"2", b"9"],
         "b": [b"3", b"4", b"5"],
     }
     out = tmp_path / "b.tar"
@@ -83,6 +106,7 @@ def test_of_samples_with_one_key_the_first_is_written_with_all_its_members(tmp_p
             "b.cls",
             "x/a.jpg",
             "x/a.txt",
+            "x/a.json",
             *(f"b_1.{s}" for s in ("seg.png", "jpg", "cls")),
         ]
 
@@ -102,7 +126,7 @@ def with_notes() -> Members:
 
 
 def with_two_images() -> Members:
-    """A second image of the key, which starts a sample that is no row."""
+    """A second image of the key, which belongs to the sample and is not its image."""
     return [m for n in range(4) for m in (*whole(n), (f"{n}.png", picture(n + 50, kind="PNG")))]
 
 
@@ -111,7 +135,12 @@ def with_a_key_again() -> Members:
     return [*whole(0), *whole(1), ("0.jpg", picture(60)), ("0.txt", b"another caption")]
 
 
-@pytest.mark.parametrize("make", [of_a_mac, with_notes, with_two_images, with_a_key_again])
+def sorted_by_suffix() -> Members:
+    """All images, then all .json, then all .txt."""
+    return sorted((member for n in range(4) for member in whole(n)), key=lambda member: member[0].rpartition(".")[2])
+
+
+@pytest.mark.parametrize("make", [of_a_mac, with_notes, with_two_images, with_a_key_again, sorted_by_suffix])
 def test_what_is_exported_of_a_row_is_what_was_read_of_it(tmp_path: Path, make: Callable[[], Members]) -> None:
     path = write_source(tmp_path / "pool" / "00000.tar", make())
     read = open_pool(PoolSettings(path=str(path.parent)), {}).read_shard("00000").rows

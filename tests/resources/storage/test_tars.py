@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.storage.tars import TarError, TarIndex, walk
+from tests.support.pool_factory import write_tar
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
@@ -196,3 +197,23 @@ def test_the_walk_leaves_nothing_to_collect_however_many_members_there_are() -> 
     finally:
         gc.callbacks.remove(note)
     assert (found, collections) == (9000, [])
+
+
+def test_tars_that_are_joined_are_read_to_the_last_and_noted(tmp_path: Path) -> None:
+    parts = [write_tar(tmp_path / f"{n}.tar", [(f"{n}.txt", bytes([n]) * 700)]).read_bytes() for n in range(3)]
+    index = walk(b"".join(parts), "a.tar")
+    assert index.names == ["0.txt", "1.txt", "2.txt"]
+    assert [b"".join(parts)[offset] for offset in index.offsets] == [0, 1, 2]
+    assert index.fault is None
+    assert index.after_end is not None
+    assert index.after_end.startswith("3 tars are joined")
+
+
+def test_other_data_after_the_end_is_noted_and_padding_is_not(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "a.tar", [("a.txt", b"x")]).read_bytes()
+    assert walk(data + bytes(10**7), "a.tar").after_end is None
+    index = walk(data + bytes(10**7) + b"<html>" * 200, "a.tar")
+    assert index.names == ["a.txt"]
+    assert index.fault is None
+    assert index.after_end is not None
+    assert "are no tar" in index.after_end
