@@ -22,6 +22,7 @@ from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
+from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -79,6 +80,31 @@ def materialize(
     return _Pass(context, graph, instance, notice, progress, redraw).run()
 
 
+def write_export(
+    context: Context,
+    graph: Graph,
+    instance: dg.DagsterInstance,
+    recipe: str,
+    *,
+    notice: Notice,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Write the tars of a subset's newest version, `export/<recipe>`, as far as they are missing or out of date.
+
+    Args:
+        context: the project.
+        graph: its assets.
+        instance: where runs are recorded.
+        recipe: name of the recipe.
+        notice: called before each run.
+        progress: called when rows are done.
+
+    Raises:
+        LakeError: the pool has no tars; or the subset has no version, or was not selected from the pool as it is now.
+    """
+    return _Pass(context, graph, instance, notice, progress, redraw=False).export(recipe)
+
+
 class _Pass:
     """One pass over the graph."""
 
@@ -122,6 +148,18 @@ class _Pass:
                 self.outcome.failures[node.key] = str(error)
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
             self._launch("catalog", None)
+        return self.outcome
+
+    def export(self, recipe: str) -> Outcome:
+        node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)
+        if node is None:
+            raise LakeError(f"export/{recipe}: only pools of tars can be exported. Remedy: read subset.npy instead")
+        subset = next(subset for subset in self.graph.subsets if subset.recipe == recipe)
+        if not subset.is_fresh(self._now()):
+            raise LakeError(f"{subset.key} has no version, or is out of date. Remedy: clip-select run")
+        partitions = self.instance.get_dynamic_partitions(SHARDS_NAME)
+        for some in neighbours(partitions, set(self._due(node, partitions))):
+            self._launch(node.key, some)
         return self.outcome
 
     def _now(self) -> Snapshot:
