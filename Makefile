@@ -14,8 +14,8 @@ demo: $(VENV)/.installed  ## make the demo's pool, run everything on it, print t
 ui: $(VENV)/.installed  ## open Dagster on http://127.0.0.1:3000
 	$(BIN)/clip-select ui $(CONFIG)
 
-test: $(VENV)/.installed  ## run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+test: $(VENV)/.installed  ## run the tests; one process of the three mostly waits for a browser
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 check: $(VENV)/.installed  ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

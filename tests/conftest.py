@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Before anything loads OpenMP. By default its threads spin while they wait, which takes the cores from the other test
 # process; and each process would start a thread for every core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -14,3 +16,8 @@ from tests.support.pool_factory import tiny_clip
 from tests.support.scenario import finished, finished_pass, scenario
 
 __all__ = ["automation", "finished", "finished_pass", "scenario", "tiny_clip", "tiny_coca"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the tests first that mostly wait, so that one process waits while the others compute."""
+    items.sort(key=lambda item: "waits" not in item.keywords)

@@ -34,6 +34,7 @@ from tests.support.scenario import SHARDS, Scenario
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 pytestmark = [
+    pytest.mark.waits,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no browser: install Debian's package chromium"),
     pytest.mark.slow,
 ]
