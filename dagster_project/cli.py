@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from assets.base.context import Context
 
 SECTIONS = {
-    "Compute": ("run", "status", "ui"),
+    "Compute": ("check", "run", "status", "ui"),
     "Understand": ("explain", "rejects", "study"),
     "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
 }
@@ -81,6 +81,15 @@ def commands() -> None:
 
     CONFIG is the path of the project's YAML; --demo in its place uses the demo.
     """
+
+
+@commands.command()
+@_config
+def check(config: Path) -> int:
+    """Check the YAML and all paths, models and features in it; compute nothing."""
+    from dagster_project import console
+
+    return console.check(_open(config), _console())
 
 
 @commands.command()

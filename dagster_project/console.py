@@ -39,19 +39,40 @@ def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
+
+    Raises:
+        ConfigError: something that the YAML refers to is missing; nothing was computed.
     """
     from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
+    from dagster_project.early_checks import require_inputs
     from dagster_project.headless import materialize
     from dagster_project.instance import only_pass, open_instance
 
+    graph = build_graph(project)
+    require_inputs(project, graph)
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
-        graph = build_graph(project)
         with progress_bars(project, console) as bars:
             outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
     print_outcome(project, graph, outcome, console)
     return 1 if outcome.failures else 0
+
+
+def check(project: "Context", console: Console) -> int:
+    """Check everything that a YAML refers to, compute nothing, and print that all is well.
+
+    Raises:
+        ConfigError: something is missing or wrong.
+    """
+    from assets.graph import build_graph
+    from dagster_project.early_checks import require_inputs
+
+    graph = build_graph(project)
+    require_inputs(project, graph)
+    text = f"{project.config}: no problems. Shards: {len(project.pool.list_shards())}; assets: {len(graph.in_order)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def export(project: "Context", recipe: str, console: Console) -> int:
@@ -179,6 +200,8 @@ def print_failures(outcome: "Outcome", console: Console) -> None:
     for key, message in outcome.failures.items():
         console.print(f"FAILED {key}", style="bold red")
         console.print(message, markup=False, highlight=False, soft_wrap=True)
+    for key, needed in outcome.not_attempted.items():
+        console.print(f"{key} not attempted: needs {needed}", style="yellow", markup=False, highlight=False)
 
 
 def _funnel(title: str, lineage: dict[str, Any]) -> Table:

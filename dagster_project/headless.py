@@ -16,7 +16,7 @@ import dagster as dg
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import PartitionedAsset
-from assets.graph import Graph
+from assets.graph import Graph, Node
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from dagster_project.definitions import build_defs
@@ -46,12 +46,14 @@ class Outcome:
         removed: shards that are gone from the pool.
         computed: for each asset that ran, its shards (none for an unpartitioned one).
         failures: for each asset that failed, the message.
+        not_attempted: for each asset that could not be computed because another one failed, the key of that one.
     """
 
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     computed: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    not_attempted: dict[str, str] = field(default_factory=dict)
 
 
 Notice = Callable[[str, int], None]
@@ -132,6 +134,9 @@ class _Pass:
     def run(self) -> Outcome:
         shards = self._discover()
         for node in self.graph.in_order:
+            if (needed := self._needs_failed(node)) is not None:
+                self.outcome.not_attempted[node.key] = needed
+                continue
             try:
                 if isinstance(node, SubsetAsset):
                     if not node.is_fresh(self._now()):
@@ -149,6 +154,16 @@ class _Pass:
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
             self._launch("catalog", None)
         return self.outcome
+
+    def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
+        """Return the failed asset without which a node can't be computed at all; None if it can be tried."""
+        lake = self.snapshot.context.lake
+        for dep in node.deps:
+            if dep in self.outcome.not_attempted:
+                return self.outcome.not_attempted[dep]
+            if dep in self.outcome.failures and not lake.shards(dep):
+                return dep
+        return None
 
     def export(self, recipe: str) -> Outcome:
         node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)
