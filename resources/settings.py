@@ -346,6 +346,9 @@ class ExternalScores(ExternalSettings):
         return columns
 
 
+BLIP_PROMPT = "a picture of "
+
+
 class CaptionerSettings(Settings):
     """One captioner, for SIEVE (arXiv 2310.02110); the defaults of sampling are the paper's."""
 
@@ -368,6 +371,12 @@ class CaptionerSettings(Settings):
         default=None,
         pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$",
         description="The subset whose images get captions, as subset/<recipe>. Default: the whole pool.",
+    )
+    prompt: str | None = Field(
+        default=None,
+        description="Text that every caption starts with; it is cut off afterwards. Default: 'a picture of ' for a "
+        "BLIP, as in the published code, and none for a CoCa. Its tokens and the start token count as part of "
+        "min_tokens and max_tokens; without a prompt neither counts.",
     )
     captions: int = Field(default=8, ge=1, description="Captions per image.")
     top_p: float = Field(default=0.9, gt=0, le=1, description="Probability mass of the nucleus.")
@@ -408,6 +417,13 @@ class CaptionerSettings(Settings):
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
         return self
+
+    @property
+    def first_words(self) -> str:
+        """The prompt; empty for none."""
+        if self.prompt is None:
+            return BLIP_PROMPT if self.library == "transformers" else ""
+        return self.prompt.strip() and self.prompt
 
     @property
     def recipe(self) -> str | None:

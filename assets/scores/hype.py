@@ -45,7 +45,12 @@ COLUMNS = (
         "larger",
         ANGLES,
     ),
-    _column("hype_specificity_text", "ε of the caption, against the reference images.", "larger", ANGLES),
+    _column(
+        "hype_specificity_text",
+        "ε of the caption: mean angle of the reference images outside of its cone.",
+        "larger",
+        ANGLES,
+    ),
     _column("hype_distance", "Lorentz distance of image and caption.", "smaller", (0, np.inf)),
     _column("hype_cosine", "Cosine of image and caption.", "larger", COSINE_BOUNDS),
 )
@@ -113,7 +118,7 @@ def _reference(step: Step) -> Reference:
     deps=_deps,
     columns=_columns,
     checks=[rows_aligned, within_bounds],
-    code_version="1",
+    code_version="2",
     group_name="hype",
     kinds={"pytorch", "parquet"},
     pool="gpu",
@@ -146,8 +151,8 @@ def hype(shard: Shard, reference: Reference) -> Result:
         rows = slice(start, min(start + CHUNK_ROWS, pool.num_rows))
         image, text = (to_tensor(side[rows]) for side in sides)
         found = {
-            "hype_specificity_image": hyperbolic.specificity(image, reference.texts, c, k),
-            "hype_specificity_text": hyperbolic.specificity(text, reference.images, c, k),
+            "hype_specificity_image": hyperbolic.image_specificity(image, reference.texts, c, k),
+            "hype_specificity_text": hyperbolic.text_specificity(text, reference.images, c, k),
             "hype_distance": hyperbolic.lorentz_distance(image, text, c),
             "hype_cosine": hyperbolic.cosine(image, text),
         }

@@ -1,7 +1,7 @@
 """`neg_clip_loss/<encoder>`: each pair's score against a batch of other pairs (arXiv 2405.19547)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ from assets.scores.neg_clip_loss_settings import (
 )
 from assets.scores.negatives import negatives
 
+if TYPE_CHECKING:
+    import torch
+
 
 def _settings(asset: Declared) -> NegClipLossSettings:
     return configured(asset.settings)[asset.names["encoder"]]
@@ -34,10 +37,6 @@ def _settings(asset: Declared) -> NegClipLossSettings:
 
 def _uses_reference_negatives(asset: Declared) -> bool:
     return _settings(asset).estimator == REFERENCE_NEGATIVES
-
-
-def _deps(asset: Declared) -> Sequence[str]:
-    return ["embeddings/{encoder}", *(["negatives/{encoder}"] if _uses_reference_negatives(asset) else [])]
 
 
 def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
@@ -56,14 +55,14 @@ Estimator = Callable[[Shard], Result]
 
 
 def _estimator(step: Step) -> Estimator:
-    """Return the function that scores a shard, with the draws on the device where it needs them."""
+    """Return the function that scores a shard, with the draws on the device."""
     settings = _settings(step.asset.declared)
     tau = temperature(step.context, step.names["encoder"])
-    if not _uses_reference_negatives(step.asset.declared):
-        return lambda shard: _by_random_partitions(shard, settings, tau)
     uids, *vectors = read_draws(step.read("negatives/{encoder}"))
-    drawn = with_content(uids, *vectors)
     negative_image, negative_text = (to_tensor(v) for v in vectors)
+    if not _uses_reference_negatives(step.asset.declared):
+        return lambda shard: _by_random_partitions(shard, settings, tau, uids, negative_image, negative_text)
+    drawn = with_content(uids, *vectors)
 
     def score(shard: Shard) -> Result:
         import torch
@@ -95,8 +94,18 @@ def _members(drawn: np.ndarray, shard: Shard) -> np.ndarray:
     return membership(drawn, rows["f0"].copy(), rows["f1"].copy())
 
 
-def _by_random_partitions(shard: Shard, settings: NegClipLossSettings, tau: float) -> Result:
-    from selection.scores.negatives import keyed_hash
+def _by_random_partitions(
+    shard: Shard,
+    settings: NegClipLossSettings,
+    tau: float,
+    drawn: np.ndarray,
+    negative_image: "torch.Tensor",
+    negative_text: "torch.Tensor",
+) -> Result:
+    """Score a shard by the paper's estimator, with the draws as the rows that complete a shard of fewer than B rows."""
+    import torch
+
+    from selection.scores.negatives import keyed_hash, outside
 
     f0, f1 = shard.embeddings["f0"].to_numpy(), shard.embeddings["f1"].to_numpy()
     # The rows of a batch depend on the seed and the uids, not on the order in the shard.
@@ -106,16 +115,18 @@ def _by_random_partitions(shard: Shard, settings: NegClipLossSettings, tau: floa
         image,
         text,
         temperature=tau,
-        batch_size=settings.batch_size,
+        batch_size=drawn.shape[1],
         draws=settings.draws,
         seed=settings.seed,
+        fill_image=negative_image,
+        fill_text=negative_text,
+        fill_allowed=torch.from_numpy(outside(drawn, f0, f1)).to(image.device),
         arithmetic=settings.arithmetic,
     )
     scores = np.empty(len(order), np.float32)
     scores[order] = found.cpu().numpy()
     shard.step.progress(len(order), shard.name)
-    shape = (settings.draws, min(settings.batch_size, len(order)))
-    return _result(shard, scores, np.full_like(scores, np.nan), shape, tau)
+    return _result(shard, scores, np.full_like(scores, np.nan), drawn.shape, tau)
 
 
 def _result(shard: Shard, scores: np.ndarray, stderr: np.ndarray, shape: tuple[int, ...], tau: float) -> Result:
@@ -125,7 +136,7 @@ def _result(shard: Shard, scores: np.ndarray, stderr: np.ndarray, shape: tuple[i
 
 @partitioned(
     key="neg_clip_loss/{encoder}",
-    deps=_deps,
+    deps=["embeddings/{encoder}", "negatives/{encoder}"],
     columns=[
         Column(
             name="neg_clip_loss",
@@ -158,9 +169,8 @@ def neg_clip_loss(shard: Shard, score: Estimator) -> Result:
 
 
 def _upstream(settings: ProjectSettings) -> Iterable[Declared]:
-    for encoder, chosen in configured(settings).items():
-        if chosen.estimator == REFERENCE_NEGATIVES:
-            yield negatives.declare(settings, encoder=encoder)
+    for encoder in configured(settings):
+        yield negatives.declare(settings, encoder=encoder)
 
 
 NEG_CLIP_LOSS = ScoreKind(

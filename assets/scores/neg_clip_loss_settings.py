@@ -16,8 +16,9 @@ class NegClipLossSettings(Settings):
     """How one encoder's negCLIPLoss is computed (arXiv 2405.19547; `docs/methods.md`).
 
     The defaults are the paper's. `temperature` is the encoder's own unless it is given. The estimator
-    `reference_negatives` scores every row against the same draws; `random_partitions` is the paper's. The arithmetic
-    `bfloat16` is faster on CPUs with such instructions; `docs/performance.md` has its error.
+    `reference_negatives` scores every row against the same draws; `random_partitions` is the paper's, and completes
+    shards of fewer than B rows from the draws. The arithmetic `bfloat16` is faster on CPUs with such instructions;
+    `docs/performance.md` has its error.
     """
 
     temperature: float | None = Field(default=None, ge=0.001, le=10.0)

@@ -1,5 +1,7 @@
 """`negatives/<encoder>`: the reference negatives, K draws of B pool rows that every row is scored against.
 
+The estimator `random_partitions` completes its batches in small shards from them.
+
 They are drawn once and kept: a shard that arrives later is scored against the same draws, so no other score changes.
 They are drawn again when a setting or the encoder changes, when the pool had fewer than B rows and has grown, or on
 demand (the job `redraw_negatives`).

@@ -90,13 +90,20 @@ def _index_bounds(tables: Tables) -> Bounds:
     prepare=_targets,
 )
 def norm_sim(shard: Shard, targets: Targets) -> Result:
-    """Compute NormSim of one shard."""
+    """Compute NormSim of one shard, and count its rows that are images of the target set."""
+    from selection.scores.norm_sim import same_images
 
     def score(image: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-        return selection.norm_sim_from_moment(image, targets.moment), *selection.nearest_target(image, targets.vectors)
+        largest, nearest = selection.nearest_target(image, targets.vectors)
+        same = same_images(image, targets.vectors, nearest, largest)
+        return selection.norm_sim_from_moment(image, targets.moment), largest, nearest, same
 
-    euclidean, largest, nearest = shard.map(score, "image")
-    return shard.scores(norm_sim_2=euclidean, norm_sim_inf=largest, nearest_target=nearest.astype(np.int64))
+    euclidean, largest, nearest, same = shard.map(score, "image")
+    overlap = {
+        "rows_in_target": int(same.sum()),
+        "targets_in_shard": len(np.unique(nearest[same])),
+    }
+    return shard.scores(overlap, norm_sim_2=euclidean, norm_sim_inf=largest, nearest_target=nearest.astype(np.int64))
 
 
 def configured(settings: ProjectSettings) -> Mapping[str, tuple[str, ...]]:

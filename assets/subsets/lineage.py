@@ -7,7 +7,7 @@ Here: the content of `lineage.json`. Not here: selecting a subset (`assets.subse
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -82,6 +82,7 @@ def lineage_record(
     upstream = {
         asset: _stored(context, asset, any_shard) for asset in ("raw_pool", *(f"embeddings/{e}" for e in encoders))
     }
+    overlap = _rows_in_targets(context, scores, shards)
     temperatures = {
         asset.partition("/")[2]: stored.provenance.parameters["temperature"]
         for asset, stored in files.items()
@@ -100,6 +101,7 @@ def lineage_record(
         "samples": selection.samples,
         "shards": {shard: dict(read) for shard, read in shards.items()},
         "shards_missing": dict(missing),
+        **({"rows_in_targets": overlap} if overlap else {}),
         "encoders": {encoder: context.models.encoder(encoder).identity() for encoder in encoders},
         "temperatures": temperatures,
         "scores": {asset: dict(stored.provenance.parameters) for asset, stored in files.items()},
@@ -118,6 +120,21 @@ def lineage_record(
         },
         "packages": packages(),
     }
+
+
+def _rows_in_targets(context: Context, scores: Sequence[str], shards: Collection[str]) -> dict[str, dict[str, int]]:
+    """Count the pool's rows that are images of a target set, by the score that compares them to it.
+
+    Files from before the count lack it. They are counted as `shards_not_counted`, and a score whose files all lack it
+    is left out.
+    """
+    found = {}
+    for asset in scores:
+        counts = [_stored(context, asset, shard).summary.get("rows_in_target") for shard in shards]
+        known = [count for count in counts if count is not None]
+        if known:
+            found[asset] = {"rows": sum(known), "shards_not_counted": len(counts) - len(known)}
+    return found
 
 
 def recorded_steps(selection: Selection) -> list[dict[str, Any]]:

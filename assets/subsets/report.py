@@ -101,10 +101,15 @@ def _about(version: Version) -> dict[str, str]:
     lineage = version.lineage
     rows, source = lineage["rows"], lineage["source"]["rows"]
     samples = f", {version.samples:,} samples" if version.samples != rows else ""
+    overlap = {
+        f"target images among the shards' rows ({asset})": f"{counted['rows']:,}"
+        for asset, counted in lineage.get("rows_in_targets", {}).items()
+    }
     return {
         "selected": f"{rows:,} of {source:,} rows ({rows / source:.1%}){samples}",
         "made": lineage["created"],
         "shards": f"{len(lineage['shards']):,}, and {len(lineage['shards_missing']):,} left out",
+        **overlap,
         "fingerprint": lineage["fingerprint"],
     }
 

@@ -309,6 +309,8 @@ def _metadata(version: Version) -> dict[str, Any]:
         "lineage": dg.MetadataValue.path(f"{version.folder}/lineage.json"),
         **_upstream(lineage),
     }
+    for asset, counted in lineage.get("rows_in_targets", {}).items():
+        metadata[f"rows_in_target/{asset}"] = counted["rows"]
     if lineage["shards_missing"]:
         listed = [f"- {shard}: {why}" for shard, why in list(lineage["shards_missing"].items())[:50]]
         metadata["shards_missing_why"] = dg.MetadataValue.md("\n".join(listed))

@@ -43,9 +43,10 @@ class CaptionModel:
     Attributes:
         model: open_clip's or transformers' own.
         tokenizer: its own.
-        begin: takes pixels `[n, 3, height, width]` and a number k of captions. Returns a function from the tokens
-            generated so far, int64 `[n k, place + 1]` with the start token, to the logits of the next token, float32
-            `[n k, vocabulary]`; it is called for one place after the other.
+        encode: takes a prompt and returns its tokens, without start and end token.
+        begin: takes pixels `[n, 3, height, width]` and a number k of captions. Returns a function from the tokens so
+            far, int64 `[n k, any]`, which are the start token, the prompt and the generated ones, to the logits of the
+            next token, float32 `[n k, vocabulary]`; it is called for one place after the other.
         start: the token before all captions.
         end: the token after them.
         banned_tokens: tokens that no caption in training has.
@@ -59,6 +60,7 @@ class CaptionModel:
 
     model: Any
     tokenizer: Any
+    encode: Callable[[str], list[int]]
     begin: "Callable[[torch.Tensor, int], NextLogits]"
     start: int
     end: int
@@ -116,6 +118,7 @@ class Coca:
         return CaptionModel(
             model,
             tokenizer,
+            tokenizer.encode,
             partial(_begin_coca, model),
             tokenizer.sot_token_id,
             tokenizer.eot_token_id,
@@ -223,6 +226,7 @@ class Blip:
         return CaptionModel(
             model,
             tokenizer,
+            partial(tokenizer.encode, add_special_tokens=False),
             partial(_begin_blip, model),
             text.bos_token_id,
             text.sep_token_id,
@@ -271,7 +275,7 @@ def _begin_blip(model: Any, pixels: "torch.Tensor", captions: int) -> "NextLogit
 
     def next_logits(generated: "torch.Tensor") -> "torch.Tensor":
         nonlocal kept
-        begins = kept is None  # all captions of an image still hold the same token
+        begins = kept is None  # all captions of an image still hold the same tokens
         found = model.text_decoder(
             input_ids=generated[::captions] if begins else generated[:, -1:],
             encoder_hidden_states=seen,

@@ -47,7 +47,8 @@ class Captioner:
             EncoderError: there is no such model, or its files are missing.
         """
         sampling = ("captions", "top_p", "min_tokens", "max_tokens", "repetition_penalty", "seed")
-        return {**self._model.identity(), **{field: getattr(self.settings, field) for field in sampling}}
+        prompt = {"prompt": self.settings.first_words} if self.settings.first_words else {}
+        return {**self._model.identity(), **prompt, **{field: getattr(self.settings, field) for field in sampling}}
 
     @cached_property
     def loaded(self) -> CaptionModel:
@@ -63,6 +64,22 @@ class Captioner:
                 f"{loaded.longest} with the start token. Remedy: max_tokens up to {loaded.longest - 1}"
             )
         return loaded
+
+    @cached_property
+    def prompt(self) -> list[int]:
+        """The start token and the prompt's tokens.
+
+        Raises:
+            EncoderError: they leave no token for a caption.
+        """
+        words = self.settings.first_words
+        tokens = [self.loaded.start, *(self.loaded.encode(words) if words else [])]
+        if words and len(tokens) >= self.settings.max_tokens:
+            raise EncoderError(
+                f"captioner {self.name}: max_tokens is {self.settings.max_tokens}, and the prompt {words!r} takes "
+                f"{len(tokens)} with the start token. Remedy: more max_tokens, or a shorter prompt"
+            )
+        return tokens
 
     def caption_pool(
         self, shards: Mapping[str, pa.Table], pool: Pool
@@ -110,7 +127,8 @@ class Captioner:
             uids: of the images; they seed the sampling.
 
         Returns:
-            The captions of each image, lower case as the tokenizer has them, in the order of their numbers.
+            The captions of each image without the prompt, lower case as the tokenizer has them, in the order of their
+            numbers.
 
         Raises:
             EncoderError: memory does not hold a batch.
@@ -134,30 +152,38 @@ class Captioner:
         return [[self._text(caption) for caption in of_image] for of_image in tokens]
 
     def _text(self, tokens: list[int]) -> str:
-        loaded = self.loaded
+        loaded, prompt = self.loaded, self.prompt[1:]
         end = tokens.index(loaded.end) if loaded.end in tokens else len(tokens)
-        return " ".join(loaded.tokenizer.decode(tokens[:end]).split())
+        first_words = loaded.tokenizer.decode(prompt).strip() if prompt else ""
+        # Decoded together, so that a token that continues the prompt's last word is still a piece of a word.
+        text = loaded.tokenizer.decode(prompt + tokens[:end]).strip().removeprefix(first_words)
+        return " ".join(text.split())
 
     def _sample(self, images: "torch.Tensor", draws: np.ndarray) -> "torch.Tensor":
-        """Sample captions, int64 `[n, captions, max_tokens]`; tokens after the end token mean nothing."""
+        """Sample captions, int64 `[n, captions, up to max_tokens]` without the prompt.
+
+        Tokens after the end token mean nothing.
+        """
         import torch
 
         loaded, settings = self.loaded, self.settings
         n, k, longest = draws.shape
+        prompt = torch.tensor(self.prompt, device=loaded.device)
+        counted = len(prompt) if len(prompt) > 1 else 0  # as in the published code: a prompt with the start token
         layout = torch.channels_last if loaded.channels_last else torch.contiguous_format
         products = torch.autocast(loaded.device.type, loaded.autocast, enabled=loaded.autocast is not None)
         uniform = torch.from_numpy(draws.reshape(n * k, longest)).to(loaded.device)
-        generated = torch.full((n * k, 1), loaded.start, dtype=torch.int64, device=loaded.device)
+        generated = prompt.expand(n * k, -1)
         ended = torch.zeros(n * k, dtype=torch.bool, device=loaded.device)
         with torch.inference_mode(), products:
             pixels = images.to(loaded.device, loaded.dtype, non_blocking=True, memory_format=layout)
             next_logits = loaded.begin(pixels, k)
-            for place in range(longest):
+            for place in range(longest - counted):
                 logits = next_logits(generated)
-                if place:
+                if generated.shape[1] > 1:
                     logits = penalised(logits, generated[:, 1:], settings.repetition_penalty)
                 logits[:, loaded.banned_tokens] = -torch.inf
-                if place < settings.min_tokens:
+                if counted + place < settings.min_tokens:
                     logits[:, loaded.end] = -torch.inf
                 token = choose(logits, uniform[:, place], settings.top_p)
                 token[ended] = loaded.end
@@ -165,7 +191,7 @@ class Captioner:
                 ended |= token == loaded.end
                 if ended.all():
                     break
-        return generated[:, 1:].reshape(n, k, -1).cpu()
+        return generated[:, len(prompt) :].reshape(n, k, -1).cpu()
 
 
 def uniforms(seed: int, uid: str, captions: int, tokens: int) -> np.ndarray:

@@ -118,13 +118,19 @@ def neg_clip_loss_in_batches(
     batch_size: int,
     draws: int,
     seed: int,
+    fill_image: Tensor | None = None,
+    fill_text: Tensor | None = None,
+    fill_allowed: Tensor | None = None,
     arithmetic: Arithmetic = "float32",
 ) -> Tensor:
     """Compute negCLIPLoss by the paper's estimator: random partitions of the rows into batches.
 
     The equation is that of `neg_clip_loss`, with β the row's batch in each partition. Every batch has exactly
-    B = min(batch_size, n) different rows: the last batch of a partition is filled up with rows of its start, which are
-    not scored again. One pass over the similarities gives the sums of both sides. Memory grows with B, not with n.
+    `batch_size` different rows: the last batch of a partition is filled up with rows of its start, which are not scored
+    again. Where n is below `batch_size` and fill is given, partition k is one batch: all rows, and the first allowed
+    rows of the k-th draw of fill. Without fill the batch has n rows, and scores of different n do not compare: a
+    smaller batch raises them. One pass over the similarities gives the sums of both sides. Memory grows with B, not
+    with n.
 
     Args:
         image: [n, d] float16, bfloat16 or float32, unit norm.
@@ -133,6 +139,9 @@ def neg_clip_loss_in_batches(
         batch_size: B, at least 1.
         draws: number of partitions K, at least 1.
         seed: determines the partitions on every device.
+        fill_image: [K, F, d], likewise: K draws of other rows, to fill batches with where n is below `batch_size`.
+        fill_text: [K, F, d], the same rows' texts.
+        fill_allowed: bool [K, F], the row of the fill is not one of the n rows; None if none is.
         arithmetic: as in `neg_clip_loss`.
 
     Returns:
@@ -141,7 +150,8 @@ def neg_clip_loss_in_batches(
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as above.
     """
-    _check_pairs(image, text)
+    fill = {} if fill_image is None or fill_text is None else {"fill_image": fill_image, "fill_text": fill_text}
+    _check_pairs(image, text, **fill)
     _check_temperature(temperature)
     for name, value in (("batch_size", batch_size), ("draws", draws)):
         if value < 1:
@@ -149,15 +159,18 @@ def neg_clip_loss_in_batches(
 
     n = len(image)
     size = min(batch_size, n)
+    beside = _check_fill(fill_image, fill_text, fill_allowed, draws=draws, missing=batch_size - size)
     score = torch.zeros(n, device=image.device)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(draws):
+    for k in range(draws):
         keys = torch.randint(2**32, (_FEISTEL_ROUNDS,), generator=generator).tolist()
         for start in range(0, n, size):
             positions = torch.arange(start, start + size, device=image.device) % n
             batch = _shuffled(positions, n, keys)
             fresh = min(size, n - start)
             v, t = image[batch], text[batch]
+            if beside is not None and fill_image is not None and fill_text is not None:
+                v, t = torch.cat([v, fill_image[k, beside[k]]]), torch.cat([t, fill_text[k, beside[k]]])
             sums = log_sum_exp_both(v, t, temperature=temperature, arithmetic=arithmetic)
             in_batch = (_own(v, t) - (sums[0] + sums[1]) / 2).clamp_(max=0).float()
             score[batch[:fresh]] += in_batch[:fresh] / draws
@@ -224,6 +237,35 @@ def _check_draws(negative_image: Tensor, negative_text: Tensor) -> int:
             f"negative_text has shape {list(negative_text.shape)}, but negative_image has {list(negative_image.shape)}"
         )
     return len(negative_image)
+
+
+def _check_fill(
+    image: Tensor | None, text: Tensor | None, allowed: Tensor | None, *, draws: int, missing: int
+) -> Tensor | None:
+    """Return which rows of each draw of the fill complete the batches, int64 [K, missing]; None where none do."""
+    if image is None and text is None:
+        return None
+    if image is None or text is None:
+        raise ValueError("fill_image and fill_text go together: give both or neither")
+    for name, part in (("fill_image", image), ("fill_text", text)):
+        if part.ndim != 3 or len(part) != draws:
+            raise ValueError(f"{name} must have shape [K, F, d] with K = {draws}, not {list(part.shape)}")
+    if image.shape != text.shape:
+        raise ValueError(f"fill_text has shape {list(text.shape)}, but fill_image has {list(image.shape)}")
+    if allowed is None:
+        allowed = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+    elif allowed.dtype != torch.bool or allowed.shape != image.shape[:2]:
+        raise ValueError(
+            f"fill_allowed must be bool of shape [K, F] = {list(image.shape[:2])}, not {allowed.dtype} of "
+            f"{list(allowed.shape)}"
+        )
+    if not missing:
+        return None
+    least = int(allowed.sum(1).min())
+    if least < missing:
+        raise ValueError(f"fill_allowed leaves {least} rows of a draw, and each batch lacks {missing}")
+    # A stable sort puts the allowed rows first and keeps their order.
+    return (~allowed).to(torch.uint8).sort(dim=1, stable=True).indices[:, :missing]
 
 
 def _check_member(member: Tensor, shape: tuple[int, int], device: torch.device) -> None:

@@ -78,25 +78,48 @@ def exterior_angle(x: Tensor, y: Tensor, curvature: float) -> Tensor:
     return torch.atan2(b * sine, on)
 
 
-def specificity(points: Tensor, references: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
-    """Compute how far points lie outside the cones of reference points of the other modality.
+def image_specificity(images: Tensor, captions: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
+    """Compute how far images lie outside the cones of reference captions.
 
     Args:
-        points: spatial parts [n, d].
-        references: spatial parts [m, d].
+        images: spatial parts [n, d].
+        captions: spatial parts of the reference captions [m, d].
         curvature: c.
         apex_radius: K.
 
     Returns:
-        ε, float64 [n], in [-π/2, π]: the mean over references of exterior(reference, point) minus the reference's
-        half-aperture. It is small for a point that many references entail.
+        ε_image, float64 [n], in [-π/2, π]: the mean over captions r of exterior(r, image) - aperture(r). It is small
+        for an image that many captions entail.
     """
-    total = torch.zeros(len(points), dtype=torch.float64, device=points.device)
-    step = max(1, _PAIRS // max(1, len(points)))
-    for start in range(0, len(references), step):
-        some = references[start : start + step]
-        total += (exterior_angle(some, points, curvature) - half_aperture(some, curvature, apex_radius)).sum(1)
-    return total / len(references)
+    total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    for some in captions.split(_references_at_once(images)):
+        total += (exterior_angle(some, images, curvature) - half_aperture(some, curvature, apex_radius)).sum(1)
+    return total / len(captions)
+
+
+def text_specificity(captions: Tensor, images: Tensor, curvature: float, apex_radius: float = APEX_RADIUS) -> Tensor:
+    """Compute how far reference images lie outside the cones of captions.
+
+    The caption is the apex here too, because text entails image.
+
+    Args:
+        captions: spatial parts [n, d].
+        images: spatial parts of the reference images [m, d].
+        curvature: c.
+        apex_radius: K.
+
+    Returns:
+        ε_text, float64 [n], in [-π/2, π]: the mean over images r of exterior(caption, r) - aperture(caption). It is
+        small for a caption that entails many images, and rises with the caption's distance from the origin.
+    """
+    total = torch.zeros(len(captions), dtype=torch.float64, device=captions.device)
+    for some in images.split(_references_at_once(captions)):
+        total += exterior_angle(captions, some, curvature).sum(0)
+    return total / len(images) - half_aperture(captions, curvature, apex_radius)
+
+
+def _references_at_once(points: Tensor) -> int:
+    return max(1, _PAIRS // max(1, len(points)))
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -143,6 +143,28 @@ def membership(draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.u
     return result
 
 
+def outside(draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which rows of the draws are not among some rows.
+
+    Args:
+        draws: records [K, B] with fields f0 and f1, such as `merge` returns.
+        f0: uint64 [n], first half of the rows' uids.
+        f1: uint64 [n], second half.
+
+    Returns:
+        bool [K, B].
+
+    Raises:
+        ValueError: f0 and f1 are not uint64 of one length.
+    """
+    _check_uids(f0, f1)
+    every = np.concatenate([_joined(draws["f0"].ravel(), draws["f1"].ravel()), _joined(f0, f1)])
+    uids, number = np.unique(every, return_inverse=True)
+    inside = np.zeros(len(uids), dtype=bool)
+    inside[number[draws.size :]] = True
+    return ~inside[number[: draws.size]].reshape(draws.shape)
+
+
 def _smallest(pool: NDArray[np.void], size: int) -> NDArray[np.void]:
     """Return the first `size` candidates in order, each uid once."""
     if len(pool) > 2 * size:  # drop most rows before the sort; 2 · size leaves room for repeated uids

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from selection.similarity.reduction import Arithmetic, Tiles, check_matrices, for_each_tile, largest
 
+SAME_IMAGE = 0.99999  # cosine above which two embeddings are of one image
+_NORM_TOLERANCE = 0.01  # by which a product of embeddings of unit norm may be below their cosine
 _BLOCKS = 4  # of columns of a triangular factor
 
 
@@ -134,6 +136,29 @@ def norm_sim_from_factor(image: Tensor, factor: Tensor) -> Tensor:
 
     for_each_tile(len(image), image, task)
     return score
+
+
+@torch.no_grad()
+def same_images(image: Tensor, target: Tensor, nearest: Tensor, value: Tensor) -> Tensor:
+    """Return which images also occur in the target set: their cosine to the nearest target is above 0.99999.
+
+    Both are scaled to unit norm first, because rounding to float16 alone can change the cosine of a copy by more than
+    1e-5.
+
+    Args:
+        image: [n, d] float16, bfloat16 or float32, of about unit norm.
+        target: [m, d], likewise.
+        nearest: integers [n], as `nearest_target` returns them.
+        value: [n], as `nearest_target` returns it.
+
+    Returns:
+        bool [n].
+    """
+    same = torch.zeros(len(image), dtype=torch.bool, device=image.device)
+    for rows in (value > SAME_IMAGE - _NORM_TOLERANCE).nonzero()[:, 0].split(8192):
+        v, u = image[rows].double(), target[nearest[rows].long()].double()
+        same[rows] = (v * u).sum(1).abs() > SAME_IMAGE * v.norm(dim=1) * u.norm(dim=1)
+    return same
 
 
 def _check(**matrices: Tensor) -> None:

@@ -221,11 +221,13 @@ def test_negatives_follow_a_pool_that_was_too_small_for_them(scenario: Scenario)
     assert scenario.run().computed == {}
 
 
-def test_the_papers_estimator_needs_no_negatives(scenario: Scenario) -> None:
+@pytest.mark.usefixtures("finished")
+def test_the_papers_estimator_completes_its_batches_from_the_same_negatives(scenario: Scenario) -> None:
     scenario.set("scores", "neg_clip_loss", "tiny", "estimator", value="random_partitions")
     outcome = scenario.run()
     assert outcome.failures == {}
     assert "negatives/tiny" not in outcome.computed
+    assert outcome.computed["neg_clip_loss/tiny"] == list(SHARDS)
     assert (scenario.scores("neg_clip_loss/tiny")["neg_clip_loss"] <= 0).all()
 
 

@@ -32,3 +32,28 @@ def published_exterior(x, y, c):
     on = time_part(y, c)[None, :] + time_part(x, c)[:, None] * product
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.arccos(on / (np.linalg.norm(x, axis=1)[:, None] * np.sqrt(product**2 - 1))).T
+
+
+def published_image_specificity(images, reference_captions, c, k=0.1):
+    """Return ε_image: the mean over reference captions r of exterior(r, image) - aperture(r), [n]."""
+    angles = published_exterior(reference_captions, images, c)  # [n, m]
+    return (angles - published_aperture(reference_captions, c, k)[None, :]).mean(1)
+
+
+def published_text_specificity(captions, reference_images, c, k=0.1):
+    """Return ε_text: the mean over reference images r of exterior(caption, r) - aperture(caption), [n].
+
+    Computed number by number and apart from the functions above, so that no mistake in an axis is shared.
+    """
+    result = []
+    for t in captions.tolist():
+        length = math.sqrt(sum(value * value for value in t))
+        time = math.sqrt(1 / c + length * length)
+        aperture = math.asin(2 * k / (math.sqrt(c) * length))
+        total = 0.0
+        for r in reference_images.tolist():
+            r_time = math.sqrt(1 / c + sum(value * value for value in r))
+            product = c * (sum(a * b for a, b in zip(t, r, strict=True)) - time * r_time)
+            total += math.acos((r_time + time * product) / (length * math.sqrt(product * product - 1))) - aperture
+        result.append(total / len(reference_images))
+    return np.array(result)

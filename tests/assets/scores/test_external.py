@@ -254,7 +254,7 @@ def test_the_flyt_example_keeps_the_largest_weighted_sums_of_its_twelve_columns(
     best = dict(sorted(zip(known, value, strict=True), key=lambda pair: -pair[1])[: len(UIDS) // 5])
     chosen = dict(scenario.manifest("flyt_20").select("uid", "step2_value").rows())
     assert chosen == pytest.approx(best, abs=1e-9)
-    drawn = soft_cap_sample(value, *words(known), samples=len(UIDS) // 5, batch=100_000, penalty=0.15)
+    drawn = soft_cap_sample(value, *words(known), samples=len(UIDS), batch=100_000, penalty=0.15)
     found = dict(scenario.manifest("flyt_soft_cap").select("uid", "copies").rows())
     assert found == {text: times for text, times in zip(known, drawn.tolist(), strict=True) if times}
 

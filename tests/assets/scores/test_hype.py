@@ -14,7 +14,11 @@ from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard
 from resources.settings import HypeSettings
 from resources.storage.arrays import ArrayError
-from tests.support.hyperbolic import published_aperture, published_distance, published_exterior
+from tests.support.hyperbolic import (
+    published_distance,
+    published_image_specificity,
+    published_text_specificity,
+)
 from tests.support.pool_factory import datacomp_shard, uid, unit_rows
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -59,8 +63,8 @@ def expected(shard: str, curvature: float = CURVATURE) -> dict[str, np.ndarray]:
     image, text = (side.astype(np.float64) for side in embeddings(shard).values())
     of_images, of_texts = spatial(98, 9).astype(np.float64), spatial(99, 11).astype(np.float64)
     parts = {
-        name: (published_exterior(of, side, curvature) - published_aperture(of, curvature)).mean(1)
-        for name, of, side in zip(PARTS, (of_texts, of_images), (image, text), strict=False)
+        "hype_specificity_image": published_image_specificity(image, of_texts, curvature),
+        "hype_specificity_text": published_text_specificity(text, of_images, curvature),
     }
     lengths = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
     parts["hype_distance"] = published_distance(image, text, curvature)
@@ -83,6 +87,18 @@ def test_every_part_is_a_column_and_their_sum_is_ranked_by(hyped: Scenario) -> N
         ((verdict, value),) = con.sql(f"SELECT verdict, value FROM explain('{chosen}') WHERE step = 1").fetchall()
         assert (verdict, value) == ("kept", pytest.approx(hyped.manifest("best")["step1_value"][0]))
         assert len(con.sql('SELECT "hype_distance/meru", "hype_cosine/meru" FROM scores').fetchall()) == 36
+
+
+def test_the_specificity_of_a_caption_rises_with_its_distance_from_the_origin(hyped: Scenario) -> None:
+    hyped.run()
+    nearer = hyped.scores("hype/meru", ["00001"])
+    farther = embeddings("00001")
+    farther["text"] *= 2
+    np.savez(hyped.folder / "hyperbolic" / "00001.npz", **farther)
+    assert hyped.run().computed["hype/meru"] == ["00001"]
+    scores = hyped.scores("hype/meru", ["00001"])
+    assert (scores["hype_specificity_text"] > nearer["hype_specificity_text"]).all()
+    assert scores["hype_specificity_image"].equals(nearer["hype_specificity_image"])
 
 
 @pytest.mark.parametrize("name", ["words", "texts"])

@@ -84,6 +84,19 @@ def test_captions_follow_the_uid_whatever_the_batch_and_the_order(tiny_coca):
     assert captioner(tiny_coca, captions=2).describe(images, UIDS) == [said[:2] for said in together]
 
 
+def test_a_coca_takes_a_prompt_too_and_has_none_by_default(tiny_coca):
+    plain, prompted = captioner(tiny_coca), captioner(tiny_coca, prompt="a dog ")
+    start, *words = prompted.prompt
+    assert [start] == plain.prompt
+    assert prompted.loaded.tokenizer.decode(words).strip() == "a dog"
+    assert "prompt" not in plain.identity()
+    assert prompted.identity() == {**plain.identity(), "prompt": "a dog "}
+    images = pixels(4)
+    said = prompted.describe(images, UIDS)
+    assert said != plain.describe(images, UIDS)
+    assert not any(caption.startswith("a dog") for of_image in said for caption in of_image)
+
+
 def test_the_words_are_those_that_open_clips_own_forward_pass_makes_likely(tiny_coca):
     """Step by step with the model's public forward pass, in float64, without a cache."""
     images = pixels(2)

@@ -96,6 +96,7 @@ def captioner(folder: Path | str, **settings: object) -> Captioner:
         "model": f"local-dir:{folder}",
         "workers": 0,
         "batch_size": 4,
+        "prompt": "",
         **SPEECH,
         **settings,
     }
@@ -124,6 +125,43 @@ def test_the_narrowest_nucleus_says_what_transformers_own_greedy_search_says(tin
     expected = [row[: row.index(SEP)] if SEP in row else row for row in greedy[:, 1:].tolist()]
     assert [caption for (caption,) in tokens_of(ours, images)] == expected
     assert len({tuple(row) for row in expected}) > 1
+
+
+def test_a_prompt_starts_every_caption_counts_and_is_cut_off_as_in_the_published_code(tiny_blip):
+    """The published code is transformers' `generate`, of which min_length and max_length include prompt and start."""
+    images = pixels(4)
+    chosen = {"captions": 1, "top_p": 1e-9, "max_tokens": 12, "min_tokens": 6, "repetition_penalty": 1.5}
+    ours = captioner(tiny_blip, prompt="the dog ", **chosen)
+    the, dog = (len(SPECIAL) + WORDS.index(word) for word in ("the", "dog"))
+    greedy = ours.loaded.model.generate(
+        pixel_values=images,
+        input_ids=torch.tensor([[CLS, the, dog, SEP]] * 4),
+        do_sample=False,
+        max_length=12,
+        min_length=6,
+        repetition_penalty=1.5,
+    )
+    assert (greedy[:, :3] == torch.tensor([DEC, the, dog])).all()
+    expected = [row[: row.index(SEP)] if SEP in row else row for row in greedy[:, 3:].tolist()]
+    assert [caption for (caption,) in tokens_of(ours, images)] == expected
+    assert max(len(row) for row in expected) <= 9
+    assert len({tuple(row) for row in expected}) > 1
+    without = captioner(tiny_blip, **chosen)
+    assert [caption for (caption,) in tokens_of(without, images)] != expected
+    whole = ours.loaded.tokenizer.batch_decode(greedy, skip_special_tokens=True)
+    assert [said for (said,) in ours.describe(images, UIDS)] == [text.removeprefix("the dog").strip() for text in whole]
+
+
+def test_a_blip_has_the_published_prompt_by_default_and_a_coca_has_none():
+    assert CaptionerSettings(library="transformers", model="some/blip").first_words == "a picture of "
+    assert CaptionerSettings(library="transformers", model="some/blip", prompt="").first_words == ""
+    assert CaptionerSettings(model="coca_ViT-L-14").first_words == ""
+
+
+def test_a_prompt_that_leaves_no_token_is_refused(tiny_blip):
+    long = captioner(tiny_blip, prompt="the red dog ", max_tokens=4, min_tokens=2)
+    with pytest.raises(EncoderError, match=r"max_tokens is 4, and the prompt 'the red dog ' takes 4 .*Remedy"):
+        long.describe(pixels(1), UIDS[:1])
 
 
 def test_the_words_are_those_that_transformers_own_forward_pass_makes_likely(tiny_blip):
@@ -262,7 +300,15 @@ def test_a_folder_as_transformers_4_wrote_it_says_the_same(tiny_blip, tmp_path):
 def test_what_decides_a_caption_is_in_its_identity_and_nothing_else(tiny_blip, tmp_path):
     base = captioner(tiny_blip).identity()
     assert base == captioner(tiny_blip, batch_size=9, workers=1).identity()
-    for changed in ({"seed": 1}, {"top_p": 0.5}, {"captions": 2}, {"precision": "bf16"}, {"decode": "draft"}):
+    assert "prompt" not in base  # so that captions from before the setting stay up to date without a prompt
+    for changed in (
+        {"seed": 1},
+        {"top_p": 0.5},
+        {"captions": 2},
+        {"precision": "bf16"},
+        {"decode": "draft"},
+        {"prompt": "the dog "},
+    ):
         assert captioner(tiny_blip, **changed).identity() != base
     json.dumps(base)
     assert "model.safetensors" in base["files"]
@@ -502,6 +548,7 @@ def test_a_device_whose_memory_does_not_hold_the_weights_is_no_missing_model(tin
 
 def test_a_recipe_ranks_by_what_a_blip_says(scenario: Scenario, tiny_blip):
     model = {"library": "transformers", "model": f"local-dir:{tiny_blip}", "workers": 0, "batch_size": 5, **SPEECH}
+    model["prompt"] = ""
     scenario.document |= {
         "captioners": {"blip": model},
         "text_encoders": {"own": {"encoder": "tiny"}},
@@ -522,3 +569,5 @@ def test_a_recipe_ranks_by_what_a_blip_says(scenario: Scenario, tiny_blip):
     scenario.set("captioners", "blip", "seed", value=1)
     assert not scenario.run().failures
     assert not scenario.scores("captions/blip")["captions"].equals(captions)
+    scenario.set("captioners", "blip", "prompt", value="the dog ")
+    assert set(scenario.run().computed) >= {"captions/blip", "sieve/blip/own"}

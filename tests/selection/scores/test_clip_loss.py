@@ -265,6 +265,57 @@ def test_every_batch_has_as_many_rows_as_asked_for_and_every_row_is_scored_once(
     assert_close(score.exp(), torch.full((rows,), 1 / size), rtol=1e-6, atol=0)
 
 
+@given(
+    rows=st.integers(1, 60),
+    missing=st.integers(0, 60),
+    spare=st.integers(0, 9),
+    dtype=st.sampled_from(DTYPES),
+    temperature=st.one_of(st.sampled_from(TEMPERATURES), st.floats(0.001, 10)),
+)
+@settings(max_examples=25, deadline=None)
+def test_rows_that_cannot_fill_a_batch_share_it_with_the_first_allowed_rows_of_the_fill(
+    rows, missing, spare, dtype, temperature
+):
+    image, text, fill_image, fill_text = problem(rows, 3, missing + spare + 1, 20, dtype=dtype)
+    order = torch.rand(fill_image.shape[:2], generator=torch.Generator().manual_seed(1)).argsort(dim=1)
+    allowed = order < missing + spare  # of each draw one row is forbidden
+    score = neg_clip_loss_in_batches(
+        image,
+        text,
+        temperature=temperature,
+        batch_size=rows + missing,
+        draws=3,
+        seed=0,
+        fill_image=fill_image,
+        fill_text=fill_text,
+        fill_allowed=allowed,
+    )
+    expected = torch.zeros(rows, dtype=torch.float64)
+    for k in range(3):
+        first = [place for place in range(missing + spare + 1) if allowed[k, place]][:missing]
+        batch_image, batch_text = torch.cat([image, fill_image[k, first]]), torch.cat([text, fill_text[k, first]])
+        assert len(batch_image) == rows + missing
+        for i in range(rows):
+            expected[i] += score_in_batch(image[i], text[i], batch_image, batch_text, temperature) / 3
+    assert_close(score, expected.clamp(max=0), **{**CLOSE, "atol": 5e-7 + 2e-7 * temperature})
+
+
+def test_a_fill_that_is_too_small_or_of_another_shape_is_refused():
+    image, text, fill_image, fill_text = problem(4, 2, 3, 8)
+    arguments = {"temperature": 0.1, "batch_size": 8, "draws": 2, "seed": 0}
+    fill = {"fill_image": fill_image, "fill_text": fill_text}
+    with pytest.raises(ValueError, match="fill_allowed leaves 3 rows of a draw, and each batch lacks 4"):
+        neg_clip_loss_in_batches(image, text, **arguments, **fill)
+    with pytest.raises(ValueError, match=r"fill_image must have shape \[K, F, d\] with K = 3"):
+        neg_clip_loss_in_batches(image, text, **{**arguments, "draws": 3}, **fill)
+    with pytest.raises(ValueError, match="fill_text has shape"):
+        neg_clip_loss_in_batches(image, text, **arguments, **{**fill, "fill_text": fill_text[:, :2]})
+    with pytest.raises(ValueError, match="fill_image and fill_text go together"):
+        neg_clip_loss_in_batches(image, text, **arguments, fill_image=fill_image)
+    with pytest.raises(ValueError, match=r"fill_allowed must be bool of shape \[K, F\] = \[2, 3\]"):
+        neg_clip_loss_in_batches(image, text, **arguments, **fill, fill_allowed=torch.ones(2, 2, dtype=torch.bool))
+
+
 def test_the_rows_of_a_batch_differ_and_each_is_in_one_batch_of_a_partition():
     # Orthogonal pairs: row i meets text j with s = 1 only for j = i, so a repeated row would count twice.
     eye = torch.eye(50)

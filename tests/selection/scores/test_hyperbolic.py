@@ -13,10 +13,17 @@ from selection.scores.hyperbolic import (
     cosine,
     exterior_angle,
     half_aperture,
+    image_specificity,
     lorentz_distance,
-    specificity,
+    text_specificity,
 )
-from tests.support.hyperbolic import published_aperture, published_distance, published_exterior
+from tests.support.hyperbolic import (
+    published_aperture,
+    published_distance,
+    published_exterior,
+    published_image_specificity,
+    published_text_specificity,
+)
 
 sizes = {
     "rows": st.integers(1, 40),
@@ -55,17 +62,34 @@ def test_the_exterior_angle_is_the_published_one(rows, references, width, curvat
     assert ((found >= 0) & (found <= math.pi)).all()
 
 
-@given(references=st.integers(1, 60), **sizes)
+@given(references=st.integers(1, 40), **sizes)
 @settings(max_examples=25, deadline=None)
-def test_specificity_is_the_mean_over_the_references(rows, references, width, curvature, length):
-    x, y = points(references, width, seed=1, length=length), points(rows, width, seed=2, length=length)
-    each = published_exterior(x.numpy(), y.numpy(), curvature) - published_aperture(x.numpy(), curvature)
-    if not np.isfinite(each).all():
+def test_both_specificities_have_the_caption_as_the_apex(rows, references, width, curvature, length):
+    x, r = points(rows, width, seed=1, length=length), points(references, width, seed=2, length=length)
+    with np.errstate(invalid="ignore"):
+        of_images = published_image_specificity(x.numpy(), r.numpy(), curvature)
+        if np.isfinite(of_images).all():
+            assert_close(image_specificity(x, r, curvature), torch.from_numpy(of_images), atol=1e-6, rtol=0)
+    try:
+        of_texts = published_text_specificity(x.numpy(), r.numpy(), curvature)
+    except ValueError:  # an arcsin or arccos beyond 1
         return
-    assert_close(specificity(y, x, curvature), torch.from_numpy(each.mean(1)), atol=1e-6, rtol=0)
+    assert_close(text_specificity(x, r, curvature), torch.from_numpy(of_texts), atol=1e-6, rtol=0)
 
 
-def test_specificity_does_not_depend_on_how_references_are_split(monkeypatch):
+@given(width=st.integers(1, 12), curvature=st.floats(0.05, 4), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_a_caption_farther_out_is_more_specific(width, curvature, seed):
+    direction, images = points(1, width, seed=seed), points(30, width, seed=seed + 1)
+    distances = torch.linspace(0, 12, 40, dtype=torch.float64)[:, None]
+    found = text_specificity(direction / direction.norm() * distances, images, curvature)
+    assert found[0].item() == pytest.approx(0)  # at the origin: a right angle, and a cone that is all of one side
+    assert (found.diff() >= -1e-9).all()
+    assert found[-1] > found[0] + 0.5
+
+
+@pytest.mark.parametrize("specificity", [image_specificity, text_specificity])
+def test_specificity_does_not_depend_on_how_references_are_split(monkeypatch, specificity):
     x, y = points(50, 8, seed=1), points(7, 8, seed=2)
     whole = specificity(y, x, 1.0)
     monkeypatch.setattr("selection.scores.hyperbolic._PAIRS", 21)
@@ -118,7 +142,8 @@ def test_what_has_no_value_by_the_published_equations_has_one_here(dtype):
     for values in (
         exterior_angle(odd, odd, 1.0),
         half_aperture(odd, 1.0),
-        specificity(odd, odd, 1.0),
+        image_specificity(odd, odd, 1.0),
+        text_specificity(odd, odd, 1.0),
         lorentz_distance(odd, odd.flip(0), 1.0),
         cosine(odd, odd.flip(0)),
     ):
@@ -134,7 +159,9 @@ def test_a_general_caption_is_less_specific_than_a_precise_one():
     images = points(200, 6, seed=1)
     images = images / images.norm(dim=1, keepdim=True) * 3
     captions = torch.tensor([[0.05, 0, 0, 0, 0, 0], [3.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
-    general, precise = specificity(images, captions[:1], 1.0).mean(), specificity(images, captions[1:], 1.0).mean()
+    general, precise = text_specificity(captions, images, 1.0)
+    assert general < precise
+    general, precise = (image_specificity(images, caption[None], 1.0).mean() for caption in captions)
     assert general < precise
 
 

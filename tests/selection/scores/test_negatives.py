@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection.scores.negatives import candidates, keyed_hash, membership, merge
+from selection.scores.negatives import candidates, keyed_hash, membership, merge, outside
 
 
 def pool(rows, seed=0):
@@ -195,6 +195,17 @@ def test_membership_says_which_rows_are_in_which_draw(rows, size, narrow):
     assert inside.tolist() == [
         [uid in {*draw} for uid in zip(*(x.tolist() for x in some), strict=True)] for draw in uids(draws)
     ]
+
+
+def test_outside_marks_the_drawn_rows_that_are_not_among_the_given_ones():
+    f0, f1 = pool(60)
+    draws = merge([candidates(f0, f1, draws=3, size=20, seed=1)], 20)
+    own = {*zip(f0[:25].tolist(), f1[:25].tolist(), strict=True)}
+    found = outside(draws, f0[:25], f1[:25])
+    assert found.tolist() == [[uid not in own for uid in draw] for draw in uids(draws)]
+    assert 0 < found.sum() < found.size
+    with pytest.raises(ValueError, match="f1 must be uint64"):
+        outside(draws, f0, f1.astype(float))
 
 
 def test_unusable_arguments_are_refused_by_name():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from selection import nearest_target, norm_sim, norm_sim_from_moment, second_moment
+from selection.scores.norm_sim import same_images
 from selection.similarity.reduction import PowerSum, Tiles, spans
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -158,6 +159,22 @@ def test_an_unusable_tensor_is_refused_by_name(score, name, break_it, reason):
     with pytest.raises(ValueError, match=reason) as error:
         score(args["image"], args["target"])
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("width", [8, 512])
+def test_copies_of_targets_are_found_whatever_rounding_does_to_their_norm(width):
+    target = embeddings(400, width, seed=1, dtype=torch.float16)
+    image = torch.cat([target[::2], embeddings(300, width, seed=2, dtype=torch.float16)])
+    near = torch.nn.functional.normalize(target[:50].double() + 0.02 * embeddings(50, width, seed=3).double(), dim=1)
+    image = torch.cat([image, near.half()])
+    value, nearest = nearest_target(image, target)
+    unit = [torch.nn.functional.normalize(side.double(), dim=1) for side in (image, target)]
+    expected = (unit[0] @ unit[1].T).abs().max(1).values > 0.99999
+    found = same_images(image, target, nearest, value)
+    assert found.tolist() == expected.tolist()
+    assert found[:200].all()
+    assert not found[500:].any()
+    assert (value[:200] < 0.99999).any()  # a bound on the product alone would miss some copies
 
 
 @pytest.mark.parametrize("moment", [torch.eye(7).double(), torch.eye(8), torch.eye(8).double() * math.nan])
