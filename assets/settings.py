@@ -5,19 +5,23 @@ Here: the model of the file and its error messages. Not here: the meaning of a s
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pyarrow as pa
 import yaml
-from pydantic import ValidationError, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from assets.base.context import Context
 from assets.base.score_kind import ScoreKind, Scores
 from assets.base.settings import ProjectSettings
 from assets.scores import KINDS
 from core.errors import UserError
+from core.names import suggestion
 from resources.lake.files import Lake
 from resources.models.by_name import Models
 from resources.pools.base import RAW_POOL_SCHEMA
@@ -169,19 +173,25 @@ def load_settings(path: Path, kinds: Kinds = KINDS) -> ProjectSettings:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping with name, lake, pool, encoders, recipes")
+    model = settings_model(kinds)
     try:
-        return settings_model(kinds).model_validate(document, context={"base": path.resolve().parent})
+        return model.model_validate(document, context={"base": path.resolve().parent})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from error
+        raise ConfigError(f"{path}: {_explain(error, model)}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return one line for each problem of a YAML that `model` refused."""
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "no such field. Remedy: check its spelling and where it is indented"
+        if problem["loc"] and problem["loc"][-1] == "fraction" and (percent := _percent(problem["input"])):
+            message = percent
+        elif problem["type"] == "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            hint = f"; {suggestion(str(problem['loc'][-1]), known)}" if known else ""
+            message = f"no such field{hint}. Remedy: check its spelling and where it is indented"
         elif problem["type"] == "missing":
             message = "is missing. Remedy: add it"
         elif problem["type"] == "string_pattern_mismatch":
@@ -189,6 +199,44 @@ def _explain(error: ValidationError) -> str:
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         lines.append(f"{field}: {message}{given}" if field else message)
     return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _percent(given: object) -> str | None:
+    """Return the remedy for a fraction that is written as a percentage, such as 30 or "30 %"; None for others."""
+    written = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", str(given))
+    if written is None or isinstance(given, bool) or not 1 < (number := Decimal(written[1])) <= 100:
+        return None
+    decimals = 2 + len(written[1].partition(".")[2])
+    return f"a fraction is above 0 and at most 1. Remedy: {number} % is {number / 100:.{decimals}f}"
+
+
+def _fields_at(annotation: Any, place: Sequence[int | str]) -> list[str]:
+    """List the fields of the model at a place of a YAML, as the YAML names them; empty where none is found.
+
+    Args:
+        annotation: type of the whole, a model.
+        place: names of fields, keys of mappings and positions in lists.
+    """
+    for part in place:
+        found = None
+        for option in _options(annotation):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                named = {field.alias or name: field for name, field in option.model_fields.items()}
+                found = named[part].annotation if part in named else found
+            elif get_origin(option) in (dict, Mapping, tuple, list):
+                found = next((inner for inner in reversed(get_args(option)) if inner is not Ellipsis), None)
+        annotation = found
+    models = [option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _options(annotation: Any) -> list[Any]:
+    """Return the alternatives of a union, without the metadata of `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [option for each in get_args(annotation) for option in _options(each)]
+    return [annotation]
 
 
 def open_context(settings: ProjectSettings, config: Path) -> Context:

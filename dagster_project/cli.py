@@ -4,6 +4,7 @@ Here: commands and their options. Commands import their modules when they run, s
 second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from core.errors import UserError
+from core.names import suggestion
 from dagster_project.location import DEMO_CONFIG, lake_folder
 
 if TYPE_CHECKING:
@@ -20,15 +22,15 @@ if TYPE_CHECKING:
     from assets.base.context import Context
 
 SECTIONS = {
-    "Select": ("run", "ui"),
-    "Understand": ("explain", "study"),
-    "Keep": ("reproduce", "prune"),
+    "Compute": ("check", "run", "status", "ui"),
+    "Understand": ("explain", "rejects", "study"),
+    "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
 }
 """Headings of the help, with their commands."""
 
 
 class _Sections(click.Group):
-    """A group whose help lists the commands under headings."""
+    """A group whose help lists the commands under headings, and that suggests the closest name of a command."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the headings, each with its commands."""
@@ -37,11 +39,39 @@ class _Sections(click.Group):
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=90)) for name in names])
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; for a misspelt name, suggest the closest ones."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"No such command {args[0]!r}; {suggestion(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
 
 def _config(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the argument CONFIG, the path of the project's YAML."""
-    argument = click.argument("config", metavar="[CONFIG]", default=DEMO_CONFIG, type=click.Path(path_type=Path))
-    return argument(command)
+    """Add the argument CONFIG, the path of the project's YAML, and the flag --demo in its place."""
+
+    @functools.wraps(command)
+    def with_config(config: Path | None, demo: bool, **options: Any) -> Any:
+        if demo == (config is not None):
+            what = (
+                "CONFIG and --demo exclude each other" if demo else "CONFIG is missing, the path of the project's YAML"
+            )
+            name = click.get_current_context().info_name
+            raise click.UsageError(
+                f"{what}. Remedy: `clip-select {name} project.yaml`, or `clip-select {name} --demo` for the demo"
+            )
+        return command(DEMO_CONFIG if config is None else config, **options)
+
+    argument = click.argument("config", metavar="CONFIG", required=False, type=click.Path(path_type=Path))
+    return argument(
+        click.option("--demo", is_flag=True, help="Use the demo's project in place of CONFIG.")(with_config)
+    )
+
+
+_recipe = click.option("--recipe", required=True, help="Name of the recipe.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+_limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
 @click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,8 +79,17 @@ def _config(command: Callable[..., Any]) -> Callable[..., Any]:
 def commands() -> None:
     """Select training data for CLIP from a pool of image-text pairs.
 
-    CONFIG is the project's YAML; without it, the command works on the demo.
+    CONFIG is the path of the project's YAML; --demo in its place uses the demo.
     """
+
+
+@commands.command()
+@_config
+def check(config: Path) -> int:
+    """Check the YAML and all paths, models and features in it; compute nothing."""
+    from dagster_project import console
+
+    return console.check(_open(config), _console())
 
 
 @commands.command()
@@ -69,6 +108,16 @@ def run(config: Path, redraw_negatives: bool) -> int:
 
 @commands.command()
 @_config
+@_json
+def status(config: Path, as_json: bool) -> int:
+    """Show which assets are up to date, and what a run would compute."""
+    from dagster_project import queries
+
+    return queries.status(_open(config), _console(), as_json=as_json)
+
+
+@commands.command()
+@_config
 @click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="On 127.0.0.1.")
 def ui(config: Path, port: int) -> int:
     """Open the project in Dagster's web UI."""
@@ -80,11 +129,32 @@ def ui(config: Path, port: int) -> int:
 @commands.command()
 @_config
 @click.option("--uid", required=True, help="32 hexadecimal characters, or the key of a rejected sample.")
-def explain(config: Path, uid: str) -> int:
-    """Show what every recipe did with a sample."""
+@_json
+def explain(config: Path, uid: str, as_json: bool) -> int:
+    """Show what every recipe did with a sample. Exits with 1 if there is no such sample."""
     from dagster_project import console
 
-    return console.explain(lake_folder(config) / "catalog.duckdb", uid, _console())
+    return console.explain(lake_folder(config) / "catalog.duckdb", uid, _console(), as_json=as_json)
+
+
+@commands.command()
+@_config
+@click.option("--reason", help="Only samples rejected for this reason.")
+@click.option(
+    "--retry",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write failed downloads to a Parquet file for img2dataset (url, caption, uid, key, shard).",
+)
+@_limit
+@_json
+def rejects(config: Path, reason: str | None, retry: Path | None, limit: int | None, as_json: bool) -> int:
+    """Show the rejected samples and their reasons, or list failed downloads for a retry."""
+    from dagster_project import queries
+
+    if retry is not None:
+        return queries.write_retry(_open(config), reason, retry, _console(), as_json=as_json)
+    return queries.rejects(_open(config), reason, _console(), limit=limit, as_json=as_json)
 
 
 @commands.command()
@@ -109,7 +179,58 @@ def study(config: Path, into: Path, truth: Path | None, rows: int | None) -> int
 
 @commands.command()
 @_config
-@click.option("--recipe", required=True, help="Name of the recipe.")
+@click.option("--recipe", help="Name of the recipe. [default: all]")
+@_json
+def versions(config: Path, recipe: str | None, as_json: bool) -> int:
+    """List the versions of the subsets, oldest first."""
+    from dagster_project import queries
+
+    return queries.versions(lake_folder(config) / "catalog.duckdb", recipe, _console(), as_json=as_json)
+
+
+@commands.command()
+@_config
+@_recipe
+@click.option("--from", "a", metavar="VERSION", help="The earlier version. [default: the one before --to]")
+@click.option("--to", "b", metavar="VERSION", help="The later version. [default: the newest]")
+@_limit
+@_json
+def diff(config: Path, recipe: str, a: str | None, b: str | None, limit: int | None, as_json: bool) -> int:
+    """Show which rows entered or left between two versions of a subset, and why."""
+    from dagster_project import queries
+
+    catalog = lake_folder(config) / "catalog.duckdb"
+    return queries.diff(catalog, recipe, a, b, _console(), limit=limit, as_json=as_json)
+
+
+@commands.command()
+@_config
+@_recipe
+@click.option("--version", "version_name", metavar="VERSION", help="Such as v0001. [default: the newest]")
+@_json
+def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) -> int:
+    """Show everything that a version of a subset was made from."""
+    from dagster_project import queries
+
+    return queries.lineage(lake_folder(config) / "catalog.duckdb", recipe, version_name, _console(), as_json=as_json)
+
+
+@commands.command()
+@_config
+@_recipe
+def export(config: Path, recipe: str) -> int:
+    """Copy the samples of a subset's newest version into new tars.
+
+    The tars are in <lake>/export/<recipe>/<version>. Exits with 1 if a shard failed.
+    """
+    from dagster_project import console
+
+    return console.export(_open(config), recipe, _console())
+
+
+@commands.command()
+@_config
+@_recipe
 @click.option("--version", "version_name", required=True, help="Its version: v0001, ...")
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="An empty folder.")
 def reproduce(config: Path, recipe: str, version_name: str, into: Path) -> int:

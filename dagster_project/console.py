@@ -5,6 +5,7 @@ Here: text for people. Not here: arguments (`cli`), and the work of a pass (`hea
 
 import atexit
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,18 +39,71 @@ def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
+
+    Raises:
+        ConfigError: something that the YAML refers to is missing; nothing was computed.
     """
     from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
+    from dagster_project.early_checks import require_inputs
     from dagster_project.headless import materialize
     from dagster_project.instance import only_pass, open_instance
 
+    graph = build_graph(project)
+    require_inputs(project, graph)
+    with open_instance(project) as instance, only_pass(project):
+        close_dead_runs(instance)
+        with progress_bars(project, console) as bars:
+            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
+    print_outcome(project, graph, outcome, console)
+    return 1 if outcome.failures else 0
+
+
+def check(project: "Context", console: Console) -> int:
+    """Check everything that a YAML refers to, compute nothing, and print that all is well.
+
+    Raises:
+        ConfigError: something is missing or wrong.
+    """
+    from assets.graph import build_graph
+    from dagster_project.early_checks import require_inputs
+
+    graph = build_graph(project)
+    require_inputs(project, graph)
+    text = f"{project.config}: no problems. Shards: {len(project.pool.list_shards())}; assets: {len(graph.in_order)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def export(project: "Context", recipe: str, console: Console) -> int:
+    """Write the tars of a subset's newest version, and print their folder.
+
+    Args:
+        project: the opened project.
+        recipe: name of the recipe.
+        console: where to print.
+
+    Returns:
+        The exit status: 1 if a shard failed, else 0.
+    """
+    from assets.graph import build_graph
+    from dagster_project.dead_runs import close_dead_runs
+    from dagster_project.headless import write_export
+    from dagster_project.instance import only_pass, open_instance
+    from dagster_project.queries import require
+    from resources.lake.versions import Versions
+
+    require("recipe", recipe, project.settings.recipes)
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
         graph = build_graph(project)
         with progress_bars(project, console) as bars:
-            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
-    print_outcome(project, graph, outcome, console)
+            outcome = write_export(project, graph, instance, recipe, notice=bars, progress=bars.advance)
+    print_failures(outcome, console)
+    if not outcome.failures:
+        version = Versions(project.lake, recipe).names()[-1]
+        folder = f"{project.lake.root}/export/{recipe}/{version}"
+        console.print(f"Exported: {folder}", soft_wrap=True, highlight=False, markup=False)
     return 1 if outcome.failures else 0
 
 
@@ -136,11 +190,18 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
                 f"  {lineage['source']['duplicates']:,} rows left out: an earlier row has their uid", style="yellow"
             )
         console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
+    print_failures(outcome, console)
+    if not outcome.failures:
+        console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_failures(outcome: "Outcome", console: Console) -> None:
+    """Print the message of each asset that failed."""
     for key, message in outcome.failures.items():
         console.print(f"FAILED {key}", style="bold red")
         console.print(message, markup=False, highlight=False, soft_wrap=True)
-    if not outcome.failures:
-        console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
+    for key, needed in outcome.not_attempted.items():
+        console.print(f"{key} not attempted: needs {needed}", style="yellow", markup=False, highlight=False)
 
 
 def _funnel(title: str, lineage: dict[str, Any]) -> Table:
@@ -179,22 +240,31 @@ def _print_pool(project: "Context", console: Console) -> None:
 # The other commands
 
 
-def explain(catalog: Path, uid: str, console: Console) -> int:
+def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False) -> int:
     """Print what every step of every recipe did with a sample.
 
     Args:
         catalog: path of catalog.duckdb.
         uid: of the sample; or the key of a rejected one.
         console: where to print.
+        as_json: print the rows as JSON.
+
+    Returns:
+        The exit status: 1 if there is no such sample, else 0.
 
     Raises:
         FileNotFoundError: there is no catalog yet.
     """
-    from resources.catalog.build import read_catalog
+    from dagster_project.queries import ask
+    from dagster_project.tables import print_json
 
-    with read_catalog(catalog) as con:
-        found = con.sql("FROM explain($uid)", params={"uid": uid})
-        rows = [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+    rows = ask(catalog, "FROM explain($uid)", uid=uid)
+    if any(row["verdict"] == "unknown uid" for row in rows):
+        print_unknown_uid(uid)
+        return 1
+    if as_json:
+        print_json(rows, console)
+        return 0
     for (recipe, version), group in groupby(rows, key=lambda row: (row["recipe"], row["version"])):
         steps = list(group)
         if recipe is None:
@@ -242,6 +312,14 @@ def prune(project: "Context", keep: int, console: Console, *, dry_run: bool = Fa
         if not dry_run:
             write_catalog(project, project.catalog_path())
     return 0
+
+
+def print_unknown_uid(uid: str) -> None:
+    """Print to stderr that no sample has a uid, and whether it is a uid at all."""
+    known = re.fullmatch(r"[0-9a-fA-F]{32}", uid, re.ASCII)
+    why = "no sample in the pool has this uid" if known else "this is not a uid, which has 32 hexadecimal characters"
+    text = f"{uid}: {why}; and no rejected sample has it as its key"
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(error: Exception) -> None:

@@ -16,12 +16,13 @@ import dagster as dg
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import PartitionedAsset
-from assets.graph import Graph
+from assets.graph import Graph, Node
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
+from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -45,12 +46,14 @@ class Outcome:
         removed: shards that are gone from the pool.
         computed: for each asset that ran, its shards (none for an unpartitioned one).
         failures: for each asset that failed, the message.
+        not_attempted: for each asset that could not be computed because another one failed, the key of that one.
     """
 
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     computed: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    not_attempted: dict[str, str] = field(default_factory=dict)
 
 
 Notice = Callable[[str, int], None]
@@ -77,6 +80,31 @@ def materialize(
         redraw: draw the negatives again.
     """
     return _Pass(context, graph, instance, notice, progress, redraw).run()
+
+
+def write_export(
+    context: Context,
+    graph: Graph,
+    instance: dg.DagsterInstance,
+    recipe: str,
+    *,
+    notice: Notice,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Write the tars of a subset's newest version, `export/<recipe>`, as far as they are missing or out of date.
+
+    Args:
+        context: the project.
+        graph: its assets.
+        instance: where runs are recorded.
+        recipe: name of the recipe.
+        notice: called before each run.
+        progress: called when rows are done.
+
+    Raises:
+        LakeError: the pool has no tars; or the subset has no version, or was not selected from the pool as it is now.
+    """
+    return _Pass(context, graph, instance, notice, progress, redraw=False).export(recipe)
 
 
 class _Pass:
@@ -106,6 +134,9 @@ class _Pass:
     def run(self) -> Outcome:
         shards = self._discover()
         for node in self.graph.in_order:
+            if (needed := self._needs_failed(node)) is not None:
+                self.outcome.not_attempted[node.key] = needed
+                continue
             try:
                 if isinstance(node, SubsetAsset):
                     if not node.is_fresh(self._now()):
@@ -122,6 +153,28 @@ class _Pass:
                 self.outcome.failures[node.key] = str(error)
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
             self._launch("catalog", None)
+        return self.outcome
+
+    def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
+        """Return the failed asset without which a node can't be computed at all; None if it can be tried."""
+        lake = self.snapshot.context.lake
+        for dep in node.deps:
+            if dep in self.outcome.not_attempted:
+                return self.outcome.not_attempted[dep]
+            if dep in self.outcome.failures and not lake.shards(dep):
+                return dep
+        return None
+
+    def export(self, recipe: str) -> Outcome:
+        node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)
+        if node is None:
+            raise LakeError(f"export/{recipe}: only pools of tars can be exported. Remedy: read subset.npy instead")
+        subset = next(subset for subset in self.graph.subsets if subset.recipe == recipe)
+        if not subset.is_fresh(self._now()):
+            raise LakeError(f"{subset.key} has no version, or is out of date. Remedy: clip-select run")
+        partitions = self.instance.get_dynamic_partitions(SHARDS_NAME)
+        for some in neighbours(partitions, set(self._due(node, partitions))):
+            self._launch(node.key, some)
         return self.outcome
 
     def _now(self) -> Snapshot:

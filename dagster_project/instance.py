@@ -28,6 +28,14 @@ SETTINGS = Path(__file__).with_name("dagster.yaml")
 """Settings that a new instance starts with."""
 
 
+_UNUSABLE = frozenset("%?*[")
+"""Characters that the path of an instance must not have.
+
+SQLite's URLs cut the path at % and ?. Dagster looks for dagster.yaml with `glob`, to which *, ? and [ are a pattern: it
+then finds no file and uses its own settings, with telemetry, without an error.
+"""
+
+
 def prepare_home(project: "Context") -> Path:
     """Return the folder of the Dagster instance, made ready: `DAGSTER_HOME`, else `.dagster` in the lake.
 
@@ -38,9 +46,11 @@ def prepare_home(project: "Context") -> Path:
     """
     given = os.environ.get("DAGSTER_HOME")
     home = Path(given).resolve() if given else project.lake.local_root() / ".dagster"
-    if set("%?") & set(str(home)):
+    wrong = sorted(_UNUSABLE & set(str(home)))
+    if wrong:
         raise LakeError(
-            f"{home}: SQLite can't open a folder with % or ? in its path. Remedy: set DAGSTER_HOME to another folder"
+            f"{home}: Dagster can't use a folder with {' or '.join(wrong)} in its path. Remedy: set DAGSTER_HOME to a "
+            "folder without; the lake can stay"
         )
     home.mkdir(parents=True, exist_ok=True)
     if not os.access(home, os.W_OK):

@@ -14,6 +14,7 @@ from assets.base.asset import Declared
 from assets.base.columns import Column
 from assets.base.partitioned import PartitionedTemplate
 from assets.base.settings import ProjectSettings, json_settings
+from core.names import suggestion
 
 S = TypeVar("S")
 
@@ -148,7 +149,7 @@ def require_encoders(settings: ProjectSettings, field: str, names: Iterable[str]
     """
     for name in names:
         if name not in settings.encoders:
-            raise ValueError(f"{field}: there is no encoder {name!r}. Remedy: one of {sorted(settings.encoders)}")
+            raise ValueError(f"{field}: there is no encoder {name!r}; {suggestion(name, settings.encoders)}")
 
 
 def require_targets(settings: ProjectSettings, field: str, encoder: str, targets: Iterable[str]) -> None:
@@ -159,7 +160,7 @@ def require_targets(settings: ProjectSettings, field: str, encoder: str, targets
     """
     for target in targets:
         if target not in settings.targets:
-            raise ValueError(f"{field}: there is no target {target!r}. Remedy: one of {sorted(settings.targets)}")
+            raise ValueError(f"{field}: there is no target {target!r}; {suggestion(target, settings.targets)}")
     for target in targets:
         features = settings.targets[target].features
         if encoder in features:
@@ -183,7 +184,7 @@ def require_recipe(settings: ProjectSettings, field: str, recipe: str | None) ->
         ValueError: it does not.
     """
     if recipe is not None and recipe not in settings.recipes:
-        raise ValueError(f"{field}: there is no recipe {recipe!r}. Remedy: one of {sorted(settings.recipes)}")
+        raise ValueError(f"{field}: there is no recipe {recipe!r}; {suggestion(recipe, settings.recipes)}")
 
 
 def require_no_cycle(settings: ProjectSettings, field: str, asset: str, recipe: str | None) -> None:

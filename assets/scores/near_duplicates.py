@@ -38,6 +38,7 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import NORM_TOLERANCE, rows_aligned, within_bounds
 from assets.base.unpartitioned import unpartitioned
 from core.hashing import digest
+from core.names import suggestion
 from core.uids import format_uids
 from resources.lake.files import LakeError, Provenance, column_to_vectors
 from resources.lake.scratch import Arrays, WorkFolder
@@ -217,8 +218,8 @@ def _validate(settings: ProjectSettings) -> None:
     for encoder, chosen in configured(settings).items():
         if chosen.best not in ordering:
             raise ValueError(
-                f"scores.near_duplicates.{encoder}.best: there is no such score to order rows by. "
-                f"Remedy: one of {ordering}"
+                f"scores.near_duplicates.{encoder}.best: there is no score {chosen.best!r} to order rows by; "
+                f"{suggestion(chosen.best or '', ordering)}"
             )
 
 

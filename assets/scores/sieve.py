@@ -17,6 +17,7 @@ from assets.base.settings import Name, ProjectSettings, json_settings
 from assets.base.shard import Shard
 from assets.base.standard_checks import COSINE_BOUNDS, rows_aligned, within_bounds
 from assets.scores.captions import captions
+from core.names import suggestion
 from resources.models.text_encoders import TextEncoder
 from resources.pools.formats import FORMATS, pool_format
 
@@ -116,19 +117,19 @@ def _validate(settings: ProjectSettings) -> None:
     for captioner, names in (settings.scores.sieve or {}).items():
         if captioner not in settings.captioners:
             raise ValueError(
-                f"scores.sieve: there is no captioner {captioner!r}. Remedy: one of {sorted(settings.captioners)}"
+                f"scores.sieve: there is no captioner {captioner!r}; {suggestion(captioner, settings.captioners)}"
             )
         for name in names:
             if name not in settings.text_encoders:
                 raise ValueError(
-                    f"scores.sieve.{captioner}: there is no text encoder {name!r}. "
-                    f"Remedy: one of {sorted(settings.text_encoders)}"
+                    f"scores.sieve.{captioner}: there is no text encoder {name!r}; "
+                    f"{suggestion(name, settings.text_encoders)}"
                 )
     for name, text_encoder in settings.text_encoders.items():
         if text_encoder.encoder is not None and text_encoder.encoder not in settings.encoders:
             raise ValueError(
-                f"text_encoders.{name}: there is no encoder {text_encoder.encoder!r}. "
-                f"Remedy: one of {sorted(settings.encoders)}"
+                f"text_encoders.{name}: there is no encoder {text_encoder.encoder!r}; "
+                f"{suggestion(text_encoder.encoder, settings.encoders)}"
             )
 
 

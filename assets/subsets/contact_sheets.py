@@ -15,6 +15,7 @@ from PIL import Image
 from assets.base.pages import data_url, render
 from resources.storage.images import picture
 
+_WORD_JOINER = "\u2060"
 _QUALITIES = (85, 60, 40, 25)
 
 
@@ -145,9 +146,14 @@ def _markdown_picture(tile: Tile) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text on one line, with every character escaped that Markdown or HTML would interpret."""
+    """Return text on one line, in which Markdown or HTML interprets nothing and links nothing.
+
+    GitHub's Markdown, which Dagster's UI reads, makes links of web and e-mail addresses after it has removed the
+    backslashes. A word joiner (U+2060, invisible) within an address prevents that.
+    """
     flat = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:])", r"\\\1", html.escape(flat, quote=False))
+    unlinked = re.sub(r"(https?:|ftp:|www)(?=[/.])|(?<=@)(?=[\w-])", f"\\g<0>{_WORD_JOINER}", flat, flags=re.IGNORECASE)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$:])", r"\\\1", html.escape(unlinked, quote=False))
 
 
 def _cut(text: str, most: int) -> str:

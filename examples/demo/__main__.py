@@ -41,7 +41,7 @@ def main() -> int:
     uid = _scores(project).sort("neg_clip_loss")["uid"][0]
     console.print(
         "Next: `make ui` opens Dagster on these results. Ask why a sample was dropped:\n"
-        f"  .venv/bin/clip-select explain --uid {uid}",
+        f"  .venv/bin/clip-select explain --demo --uid {uid}",
         soft_wrap=True,
         highlight=False,
         markup=False,

@@ -4,11 +4,13 @@ Here: paths, atomic writing, provenance, and reading tables. Not here: columns o
 queries (`resources.catalog.build`).
 
 A file is written under a temporary name with a leading dot, flushed to disk and renamed. A reader therefore sees a
-complete file or none. A killed run leaves at most one temporary file, which the next write of the same file removes.
+complete file or none. Temporary names are unique to the writer. A killed run leaves at most one temporary file, which
+the next write of the same file removes.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -27,6 +29,7 @@ import pyarrow.parquet as pq
 
 from core.errors import UserError
 from core.hashing import digest
+from resources.lake.owners import is_abandoned, token
 
 METADATA_KEY = b"clip_data_selection"
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
@@ -299,7 +302,7 @@ class Lake:
         if self.is_local:
             Path(folder).mkdir(parents=True, exist_ok=True)
             _clear_strays(Path(folder), name)
-            temporary = Path(folder) / f".{name}.{os.getpid()}{TEMPORARY_SUFFIX}"
+            temporary = Path(folder) / f".{name}.{token()}{TEMPORARY_SUFFIX}"
         else:
             self.fs.makedirs(folder, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix="lake-")) / name
@@ -329,21 +332,11 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def _clear_strays(folder: Path, name: str) -> None:
-    """Remove temporary files for `name` whose process has ended (a killed run)."""
-    for stray in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
-        pid = stray.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 1)[-1]
-        if pid.isdigit() and int(pid) != os.getpid() and not _is_running(int(pid)):
+    """Remove temporary files for `name` whose writer was killed."""
+    for stray in folder.glob(f".{glob.escape(name)}.*{TEMPORARY_SUFFIX}"):
+        written_by = stray.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 1)[-1]
+        if is_abandoned(stray, written_by):
             stray.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync_folder(folder: str) -> None:

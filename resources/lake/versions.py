@@ -1,11 +1,17 @@
 """A subset's versions: one folder for each materialization, never changed.
 
-Here: paths of versions, writing and reading them. `lineage.json` is written last, so a folder without it was left by a
-killed run, and its number is used again.
+Here: paths of versions, writing and reading them. `lineage.json` is written last, so a folder without it is being
+written, or was left by a killed run; then its number is used again.
+
+A writer claims a number by renaming a folder to it, which the file system does for one writer only. The folder holds
+the claim, an empty file that identifies the writer, until the version is complete.
 """
 
+import contextlib
+import fcntl
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +24,12 @@ import pyarrow.parquet as pq
 
 from core.hashing import sha256
 from core.uids import UID_DTYPE
-from resources.lake.files import Lake, LakeError
+from resources.lake.files import TEMPORARY_SUFFIX, Lake, LakeError
+from resources.lake.owners import is_abandoned, token
 
 NAME = re.compile(r"^v\d{4,}$")
 ROW_GROUP = 1 << 20
+CLAIM_SUFFIX = ".writing"
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,21 @@ class Versions:
             examine: checks the files before the record is written; raises if something is wrong.
             sets: the uids of each recipe and uid list that was read, by name: columns f0 and f1.
         """
-        newest = self.names()
-        name = f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
+        name = self._claim()
+        try:
+            return self._write(name, manifest, lineage, examine, sets)
+        except BaseException:
+            self._remove_folder(name)
+            raise
+
+    def _write(
+        self,
+        name: str,
+        manifest: Manifest,
+        lineage: dict[str, Any],
+        examine: Callable[[Version], None],
+        sets: Mapping[str, pa.Table] | None,
+    ) -> Version:
         version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
         with self.lake.replacing(version.manifest) as path, self.lake.replacing(version.uids) as uids_path:
             version.lineage["files"] = write_selection(manifest, path, uids_path)
@@ -153,7 +174,50 @@ class Versions:
         examine(version)
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
+        if self.lake.is_local:
+            for claim in Path(version.folder).glob(f".*{CLAIM_SUFFIX}"):
+                claim.unlink(missing_ok=True)
         return version
+
+    def _claim(self) -> str:
+        """Return the next free number, now taken by this writer; on a remote file system, others may take it too."""
+        folder = Path(self.folder)
+        if not self.lake.is_local:
+            newest = self.names()
+            return f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".claims.lock", "w") as lock:
+            # Only against clearing a folder that another writer has just claimed again; the rename decides on numbers.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._clear_abandoned(folder)
+            mine = folder / f".{token()}{TEMPORARY_SUFFIX}"
+            mine.mkdir()
+            (mine / f".{token()}{CLAIM_SUFFIX}").touch()
+            number = max((int(path.name[1:]) for path in folder.iterdir() if NAME.match(path.name)), default=0)
+            while True:
+                number += 1
+                with contextlib.suppress(OSError):
+                    mine.rename(folder / f"v{number:04d}")
+                    return f"v{number:04d}"
+                if not mine.exists() or not (folder / f"v{number:04d}").exists():
+                    raise LakeError(f"{folder}: no version can be written here. Remedy: make the folder writable")
+
+    def _clear_abandoned(self, folder: Path) -> None:
+        """Remove folders whose writer was killed; one without a claim is from before claims, and stays for a day."""
+        for path in folder.iterdir():
+            if path.is_dir() and path.name.endswith(TEMPORARY_SUFFIX):
+                abandoned = is_abandoned(path, path.name[1:].removesuffix(TEMPORARY_SUFFIX))
+            elif NAME.match(path.name) and not (path / "lineage.json").exists():
+                claims = [claim.name[1:].removesuffix(CLAIM_SUFFIX) for claim in path.glob(f".*{CLAIM_SUFFIX}")]
+                abandoned = is_abandoned(path, claims[0] if claims else "")
+            else:
+                continue
+            if abandoned:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_folder(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
 
     def remove(self, name: str) -> None:
         """Remove a version that is not the newest. Its record goes first, so an interrupted removal leaves no version.

@@ -4,12 +4,12 @@ Here: the model of a recipe and the names it may use. Its steps are in `selectio
 `selection.recipes.execute`.
 """
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from core.names import suggestion
 from selection.recipes.steps import POOL, Model, Step
 
 UID_LIST_ENDINGS = (".npy", ".txt")
@@ -133,10 +133,7 @@ def check_recipes(
 
 
 def _unknown(what: str, name: str, known: Collection[str]) -> str:
-    by_fold = {candidate.casefold(): candidate for candidate in known}
-    close = [by_fold[c] for c in difflib.get_close_matches(name.casefold(), by_fold, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
-    return f"there is no {what} {name!r}; {hint}"
+    return f"there is no {what} {name!r}; {suggestion(name, known)}"
 
 
 def _unknown_set(where: str, name: str, recipes: Collection[str], uid_lists: Collection[str]) -> list[str]:

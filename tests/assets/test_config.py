@@ -64,11 +64,44 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
     return {path[0]: document[path[0]]}
 
 
+def top(**limit: object) -> dict[str, Any]:
+    return changed("recipes", "best", value={"steps": [{"keep_top": {"score": "clip_score/b32", **limit}}]})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (changed("pool", "formt", value="x"), r"pool\.formt: no such field.*spelling"),
         (changed("pool", "format", value="zip"), r"pool\.format: .*'webdataset', 'datacomp', .* or 'image_folder'"),
+        (changed("pool", "formt", value="x"), r"pool\.formt: no such field; did you mean format"),
+        ({"scores": {"neg_clip_los": {}}}, r"scores\.neg_clip_los: no such field; did you mean neg_clip_loss"),
+        (
+            {"scores": {"neg_clip_loss": {"b32": {"drws": 5}}}},
+            r"scores\.neg_clip_loss\.b32\.drws: no such field; did you mean draws",
+        ),
+        (
+            changed("recipes", "best", value={"steps": [{"keep_tpo": {"score": "clip_score/b32", "count": 5}}]}),
+            r"recipes\.best\.steps\.0\.keep_tpo: no such field; did you mean keep_top",
+        ),
+        (
+            changed("recipes", "best", value={"steps": [{"exept": "other"}]}),
+            r"recipes\.best\.steps\.0\.exept: no such field; did you mean except",
+        ),
+        (
+            changed("recipes", "best", value={"steps": [{"keep_top": {"scor": "clip_score/b32", "count": 5}}]}),
+            r"recipes\.best\.steps\.0\.keep_top\.scor: no such field; did you mean score",
+        ),
+        ({"scores": {"clip_score": ["b23"]}}, r"scores\.clip_score: there is no encoder 'b23'; did you mean b32"),
+        (
+            {"scores": {"norm_sim": {"b32": ["imagnet"]}}},
+            r"there is no target 'imagnet'; did you mean imagenet",
+        ),
+        (top(fraction=30), r"steps\.0\.keep_top\.fraction: .*Remedy: 30 % is 0\.30 "),
+        (top(fraction=12.5), r"Remedy: 12\.5 % is 0\.125 "),
+        (top(fraction="30%"), r"Remedy: 30 % is 0\.30 "),
+        (top(fraction=100), r"Remedy: 100 % is 1\.00 "),
+        (top(fraction=300), r"fraction: Input should be less than or equal to 1"),
+        (top(fraction=0), r"fraction: Input should be greater than 0"),
         ({"lake": None}, r"lake: "),
         ({"encoders": {}}, r"encoders: "),
         ({"encoders": {"b 32": {"model": "ViT-B-32"}}}, r"encoders\.b 32.*letters, digits and _"),
@@ -77,7 +110,7 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
             {"targets": {"cars": {"path": "a"}, "Cars": {"path": "b"}}},
             r"targets: SQL can't tell 'Cars' from 'cars'.*rename",
         ),
-        ({"scores": {"clip_score": ["l14"]}}, r"scores\.clip_score: there is no encoder 'l14'.*\['b32'\]"),
+        ({"scores": {"clip_score": ["l14"]}}, r"scores\.clip_score: there is no encoder 'l14'; known: b32"),
         ({"scores": {"norm_sim": {"b32": ["cars"]}}}, r"scores\.norm_sim\.b32: there is no target 'cars'"),
         ({"scores": {"neg_clip_loss": {"b32": {"temperature": 0}}}}, r"scores\.neg_clip_loss\.b32\.temperature"),
         ({"encoders": {"b32": {"precomputed": "b32"}}}, r"encoders\.b32: .*temperature"),

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -85,9 +86,12 @@ def test_a_mistake_in_the_arguments_or_the_yaml_is_one_message_and_exit_status_2
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("name: [")
     for arguments, message in (
-        (["sleep"], "No such command 'sleep'"),
-        (["explain"], "Missing option '--uid'"),
-        (["prune", "--keep", "0"], "0 is not in the range x>=1"),
+        (["zzz"], "No such command 'zzz'; known: diff, explain, "),
+        (["explian"], "No such command 'explian'; did you mean explain"),
+        (["explain", "--demo"], "Missing option '--uid'"),
+        (["prune", "--demo", "--keep", "0"], "0 is not in the range x>=1"),
+        (["run"], "CONFIG is missing, the path of the project's YAML. Remedy: `clip-select run project.yaml`, or "),
+        (["run", str(wrong), "--demo"], "CONFIG and --demo exclude each other"),
         (["run", str(tmp_path / "absent.yaml")], "absent.yaml: no such file"),
         (["run", str(wrong)], "wrong.yaml: not valid YAML"),
     ):
@@ -128,8 +132,15 @@ def test_explain_does_without_dagster_and_torch_and_prints_each_step(
     assert "keep the top 0.5 of the pool by neg_clip_loss/tiny" in text
     assert "nearest target: " in text
     assert not {"dagster", "torch", "open_clip"} & set(ast.literal_eval(loaded_by("explain", config, "--uid", uid)))
-    assert cli.main(["explain", config, "--uid", "0" * 32]) == 0
-    assert "no sample of this uid is in the pool" in capsys.readouterr().out
+    assert cli.main(["explain", config, "--uid", uid.upper(), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    (step,) = (row for row in rows if row["recipe"] == "paper" and row["step"] == 1)
+    assert (step["verdict"], step["value"] >= step["threshold"]) == ("kept", True)
+    for wrong, why in (("0" * 32, "no sample in the pool has this uid"), ("12", "this is not a uid, which has 32 hex")):
+        assert cli.main(["explain", config, "--uid", wrong]) == 1
+        printed = capsys.readouterr()
+        assert f"{wrong}: {why}" in printed.err
+        assert printed.out == ""
 
 
 def test_the_help_of_study_names_the_default_number_of_rows() -> None:

@@ -1,13 +1,15 @@
 """The folder of the Dagster instance, and the lock of a pass."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dagster_project.instance import only_pass, prepare_home, write_workspace
+from dagster_project import cli
+from dagster_project.instance import only_pass, open_instance, prepare_home, write_workspace
 from resources.lake.files import LakeError
-from tests.support.scenario import Scenario
+from tests.support.scenario import Scenario, keep
 
 
 def test_two_projects_do_not_share_a_dagster_home(
@@ -19,6 +21,36 @@ def test_two_projects_do_not_share_a_dagster_home(
     scenario.set("lake", value="another")
     with pytest.raises(LakeError, match=r"home: this Dagster instance belongs to the lake .*lake\. Remedy"):
         prepare_home(scenario.open())
+
+
+@pytest.mark.parametrize("name", ["lake [1]", "50%", "why?", "all*"])
+def test_a_folder_whose_path_dagster_misreads_is_refused_and_another_home_works(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    scenario.set("lake", value=name)
+    with pytest.raises(LakeError, match=r"Dagster can't use a folder with \S in its path\. Remedy: set DAGSTER_HOME"):
+        prepare_home(scenario.open())
+    assert not (tmp_path / name).exists()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    with open_instance(scenario.open()) as instance:
+        assert instance.root_directory == str(tmp_path / "home")
+        assert not instance.telemetry_enabled
+        assert type(instance.event_log_storage).__name__ == "KeptOpenSqliteEventLogStorage"
+
+
+def test_a_lake_with_brackets_in_its_path_works(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    scenario.set("lake", value="lake [1]")
+    scenario.set("recipes", value={"best": {"steps": [keep("clip_score/tiny", count=5)]}})
+    scenario.open()
+    config = str(scenario.folder / "project.yaml")
+    assert cli.main(["run", config]) == 0
+    capsys.readouterr()
+    assert cli.main(["versions", config, "--json"]) == 0
+    assert [row["rows"] for row in json.loads(capsys.readouterr().out)] == [5]
 
 
 def test_a_user_s_dagster_yaml_is_kept(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from dagster._serdes import serialize_value
 from markupsafe import escape
 from PIL import Image
 
-from assets.subsets.contact_sheets import Sheet, Tile, html_page, markdown, small_jpeg
+from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash
 from tests.support.pool_factory import datacomp_shard, picture
@@ -105,6 +105,18 @@ def test_a_hostile_caption_is_shown_and_not_obeyed(made: Scenario) -> None:
     (line,) = [line for line in table.splitlines() if "alert" in line]
     assert len(re.findall(r"(?<!\\)\|", line)) == 6  # five cells, and no sixth made of the caption's own
     assert "![](http" not in table
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["www.evil.example/a", "WWW.evil.example", "http://evil.example", "HTTPS://evil.example", "a.b+c@evil.example"],
+)
+def test_no_address_in_a_caption_becomes_a_link(address: str) -> None:
+    found = escaped(f"see {address} now")
+    read = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", found)  # as Markdown reads it, before it looks for addresses
+    assert not re.search(r"(https?://|www(?=\.))[-.\w]+", read, re.IGNORECASE)
+    assert not re.search(r"[-.\w+]+@[-\w]+(\.[-\w]+)+", read)
+    assert read.replace("\u2060", "") == f"see {address} now"
 
 
 def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> None:

@@ -22,6 +22,7 @@ from resources.lake.files import (
     sample_digest,
     vectors_to_column,
 )
+from resources.lake.owners import token
 
 
 @pytest.fixture
@@ -204,13 +205,36 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_its_litter_is_cleared(l
     assert [p.name for p in folder.iterdir()] == ["00000.parquet"]
 
 
-def test_a_running_writers_temporary_file_is_left_alone(lake: Lake) -> None:
+def test_only_files_of_ended_or_long_silent_writers_are_cleared(lake: Lake) -> None:
     lake.write(pa.table({"x": [1]}), provenance())
     folder = Path(lake.path("clip_score/b32", "00000")).parent
-    theirs = folder / f".00000.parquet.{os.getppid()}.tmp"
-    theirs.write_bytes(b"half")
+    place, ended = token().partition("-")[0], subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {
+        "running": f"{place}-{os.getppid()}-aa",
+        "ended": f"{place}-{ended.pid}-aa",
+        "in another container": f"0123456789ab-{ended.pid}-aa",
+        "by a process id alone": str(ended.pid),
+    }
+    paths = {who: folder / f".00000.parquet.{name}.tmp" for who, name in names.items()}
+    for path in paths.values():
+        path.write_bytes(b"half")
     lake.write(pa.table({"x": [2]}), provenance())
-    assert theirs.exists()
+    assert {who for who, path in paths.items() if path.exists()} == paths.keys() - {"ended"}
+    for path in paths.values():
+        if path.exists():
+            os.utime(path, (0, 0))
+    lake.write(pa.table({"x": [3]}), provenance())
+    assert [path.name for path in folder.iterdir()] == ["00000.parquet"]
+
+
+def test_two_writers_of_one_process_do_not_share_a_temporary_file(lake: Lake) -> None:
+    path = lake.path("clip_score/b32", "00000")
+    with lake.replacing(path) as first, lake.replacing(path) as second:
+        assert first != second
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert Path(path).read_bytes() == b"first"  # whose block ended last
 
 
 def test_the_lake_may_lie_on_another_file_system() -> None:

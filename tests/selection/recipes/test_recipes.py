@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from core.uids import UID_DTYPE, format_uids, parse_uids
 from selection.recipes.execute import select
-from selection.recipes.predicates import predicate_columns
+from selection.recipes.predicates import FUNCTIONS, predicate_columns
 from selection.recipes.recipe import Recipe, check_recipes
 from selection.recipes.steps import KINDS, KeepTop
 
@@ -606,14 +606,62 @@ def test_the_columns_of_a_predicate_are_found(predicate, columns):
         ("today() > DATE '2020-01-01'", "the function today"),
         ("ago(INTERVAL 1 DAY) > NULL", "the function ago"),
         ("nonsense(width)", "the function nonsense"),
+        ("uper(caption) = 'A'", "the function uper, which is not in the list; did you mean upper"),
+        ("current_localtimestamp() > NULL", "the function current_localtimestamp"),
+        ("current_localtimestamp > NULL", "current_localtimestamp, whose value does not depend on the row"),
+        ("current_user() = 'me'", "the function current_user"),
+        ("CURRENT_USER = 'me'", "CURRENT_USER, whose value"),
+        ("pg_sleep(1) IS NULL", "the function pg_sleep"),
+        ("PG_SLEEP(1) IS NULL", "the function pg_sleep"),
+        ("getenv('HOME') = 'a'", "the function getenv"),
+        ("read_text('a') IS NULL", "the function read_text"),
+        ("current_setting('threads') = 1", "the function current_setting"),
+        ("age(TIMESTAMP '2020-01-01') > INTERVAL 1 DAY", "the function age"),
+        ("list_aggregate([width], 'any_value') > 1", "the function list_aggregate"),
+        ("list_transform([1], lambda x: pg_sleep(x)) IS NULL", "the function pg_sleep"),
         ("caption.upper() = 'A'", r"write upper\(caption\)"),
         ("clip_score.b32 > 1", 'write a score as "clip_score/b32"'),
         ("caption -> '$.a' = 'x'", "json_extract"),
     ],
 )
-def test_a_predicate_of_more_than_one_row_is_refused(predicate, message):
+def test_a_predicate_of_more_than_one_row_or_of_an_unlisted_function_is_refused(predicate, message):
     with pytest.raises(ValidationError, match=message):
         recipe({"where": predicate})
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        "width BETWEEN 1 AND 2 AND caption NOT LIKE 'a!%' ESCAPE '!' AND caption ILIKE 'a' AND caption ~ 'a'",
+        "CASE WHEN width IN (1, 2) THEN -width % 2 ELSE width ^ 2 // 3 END > 1 AND caption[1:3] || 'a' = 'b'",
+        "coalesce(width, 1) = ifnull(width, 2) AND TRY_CAST(caption AS INT) IS DISTINCT FROM 1",
+        "extract(year FROM TRY_CAST(caption AS DATE)) > 2000 AND position('a' IN caption) = 1 AND [width][1] = 1",
+        "list_filter([1, 2], lambda x: x > width) = [1] AND {'a': width}.a = 1 AND MAP {'a': 1}['a'] = 1",
+    ],
+)
+def test_operators_and_listed_functions_are_allowed(predicate):
+    assert predicate_columns(predicate) <= {"width", "caption"}
+
+
+def test_every_listed_function_depends_on_its_arguments_alone():
+    listed = {name for names in FUNCTIONS.values() for name in names.split(", ")}
+    with duckdb.connect() as con:
+        rows = con.execute(
+            "SELECT DISTINCT lower(function_name), function_type, stability, coalesce(macro_definition, '') "
+            "FROM duckdb_functions()"
+        ).fetchall()
+    found = [row for row in rows if row[0] in listed]
+    assert {row[0] for row in found} == listed - {"coalesce", "ifnull"}  # which the parser makes an operator
+    for name, kind, stability, macro in found:
+        assert kind == "macro" or (kind, stability) == ("scalar", "CONSISTENT"), name
+        assert "current_" not in macro, name
+        assert "select" not in macro.casefold(), name
+
+
+def test_the_page_about_recipes_lists_the_functions():
+    page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for subject, names in FUNCTIONS.items():
+        assert f"| {subject} | {', '.join(f'`{name}`' for name in names.split(', '))} |" in page
 
 
 def test_a_recipe_tells_pool_columns_from_scores():

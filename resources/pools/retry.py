@@ -1,0 +1,69 @@
+"""Samples whose download failed, as a list that img2dataset downloads again.
+
+Only img2dataset's Parquet files beside the tars (format `webdataset`) list such samples.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resources.pools.base import PoolError
+from resources.settings import PoolSettings
+from resources.storage import files
+
+RETRY_SCHEMA = pa.schema(
+    [
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("uid", pa.string()),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+    ]
+)
+"""Columns of the list: img2dataset's `url_col` and `caption_col`; uid and key for `save_additional_columns`."""
+
+
+def failed_downloads(settings: PoolSettings, shard: str, keys: Collection[str]) -> pa.Table:
+    """Read url, caption and uid of rejected samples from the Parquet file beside a shard's tar.
+
+    Args:
+        settings: the pool.
+        shard: its shard.
+        keys: keys of the rejected samples.
+
+    Returns:
+        A table of `RETRY_SCHEMA`, in the order of the file; samples without a url are left out.
+
+    Raises:
+        PoolError: the pool has another format, or the file cannot be read.
+    """
+    if settings.format != "webdataset":
+        raise PoolError(
+            f"pool.format is {settings.format}: only the Parquet files of a webdataset pool list failed downloads. "
+            "Remedy: download the pool's source again"
+        )
+    url = f"{settings.path.rstrip('/')}/{shard}.parquet"
+    try:
+        with files.open_binary(url) as file:
+            parquet = pq.ParquetFile(file)
+            names = [name for name in ("key", "url", "caption", "uid") if name in parquet.schema_arrow.names]
+            rows = parquet.read(names).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise PoolError(f"{url}: the parquet cannot be read ({error}). Remedy: put it back") from error
+    if "url" not in names or "key" not in names:
+        raise PoolError(f"{url}: a retry needs the columns key and url; it has {', '.join(names) or 'neither'}")
+    wanted = {_comparable(key) for key in keys}
+    found = [_listed(shard, row) for row in rows if _comparable(row["key"]) in wanted and row["url"]]
+    return pa.Table.from_pylist(found, RETRY_SCHEMA)
+
+
+def _comparable(key: object) -> str:
+    """Return a key as text without leading zeros, which integer columns have lost."""
+    return str(key).lstrip("0")
+
+
+def _listed(shard: str, row: dict[str, Any]) -> dict[str, str | None]:
+    text = {name: None if row.get(name) is None else str(row[name]) for name in ("url", "caption", "uid", "key")}
+    return {**text, "shard": shard}
