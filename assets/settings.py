@@ -26,7 +26,7 @@ from resources.lake.files import Lake
 from resources.models.by_name import Models
 from resources.pools.base import RAW_POOL_SCHEMA
 from resources.pools.formats import open_pool
-from resources.settings import Settings
+from resources.settings import NAME_PATTERN, Settings
 from selection.recipes.recipe import check_recipes
 
 Kinds = tuple[ScoreKind[Any], ...]
@@ -109,11 +109,15 @@ _NAMED_FIELDS = (
 )
 
 
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # The key `<<` merges another mapping, whose keys this one may override.
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(
@@ -194,7 +198,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
             message = f"no such field{hint}. Remedy: check its spelling and where it is indented"
         elif problem["type"] == "missing":
             message = "is missing. Remedy: add it"
-        elif problem["type"] == "string_pattern_mismatch":
+        elif problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == NAME_PATTERN:
             message = f"{message}. Remedy: letters, digits and _ only, not a digit first"
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         lines.append(f"{field}: {message}{given}" if field else message)

@@ -22,6 +22,7 @@ from pydantic import (
 
 LOCAL_DIR = "local-dir:"
 HF_HUB = "hf-hub:"
+NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 def available_cores() -> int:
@@ -319,7 +320,7 @@ class ExternalUids(ExternalSettings):
 class ExternalScores(ExternalSettings):
     """Imported scores."""
 
-    columns: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+    columns: dict[Annotated[str, StringConstraints(pattern=NAME_PATTERN)], str] = Field(
         min_length=1,
         description="Columns to read: a name, a list of names, or a mapping of the name in recipes to the column's "
         "name in the files. Recipes that rank by a column take larger as better.",

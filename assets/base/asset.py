@@ -142,7 +142,7 @@ class Declared:
             kinds=template.kinds,
             tags=self.tags,
             description=text(self) if callable(text) else text.format(**self.names),
-            metadata={"dagster/column_schema": column_schema(self.schema)},
+            metadata={"dagster/column_schema": column_schema(self.schema, self.columns)},
         )
 
 
@@ -264,11 +264,17 @@ def input_fingerprint(context: Context, asset: str, shard: str | None = None) ->
     return stored.fingerprint
 
 
-def column_schema(schema: pa.Schema) -> dg.TableSchema:
-    """Return an Arrow schema as Dagster shows it."""
+def column_schema(schema: pa.Schema, columns: Sequence[Column] = ()) -> dg.TableSchema:
+    """Return an Arrow schema as Dagster shows it, with the descriptions of the columns that have one."""
+    descriptions = {column.name: column.description for column in columns}
     return dg.TableSchema(
         columns=[
-            dg.TableColumn(f.name, str(f.type), constraints=dg.TableColumnConstraints(nullable=f.nullable))
+            dg.TableColumn(
+                f.name,
+                str(f.type),
+                description=descriptions.get(f.name),
+                constraints=dg.TableColumnConstraints(nullable=f.nullable),
+            )
             for f in schema
         ]
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from resources.settings import (
+    NAME_PATTERN,
     CaptionerSettings,
     EncoderSettings,
     ExternalScores,
@@ -17,7 +18,7 @@ from resources.settings import (
 )
 from selection.recipes.recipe import Recipe
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 
 
 class OfSubset(Settings):

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from assets.base.asset import Step
 from assets.base.results import Result
-from assets.base.score_tables import chunks, score_stats, score_table
+from assets.base.score_tables import chunks, device, score_stats, score_table
 from resources.lake.files import Lake, column_to_vectors
 
 if TYPE_CHECKING:
@@ -85,10 +85,13 @@ class Shard:
         return found if found is not None else self._empty(function, columns)
 
     def _empty(self, function: Callable[..., Any], columns: tuple[str, ...]) -> list[np.ndarray]:
+        """Return the results for a shard without rows, `[0]` each, with the dtypes that `function` returns."""
         import torch
 
-        results = function(*(torch.from_numpy(np.array(self.vectors(column))) for column in columns))
-        return [part.numpy() for part in (results if isinstance(results, tuple) else (results,))]
+        # `selection` refuses empty matrices, so one unit vector stands in, and its scores are cut off.
+        widths = [self.vectors(column).shape[1] for column in columns]
+        results = function(*(torch.eye(1, width, dtype=torch.float16, device=device()) for width in widths))
+        return [part[:0].cpu().numpy() for part in (results if isinstance(results, tuple) else (results,))]
 
     def scores(self, summary: dict[str, Any] | None = None, /, **columns: np.ndarray) -> Result:
         """Return the shard's score table, with statistics of each column that ranks.

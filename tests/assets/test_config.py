@@ -137,6 +137,23 @@ def test_all_wrong_fields_are_named_at_once(tmp_path: Path) -> None:
         settings(tmp_path, pool={"path": "p", "formt": 1}, name=5)
 
 
+def test_the_remedy_for_a_name_is_not_given_for_other_patterns(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"encoders\.b32\.device: .*auto\|cpu\|cuda") as caught:
+        settings(tmp_path, **changed("encoders", "b32", "device", value="tpu"))
+    assert "letters, digits" not in str(caught.value)
+
+
+def test_a_mapping_may_be_merged_into_another_and_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "project.yaml"
+    path.write_text(
+        "name: a\nlake: x\npool: {path: p}\n"
+        "encoders:\n  one: &one {model: local-dir:m, batch_size: 8}\n  two: {<<: *one, batch_size: 4}\n"
+    )
+    encoders = load_settings(path).encoders
+    assert encoders["two"].model == encoders["one"].model
+    assert (encoders["one"].batch_size, encoders["two"].batch_size) == (8, 4)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -50,8 +50,9 @@ def test_the_asset_its_checks_and_its_columns_are_dagsters_too(extended: Scenari
     (asset,) = (node.definition for node in graph.nodes if node.key == KEY)
     spec = asset.get_asset_spec(dg.AssetKey(KEY.split("/")))
     assert spec.description == "Length of each caption as a fraction of the limit of `short`, at most 1."
-    columns = [column.name for column in spec.metadata["dagster/column_schema"].columns]
-    assert columns == ["shard", "f0", "f1", "caption_length"]
+    columns = {column.name: column.description for column in spec.metadata["dagster/column_schema"].columns}
+    assert list(columns) == ["shard", "f0", "f1", "caption_length"]
+    assert columns["caption_length"] == "Characters of the caption over the limit, at most 1."
     checks = repository.asset_graph.get_check_keys_for_assets({dg.AssetKey(KEY.split("/"))})
     assert {check.name for check in checks} == {"rows_aligned", "within_bounds"}
 
