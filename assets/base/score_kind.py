@@ -38,7 +38,7 @@ class ScoreKind(Generic[S]):
         validate: checks names that the settings refer to; raises ValueError naming field and remedy.
         validate_recipes: the same, of recipes that the settings refer to, once all recipes are known to be valid.
         starts_from: the recipe whose subset an asset is computed over; None for the whole pool.
-        made_from: keys of other score assets that an asset is computed from.
+        made_from: keys of score assets that an asset is computed from and that are not among its `deps`.
         recorded: the parts of the YAML that a lineage record keeps, given the keys of the score assets it needs.
         extra_settings: further fields under `scores` in the YAML: type and default, by name.
         user_columns: the user names the columns, so recipes call them `<asset>/<column>`.
@@ -126,8 +126,13 @@ class Scores:
 
     def with_upstream(self, assets: set[str]) -> set[str]:
         """Add the score assets that some score assets are computed from."""
-        found = assets.union(*(self.kinds[asset].made_from(self.assets[asset]) for asset in assets))
+        found = assets.union(*(self._made_from(asset) for asset in assets))
         return found if found == assets else self.with_upstream(found)
+
+    def _made_from(self, asset: str) -> set[str]:
+        declared = self.assets[asset]
+        read = {dep.key for dep in declared.deps if dep.key in self.assets}
+        return read.union(self.kinds[asset].made_from(declared))
 
 
 def recipe_name(asset: Declared, column: Column, kind: ScoreKind[Any]) -> str:

@@ -1,6 +1,6 @@
 """`hype/<name>`: specificity and agreement of image and caption from hyperbolic embeddings (arXiv 2404.17507)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -183,11 +183,6 @@ def _validate(settings: ProjectSettings) -> None:
             )
 
 
-def _made_from(asset: Declared) -> Collection[str]:
-    clusters = _clusters(asset)
-    return () if clusters is None else (clusters,)
-
-
 HYPE = ScoreKind(
     name="hype",
     asset=hype,
@@ -197,7 +192,6 @@ HYPE = ScoreKind(
     instances=lambda settings: [{"name": name} for name in configured(settings)],
     upstream=lambda settings: (),
     validate=_validate,
-    made_from=_made_from,
     recorded=lambda settings, wanted: recorded_entries(
         "hype", configured(settings), wanted, lambda name: [f"hype/{name}"]
     ),

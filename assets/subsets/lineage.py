@@ -70,8 +70,11 @@ def lineage_record(
     scores = sorted(Scores(settings).of_recipe(name))
     any_shard = next(iter(shards))
     files = {asset: _stored(context, asset, any_shard) for asset in scores}
-    for generated in {f"captions/{asset.split('/')[1]}" for asset in scores if asset.startswith("sieve/")}:
-        files[generated] = _stored(context, generated, any_shard)
+    # Files by shard that are no scores and that a score reads, such as generated captions.
+    further = {dep for asset in scores for dep in assets[asset].deps if assets[dep].partitioned}
+    for asset in sorted(further - files.keys()):
+        if asset != "raw_pool" and not asset.startswith("embeddings/"):
+            files[asset] = _stored(context, asset, any_shard)
     read = {name for stored in files.values() for name in stored.provenance.inputs}
     encoders = sorted(name.removeprefix("embeddings/") for name in read if name.startswith("embeddings/"))
     # Subsets have records of their own, and uid lists stand among the sets.

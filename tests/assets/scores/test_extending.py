@@ -4,8 +4,15 @@ from pathlib import Path
 
 import dagster as dg
 import polars as pl
+import pyarrow as pa
 import pytest
 
+from assets.base.columns import Column
+from assets.base.partitioned import partitioned
+from assets.base.results import Result
+from assets.base.score_kind import ScoreKind, require_encoders
+from assets.base.shard import Shard
+from assets.base.standard_checks import rows_aligned, within_bounds
 from assets.reproduction import rebuild
 from assets.scores import KINDS
 from assets.settings import ConfigError, open_project, settings_model
@@ -96,6 +103,50 @@ def test_a_version_is_reproduced_from_its_record(extended: Scenario, tmp_path: P
     assert extended.run().failures == {}
     version = extended.subset("longest")
     rebuild(version.lineage, tmp_path / "again", kinds=extended.kinds)
+    assert (tmp_path / "again/subset.npy").read_bytes() == Path(version.uids).read_bytes()
+
+
+@partitioned(
+    key="doubled/{encoder}",
+    deps=["raw_pool", "clip_score/{encoder}"],
+    columns=[
+        Column(name="doubled", type=pa.float32(), description="CLIPScore, doubled.", direction="larger", bounds=(-3, 3))
+    ],
+    checks=[rows_aligned, within_bounds],
+    code_version="1",
+    group_name="doubled",
+    kinds={"parquet"},
+    description="Twice the CLIPScore by encoder `{encoder}`.",
+)
+def doubled(shard: Shard) -> Result:
+    """Double a score."""
+    return shard.scores(doubled=2 * shard.read("clip_score/{encoder}", ["clip_score"])["clip_score"].to_numpy())
+
+
+DOUBLED = ScoreKind(
+    name="doubled",
+    asset=doubled,
+    settings=tuple[str, ...],
+    default=(),
+    configured=lambda settings: settings.scores.doubled,
+    instances=lambda settings: [{"encoder": encoder} for encoder in settings.scores.doubled],
+    upstream=lambda settings: (),
+    validate=lambda settings: require_encoders(settings, "scores.doubled", settings.scores.doubled),
+    recorded=lambda settings, wanted: {
+        "scores": {"doubled": [name for name in settings.scores.doubled if f"doubled/{name}" in wanted]}
+    },
+)
+
+
+def test_a_score_made_from_another_is_recorded_with_it_and_reproduced(scenario: Scenario, tmp_path: Path) -> None:
+    scenario.kinds = (*KINDS, DOUBLED)
+    scenario.set("scores", "doubled", value=["tiny"])
+    scenario.set("recipes", value={"longest": {"steps": [keep("doubled/tiny", fraction=0.25)]}})
+    assert scenario.run().failures == {}
+    version = scenario.subset("longest")
+    assert set(version.lineage["scores"]) == {"doubled/tiny", "clip_score/tiny"}
+    assert version.lineage["project"]["scores"]["clip_score"] == ["tiny"]
+    rebuild(version.lineage, tmp_path / "again", kinds=scenario.kinds)
     assert (tmp_path / "again/subset.npy").read_bytes() == Path(version.uids).read_bytes()
 
 
