@@ -58,7 +58,7 @@ class UnpartitionedTemplate(Template):
             no redraw is asked for. By default it does not.
     """
 
-    keeps: Callable[[Declared, Stored], bool] = lambda declared, stored: False
+    keeps: Callable[[Declared, Stored, Snapshot], bool] = lambda declared, stored, snapshot: False
 
     def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "UnpartitionedAsset":
         """Return a project's asset."""
@@ -104,7 +104,7 @@ class UnpartitionedAsset(FileAsset):
         template = self.declared.template
         assert isinstance(template, UnpartitionedTemplate)
         stored = snapshot.context.lake.stored(self.key)
-        if stored is not None and not redraw and template.keeps(self.declared, stored):
+        if stored is not None and not redraw and template.keeps(self.declared, stored, snapshot):
             parameters = template.parameters(snapshot.context, self.declared) if template.parameters else {}
             kept = Provenance(self.key, None, template.code_version, parameters, stored.provenance.inputs)
             if stored.is_from(kept):

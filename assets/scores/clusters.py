@@ -89,7 +89,7 @@ def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     return found
 
 
-def _keeps(asset: Declared, stored: Stored) -> bool:
+def _keeps(asset: Declared, stored: Stored, snapshot: Snapshot) -> bool:
     return _settings(asset).centroids is None
 
 

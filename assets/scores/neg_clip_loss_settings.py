@@ -33,6 +33,13 @@ class NegClipLossSettings(Settings):
         le=1,
         description="Share of the pool's shards that must have embeddings before negatives are drawn.",
     )
+    redraw_at_growth: float | None = Field(
+        default=None,
+        gt=1,
+        allow_inf_nan=False,
+        description="Negatives are drawn again when the pool has this many times the rows of the last draw's shards: 2 "
+        "draws at twice, four and eight times the first size. Default: only on demand.",
+    )
 
 
 class DriftLimits(Settings):

@@ -3,8 +3,8 @@
 The estimator `random_partitions` completes its batches in small shards from them.
 
 They are drawn once and kept: a shard that arrives later is scored against the same draws, so no other score changes.
-They are drawn again when a setting or the encoder changes, when the pool had fewer than B rows and has grown, or on
-demand (the job `redraw_negatives`).
+They are drawn again when a setting or the encoder changes, when the pool had fewer than B rows and has grown, when it
+has grown by the factor `redraw_at_growth`, or on demand (the job `redraw_negatives`).
 """
 
 from collections.abc import Mapping
@@ -79,8 +79,25 @@ def _embedded(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mappin
     return found
 
 
-def _keeps(asset: Declared, stored: Stored) -> bool:
-    return bool(stored.summary["batch_size"] == _settings(asset).batch_size)
+def _keeps(asset: Declared, stored: Stored, snapshot: Snapshot) -> bool:
+    settings = _settings(asset)
+    if stored.summary["batch_size"] != settings.batch_size:
+        return False
+    return settings.redraw_at_growth is None or _growth(asset, stored, snapshot) < settings.redraw_at_growth
+
+
+def _growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
+    """Return the number of rows that a draw would choose from now, divided by that of the stored draw's shards.
+
+    A shard that changed since counts with its present rows. While too few shards have embeddings for a draw, it is 1.
+    """
+    key = f"embeddings/{asset.names['encoder']}"
+    found = embedded_shards(snapshot, key)
+    if len(found) < _settings(asset).coverage * len(snapshot.listing):
+        return 1.0
+    rows = {shard: embedded.rows for shard in found if (embedded := snapshot.context.lake.stored(key, shard))}
+    drawn_from = sum(count for shard, count in rows.items() if shard in stored.provenance.inputs)
+    return sum(rows.values()) / max(drawn_from, 1)
 
 
 @unpartitioned(

@@ -209,6 +209,23 @@ def test_drawing_again_is_asked_for_and_then_every_score_follows(scenario: Scena
     assert scenario.run().computed == {}
 
 
+@pytest.mark.usefixtures("finished")
+def test_negatives_are_drawn_again_at_the_chosen_growth_of_the_pool(scenario: Scenario) -> None:
+    scenario.set("scores", "neg_clip_loss", "tiny", "redraw_at_growth", value=1.5)
+    assert set(scenario.run().computed) <= {"catalog"}
+    scenario.write_shard("00003")
+    assert scenario.run().computed["neg_clip_loss/tiny"] == ["00003"]  # 48 rows of 36
+    scenario.write_shard("00004", rows=6)
+    outcome = scenario.run()  # 54 rows
+    assert outcome.failures == {}
+    assert "negatives/tiny" in outcome.computed
+    assert set(outcome.computed["neg_clip_loss/tiny"]) == {*SHARDS, "00003", "00004"}
+    stored = scenario.open().lake.stored("negatives/tiny")
+    assert stored is not None
+    assert stored.summary["shards_drawn_from"] == 5
+    assert scenario.run().computed == {}
+
+
 def test_negatives_follow_a_pool_that_was_too_small_for_them(scenario: Scenario) -> None:
     scenario.set("scores", "neg_clip_loss", "tiny", "batch_size", value=40)
     scenario.run()
