@@ -13,6 +13,7 @@ import dagster as dg
 import duckdb
 import pytest
 
+from assets.base.context import Context
 from assets.graph import build_graph
 from assets.reproduction import choose_again, rebuild
 from assets.settings import open_project
@@ -34,37 +35,43 @@ def old() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module", params=["datacomp", "webdataset"])
-def project(old: Path, request: pytest.FixtureRequest) -> Path:
-    """One of the two projects after a pass over its lake."""
+def opened(old: Path, request: pytest.FixtureRequest) -> tuple[Context, set[str]]:
+    """One of the two projects after a pass over its lake, and what was computed."""
     config = old / request.param / "project.yaml"
-    opened = open_project(config)
+    project = open_project(config)
+    (encoder,) = project.settings.encoders
+    targets = f"target_embeddings/{encoder}/pets"
+    before = project.lake.stored(targets)
     with dg.DagsterInstance.ephemeral() as instance:
-        outcome = materialize(opened, build_graph(opened), instance, notice=lambda *_: None)
+        outcome = materialize(project, build_graph(project), instance, notice=lambda *_: None)
     assert outcome.failures == {}
-    (encoder,) = opened.settings.encoders
-    # the archive has no catalog
-    read_again = {"raw_pool", f"target_embeddings/{encoder}/pets", "catalog"}
-    assert set(outcome.computed) == read_again | CORRECTED[config.parent.name]
-    return config
+    after = project.lake.stored(targets)
+    assert before is not None
+    assert after is not None
+    computed = set(outcome.computed)
+    expected = {"raw_pool", targets, "catalog", *CORRECTED[config.parent.name]}  # the archive has no catalog
+    assert computed >= expected
+    # A CPU that rounds embeddings otherwise than the archive's changes the targets, so that their scores follow.
+    assert computed == expected or after.fingerprint != before.fingerprint
+    return project, computed
 
 
 def test_only_corrected_scores_are_computed_and_every_version_can_be_chosen_again(
-    project: Path, tmp_path: Path
+    opened: tuple[Context, set[str]], tmp_path: Path
 ) -> None:
-    opened = open_project(project)
-    for recipe in opened.settings.recipes:
-        versions = Versions(opened.lake, recipe)
-        corrected = f"subset/{recipe}" in CORRECTED[project.parent.name]
-        assert versions.names() == ["v0001", "v0002", *(["v0003"] if corrected else [])]
+    project, computed = opened
+    for recipe in project.settings.recipes:
+        versions = Versions(project.lake, recipe)
+        assert versions.names() == ["v0001", "v0002", *(["v0003"] if f"subset/{recipe}" in computed else [])]
         newest = versions.current()
         assert newest is not None
-        choose_again(opened.lake, newest.lineage, tmp_path / recipe)
+        choose_again(project.lake, newest.lineage, tmp_path / recipe)
 
 
-def test_explain_and_diff_answer(project: Path) -> None:
-    opened = open_project(project)
-    with duckdb.connect(str(opened.catalog_path()), read_only=True) as con:
-        for recipe in opened.settings.recipes:
+def test_explain_and_diff_answer(opened: tuple[Context, set[str]]) -> None:
+    project, _ = opened
+    with duckdb.connect(str(project.catalog_path()), read_only=True) as con:
+        for recipe in project.settings.recipes:
             ((uid,),) = con.execute(
                 "SELECT uid FROM subset_members WHERE recipe = ? AND version = 'v0002' LIMIT 1", [recipe]
             ).fetchall()
@@ -79,6 +86,6 @@ def test_explain_and_diff_answer(project: Path) -> None:
 
 def test_a_version_is_made_again_from_the_pool(old: Path, tmp_path: Path) -> None:
     # The recipe's scores have no rounding, so that every machine makes the same bytes.
-    opened = open_project(old / "datacomp" / "project.yaml")
-    record = Versions(opened.lake, "exact").read("v0002").lineage
+    project = open_project(old / "datacomp" / "project.yaml")
+    record = Versions(project.lake, "exact").read("v0002").lineage
     assert rebuild(record, tmp_path) == tmp_path
