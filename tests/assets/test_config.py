@@ -39,6 +39,7 @@ def test_every_encoder_and_target_gets_every_score_where_none_are_named(tmp_path
         "estimator": "reference_negatives",
         "arithmetic": "float32",
         "coverage": 0.5,
+        "redraw_at_growth": None,
     }
     assert Scores(found).places(["norm_sim_inf/b32/imagenet"]) == {
         "norm_sim_inf/b32/imagenet": ("norm_sim/b32/imagenet", "norm_sim_inf")

@@ -271,12 +271,14 @@ def test_a_pool_that_is_not_mounted_retires_nothing(automation: Automation) -> N
     assert len(list((automation.folder / "lake/raw_pool").iterdir())) == 2
 
 
-def test_a_shard_whose_name_can_be_no_partition_stops_discovery_with_a_clear_word(automation: Automation) -> None:
+def test_a_shard_whose_name_can_be_no_partition_fails_alone(automation: Automation) -> None:
     automation.write(0)
     datacomp_shard(automation.folder / "pool", "a|b", ROWS)
-    assert automation.round() == 0
-    assert "'a|b'" in automation.skipped["discover_shards"]
-    assert "Rename the file" in automation.skipped["discover_shards"]
+    automation.round()
+    usable, unusable = automation.instance.get_dynamic_partitions(SHARDS_NAME)
+    assert usable == "00000"
+    assert unusable.startswith("unusable-name-a_b-")
+    assert [file.name for file in (automation.folder / "lake/raw_pool").iterdir()] == ["00000.parquet"]
 
 
 def test_sensors_are_stopped_until_somebody_starts_them(automation: Automation) -> None:

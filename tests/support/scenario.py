@@ -125,12 +125,12 @@ class Scenario:
         return pl.concat([pl.from_arrow(lake.read(asset, shard)) for shard in shards])
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Return modification time and inode of every file in the lake; a rewrite changes them."""
+        """Return modification time and inode of every file in the lake but locks; a rewrite changes them."""
         lake = self.folder / "lake"
         return {
             str(path.relative_to(lake)): (path.stat().st_mtime_ns, path.stat().st_ino)
             for path in lake.rglob("*")
-            if path.is_file() and ".dagster" not in path.parts
+            if path.is_file() and ".dagster" not in path.parts and path.suffix != ".lock"
         }
 
     def array(self, recipe: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A shard whose samples were all rejected has zero rows in every table, and stops nothing."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,15 @@ SCORES = {
 
 
 @pytest.fixture
-def with_empty(tmp_path: Path, tiny_clip: Path) -> Scenario:
+def with_empty(tmp_path: Path, tiny_clip: Path) -> Iterator[Scenario]:
     """The scenario with more scores, and with a shard of which no image can be decoded."""
     scenario = Scenario(tmp_path, tiny_clip)
     scenario.kinds = (*KINDS, CAPTION_LENGTH)
     scenario.set("scores", value=SCORES)
     scenario.set("recipes", value={"third": {"steps": [keep("clip_score/tiny", fraction=0.34)]}})
     write_shard(tmp_path / "pool", [sample(300 + i, EMPTY, image=b"no image") for i in range(4)], EMPTY)
-    return scenario
+    yield scenario
+    scenario.instance.dispose()
 
 
 def test_every_score_of_a_shard_without_rows_is_an_empty_file(with_empty: Scenario) -> None:

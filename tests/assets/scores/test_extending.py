@@ -42,7 +42,7 @@ def test_a_wrong_setting_is_one_message_with_field_and_remedy(extended: Scenario
     with pytest.raises(ConfigError) as caught:
         extended.open()
     assert "scores.caption_length.short.limit: " in str(caught.value)
-    assert "scores.caption_length.short.unit: no such field. Remedy: " in str(caught.value)
+    assert "scores.caption_length.short.unit: no such field; known: limit. Remedy: " in str(caught.value)
 
 
 def test_a_project_without_the_kind_does_not_know_the_field(extended: Scenario) -> None:

@@ -296,7 +296,7 @@ def test_files_that_cover_too_little_of_the_pool_are_refused(scenario, uids, min
     scored(scenario, uids, minimum_coverage=minimum)
     outcome = scenario.run()
     assert "minimum_coverage" in outcome.failures["external_files/given"]
-    assert "external_scores/given is not there yet" in outcome.failures["subset/best"]
+    assert outcome.not_attempted["subset/best"] == "external_files/given"
     assert scenario.open().lake.shards("external_scores/given") == []
 
 
@@ -304,7 +304,9 @@ def test_a_higher_minimum_is_asked_of_files_that_are_there(scenario):
     scored(scenario, UIDS[:ROWS])
     assert not scenario.run().failures
     scenario.set("external_scores", "given", "minimum_coverage", value=0.5)
-    assert set(scenario.run().failures) == {"external_files/given", "subset/best"}
+    outcome = scenario.run()
+    assert set(outcome.failures) == {"external_files/given"}
+    assert outcome.not_attempted["subset/best"] == "external_files/given"
     scenario.set("external_scores", "given", "minimum_coverage", value=0.3)
     outcome = scenario.run()
     assert not outcome.failures
@@ -427,18 +429,18 @@ def test_a_uid_list_that_changed_is_read_again_and_a_touched_one_changes_nothing
 
 def test_a_uid_list_that_covers_too_little_is_refused(scenario):
     listed(scenario, "dfn.txt", UIDS[:4], minimum_coverage=0.5)
-    failures = scenario.run().failures
-    assert "external_uids.dfn.minimum_coverage" in failures["external_uids/dfn"]
-    assert "external_uids/dfn is not there yet" in failures["subset/begun"]
+    outcome = scenario.run()
+    assert "external_uids.dfn.minimum_coverage" in outcome.failures["external_uids/dfn"]
+    assert outcome.not_attempted["subset/begun"] == "external_uids/dfn"
 
 
 def test_a_list_that_is_refused_leaves_no_recipe_with_the_old_one(scenario):
     listed(scenario, "dfn.txt", UIDS[:4], minimum_coverage=0.1)
     assert not scenario.run().failures
     write_list(scenario.folder / "dfn.txt", UIDS[:1])
-    failures = scenario.run().failures
-    assert set(failures) == {"external_uids/dfn", "subset/begun", "subset/others"}
-    assert "external_uids/dfn is out of date" in failures["subset/begun"]
+    outcome = scenario.run()
+    assert set(outcome.failures) == {"external_uids/dfn"}
+    assert outcome.not_attempted == {"subset/begun": "external_uids/dfn", "subset/others": "external_uids/dfn"}
 
 
 def test_a_recipe_that_names_an_unknown_list_is_refused(scenario):

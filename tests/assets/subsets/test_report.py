@@ -1,6 +1,7 @@
 """The report of a subset: the right samples, their own pictures, small events, and hostile captions that stay inert."""
 
 import base64
+import errno
 import io
 import os
 import re
@@ -205,11 +206,14 @@ def test_a_picture_that_cannot_be_shown_is_named_and_stops_nothing(
 
 
 @pytest.mark.usefixtures("finished")
-def test_a_report_that_cannot_be_written_is_logged_and_the_subset_stays(scenario: Scenario) -> None:
+def test_a_report_that_cannot_be_written_is_logged_and_the_subset_stays(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     scenario.run()
-    blocked = scenario.folder / "lake/subset/late/v0001"
-    blocked.mkdir(parents=True)
-    (blocked / "report").write_text("a file where the folder should be")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     scenario.set("recipes", "late", value={"steps": [keep("clip_score/tiny", fraction=0.5)]})
     assert scenario.execute("subset/late").success
     assert scenario.subset("late").lineage["rows"] == 18

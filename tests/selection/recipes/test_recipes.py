@@ -781,4 +781,4 @@ def test_the_examples_of_the_page_are_recipes_that_choose_rows(con):
     assert (rows["paper"], rows["strict"], rows["half_and_half"]) == (800, 400, 800)
     assert rows["within_a_published_list"] == int(1334 * 0.8)
     assert rows["union_with_published_lists"] > 1334
-    assert (rows["one_of_each_image"], chosen["drawn"].samples) == (3900, 800)
+    assert (rows["one_of_each_image"], chosen["drawn"].samples) == (3900, 4000)
