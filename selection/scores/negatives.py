@@ -129,12 +129,8 @@ def membership(draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.u
     Raises:
         ValueError: f0 and f1 are not uint64 of one length.
     """
-    _check_uids(f0, f1)
-    every = np.concatenate([_joined(draws["f0"].ravel(), draws["f1"].ravel()), _joined(f0, f1)])
-    uids, number = np.unique(every, return_inverse=True)
-    drawn = number[: draws.size].reshape(draws.shape)
-    rows = number[draws.size :]
-    inside = np.zeros(len(uids), dtype=bool)
+    drawn, rows, uids = _numbered(draws, f0, f1)
+    inside = np.zeros(uids, dtype=bool)
     result = np.empty((len(draws), len(rows)), dtype=bool)
     for k, draw in enumerate(drawn):
         inside[draw] = True
@@ -157,12 +153,20 @@ def outside(draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.uint
     Raises:
         ValueError: f0 and f1 are not uint64 of one length.
     """
+    drawn, rows, uids = _numbered(draws, f0, f1)
+    inside = np.zeros(uids, dtype=bool)
+    inside[rows] = True
+    return ~inside[drawn]
+
+
+def _numbered(
+    draws: NDArray[np.void], f0: NDArray[np.uint64], f1: NDArray[np.uint64]
+) -> tuple[NDArray[np.intp], NDArray[np.intp], int]:
+    """Number the uids of draws and rows from 0: the numbers of the draws [K, B], of the rows [n], and how many."""
     _check_uids(f0, f1)
     every = np.concatenate([_joined(draws["f0"].ravel(), draws["f1"].ravel()), _joined(f0, f1)])
     uids, number = np.unique(every, return_inverse=True)
-    inside = np.zeros(len(uids), dtype=bool)
-    inside[number[draws.size :]] = True
-    return ~inside[number[: draws.size]].reshape(draws.shape)
+    return number[: draws.size].reshape(draws.shape), number[draws.size :], len(uids)
 
 
 def _smallest(pool: NDArray[np.void], size: int) -> NDArray[np.void]:
