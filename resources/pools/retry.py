@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resources.pools.base import PoolError
+from resources.pools.samples import match_keys
 from resources.settings import PoolSettings
 from resources.storage import files
 
@@ -54,14 +55,9 @@ def failed_downloads(settings: PoolSettings, shard: str, keys: Collection[str]) 
         raise PoolError(f"{url}: the parquet cannot be read ({error}). Remedy: put it back") from error
     if "url" not in names or "key" not in names:
         raise PoolError(f"{url}: a retry needs the columns key and url; it has {', '.join(names) or 'neither'}")
-    wanted = {_comparable(key) for key in keys}
-    found = [_listed(shard, row) for row in rows if _comparable(row["key"]) in wanted and row["url"]]
+    wanted = set(match_keys(keys, dict.fromkeys(str(row["key"]) for row in rows)).values())
+    found = [_listed(shard, row) for row in rows if str(row["key"]) in wanted and row["url"]]
     return pa.Table.from_pylist(found, RETRY_SCHEMA)
-
-
-def _comparable(key: object) -> str:
-    """Return a key as text without leading zeros, which integer columns have lost."""
-    return str(key).lstrip("0")
 
 
 def _listed(shard: str, row: dict[str, Any]) -> dict[str, str | None]:
