@@ -18,7 +18,7 @@ from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from dagster_project.dead_runs import at_work, lock_run
+from dagster_project.dead_runs import at_work, close_run, lock_run
 from dagster_project.sqlite_event_log import kept_open
 
 REPOSITORY = "__repository__"
@@ -65,7 +65,8 @@ def execute(
         tags: of the run.
 
     Returns:
-        The result; an asset that fails makes it unsuccessful and raises nothing.
+        The result; an asset that fails makes it unsuccessful and raises nothing. So does a signal during a step: ask
+        `Interrupts.check` afterwards.
     """
     subset = job.get_subset(asset_selection=frozenset(asset_selection))
     repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(location), REPOSITORY)
@@ -82,5 +83,8 @@ def execute(
                 remote_job_origin=RemoteJobOrigin(repository, job.name),
             )
             return execute_run(InMemoryJob(job), run, instance)
+        except BaseException:  # a signal before Dagster's own handling of them begins, or after it ends
+            close_run(instance, run_id, "The run was interrupted.")
+            raise
         finally:
             _executing.discard(run_id)
