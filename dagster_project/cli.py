@@ -111,7 +111,7 @@ def run(config: Path, redraw_negatives: bool) -> int:
     def command(interrupts: "Interrupts") -> int:
         from dagster_project import console
 
-        return console.run(_open(config), _console(), interrupts, redraw=redraw_negatives)
+        return console.run(_open(config), _console(), redraw=redraw_negatives, interrupts=interrupts)
 
     return run_interruptible(command, _again(config, *["--redraw-negatives"] * redraw_negatives))
 
@@ -238,7 +238,7 @@ def export(config: Path, recipe: str) -> int:
     def command(interrupts: "Interrupts") -> int:
         from dagster_project import console
 
-        return console.export(_open(config), recipe, _console(), interrupts)
+        return console.export(_open(config), recipe, _console(), interrupts=interrupts)
 
     return run_interruptible(command, _again(config, "--recipe", recipe))
 

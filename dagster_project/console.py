@@ -30,14 +30,14 @@ NOTES = 20
 """Notes on shards that are printed at most."""
 
 
-def run(project: "Context", console: Console, interrupts: "Interrupts", *, redraw: bool = False) -> int:
+def run(project: "Context", console: Console, *, redraw: bool = False, interrupts: "Interrupts | None" = None) -> int:
     """Bring a project up to date, with progress bars, and print the outcome.
 
     Args:
         project: the opened project.
         console: where to print.
-        interrupts: the signals that end the pass.
         redraw: draw the negatives again.
+        interrupts: the signals that end the pass.
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
@@ -79,7 +79,7 @@ def check(project: "Context", console: Console) -> int:
     return 0
 
 
-def export(project: "Context", recipe: str, console: Console, interrupts: "Interrupts") -> int:
+def export(project: "Context", recipe: str, console: Console, *, interrupts: "Interrupts | None" = None) -> int:
     """Write the tars of a subset's newest version, and print their folder.
 
     Args:

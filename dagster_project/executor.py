@@ -4,6 +4,7 @@ Dagster exports neither a base class for executors nor a way to execute a run th
 private names here are pinned by `tests/dagster_project/test_executor.py`.
 """
 
+import signal
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,12 +29,27 @@ _executing: set[str] = set()
 """Runs that `execute` has marked as this process's."""
 
 
+def _not_interrupting_helpers(events: Iterator[DagsterEvent]) -> Iterator[DagsterEvent]:
+    """Yield a run's events, with SIGINT blocked until Dagster has started the processes that copy its output.
+
+    They inherit this. Otherwise Ctrl-C, which reaches all processes of a terminal, makes each print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for event in events:
+            if event.event_type is dg.DagsterEventType.LOGS_CAPTURED:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            yield event
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _OneProcess(InProcessExecutor):
     def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
         if plan_context.run_id not in _executing:
             lock_run(plan_context.instance, plan_context.run_id)  # until the process ends: the run's end comes later
         with kept_open(plan_context.instance):
-            yield from super().execute(plan_context, execution_plan)
+            yield from _not_interrupting_helpers(super().execute(plan_context, execution_plan))
 
 
 @dg.executor(name="one_process")
