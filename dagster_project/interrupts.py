@@ -88,7 +88,7 @@ class Interrupts:
         assert self.received is not None
         written = dict(self.kept)  # the main thread may still be counting
         files = ", ".join(f"{key} ({count} file{'s' * (count != 1)})" for key, count in written.items())
-        kept = f"kept all finished files, from this run {files}" if files else "this run had finished no file"
+        kept = f"kept all finished files, from this run {files}" if files else "kept all finished files"
         if not any(key.startswith("subset/") for key in written):
             kept += "; no subset was selected"
         return f"Interrupted by {self.received.name}: {kept}. To resume: {self.resume}"
