@@ -1,9 +1,11 @@
 """Real processes that tests send signals to."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 END_SECONDS = 120
@@ -59,3 +61,24 @@ def data_files(lake: Path) -> dict[str, bytes]:
 def stray_files(lake: Path) -> list[Path]:
     """List the temporary files in a lake."""
     return [path for path in lake.rglob(".*.tmp*") if ".dagster" not in path.parts]
+
+
+def start_forked_run(config: Path) -> BaseProcess:
+    """Start `clip-select run` in a process that is forked from a server with its modules loaded, as workers are.
+
+    Such a run starts in a fraction of a second; a new interpreter needs several.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "open_clip", "dagster_project.headless", "dagster_project.early_checks"])
+    process = context.Process(target=_run, args=(str(config),))
+    process.start()
+    return process
+
+
+def _run(config: str) -> None:
+    from dagster_project import cli, console
+
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    console.leave(cli.main(["run", config]))
