@@ -8,6 +8,7 @@ thread does not. Files of the lake are complete or absent, so the process can en
 Not here: what a pass does when it is interrupted (`headless`).
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -64,6 +65,7 @@ class Interrupts:
                 return 0
             if numbers and self.received is None:
                 self.received = signal.Signals(numbers[0])
+                self._writer.send(b"\0")  # wakes the watcher, if it is not the one that reads
             return len(numbers)
 
     def check(self) -> None:
@@ -81,7 +83,8 @@ class Interrupts:
         if not self._printed.acquire(blocking=False):
             return
         text = f"{self.text()}\n".encode(errors="replace")
-        os.write(self._stderr, (_SHOW_CURSOR if os.isatty(self._stderr) else b"") + text)
+        with contextlib.suppress(OSError):  # of a terminal that has been closed
+            os.write(self._stderr, (_SHOW_CURSOR if os.isatty(self._stderr) else b"") + text)
 
     def text(self) -> str:
         """Return the line."""
