@@ -160,8 +160,7 @@ class _Pass:
                 continue
             try:
                 if isinstance(node, SubsetAsset):
-                    if not (node.is_fresh(self._now()) and node.has_report(self.snapshot.context.lake)):
-                        self._launch(node.key, None)
+                    self._select(node)
                 elif isinstance(node, PartitionedAsset):
                     for some in neighbours(shards, set(self._due(node, shards))):
                         self._launch(node.key, some, others=self._together(node, some))
@@ -175,6 +174,15 @@ class _Pass:
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
             self._launch("catalog", None)
         return self.outcome
+
+    def _select(self, subset: SubsetAsset) -> None:
+        """Select a subset that is out of date; of one that is up to date, write the report if it is missing."""
+        is_fresh = subset.is_fresh(self._now())
+        if is_fresh and subset.has_report(self.snapshot.context.lake):
+            return
+        self._launch(subset.key, None)
+        if is_fresh:
+            self.outcome.computed.pop(subset.key)
 
     def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
         """Return the failed asset without which a node can't be computed, and why; None if it can be tried."""
