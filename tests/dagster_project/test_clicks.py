@@ -125,7 +125,7 @@ def server(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
         yield Server(context)
 
 
-def test_materialize_all_makes_everything(scenario: Scenario, server: Server) -> None:
+def test_materialize_all_makes_everything_and_again_computes_nothing(scenario: Scenario, server: Server) -> None:
     assert server.materialize(server.assets(), SHARDS) == "COMPLETED_SUCCESS"
     for asset in ("raw_pool", "embeddings/tiny", "neg_clip_loss/tiny"):
         assert server.ask(PARTITIONS, path=asset.split("/"))["partitionStats"] == {
@@ -139,9 +139,6 @@ def test_materialize_all_makes_everything(scenario: Scenario, server: Server) ->
     outcome = scenario.run()
     assert (outcome.computed, outcome.failures) == ({}, {})
 
-
-def test_materialize_all_again_computes_nothing(scenario: Scenario, server: Server) -> None:
-    assert server.materialize(server.assets(), SHARDS) == "COMPLETED_SUCCESS"
     before = {name: mark for name, mark in scenario.files().items() if not name.startswith("catalog")}
     assert server.materialize(server.assets(), SHARDS) == "COMPLETED_SUCCESS"
     assert {name: mark for name, mark in scenario.files().items() if not name.startswith("catalog")} == before
