@@ -18,6 +18,7 @@ from dagster_graphql.schema import create_schema
 
 from assets.base.keys import SHARDS_NAME
 from dagster_project.location import CONFIG_VARIABLE
+from dagster_project.sqlite_event_log import kept_open
 from tests.support.scenario import SHARDS, Scenario
 
 # Of Dagster's own code, when it answers the page.
@@ -26,6 +27,10 @@ IN_THIS_PROCESS = {
     "run_launcher": {
         "module": "dagster._core.launcher.sync_in_memory_run_launcher",
         "class": "SyncInMemoryRunLauncher",
+    },
+    "event_log_storage": {
+        "module": "dagster_project.sqlite_event_log",
+        "class": "KeptOpenSqliteEventLogStorage",
     },
 }
 LAUNCH = """
@@ -117,6 +122,7 @@ def server(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
     )
     with (
         dg.instance_for_test(overrides=IN_THIS_PROCESS) as instance,
+        kept_open(instance),
         WorkspaceProcessContext(instance, InProcessWorkspaceLoadTarget(origin)) as context,
     ):
         instance.add_dynamic_partitions(SHARDS_NAME, list(SHARDS))
