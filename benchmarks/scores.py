@@ -3,8 +3,9 @@
     python -m benchmarks.scores [--whole] [--json PATH]
     python -m benchmarks.scores --device cuda [--tune] [--json PATH]
 
-Each call of a score follows a call of the product by the fastest library, and the median of their ratios is reported, so
-that other work on the machine slows both alike. On a GPU this needs only torch, triton and the folders `selection` and `benchmarks`.
+Each call of a score follows a call of the product by the fastest library, and the median of their ratios is reported,
+so that other work on the machine slows both alike. On a GPU this needs only torch, triton and the folders `selection`
+and `benchmarks`.
 """
 
 import argparse
