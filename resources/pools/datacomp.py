@@ -37,6 +37,7 @@ from resources.pools.samples import (
     pixels_or_none,
     score_or_none,
 )
+from resources.pools.stored_scores import require_same_order, sampled_rows, score_column
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -157,7 +158,7 @@ class DatacompPool:
         """See `pools.Pool`."""
         parts = self._parts(name)
         assert parts.parquet is not None
-        columns, notes = _read_parquet(parts.parquet.url)
+        columns, sources, notes = _read_parquet(parts.parquet.url)
         total = len(columns["caption"])
         if total == 0:
             raise pools.empty_shard(name, parts.parquet.url)
@@ -169,7 +170,7 @@ class DatacompPool:
         faults = _Faults(np.full(total, "", dtype=object))
         self._judge_captions(columns["caption"], faults)
         self._judge_sizes(columns, faults)
-        notes += self._judge_embeddings(parts, total, faults)
+        notes += self._judge_embeddings(name, parts, columns, sources, faults)
         uids = _uids(columns, faults)
         fields = _fields(uids)
 
@@ -238,17 +239,26 @@ class DatacompPool:
             lambda row: f"{width[row]} x {height[row]} px, a side under {self.settings.min_side}",
         )
 
-    def _judge_embeddings(self, parts: _Parts, total: int, faults: _Faults) -> list[str]:
-        """Check finiteness and norm of every embedding in use, 16 MB at a time."""
+    def _judge_embeddings(
+        self,
+        name: str,
+        parts: _Parts,
+        columns: Mapping[str, pa.Array],
+        sources: Mapping[str, str | None],
+        faults: _Faults,
+    ) -> list[str]:
+        """Check finiteness and norm of every embedding in use, 16 MB at a time, and the order of the rows."""
         notes = []
+        total = len(columns["caption"])
+        sample = sampled_rows(total)
         for encoder in self.encoders:
-            dimensions = {}
-            for url, key in self._arrays(parts, encoder):
+            dimensions, sampled = {}, []
+            arrays = self._arrays(parts, encoder)
+            for url, key in arrays:
                 with _opened(url, key, parts, total) as stream:
                     dimensions[stream.where] = stream.shape[1]
-                    norms = np.concatenate(
-                        [np.linalg.norm(block.astype(np.float32), axis=1) for block in _blocks(stream)]
-                    )
+                    norms, some = _norms(stream, sample)
+                sampled.append(some)
                 where = stream.where
                 faults.add(
                     ~np.isfinite(norms),
@@ -267,6 +277,16 @@ class DatacompPool:
                 raise PoolError(
                     f"the image and text embeddings of encoder {encoder} differ in length "
                     f"({dimensions}). Set `precomputed` to two arrays of one encoder."
+                )
+            column = score_column(*(key for _, key in arrays))
+            if column is not None and sources.get(column) is not None:
+                assert parts.parquet is not None
+                require_same_order(
+                    columns[column].take(pa.array(sample)).to_numpy(zero_copy_only=False),
+                    *sampled,
+                    uids=columns["uid"].take(pa.array(sample)).to_pylist(),
+                    where=f"shard {name}: {parts.parquet.url} and {arrays[0][0]}",
+                    column=str(sources[column]),
                 )
         return notes
 
@@ -354,13 +374,24 @@ def _norm_of(norms: np.ndarray, where: str) -> Callable[[int], str]:
     return lambda row: f"norm {norms[row]:.4f} in {where}"
 
 
+def _norms(stream: ArrayStream, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norms of an array's rows, float32 `[n]`, and some of its rows, float32 `[len(rows), d]`."""
+    norms, some, start = [], [], 0
+    for block in _blocks(stream):
+        norms.append(np.linalg.norm(block.astype(np.float32), axis=1))
+        here = rows[(rows >= start) & (rows < start + len(block))]
+        some.append(block[here - start].astype(np.float32))
+        start += len(block)
+    return np.concatenate(norms), np.concatenate(some)
+
+
 def _blocks(stream: ArrayStream) -> Iterator[np.ndarray]:
     with _as_pool_error():
         yield from stream.blocks()
 
 
-def _read_parquet(url: str) -> tuple[dict[str, pa.Array], list[str]]:
-    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks; and notes."""
+def _read_parquet(url: str) -> tuple[dict[str, pa.Array], dict[str, str | None], list[str]]:
+    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks; their names in the file; and notes."""
     try:
         with files.open_binary(url) as file:
             parquet = pq.ParquetFile(file)
@@ -390,7 +421,7 @@ def _read_parquet(url: str) -> tuple[dict[str, pa.Array], list[str]]:
         if pa.types.is_floating(kind):  # DuckDB would rank a NaN first
             finite = pc.is_finite(columns[column])
             columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
-    return columns, notes
+    return columns, sources, notes
 
 
 def _cast(found: pa.Array, kind: pa.DataType, column: str, where: str) -> tuple[pa.Array, int]:
