@@ -119,28 +119,25 @@ def _measure(asset: Declared, tables: Tables) -> Finding:
         if was.any():
             figures[f"overlap/{name}"] = float((was & becomes).sum() / was.sum())
         worst = max(worst, changed / len(before))
-    reasons = []
-    if figures["rank_correlation"] < limits.rank_correlation:
-        reasons.append(
-            f"the rank correlation of their scores is {figures['rank_correlation']:.3f}, under "
-            f"{limits.rank_correlation}"
+    passed = figures["rank_correlation"] >= limits.rank_correlation and worst <= limits.changed
+    figures["verdict"] = _verdict(encoder, figures, worst, passed=passed)
+    return Finding(passed, figures, "" if passed else figures["verdict"])
+
+
+def _verdict(encoder: str, figures: Mapping[str, Any], worst: float, *, passed: bool) -> str:
+    """Return what was measured, the limits that it is judged against, and what to do."""
+    measured = f"rank correlation {figures['rank_correlation']:.3f} (limit {figures['limit/rank_correlation']})"
+    if overlaps := [value for name, value in figures.items() if name.startswith("overlap/")]:
+        measured += (
+            f", {worst:.1%} of the probe rows change sides at a threshold (limit {figures['limit/changed']:.1%})"
         )
-    if worst > limits.changed:
-        reasons.append(f"{worst:.1%} of the probe rows change sides at a threshold, more than {limits.changed:.1%}")
-    figures["verdict"] = _verdict(encoder, figures, reasons)
-    return Finding(not reasons, figures, figures["verdict"] if reasons else "")
-
-
-def _verdict(encoder: str, figures: Mapping[str, Any], reasons: list[str]) -> str:
-    """Return what was found and what to do about it."""
-    overlaps = [value for name, value in figures.items() if name.startswith("overlap/")]
-    selected = f" They select at least {min(overlaps):.1%} of the same probe rows." if overlaps else ""
+        measured += f", selection overlap {min(overlaps):.1%}"
     grown = f"The pool has {figures['growth']:.2f} times the rows that the negatives were drawn from. "
-    if not reasons:
-        return f"{grown}A fresh draw would score almost the same.{selected} Nothing to do."
+    if passed:
+        return f"{grown}A fresh draw would score almost the same: {measured}. Nothing to do."
     return (
-        f"{grown}A fresh draw would score otherwise: {' and '.join(reasons)}.{selected} Remedy: draw again "
-        "(clip-select run --redraw-negatives, or the job redraw_negatives), or set "
+        f"{grown}A fresh draw would score otherwise: {measured}. Remedy: draw again (clip-select run "
+        "--redraw-negatives, or the job redraw_negatives), or set "
         f"scores.neg_clip_loss.{encoder}.redraw_at_growth: 2; every negCLIPLoss is then computed again"
     )
 

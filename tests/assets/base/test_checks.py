@@ -394,8 +394,9 @@ def test_a_pool_that_has_not_changed_has_not_drifted(made: Scenario) -> None:
         "draws_replaced": 0.0,
         "changed_sides/paper/step1": 0,
         "overlap/paper/step1": 1.0,
-        "verdict": "The pool has 1.00 times the rows that the negatives were drawn from. A fresh draw would score almost "
-        "the same. They select at least 100.0% of the same probe rows. Nothing to do.",
+        "verdict": "The pool has 1.00 times the rows that the negatives were drawn from. A fresh draw would score "
+        "almost the same: rank correlation 1.000 (limit 0.98), 0.0% of the probe rows change sides at a threshold "
+        "(limit 2.0%), selection overlap 100.0%. Nothing to do.",
     }
 
 

@@ -1,4 +1,4 @@
-"""Warnings reach people: every check that warns is in the terminal, the lineage record, the report and the subset's page."""
+"""Warnings reach people: in the terminal, the lineage record, the report and on the subset's page."""
 
 import io
 from pathlib import Path
