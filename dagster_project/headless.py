@@ -139,7 +139,8 @@ class _Pass:
                 continue
             try:
                 if isinstance(node, SubsetAsset):
-                    if not node.is_fresh(self._now()):
+                    now = self._now()
+                    if not node.is_fresh(now) or node.has_due_checks(now):
                         self._launch(node.key, None)
                 elif isinstance(node, PartitionedAsset):
                     for some in neighbours(shards, set(self._due(node, shards))):
