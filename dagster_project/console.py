@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from assets.base.context import Context
     from assets.graph import Graph
     from dagster_project.headless import Outcome
+    from dagster_project.interrupts import Interrupts
 
 NOTES = 20
 """Notes on shards that are printed at most."""
 
 
-def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
+def run(project: "Context", console: Console, *, redraw: bool = False, interrupts: "Interrupts | None" = None) -> int:
     """Bring a project up to date, with progress bars, and print the outcome.
 
     Args:
         project: the opened project.
         console: where to print.
         redraw: draw the negatives again.
+        interrupts: the signals that end the pass.
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
@@ -54,7 +56,9 @@ def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
         with progress_bars(project, console) as bars:
-            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
+            outcome = materialize(
+                project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw, interrupts=interrupts
+            )
     print_outcome(project, graph, outcome, console)
     return 1 if outcome.failures else 0
 
@@ -75,13 +79,14 @@ def check(project: "Context", console: Console) -> int:
     return 0
 
 
-def export(project: "Context", recipe: str, console: Console) -> int:
+def export(project: "Context", recipe: str, console: Console, *, interrupts: "Interrupts | None" = None) -> int:
     """Write the tars of a subset's newest version, and print their folder.
 
     Args:
         project: the opened project.
         recipe: name of the recipe.
         console: where to print.
+        interrupts: the signals that end it.
 
     Returns:
         The exit status: 1 if a shard failed, else 0.
@@ -98,7 +103,9 @@ def export(project: "Context", recipe: str, console: Console) -> int:
         close_dead_runs(instance)
         graph = build_graph(project)
         with progress_bars(project, console) as bars:
-            outcome = write_export(project, graph, instance, recipe, notice=bars, progress=bars.advance)
+            outcome = write_export(
+                project, graph, instance, recipe, notice=bars, progress=bars.advance, interrupts=interrupts
+            )
     print_failures(outcome, console)
     if not outcome.failures:
         version = Versions(project.lake, recipe).names()[-1]
@@ -185,6 +192,8 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
             console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)
         for shard, reason in lineage["shards_missing"].items():
             console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
+        if not subset.has_report(project.lake):
+            console.print("  its report could not be written; the next run tries again", style="yellow")
         console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
     _print_checks(project, graph, console)
     print_failures(outcome, console)

@@ -171,6 +171,7 @@ def _run(
         result = asset.compute(replace(step, wanted={None: wanted}))
         try:
             stored = asset.write(step.snapshot, wanted, result)
+            step.state.written[asset.key] += 1
         except CheckFailed as error:
             log_checks(context, asset.key, None, error.findings)
             raise dg.Failure(str(error), allow_retries=False) from error

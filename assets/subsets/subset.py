@@ -27,7 +27,7 @@ from assets.subsets.checks import duplicate_warnings, examine_before_the_record,
 from assets.subsets.contact_sheets import escaped
 from assets.subsets.funnel import funnel_markdown
 from assets.subsets.lineage import lineage_record
-from assets.subsets.report import report_metadata, write_report
+from assets.subsets.report import is_reported, report_metadata, write_report
 from core.hashing import digest, sha256
 from core.sql import quoted
 from core.uids import parse_uids, subset_array, subset_words
@@ -160,6 +160,11 @@ class SubsetAsset:
         except NotReady:
             return False
 
+    def has_report(self, lake: Lake) -> bool:
+        """Check whether the newest version has its report; a run that was ended early may have left it out."""
+        current = Versions(lake, self.recipe).current()
+        return current is not None and is_reported(lake, current)
+
     def fingerprint(self, snapshot: Snapshot) -> str:
         """Return the fingerprint of the newest version, for an asset that reads it.
 
@@ -208,18 +213,24 @@ def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any
         except NotReady as error:
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
         run_due_checks(context, snapshot, assets, asset.upstream)
-        current = Versions(snapshot.context.lake, name).current()
+        lake = snapshot.context.lake
+        current = Versions(lake, name).current()
         if current is None or current.lineage["fingerprint"] != inputs.fingerprint(recipe):
             try:
                 current = _select(snapshot.context, asset, inputs, cached)
             except CheckFailed as error:
                 log_checks(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
+            context.resources.run.written[key] += 1
+        elif not is_reported(lake, current):
+            sets = {other: _uids(snapshot.context, read) for other, read in inputs.sets.items()}
+            with open_selection(lake, name, recipe, places, inputs.shards, sets, cached) as (selection, _):
+                write_report(snapshot.context, current, selection)
         return dg.MaterializeResult(
             metadata=_metadata(current)
-            | _check_metadata(snapshot.context.lake, asset, current)
+            | _check_metadata(lake, asset, current)
             | report_metadata(snapshot.context, current),
-            check_results=check_results(context, examine_stored(snapshot.context.lake, current)),
+            check_results=check_results(context, examine_stored(lake, current)),
             data_version=dg.DataVersion(current.lineage["fingerprint"]),
         )
 
