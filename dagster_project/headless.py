@@ -176,13 +176,13 @@ class _Pass:
         return self.outcome
 
     def _select(self, subset: SubsetAsset) -> None:
-        """Select a subset that is out of date; of one that is up to date, write the report if it is missing."""
-        is_fresh = subset.is_fresh(self._now())
-        if is_fresh and subset.has_report(self.snapshot.context.lake):
-            return
-        self._launch(subset.key, None)
-        if is_fresh:
-            self.outcome.computed.pop(subset.key)
+        """Launch a subset that is out of date or whose checks are due; of any other, write the report if it is missing."""
+        now = self._now()
+        is_due = not subset.is_fresh(now) or subset.has_due_checks(now)
+        if is_due or not subset.has_report(now.context.lake):
+            self._launch(subset.key, None)
+            if not is_due:
+                self.outcome.computed.pop(subset.key)
 
     def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
         """Return the failed asset without which a node can't be computed, and why; None if it can be tried."""
