@@ -86,6 +86,11 @@ def _keeps(asset: Declared, stored: Stored, snapshot: Snapshot) -> bool:
     return settings.redraw_at_growth is None or _growth(asset, stored, snapshot) < settings.redraw_at_growth
 
 
+def _stays(asset: Declared, stored: Stored) -> bool:
+    settings = _settings(asset)
+    return stored.summary["batch_size"] == settings.batch_size and settings.redraw_at_growth is None
+
+
 def _growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
     """Return the number of rows that a draw would choose from now, divided by that of the stored draw's shards.
 
@@ -117,6 +122,7 @@ def _growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
     parameters=_parameters,
     inputs=_embedded,
     keeps=_keeps,
+    stays=_stays,
 )
 def negatives(step: Step) -> Result:
     """Draw the reference negatives from the shards that have embeddings."""
