@@ -21,13 +21,12 @@ from core.errors import UserError
 from dagster_project.dead_runs import close_dead_runs
 from dagster_project.staleness import (
     ATTEMPTS,
-    RANGE_END,
-    RANGE_START,
     change_token,
     clear,
     diff_partitions,
     find_due,
     lake_folders,
+    run_tags,
 )
 
 UNFINISHED = [
@@ -240,10 +239,7 @@ def _in_progress(instance: dg.DagsterInstance) -> str:
 
 
 def _request(keys: Sequence[str], shards: Sequence[str]) -> dg.RunRequest:
-    return dg.RunRequest(
-        asset_selection=[asset_key(key) for key in keys],
-        tags={RANGE_START: shards[0], RANGE_END: shards[-1]} if shards else {},
-    )
+    return dg.RunRequest(asset_selection=[asset_key(key) for key in keys], tags=run_tags(shards))
 
 
 def _rest(tried: Mapping[str, int]) -> str:

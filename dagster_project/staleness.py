@@ -16,7 +16,6 @@ from assets.base.partitioned import PartitionedAsset
 from assets.base.results import NotReady
 from assets.base.unpartitioned import UnpartitionedAsset
 from assets.graph import Graph, Node
-from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from core.hashing import digest
 from resources.lake.files import Lake
@@ -24,6 +23,8 @@ from selection.recipes.recipe import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
+SHARDS_TAG = "clip_selection/shards"
+"""The shards of a run, for people: the UI's list of runs shows this tag, and hides Dagster's own."""
 
 ATTEMPTS = 3
 """How often automation tries the same work before it leaves it to a person."""
@@ -73,6 +74,15 @@ def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:
 def neighbours(shards: Sequence[str], due: set[str]) -> list[list[str]]:
     """Group shards that are due and follow one another: a Dagster run covers a range of partitions."""
     return [list(group) for is_due, group in itertools.groupby(shards, due.__contains__) if is_due]
+
+
+def run_tags(shards: Sequence[str]) -> dict[str, str]:
+    """Return the tags of a run that computes neighbouring shards; none for a run of unpartitioned assets."""
+    if not shards:
+        return {}
+    first, last = shards[0], shards[-1]
+    shown = first if first == last else f"{first} to {last}: {len(shards)} shards"
+    return {RANGE_START: first, RANGE_END: last, SHARDS_TAG: shown}
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The funnel of a subset: how many rows entered each step of the recipe, and how many it kept."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,9 +37,11 @@ def funnel_rows(lineage: Mapping[str, Any], threshold_format: str = ".6g") -> li
 
 
 def funnel_markdown(lineage: Mapping[str, Any]) -> str:
-    """Return the funnel as a Markdown table; numbers come first, where a narrow page shows them."""
-    lines = ["| kept | entered | of source | threshold | step |", "|---:|---:|---:|---:|---|"]
-    for row in funnel_rows(lineage):
-        text = row.step.replace("|", "\\|")
-        lines.append(f"| {row.kept} | {row.entered} | {row.of_source} | {row.threshold} | {text} |")
-    return "\n".join(lines)
+    """Return the funnel as a Markdown list: Dagster's page wraps a list, and cuts a table at the right."""
+    return "\n".join(_listed(row) for row in funnel_rows(lineage))
+
+
+def _listed(row: FunnelRow) -> str:
+    step = re.sub(r"([\\`*_\[\]<>|])", r"\\\1", row.step)
+    threshold = f", threshold {row.threshold}" if row.threshold else ""
+    return f"1. {step}: {row.kept} of {row.entered}, {row.of_source} of the source{threshold}"

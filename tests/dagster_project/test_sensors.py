@@ -116,7 +116,8 @@ def test_a_shard_that_fails_is_tried_a_few_times_alone_and_the_subset_goes_on_wi
     runs = automation.settle()
     assert runs[0] == ("raw_pool embeddings/b32 clip_score/b32", "00000–00002")
     alone = [keys for keys, shards in runs[1:] if "00001" in shards]
-    assert len(alone) == ATTEMPTS - 1 and {keys.split()[0] for keys in alone} == {"raw_pool"}
+    assert len(alone) == ATTEMPTS - 1
+    assert {keys.split()[0] for keys in alone} == {"raw_pool"}
     assert [("embeddings/b32 clip_score/b32", shard) in runs for shard in ("00000", "00002")] == [True, True]
     assert len([keys for keys, _ in runs if keys == SELECT]) == 1
     assert list(automation.subset().lineage["shards_missing"]) == ["00001"]
@@ -286,6 +287,13 @@ def test_a_shard_whose_name_can_be_no_partition_fails_alone(automation: Automati
 def test_sensors_are_stopped_until_somebody_starts_them(automation: Automation) -> None:
     found = [automation.defs.resolve_sensor_def(name) for name in SENSORS]
     assert {sensor.default_status for sensor in found} == {dg.DefaultSensorStatus.STOPPED}
+
+
+def test_a_requested_run_lists_its_shards_in_a_tag_that_the_ui_shows(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.tick("discover_shards")
+    (request,) = automation.tick("follow_shards")
+    assert request.tags["clip_selection/shards"] == "00000 to 00002: 3 shards"
 
 
 CLICK = ["raw_pool", "embeddings/b32", "clip_score/b32", "neg_clip_loss/b32", "subset/best"]
