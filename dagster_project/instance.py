@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import click
 import yaml
 
 from dagster_project.location import CONFIG_VARIABLE, MODULE
@@ -158,7 +159,8 @@ def serve(project: "Context", port: int) -> NoReturn:
         "DAGSTER_DISABLE_TELEMETRY": "yes",  # `dg` sends its first event before it reads dagster.yaml
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
-    print(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}", flush=True)
+    click.echo(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}")
+    sys.stdout.flush()  # before this process is replaced
     workspace = write_workspace(home, project.settings.name)
     arguments = ["dev", "--workspace", str(workspace), "--host", "127.0.0.1", "--port", str(port)]
     os.execve(sys.executable, [sys.executable, "-m", "dagster_dg_cli.cli", *arguments], environment)

@@ -296,7 +296,8 @@ def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, serve:
     for step, score in enumerate(("neg_clip_loss/tiny", "norm_sim_inf/tiny/festive")):
         assert score in funnel.nth(step).inner_text()
         box = funnel.nth(step).bounding_box()
-        assert box and box["x"] + box["width"] <= 1100, "a step ends where the page's right column begins"
+        assert box is not None
+        assert box["x"] + box["width"] <= 1100, "a step ends where the page's right column begins"
     browser.keep_picture("subset")
     page.get_by_role("row", name="contact_sheet").get_by_text("Show Markdown").click()
     page.locator("td img").first.wait_for()
