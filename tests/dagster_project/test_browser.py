@@ -28,9 +28,10 @@ from assets.settings import open_project
 from dagster_project import cli
 from dagster_project.instance import open_instance, prepare_home
 from dagster_project.location import DEMO_CONFIG
-from examples.demo.pool import make_pool, make_targets
+from examples.demo.pool import make_targets, picture, plan_shard
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
+from tests.support.pool_factory import Sample, write_shard
 from tests.support.scenario import SHARDS, Scenario
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,7 @@ OFFLINE = [
     "--disable-sync",
 ]
 PATIENCE = 600_000  # milliseconds; each run is a process on a busy machine
+DEMO_ROWS = 200  # of a shard: their kinds are shuffled
 OUR_STORAGE = "module: dagster_project.sqlite_event_log"
 QUICK_STORAGE = "module: tests.support.quick_daemon"
 RUNS = "{ runsOrError { ... on Runs { results { status } } } }"
@@ -153,8 +155,13 @@ class Browser:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """Write the demo with three shards and return its YAML."""
-    make_pool(tmp_path / "pool", range(3))
+    """Write the demo with three short shards and return its YAML."""
+    for shard in range(3):
+        samples = []
+        for number, row in enumerate(plan_shard(shard)[:DEMO_ROWS]):
+            jpeg, words, _ = picture(row)
+            samples.append(Sample(f"{number:09d}", jpeg, words.encode(), {"uid": row.uid, "caption": words}))
+        write_shard(tmp_path / "pool", samples, f"{shard:05d}")
     make_targets(tmp_path / "targets", each=10)
     document = yaml.safe_load(DEMO_CONFIG.read_text())
     document["lake"] = "lake"

@@ -226,6 +226,22 @@ def test_negatives_drawn_again_by_a_click_are_followed_by_every_score(automation
     automation.assert_nothing_is_left()
 
 
+def test_scores_wait_for_negatives_that_may_be_drawn_again_and_no_run_fails(automation: Automation) -> None:
+    automation.document["scores"]["neg_clip_loss"]["b32"]["redraw_at_growth"] = 2
+    automation.load()
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2, 3)
+    assert automation.settle() == [
+        ("raw_pool embeddings/b32 clip_score/b32", "00002–00003"),
+        ("negatives/b32", ""),
+        ("neg_clip_loss/b32", "00000–00003"),
+        (SELECT, ""),
+    ]
+    assert {run.status for run in automation.instance.get_runs()} == {dg.DagsterRunStatus.SUCCESS}
+    automation.assert_nothing_is_left()
+
+
 def test_more_than_a_hundred_shards_are_followed_exactly(automation: Automation) -> None:
     automation.document["scores"] = {"clip_score": [], "neg_clip_loss": {}}
     automation.document["recipes"] = {"best": {"steps": [{"where": "original_width >= 640"}]}}
