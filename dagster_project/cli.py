@@ -5,6 +5,7 @@ second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,14 @@ import click
 
 from core.errors import UserError
 from core.names import suggestion
+from dagster_project.interrupts import run_interruptible
 from dagster_project.location import DEMO_CONFIG, lake_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from assets.base.context import Context
+    from dagster_project.interrupts import Interrupts
 
 SECTIONS = {
     "Compute": ("check", "run", "status", "ui"),
@@ -100,10 +103,17 @@ def run(config: Path, redraw_negatives: bool) -> int:
 
     Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
     what each step kept. Exits with 1 if an asset failed.
-    """
-    from dagster_project import console
 
-    return console.run(_open(config), _console(), redraw=redraw_negatives)
+    SIGINT (Ctrl-C) and SIGTERM end it within seconds: no further asset, no subset and no catalog. Finished files
+    stay, and the same command resumes. Exits with 130 (SIGINT) or 143 (SIGTERM).
+    """
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        return console.run(_open(config), _console(), redraw=redraw_negatives, interrupts=interrupts)
+
+    return run_interruptible(command, _again(config, *["--redraw-negatives"] * redraw_negatives))
 
 
 @commands.command()
@@ -221,11 +231,16 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
 def export(config: Path, recipe: str) -> int:
     """Copy the samples of a subset's newest version into new tars.
 
-    The tars are in <lake>/export/<recipe>/<version>. Exits with 1 if a shard failed.
+    The tars are in <lake>/export/<recipe>/<version>. Exits with 1 if a shard failed. SIGINT and SIGTERM end it like
+    `run`.
     """
-    from dagster_project import console
 
-    return console.export(_open(config), recipe, _console())
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        return console.export(_open(config), recipe, _console(), interrupts=interrupts)
+
+    return run_interruptible(command, _again(config, "--recipe", recipe))
 
 
 @commands.command()
@@ -264,6 +279,12 @@ def _open(config: Path) -> "Context":
     return open_project(config)
 
 
+def _again(config: Path, *options: str) -> str:
+    """Return the command line of the command that is running."""
+    project = "--demo" if config == DEMO_CONFIG else str(config)
+    return shlex.join(["clip-select", str(click.get_current_context().info_name), project, *options])
+
+
 def _console() -> "Console":
     from rich.console import Console
 
@@ -277,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; `sys.argv[1:]` by default.
 
     Returns:
-        The exit status: 0 if all went well, 1 if something failed, 2 for an error that the user can fix.
+        The exit status: 0 if all went well, 1 if something failed, 2 for an error that the user can fix, 130 or 143
+        if it was interrupted.
     """
     try:
         return commands.main(arguments, prog_name="clip-select", standalone_mode=False) or 0

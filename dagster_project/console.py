@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from assets.base.context import Context
     from assets.graph import Graph
     from dagster_project.headless import Outcome
+    from dagster_project.interrupts import Interrupts
 
 NOTES = 20
 """Notes on shards that are printed at most."""
 
 
-def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
+def run(project: "Context", console: Console, *, redraw: bool = False, interrupts: "Interrupts | None" = None) -> int:
     """Bring a project up to date, with progress bars, and print the outcome.
 
     Args:
         project: the opened project.
         console: where to print.
         redraw: draw the negatives again.
+        interrupts: the signals that end the pass.
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
@@ -54,7 +56,9 @@ def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
         with progress_bars(project, console) as bars:
-            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
+            outcome = materialize(
+                project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw, interrupts=interrupts
+            )
     print_outcome(project, graph, outcome, console)
     return 1 if outcome.failures else 0
 
@@ -75,13 +79,14 @@ def check(project: "Context", console: Console) -> int:
     return 0
 
 
-def export(project: "Context", recipe: str, console: Console) -> int:
+def export(project: "Context", recipe: str, console: Console, *, interrupts: "Interrupts | None" = None) -> int:
     """Write the tars of a subset's newest version, and print their folder.
 
     Args:
         project: the opened project.
         recipe: name of the recipe.
         console: where to print.
+        interrupts: the signals that end it.
 
     Returns:
         The exit status: 1 if a shard failed, else 0.
@@ -98,7 +103,9 @@ def export(project: "Context", recipe: str, console: Console) -> int:
         close_dead_runs(instance)
         graph = build_graph(project)
         with progress_bars(project, console) as bars:
-            outcome = write_export(project, graph, instance, recipe, notice=bars, progress=bars.advance)
+            outcome = write_export(
+                project, graph, instance, recipe, notice=bars, progress=bars.advance, interrupts=interrupts
+            )
     print_failures(outcome, console)
     if not outcome.failures:
         version = Versions(project.lake, recipe).names()[-1]
@@ -185,11 +192,10 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
             console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)
         for shard, reason in lineage["shards_missing"].items():
             console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
-        if lineage["source"]["duplicates"]:
-            console.print(
-                f"  {lineage['source']['duplicates']:,} rows left out: an earlier row has their uid", style="yellow"
-            )
+        if not subset.has_report(project.lake):
+            console.print("  its report could not be written; the next run tries again", style="yellow")
         console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
+    _print_checks(project, graph, console)
     print_failures(outcome, console)
     if not outcome.failures:
         console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
@@ -235,6 +241,27 @@ def _print_pool(project: "Context", console: Console) -> None:
         console.print(f"  shard {shard}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(notes) > NOTES:
         console.print(f"  and {len(notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
+
+
+def _print_checks(project: "Context", graph: "Graph", console: Console) -> None:
+    """Print the checks that warn or had nothing to compare, whichever run they ran in, and the drift of negatives."""
+    from assets.base.upstream_checks import FAILED, verdicts, warning_text, warnings_of
+
+    assets = {node.key: node for node in graph.in_order}
+    found = warnings_of(project.lake, assets, assets, project.lake.shards("raw_pool"))
+    for title, entries, style in (
+        ("Warnings", [entry for entry in found if entry["result"] == FAILED], "yellow"),
+        ("Not compared", [entry for entry in found if entry["result"] != FAILED], "dim"),
+    ):
+        if entries:
+            console.print(f"{title}:", style=style)
+        for entry in entries:
+            text = f"  {warning_text(entry)}"
+            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    for asset, finding in verdicts(project.lake, assets, assets).items():
+        if finding["passed"]:
+            text = f"Drift of {asset}: {finding['figures']['verdict']}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # The other commands

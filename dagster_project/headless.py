@@ -3,11 +3,14 @@
 Each asset gets a Dagster run of its own over only the shards that need it. So the UI shows the history, a bad shard
 stops no other shard, and nothing is computed twice. The embeddings by several encoders share a run, because they share
 the images. Only the lake's provenance decides about staleness.
+
+A subset is selected when every shard has been computed or has failed on its own: an interrupted pass ends at once, and
+nothing is computed from an asset whose run ended before it came to all its shards.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ import dagster as dg
 
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.keys import SHARDS_NAME, asset_key
-from assets.base.partitioned import PartitionedAsset
+from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
+from assets.base.results import NotReady
 from assets.graph import Graph, Node
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
+from dagster_project.interrupts import Interrupts
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
@@ -46,13 +51,16 @@ class Outcome:
         removed: shards that are gone from the pool.
         computed: for each asset that ran, its shards (none for an unpartitioned one).
         failures: for each asset that failed, the message.
-        not_attempted: for each asset that could not be computed because another one failed, the key of that one.
+        unfinished: for each asset whose run ended early, the number of shards that it did not come to.
+        not_attempted: for each asset that could not be computed because another one failed, the key of that one. After
+            the key, the reason in brackets, if the failed asset has a file.
     """
 
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     computed: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
     not_attempted: dict[str, str] = field(default_factory=dict)
 
 
@@ -68,6 +76,7 @@ def materialize(
     notice: Notice,
     progress: Progress | None = None,
     redraw: bool = False,
+    interrupts: Interrupts | None = None,
 ) -> Outcome:
     """Bring every asset up to date.
 
@@ -78,8 +87,12 @@ def materialize(
         notice: called before each asset.
         progress: called when rows are done.
         redraw: draw the negatives again.
+        interrupts: signals that end the pass.
+
+    Raises:
+        KeyboardInterrupt: the pass was interrupted.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw).run()
+    return _Pass(context, graph, instance, notice, progress, redraw, interrupts).run()
 
 
 def write_export(
@@ -90,6 +103,7 @@ def write_export(
     *,
     notice: Notice,
     progress: Progress | None = None,
+    interrupts: Interrupts | None = None,
 ) -> Outcome:
     """Write the tars of a subset's newest version, `export/<recipe>`, as far as they are missing or out of date.
 
@@ -100,11 +114,13 @@ def write_export(
         recipe: name of the recipe.
         notice: called before each run.
         progress: called when rows are done.
+        interrupts: signals that end it.
 
     Raises:
         LakeError: the pool has no tars; or the subset has no version, or was not selected from the pool as it is now.
+        KeyboardInterrupt: it was interrupted.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw=False).export(recipe)
+    return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).export(recipe)
 
 
 class _Pass:
@@ -118,14 +134,19 @@ class _Pass:
         notice: Notice,
         progress: Progress | None,
         redraw: bool,
+        interrupts: Interrupts | None,
     ) -> None:
         self.graph = graph
+        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports)}
         self.instance = instance
         self.notice = notice
         self.redraw = redraw
         self.outcome = Outcome()
         self.snapshot = Snapshot(context)
+        self.interrupts = interrupts
         state = RunState() if progress is None else RunState(progress)
+        if interrupts is not None:
+            state = replace(state, written=interrupts.kept)
         # The opened objects, so that a model is loaded once for all runs of this process.
         opened = {"lake": context.lake, "pool": context.pool, "models": context.models, "run": state}
         defs = build_defs(context, graph, resource_overrides=opened)
@@ -139,7 +160,9 @@ class _Pass:
                 continue
             try:
                 if isinstance(node, SubsetAsset):
-                    if not node.is_fresh(self._now()):
+                    now = self._now()
+                    is_done = node.is_fresh(now) and node.has_report(now.context.lake)
+                    if not is_done or node.has_due_checks(now):
                         self._launch(node.key, None)
                 elif isinstance(node, PartitionedAsset):
                     for some in neighbours(shards, set(self._due(node, shards))):
@@ -156,14 +179,32 @@ class _Pass:
         return self.outcome
 
     def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
-        """Return the failed asset without which a node can't be computed at all; None if it can be tried."""
-        lake = self.snapshot.context.lake
+        """Return the failed asset without which a node can't be computed, and why; None if it can be tried."""
+        outcome = self.outcome
         for dep in node.deps:
-            if dep in self.outcome.not_attempted:
-                return self.outcome.not_attempted[dep]
-            if dep in self.outcome.failures and not lake.shards(dep):
-                return dep
+            if dep in outcome.not_attempted:
+                return outcome.not_attempted[dep]
+            if dep in outcome.unfinished:
+                return f"{dep} ({outcome.unfinished[dep]} of its shards were not attempted)"
+            if dep in outcome.failures and not self._is_usable(self.nodes[dep]):
+                return f"{dep} (its earlier results are out of date)" if self._has_results(self.nodes[dep]) else dep
         return None
+
+    def _is_usable(self, node: Node | SubsetAsset) -> bool:
+        """Check whether the results of a failed asset are up to date: of any shard, if it has shards."""
+        snapshot = self._now()
+        try:
+            if isinstance(node, PartitionedAsset):
+                return any(_is_fresh(node, snapshot, shard) for shard in snapshot.listing)
+            return node.is_fresh(snapshot)
+        except UserError:  # an input can't be read; this is the asset's failure, and reported
+            return False
+
+    def _has_results(self, node: Node | SubsetAsset) -> bool:
+        lake = self.snapshot.context.lake
+        if isinstance(node, SubsetAsset):
+            return bool(Versions(lake, node.recipe).names())
+        return bool(lake.shards(node.key)) if node.partitioned else lake.fs.exists(lake.path(node.key))
 
     def export(self, recipe: str) -> Outcome:
         node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)
@@ -216,6 +257,7 @@ class _Pass:
         others: Mapping[str, list[str]] | None = None,
     ) -> None:
         others = others or {}
+        self._check_interrupts()
         self.notice(key, len(shards or ()))
         result = execute(
             self.job,
@@ -225,11 +267,40 @@ class _Pass:
             run_config={**QUIET, **(config or {})},
             tags={**TERMINAL, **run_tags(shards or [])},
         )
+        self._check_interrupts()
         outcome = self.outcome
         for name, some in {key: shards or [], **others}.items():
             outcome.computed[name] = outcome.computed.get(name, []) + some
-        for name, failure in ({} if result.success else _failures(result, [key, *others])).items():
+        if not result.success:
+            self._record_failures(result, {key: shards or [], **others})
+
+    def _record_failures(self, result: dg.JobExecutionResult, launched: Mapping[str, list[str]]) -> None:
+        """Record why the assets of a run failed, and how many of their shards were neither computed nor failed."""
+        outcome = self.outcome
+        found = _failures(result, list(launched))
+        for name, (failure, _) in found.items():
             outcome.failures[name] = "\n".join(filter(None, [outcome.failures.get(name), failure]))
+        snapshot = self._now()
+        for name, some in launched.items():
+            node, (_, failed) = self.nodes.get(name), found.get(name, ("", []))
+            if not isinstance(node, PartitionedAsset):
+                continue
+            left = [shard for shard in some if shard not in failed and not _is_fresh(node, snapshot, shard)]
+            if left:
+                outcome.unfinished[name] = outcome.unfinished.get(name, 0) + len(left)
+
+    def _check_interrupts(self) -> None:
+        """Check that no signal has arrived; Dagster ends an interrupted run as a failed one and raises nothing."""
+        if self.interrupts is not None:
+            self.interrupts.check()
+
+
+def _is_fresh(node: PartitionedAsset, snapshot: Snapshot, shard: str) -> bool:
+    """Check whether a shard's file is up to date; False also when inputs are missing."""
+    try:
+        return node.is_fresh(snapshot, shard)
+    except NotReady:
+        return False
 
 
 def _catalog_is_newest(context: Context, graph: Graph) -> bool:
@@ -242,23 +313,25 @@ def _catalog_is_newest(context: Context, graph: Graph) -> bool:
     )
 
 
-def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, str]:
-    """Return why a run failed, for each of its assets that did."""
+def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Return why a run failed, and the shards that did, for each of its assets that failed."""
     by_step = {key.replace("/", "__"): key for key in keys}
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, list[str]]] = {}
     for event in result.all_events:
         if event.is_step_failure and event.step_key in by_step:
             found.setdefault(by_step[event.step_key], _failure(event.step_failure_data))
-    return found or {keys[0]: "the run failed before its first step; see its page in the UI"}
+    return found or {keys[0]: ("the run failed before its first step; see its page in the UI", [])}
 
 
-def _failure(data: Any) -> str:
-    """Return why a step failed: the description of its `dg.Failure`, else the error."""
-    if data.user_failure_data is not None and data.user_failure_data.description:
-        return data.user_failure_data.description
+def _failure(data: Any) -> tuple[str, list[str]]:
+    """Return why a step failed, the description of its `dg.Failure` or else the error, and its shards that failed."""
+    given = data.user_failure_data
+    if given is not None and given.description:
+        shards = given.metadata.get(FAILED_SHARDS)
+        return given.description, list(shards.value) if shards is not None else []
     # Dagster wraps what an asset raises once; what lies deeper is detail, and is on the run's page.
     error = data.error.cause or data.error if data.error else None
     if error is None:
-        return "failed"
+        return "failed", []
     message = error.message.strip()
-    return message.split(": ", 1)[-1] if error.cls_name in _OWN_ERRORS else message
+    return message.split(": ", 1)[-1] if error.cls_name in _OWN_ERRORS else message, []

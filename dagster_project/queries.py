@@ -289,8 +289,8 @@ def _shard_state(node: "PartitionedAsset", snapshot: "Snapshot", shard: str) -> 
 def _subset_status(node: "SubsetAsset", snapshot: "Snapshot") -> dict[str, Any]:
     from resources.lake.versions import Versions
 
-    fresh = node.is_fresh(snapshot)
-    version = Versions(snapshot.context.lake, node.recipe).current()
+    fresh, lake = node.is_fresh(snapshot), snapshot.context.lake
+    version = Versions(lake, node.recipe).current()
     return {
         "asset": node.key,
         "state": UP_TO_DATE if fresh else DUE,
@@ -298,6 +298,7 @@ def _subset_status(node: "SubsetAsset", snapshot: "Snapshot") -> dict[str, Any]:
         "of": 1,
         "rows": None if version is None else version.lineage["rows"],
         "version": None if version is None else version.name,
+        **({"detail": "its report is missing; a run writes it"} if fresh and not node.has_report(lake) else {}),
     }
 
 

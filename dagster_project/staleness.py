@@ -18,6 +18,7 @@ from assets.base.unpartitioned import UnpartitionedAsset
 from assets.graph import Graph, Node
 from core.errors import UserError
 from core.hashing import digest
+from resources.lake.check_records import remove_checks
 from resources.lake.files import Lake
 from selection.recipes.recipe import set_kind
 
@@ -68,6 +69,7 @@ def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:
     for shard in shards:
         for node in (*graph.exports, *reversed(_partitioned(graph))):
             lake.remove(node.key, shard)
+            remove_checks(lake, node.key, shard)
         lake.remove("rejects", shard)
 
 

@@ -3,6 +3,7 @@
 Here: values that are passed to assets. Not here: what an asset does with them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -125,7 +126,9 @@ class RunState:
     Attributes:
         progress: called when rows are done.
         written_for_others: fingerprints of files that one asset's step wrote for another asset of the run.
+        written: how many files each asset has written, by key; versions count as one.
     """
 
     progress: Progress = _no_progress
     written_for_others: set[str] = field(default_factory=set)
+    written: Counter[str] = field(default_factory=Counter)

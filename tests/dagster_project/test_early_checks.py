@@ -1,5 +1,6 @@
 """Everything that a YAML refers to is checked before a row is read, and dependents of a failure are reported once."""
 
+import errno
 import io
 
 import pytest
@@ -51,3 +52,34 @@ def test_assets_that_need_a_failed_one_are_not_attempted(scenario: Scenario) -> 
     console.print_failures(outcome, Console(file=text, width=200))
     assert text.getvalue().count("subset/paper") == 1
     assert "subset/paper not attempted: needs target_embeddings/tiny/pets\n" in text.getvalue()
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_subset_is_not_selected_from_the_earlier_file_of_a_failed_asset_that_is_out_of_date(
+    scenario: Scenario,
+) -> None:
+    for path in (scenario.folder / "pets").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"no image")
+    outcome = scenario.run()
+    assert list(outcome.failures) == ["target_embeddings/tiny/pets"]
+    needed = "target_embeddings/tiny/pets (its earlier results are out of date)"
+    assert outcome.not_attempted == dict.fromkeys(["norm_sim/tiny/pets", "subset/paper", "subset/inside"], needed)
+    assert scenario.subset("paper").name == "v0001"
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_failed_asset_whose_file_is_up_to_date_keeps_nothing_from_being_computed(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scenario.write_shard("00003")
+    assert scenario.run().failures == {}  # with the negatives that are there
+    scenario.set("recipes", "late", value={"steps": [keep("neg_clip_loss/tiny", count=3)]})
+    monkeypatch.setattr("pyarrow.ipc.new_file", full)
+    outcome = scenario.run(redraw=True)
+    assert list(outcome.failures) == ["negatives/tiny"]
+    assert outcome.not_attempted == {}
+    assert "subset/late" in outcome.computed

@@ -166,10 +166,20 @@ def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
 @pytest.mark.usefixtures("finished")
 def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
     scenario.run()
+    page = (report_folder(scenario, "paper") / "index.html").read_text()
+    images = [name for name in report_page(scenario, "paper").references if not name.startswith("#")]
     shutil.rmtree(report_folder(scenario, "paper"))
-    assert scenario.run().computed == {}
-    assert scenario.execute("subset/paper").success
+    lineage = (Path(scenario.subset("paper").folder) / "lineage.json").read_bytes()
+    assert set(scenario.run().computed) == {"subset/paper", "catalog"}
     assert scenario.subset("paper").name == "v0001"
+    assert (Path(scenario.subset("paper").folder) / "lineage.json").read_bytes() == lineage
+    assert (report_folder(scenario, "paper") / "index.html").read_text() == page
+    assert all((report_folder(scenario, "paper") / name).is_file() for name in images)
+
+    (report_folder(scenario, "paper") / "index.html").unlink()  # as a run that was killed leaves it
+    assert scenario.execute("subset/paper").success
+    assert (report_folder(scenario, "paper") / "index.html").read_text() == page
+    assert scenario.run().computed == {}
 
 
 def beyond_the_tar(scenario: Scenario) -> str:
