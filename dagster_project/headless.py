@@ -26,12 +26,12 @@ from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
-from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
+from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-HEADLESS = {"clip_selection/by": "headless"}
+TERMINAL = {"clip_selection/by": "clip-select"}
 
 
 def _error_names(base: type[Exception]) -> set[str]:
@@ -259,16 +259,13 @@ class _Pass:
         others = others or {}
         self._check_interrupts()
         self.notice(key, len(shards or ()))
-        tags = dict(HEADLESS)
-        if shards:
-            tags |= {RANGE_START: shards[0], RANGE_END: shards[-1]}
         result = execute(
             self.job,
             self.instance,
             location=self.snapshot.context.settings.name,
             asset_selection=[asset_key(key), *map(asset_key, others)],
             run_config={**QUIET, **(config or {})},
-            tags=tags,
+            tags={**TERMINAL, **run_tags(shards or [])},
         )
         self._check_interrupts()
         outcome = self.outcome
