@@ -160,10 +160,7 @@ class _Pass:
                 continue
             try:
                 if isinstance(node, SubsetAsset):
-                    now = self._now()
-                    is_done = node.is_fresh(now) and node.has_report(now.context.lake)
-                    if not is_done or node.has_due_checks(now):
-                        self._launch(node.key, None)
+                    self._select(node)
                 elif isinstance(node, PartitionedAsset):
                     for some in neighbours(shards, set(self._due(node, shards))):
                         self._launch(node.key, some, others=self._together(node, some))
@@ -177,6 +174,16 @@ class _Pass:
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
             self._launch("catalog", None)
         return self.outcome
+
+    def _select(self, subset: SubsetAsset) -> None:
+        """Select a subset that is out of date; of one that is up to date, write a missing report and run due checks."""
+        now = self._now()
+        is_fresh = subset.is_fresh(now)
+        if is_fresh and subset.has_report(now.context.lake) and not subset.has_due_checks(now):
+            return
+        self._launch(subset.key, None)
+        if is_fresh:
+            self.outcome.computed.pop(subset.key)
 
     def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
         """Return the failed asset without which a node can't be computed, and why; None if it can be tried."""
