@@ -63,6 +63,18 @@ class Graph:
         by_key: dict[str, Node | SubsetAsset] = {node.key: node for node in (*self.nodes, *self.subsets)}
         return [by_key[key] for key in _upstream_first(by_key)]
 
+    def needed_by(self, recipes: Iterable[str]) -> set[str]:
+        """List the keys of some recipes' subsets and of everything that they are computed from."""
+        by_key = {node.key: node for node in self.in_order}
+        found: set[str] = set()
+        waiting = [f"subset/{recipe}" for recipe in recipes]
+        while waiting:
+            key = waiting.pop()
+            if key not in found:
+                found.add(key)
+                waiting.extend(by_key[key].deps)
+        return found
+
     @property
     def definitions(self) -> list[dg.AssetsDefinition]:
         """The Dagster assets."""

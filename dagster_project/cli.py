@@ -71,6 +71,9 @@ def _config(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _recipe = click.option("--recipe", required=True, help="Name of the recipe.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+_only = click.option(
+    "--only", metavar="RECIPE", multiple=True, help="Only what this recipe needs; may be given several times."
+)
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
@@ -85,17 +88,20 @@ def commands() -> None:
 
 @commands.command()
 @_config
-def check(config: Path) -> int:
+@_only
+def check(config: Path, only: tuple[str, ...]) -> int:
     """Check the YAML and all paths, models and features in it; compute nothing."""
     from dagster_project import console
 
-    return console.check(_open(config), _console())
+    return console.check(_open(config), _console(), only=only)
 
 
 @commands.command()
 @_config
+@_only
 @click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
-def run(config: Path, redraw_negatives: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress is on stderr.")
+def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bool) -> int:
     """Compute whatever is missing or out of date, and select the subsets.
 
     Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
@@ -103,7 +109,10 @@ def run(config: Path, redraw_negatives: bool) -> int:
     """
     from dagster_project import console
 
-    return console.run(_open(config), _console(), redraw=redraw_negatives)
+    if not as_json:
+        return console.run(_open(config), _console(), redraw=redraw_negatives, only=only)
+    with console.json_document() as document:
+        return console.run(_open(config), document, redraw=redraw_negatives, only=only, as_json=True)
 
 
 @commands.command()

@@ -39,6 +39,9 @@ CODE_VERSION_TAG = "dagster/code_version"
 INPUT_DATA_VERSION_TAG = "dagster/input_data_version/{}"
 INPUT_EVENT_POINTER_TAG = "dagster/input_event_pointer/{}"
 
+FAILED_SHARDS = "failed_shards"
+"""Name under which the metadata of a failure holds the shards."""
+
 Compute = Callable[[Step, Sequence[str]], Iterator[tuple[str, Outcome]]]
 """Computes shards in order and yields each with its result or its error."""
 
@@ -63,10 +66,13 @@ class PartitionedTemplate(Template):
     Attributes:
         prepare: computes a value that all shards of a step share, such as tensors of the targets.
         streams: the function computes many shards together.
+        every_row: it reports each row of `raw_pool` as done. Otherwise shards are counted: the rows are not known
+            before, or only some are computed.
     """
 
     prepare: Callable[[Step], Any] | None = None
     streams: bool = False
+    every_row: bool = True
 
     def compute(self, step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
         """Compute shards in order; an error stays with its shard, and one of `prepare` that a user can fix with all."""
@@ -143,6 +149,15 @@ class PartitionedAsset(FileAsset):
         except NotReady:
             return False
 
+    def rows_due(self, snapshot: Snapshot, shards: Sequence[str]) -> int | None:
+        """Return the number of rows that computing shards reports as done; None where it is not known beforehand."""
+        template = self.declared.template
+        assert isinstance(template, PartitionedTemplate)
+        if not template.every_row:
+            return None
+        stored = (snapshot.context.lake.stored("raw_pool", shard) for shard in shards)
+        return sum(record.rows for record in stored if record is not None)
+
     def compute(self, step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
         """Compute shards in order and yield each with its result or its error."""
         template = self.declared.template
@@ -189,7 +204,6 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
         if stored is not None and stored.is_from(provenance):
             records.append(_Record(shard, stored, computed=stored.fingerprint in written_for_others))
             written_for_others.discard(stored.fingerprint)
-            step.progress(stored.rows, shard)
         else:
             wanted[shard] = provenance
 
@@ -211,7 +225,7 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
         raise dg.Failure(
             description=f"{asset.key}: {len(errors)} of {len(context.partition_keys)} shards failed; the others "
             f"are computed.\n{listed}",
-            metadata={"failed_shards": sorted(errors)},
+            metadata={FAILED_SHARDS: sorted(errors)},
             allow_retries=any(not isinstance(e, NotReady | LakeError | CheckFailed) for e in errors.values()),
         )
     if is_followed:
@@ -225,7 +239,9 @@ def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception]) 
     if not step.wanted:
         return
     started = time.perf_counter()
-    for shard, outcome in asset.compute(step, [shard for shard in step.wanted if shard is not None]):
+    shards = [shard for shard in step.wanted if shard is not None]
+    step.meter.expect(asset.rows_due(step.snapshot, shards), len(shards))
+    for shard, outcome in asset.compute(step, shards):
         if isinstance(outcome, Exception):
             errors[shard] = outcome
             continue
