@@ -98,7 +98,7 @@ def build_graph(context: Context) -> Graph:
     if pool_format(settings.pool).has_tars:
         exports = [export.build(export.declare(settings, recipe=node.recipe), context, assets) for node in subsets]
     nodes = [assets[key] for key in _upstream_first(assets) if key in keys]
-    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores))
+    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores, assets))
 
 
 def _declared(context: Context, scores: Scores) -> Iterator[Declared]:

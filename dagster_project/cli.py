@@ -117,11 +117,15 @@ def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bo
 
 @commands.command()
 @_config
+@click.option("--shards", is_flag=True, help="For each shard, which assets are up to date.")
+@_limit
 @_json
-def status(config: Path, as_json: bool) -> int:
+def status(config: Path, shards: bool, limit: int | None, as_json: bool) -> int:
     """Show which assets are up to date, and what a run would compute."""
     from dagster_project import queries
 
+    if shards:
+        return queries.shard_status(_open(config), _console(), limit=limit, as_json=as_json)
     return queries.status(_open(config), _console(), as_json=as_json)
 
 

@@ -52,7 +52,7 @@ class Terminal:
         self.raw += found.decode(errors="replace")
         return bool(found)
 
-    def wait_for(self, shown: Callable[[str], bool]) -> str:
+    def wait_for(self, shown: Callable[[str], object]) -> str:
         """Read until the text drawn since this call fulfils a condition, and return that text.
 
         Raises:
