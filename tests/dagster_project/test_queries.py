@@ -66,6 +66,26 @@ def test_status_counts_the_shards_that_are_up_to_date_due_and_waiting(terminal: 
     assert f"No longer in the pool: {SHARDS[0]}" in terminal.text("status")
 
 
+def test_status_lists_for_each_shard_which_assets_are_up_to_date(terminal: Terminal) -> None:
+    assets = ["raw_pool", "embeddings/tiny", "clip_score/tiny", "neg_clip_loss/tiny", "norm_sim/tiny/pets"]
+    terminal.scenario.write_shard("00003")
+    terminal.scenario.open().lake.remove("clip_score/tiny", SHARDS[2])
+    found = terminal.json("status", "--shards")
+    assert [(row["shard"], row["rows"]) for row in found] == [
+        (SHARDS[2], ROWS),
+        ("00003", None),
+        (SHARDS[0], ROWS),
+        (SHARDS[1], ROWS),
+    ]
+    assert found[0]["due"] == ["clip_score/tiny"]
+    assert (found[1]["due"], found[1]["waiting"]) == (["raw_pool"], assets[1:])
+    assert (found[2]["complete"], found[2]["due"], found[2]["waiting"]) == (assets, [], [])
+    text = terminal.text("status", "--shards", "--limit", "2")
+    assert "4 of 5" in text
+    assert "and 2 more rows" in text
+    assert "2 of 4 shards are complete." in text
+
+
 def test_versions_diff_and_lineage_show_the_history_of_a_subset(terminal: Terminal) -> None:
     before = set(terminal.scenario.manifest("clip_third")["uid"])
     terminal.scenario.set("recipes", "clip_third", value={"steps": [keep("clip_score/tiny", count=5)]})

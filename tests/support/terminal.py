@@ -26,7 +26,7 @@ class Terminal:
         self, command: Sequence[str], *, columns: int = 120, environment: dict[str, str] | None = None
     ) -> None:
         self.main, other = pty.openpty()
-        self.resize(columns)
+        resize(self.main, columns)
         kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         self.process = subprocess.Popen(
             command,
@@ -41,7 +41,7 @@ class Terminal:
 
     def resize(self, columns: int) -> None:
         """Set the width of the terminal, as a window manager does."""
-        fcntl.ioctl(self.main, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        resize(self.main, columns)
 
     def read(self) -> bool:
         """Read what the program has written since; return False when it has ended."""
@@ -69,6 +69,11 @@ class Terminal:
             pass
         os.close(self.main)
         return self.process.wait()
+
+
+def resize(main: int, columns: int) -> None:
+    """Set the width of a terminal, given the descriptor of its main side."""
+    fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
 
 def plain(raw: str) -> str:
