@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
 
 from rich.console import Console, ConsoleDimensions
@@ -24,7 +24,7 @@ from dagster_project.headless import Stage
 @contextmanager
 def shown_progress() -> Iterator["Bars | Lines"]:
     """Show the progress of a pass on stderr: bars on a terminal, else plain lines."""
-    with _own_descriptor(sys.stderr) as file:
+    with _own_descriptor(sys.stderr, _Patient) as file:
         if not file.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
             yield Lines(file)
             return
@@ -35,7 +35,7 @@ def shown_progress() -> Iterator["Bars | Lines"]:
 @contextmanager
 def only_document() -> Iterator[TextIO]:
     """Yield a stream for a document that is all of stdout: what else is written to stdout goes to stderr."""
-    with _own_descriptor(sys.stdout) as file:
+    with _own_descriptor(sys.stdout, io.TextIOWrapper) as file:
         if file is sys.stdout:
             with redirect_stdout(sys.stderr):
                 yield file
@@ -50,15 +50,32 @@ def only_document() -> Iterator[TextIO]:
 
 
 @contextmanager
-def _own_descriptor(stream: TextIO) -> Iterator[TextIO]:
+def _own_descriptor(stream: TextIO, kind: type[io.TextIOWrapper]) -> Iterator[TextIO]:
     """Yield a stream that writes where another one writes now, whatever its descriptor is redirected to."""
     try:
         descriptor = os.dup(stream.fileno())
     except io.UnsupportedOperation:  # a stream in memory, which nobody redirects
         yield stream
         return
-    with os.fdopen(descriptor, "w", buffering=1, encoding=stream.encoding, errors="backslashreplace") as file:
+    # a buffer would be flushed once more when it is closed, and could raise then
+    with open(descriptor, "wb", buffering=0 if kind is _Patient else -1) as raw:
+        file = kind(raw, encoding=stream.encoding, errors="backslashreplace", write_through=True)
         yield file
+        file.flush()
+        file.detach()
+
+
+class _Patient(io.TextIOWrapper):
+    """A stream on a terminal or pipe that may go away: a run goes on without showing its progress."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 class Lines:
@@ -163,8 +180,10 @@ class _Terminal(Console):
 
     @property
     def size(self) -> ConsoleDimensions:
-        found = os.get_terminal_size(self.file.fileno())
-        return ConsoleDimensions(found.columns or 80, found.lines or 24)  # 0: a terminal that does not know
+        columns = lines = 0  # as of a terminal that does not know its size
+        with suppress(OSError):  # it is gone
+            columns, lines = os.get_terminal_size(self.file.fileno())
+        return ConsoleDimensions(columns or 80, lines or 24)
 
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:

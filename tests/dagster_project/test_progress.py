@@ -125,6 +125,20 @@ def test_without_a_terminal_there_are_plain_lines_and_stdout_is_one_json_documen
     assert found["not_attempted"] == [{"asset": "norm_sim/tiny/broken", "needs": "target_embeddings/tiny/broken"}]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_run_goes_on_when_its_terminal_or_pipe_goes_away(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, writes = os.pipe() if kind == "pipe" else pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    stage = Stage("raw_pool", 1, 9, state="begins")
+    with os.fdopen(writes, "w") as stderr, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr)
+        with shown_progress() as shown:
+            shown.notice(stage)
+            os.close(reads)
+            shown.advance("raw_pool", "00000", 7)
+            shown.notice(replace(stage, state="computed"))
+
+
 def test_plain_lines_count_the_shards_that_failed() -> None:
     text = io.StringIO()
     lines = Lines(text)
