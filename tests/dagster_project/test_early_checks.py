@@ -77,6 +77,7 @@ def test_the_recipes_that_can_be_computed_are_computed_with_only(
     assert len(np.load(subset["path"])) == subset["rows"] == 12
     assert sorted(path.name for path in (scenario.folder / "lake").iterdir() if path.is_dir()) == [
         ".dagster",
+        "catalog",
         "clip_score",
         "embeddings",
         "raw_pool",

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,22 @@ def test_without_a_terminal_there_are_plain_lines_and_stdout_is_one_json_documen
     assert [row["asset"] for row in found["failed"]] == ["target_embeddings/tiny/broken"]
     assert "broken" in found["failed"][0]["reason"]
     assert found["not_attempted"] == [{"asset": "norm_sim/tiny/broken", "needs": "target_embeddings/tiny/broken"}]
+
+
+def test_ctrl_c_during_a_step_ends_the_pass_and_not_only_the_step(finished: Scenario) -> None:
+    finished.write_shard(SHARDS[0], rows=5)
+    began: list[str] = []
+
+    def interrupt(asset: str, shard: str, rows: int) -> None:
+        del shard, rows
+        began.append(asset)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        finished.run(progress=interrupt)
+    assert began == ["raw_pool"]
+    assert finished.run().failures == {}
+    assert len(finished.scores("clip_score/tiny", SHARDS[:1])) == 5
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
