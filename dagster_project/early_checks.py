@@ -4,13 +4,13 @@ Every asset is asked for the settings and files that its provenance records, so 
 Not here: the checks of the YAML itself (`assets.settings`).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 from assets.base.context import Context, Snapshot
 from assets.base.results import NotReady
-from assets.graph import Graph
+from assets.graph import Graph, Node
 from assets.settings import ConfigError
 from core.errors import UserError
 from selection.recipes.recipe import is_uid_list_asset, set_kind
@@ -73,21 +73,38 @@ def problems(context: Context, graph: Graph, only: Collection[str] | None = None
             keys.append(key)
 
     ask("raw_pool", lambda: snapshot.listing)
-    shard = None if found else next(iter(snapshot.listing), None)
+    shards = [] if found else list(snapshot.listing)
     for node in graph.nodes:
         if only is not None and node.key not in only:
             continue
         template = node.declared.template
         if template.parameters is not None:
             ask(node.key, partial(template.parameters, context, node.declared))
-        if template.inputs is not None and (shard is not None or not node.partitioned):
-            asked = shard if node.partitioned else None
-            ask(node.key, partial(template.inputs, node, snapshot, asked))
+        if template.inputs is not None:
+            ask(node.key, partial(_any_input, node, snapshot, shards if node.partitioned else [None]))
     for subset in graph.subsets:
         for name in subset.model.sets if only is None or subset.key in only else ():
             if set_kind(name) == "uids" and not is_uid_list_asset(name):
                 ask(subset.key, partial(_uid_list, context, name))
     return found
+
+
+def _any_input(node: Node, snapshot: Snapshot, shards: Sequence[str | None]) -> None:
+    """Ask for the input files of shards until one has them: what only some shards lack does not stop the others.
+
+    Raises:
+        Exception: that of the first shard, if none has them.
+    """
+    inputs, first = node.declared.template.inputs, None
+    assert inputs is not None
+    for shard in shards:
+        try:
+            inputs(node, snapshot, shard)
+            return
+        except (NotReady, UserError, OSError) as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def _uid_list(context: Context, name: str) -> None:

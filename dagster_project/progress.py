@@ -125,7 +125,7 @@ class Bars:
             self.asset = stage.asset
             self.meter.expect(stage.rows, stage.shards)
             if self.task is None:
-                self.task = self.progress.add_task(stage.asset, stage=stage, meter=self.meter)
+                self.task = self.progress.add_task(stage.asset, total=None, stage=stage, meter=self.meter)
             self._move()
             return
         if self.task is not None:
@@ -144,8 +144,6 @@ class Bars:
     def _move(self) -> None:
         if self.task is not None and (done := self.meter.fraction) is not None:
             self.progress.update(self.task, total=1.0, completed=done)
-        elif self.task is not None:
-            self.progress.update(self.task, total=None)
 
 
 def _place(stage: Stage) -> str:
