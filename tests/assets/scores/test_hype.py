@@ -10,8 +10,8 @@ import pytest
 
 from assets.reproduction import choose_again, rebuild
 from assets.settings import ConfigError
-from resources.inputs.external import ExternalError
 from dagster_project.early_checks import problems
+from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard
 from resources.settings import HypeSettings
 from resources.storage.arrays import ArrayError
