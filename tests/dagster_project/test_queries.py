@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,6 +85,18 @@ def test_status_lists_for_each_shard_which_assets_are_up_to_date(terminal: Termi
     assert "4 of 5" in text
     assert "and 2 more rows" in text
     assert "2 of 4 shards are complete." in text
+
+
+def test_the_metadata_of_the_catalog_lists_for_each_shard_what_is_complete(finished: Scenario) -> None:
+    (record,) = finished.instance.fetch_materializations(dg.AssetKey("catalog"), limit=1).records
+    assert record.asset_materialization is not None
+    metadata = record.asset_materialization.metadata
+    assert (metadata["shards_complete"].value, metadata["shards_in_pool"].value) == (3, 3)
+    table = metadata["shards"]
+    assert isinstance(table, dg.TableMetadataValue)
+    assert [row.data for row in table.records] == [
+        {"shard": shard, "rows": ROWS, "complete": "5 of 5", "due": "", "waiting for inputs": ""} for shard in SHARDS
+    ]
 
 
 def test_versions_diff_and_lineage_show_the_history_of_a_subset(terminal: Terminal) -> None:
