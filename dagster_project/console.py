@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,6 @@ from dagster_project.tables import print_json
 if TYPE_CHECKING:
     from assets.base.context import Context
     from assets.graph import Graph
-    from assets.subsets.subset import SubsetAsset
     from dagster_project.headless import Outcome
 
 NOTES = 20
@@ -72,11 +71,10 @@ def run(
             outcome = materialize(
                 project, graph, instance, notice=shown.notice, progress=shown.advance, redraw=redraw, only=needed
             )
-    subsets = [subset for subset in graph.subsets if needed is None or subset.key in needed]
     if as_json:
-        print_json(document(project, subsets, outcome, time.monotonic() - began), console)
+        print_json(document(project, graph, outcome, time.monotonic() - began, needed), console)
     else:
-        print_outcome(project, subsets, outcome, console)
+        print_outcome(project, graph, outcome, console, needed)
     return 1 if outcome.failures else 0
 
 
@@ -153,8 +151,22 @@ def export(project: "Context", recipe: str, console: Console) -> int:
 # The outcome of a pass
 
 
-def print_outcome(project: "Context", subsets: "Sequence[SubsetAsset]", outcome: "Outcome", console: Console) -> None:
-    """Print new shards, the pool's rejects, the funnels of subsets, and the failures."""
+def print_outcome(
+    project: "Context",
+    graph: "Graph",
+    outcome: "Outcome",
+    console: Console,
+    only: Collection[str] | None = None,
+) -> None:
+    """Print new shards, the pool's rejects, the funnels of subsets, checks that warn, and the failures.
+
+    Args:
+        project: the opened project.
+        graph: its assets.
+        outcome: of the pass.
+        console: where to print.
+        only: keys of the assets of the pass; by default all.
+    """
     from resources.lake.versions import Versions
 
     if outcome.added:
@@ -164,7 +176,9 @@ def print_outcome(project: "Context", subsets: "Sequence[SubsetAsset]", outcome:
     if not outcome.computed:
         console.print("Everything is up to date; nothing was computed.")
     _print_pool(project, console)
-    for subset in subsets:
+    for subset in graph.subsets:
+        if only is not None and subset.key not in only:
+            continue
         version = Versions(project.lake, subset.recipe).current()
         if version is None:
             continue
@@ -175,6 +189,7 @@ def print_outcome(project: "Context", subsets: "Sequence[SubsetAsset]", outcome:
         for warning in subset_warnings(lineage):
             console.print(f"  {warning}", style="yellow", markup=False)
         console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
+    _print_checks(project, graph, console, only)
     print_failures(outcome, console)
     if not outcome.failures:
         console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
@@ -210,6 +225,27 @@ def _print_pool(project: "Context", console: Console) -> None:
         console.print(f"  {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(pool.notes) > NOTES:
         console.print(f"  and {len(pool.notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
+
+
+def _print_checks(project: "Context", graph: "Graph", console: Console, only: Collection[str] | None) -> None:
+    """Print the checks that warn or had nothing to compare, whichever run they ran in, and the drift of negatives."""
+    from assets.base.upstream_checks import FAILED, verdicts, warning_text, warnings_of
+
+    assets = {node.key: node for node in graph.in_order if only is None or node.key in only}
+    found = warnings_of(project.lake, assets, assets, project.lake.shards("raw_pool"))
+    for title, entries, style in (
+        ("Warnings", [entry for entry in found if entry["result"] == FAILED], "yellow"),
+        ("Not compared", [entry for entry in found if entry["result"] != FAILED], "dim"),
+    ):
+        if entries:
+            console.print(f"{title}:", style=style)
+        for entry in entries:
+            text = f"  {warning_text(entry)}"
+            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    for asset, finding in verdicts(project.lake, assets, assets).items():
+        if finding["passed"]:
+            text = f"Drift of {asset}: {finding['figures']['verdict']}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # The other commands

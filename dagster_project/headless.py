@@ -197,7 +197,8 @@ class _Pass:
         if isinstance(node, PartitionedAsset):
             self._compute_shards(node, shards)
         elif isinstance(node, SubsetAsset):
-            if not node.is_fresh(self._now()):
+            now = self._now()
+            if not node.is_fresh(now) or node.has_due_checks(now):
                 self._begin()
                 self._launch(node.key, None)
         else:

@@ -1,11 +1,12 @@
 """The outcome of a pass as data: the JSON document of `run --json`, and the figures that the terminal prints too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from assets.base.context import Context
+    from assets.graph import Graph
     from assets.subsets.subset import SubsetAsset
     from dagster_project.headless import Outcome
 
@@ -54,17 +55,27 @@ def pool_counts(project: "Context") -> PoolCounts:
 
 
 def subset_warnings(lineage: Mapping[str, Any]) -> list[str]:
-    """List the shards and rows that a version of a subset is without."""
-    found = [f"without shard {shard}: {reason}" for shard, reason in lineage["shards_missing"].items()]
-    if duplicates := lineage["source"]["duplicates"]:
-        found.append(f"{duplicates:,} rows left out: an earlier row has their uid")
-    return found
+    """List the shards that a version of a subset is without, each with the reason."""
+    return [f"without shard {shard}: {reason}" for shard, reason in lineage["shards_missing"].items()]
 
 
 def document(
-    project: "Context", subsets: "Sequence[SubsetAsset]", outcome: "Outcome", seconds: float
+    project: "Context", graph: "Graph", outcome: "Outcome", seconds: float, only: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Return the document that `run --json` prints; `docs/operations.md` describes its fields."""
+    """Return the document that `run --json` prints; `docs/operations.md` describes its fields.
+
+    Args:
+        project: the opened project.
+        graph: its assets.
+        outcome: of the pass.
+        seconds: how long the pass took.
+        only: keys of the assets of the pass; by default all.
+    """
+    from assets.base.upstream_checks import FAILED, warning_text, warnings_of
+
+    nodes = {node.key: node for node in graph.in_order if only is None or node.key in only}
+    subsets = [subset for subset in graph.subsets if subset.key in nodes]
+    checks = warnings_of(project.lake, nodes, nodes, project.lake.shards("raw_pool"))
     pool = pool_counts(project)
     return {
         "exit_status": 1 if outcome.failures else 0,
@@ -82,7 +93,7 @@ def document(
         "not_attempted": [{"asset": key, "needs": needed} for key, needed in outcome.not_attempted.items()],
         "pool": {"samples": pool.samples, "rows": pool.rows, "rejects": dict(pool.rejects)},
         "subsets": [found for subset in subsets if (found := _subset(project, subset, outcome)) is not None],
-        "warnings": list(pool.notes),
+        "warnings": [*pool.notes, *(warning_text(entry) for entry in checks if entry["result"] == FAILED)],
         "catalog": str(project.catalog_path()),
     }
 

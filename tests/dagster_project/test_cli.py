@@ -34,7 +34,7 @@ class Printed:
         outcome = self.scenario.run()
         project = self.scenario.open()
         text = io.StringIO()
-        console.print_outcome(project, build_graph(project).subsets, outcome, Console(file=text, width=200))
+        console.print_outcome(project, build_graph(project), outcome, Console(file=text, width=200))
         return text.getvalue()
 
 
