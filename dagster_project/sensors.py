@@ -19,6 +19,7 @@ from assets.graph import Graph
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from dagster_project.dead_runs import close_dead_runs
+from dagster_project.early_checks import problems
 from dagster_project.staleness import (
     ATTEMPTS,
     change_token,
@@ -159,9 +160,14 @@ def _follow(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext
     due = find_due(snapshot, graph, shards, memory.tried)
     memory.keep([*due.marks, *due.given_up])
     runs = due.runs(partitions)
+    stopped = [f"{message} Needed by {_some(keys)}." for message, keys in problems(snapshot.context, graph).items()]
+    for text in stopped:
+        sensor.log.warning(text)  # in the tick's log, also when other work is requested
     if not runs:
-        reasons = [*due.problems, _left(list(due.given_up.values()))] if due.given_up else due.problems
-        return memory.result("\n".join(reasons) or _rest({}), quiet=not due.problems)
+        reasons = [*stopped, *(text for text in due.problems if not any(text in other for other in stopped))]
+        if due.given_up:
+            reasons.append(_left(list(due.given_up.values())))
+        return memory.result("\n".join(reasons) or _rest({}), quiet=not due.problems and not stopped)
     memory.request(due.marks)
     return memory.result(runs=[_request(keys, group) for keys, group in runs])
 

@@ -7,6 +7,7 @@ the same pool selects, and counts the runs.
 from collections.abc import Sequence
 
 import dagster as dg
+import pytest
 
 from assets.base.keys import SHARDS_NAME
 from dagster_project.staleness import ATTEMPTS
@@ -271,6 +272,25 @@ def test_a_subset_that_fails_is_tried_a_few_times_and_the_others_go_on(automatio
     reason = automation.skipped["refresh_subsets"]
     assert "subset/none" in reason or "except for 1" in reason
     assert automation.settle() == []
+
+
+def test_a_file_that_the_yaml_refers_to_and_that_is_missing_is_reported_before_all_else_is_computed(
+    automation: Automation, capfd: pytest.CaptureFixture[str]
+) -> None:
+    automation.document["external_scores"] = {"theirs": {"files": ["absent.csv"], "columns": ["score"]}}
+    automation.document["recipes"]["listed"] = {"from": "absent.npy", "steps": [keep("clip_score/b32", count=1)]}
+    automation.load()
+    automation.write(0)
+    automation.tick("discover_shards")
+    assert automation.tick("follow_shards") != []
+    reported = capfd.readouterr().err  # the tick's log
+    assert "absent.csv: no such file" in reported
+    assert "absent.npy: no such uid list" in reported
+    assert "Needed by subset/listed." in reported
+    automation.settle()
+    assert automation.subset().lineage["rows"] == 1
+    assert "absent.csv" in automation.skipped["follow_shards"]
+    assert "absent.npy" in automation.skipped["follow_shards"]
 
 
 def test_a_pool_that_is_not_mounted_retires_nothing(automation: Automation) -> None:
