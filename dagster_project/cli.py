@@ -74,6 +74,9 @@ def _config(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _recipe = click.option("--recipe", required=True, help="Name of the recipe.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+_only = click.option(
+    "--only", metavar="RECIPE", multiple=True, help="Only what this recipe needs; may be given several times."
+)
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
@@ -88,17 +91,20 @@ def commands() -> None:
 
 @commands.command()
 @_config
-def check(config: Path) -> int:
+@_only
+def check(config: Path, only: tuple[str, ...]) -> int:
     """Check the YAML and all paths, models and features in it; compute nothing."""
     from dagster_project import console
 
-    return console.check(_open(config), _console())
+    return console.check(_open(config), _console(), only=only)
 
 
 @commands.command()
 @_config
+@_only
 @click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
-def run(config: Path, redraw_negatives: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress is on stderr.")
+def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bool) -> int:
     """Compute whatever is missing or out of date, and select the subsets.
 
     Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
@@ -111,18 +117,28 @@ def run(config: Path, redraw_negatives: bool) -> int:
     def command(interrupts: "Interrupts") -> int:
         from dagster_project import console
 
-        return console.run(_open(config), _console(), redraw=redraw_negatives, interrupts=interrupts)
+        settings: dict[str, Any] = {"redraw": redraw_negatives, "only": only, "interrupts": interrupts}
+        if not as_json:
+            return console.run(_open(config), _console(), **settings)
+        with console.json_document() as document:
+            return console.run(_open(config), document, **settings, as_json=True)
 
-    return run_interruptible(command, _again(config, *["--redraw-negatives"] * redraw_negatives))
+    options = [part for recipe in only for part in ("--only", recipe)]
+    options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
+    return run_interruptible(command, _again(config, *options))
 
 
 @commands.command()
 @_config
+@click.option("--shards", is_flag=True, help="For each shard, which assets are up to date.")
+@_limit
 @_json
-def status(config: Path, as_json: bool) -> int:
+def status(config: Path, shards: bool, limit: int | None, as_json: bool) -> int:
     """Show which assets are up to date, and what a run would compute."""
     from dagster_project import queries
 
+    if shards:
+        return queries.shard_status(_open(config), _console(), limit=limit, as_json=as_json)
     return queries.status(_open(config), _console(), as_json=as_json)
 
 

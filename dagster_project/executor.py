@@ -6,7 +6,7 @@ private names here are pinned by `tests/dagster_project/test_executor.py`.
 
 import signal
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -29,6 +29,10 @@ _executing: set[str] = set()
 """Runs that `execute` has marked as this process's."""
 
 
+Require = Callable[[Collection[str]], None]
+"""Checks what assets need, by their keys, before a run's first step; raises an error that fails the run."""
+
+
 def _not_interrupting_helpers(events: Iterator[DagsterEvent]) -> Iterator[DagsterEvent]:
     """Yield a run's events, with SIGINT blocked until Dagster has started the processes that copy its output.
 
@@ -45,18 +49,37 @@ def _not_interrupting_helpers(events: Iterator[DagsterEvent]) -> Iterator[Dagste
 
 
 class _OneProcess(InProcessExecutor):
+    def __init__(self, require: Require) -> None:
+        super().__init__(RetryMode.ENABLED)
+        self._require = require
+
     def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
         if plan_context.run_id not in _executing:
             lock_run(plan_context.instance, plan_context.run_id)  # until the process ends: the run's end comes later
+            selected = plan_context.job.get_definition().asset_layer.selected_asset_keys
+            self._require({"/".join(key.path) for key in selected})
         with kept_open(plan_context.instance):
             yield from _not_interrupting_helpers(super().execute(plan_context, execution_plan))
 
 
-@dg.executor(name="one_process")
-def one_process(context: dg.InitExecutorContext) -> InProcessExecutor:
-    """Execute all steps of a run in one process, so that torch is imported and a model loaded once."""
-    del context
-    return _OneProcess(RetryMode.ENABLED)
+def one_process_after(require: Require) -> dg.ExecutorDefinition:
+    """Return the executor that runs all steps in one process, so that torch is imported and a model loaded once.
+
+    Args:
+        require: called with the keys of a run's assets before its first step. Not called for the runs of `execute`,
+            whose caller has checked everything.
+    """
+
+    @dg.executor(name="one_process")
+    def executor(context: dg.InitExecutorContext) -> InProcessExecutor:
+        del context
+        return _OneProcess(require)
+
+    return executor
+
+
+one_process = one_process_after(lambda _: None)
+"""The executor without a check."""
 
 
 def execute(

@@ -9,10 +9,11 @@ nothing is computed from an asset whose run ended before it came to all its shar
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 
@@ -26,12 +27,12 @@ from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
-from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
+from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-HEADLESS = {"clip_selection/by": "headless"}
+TERMINAL = {"clip_selection/by": "clip-select"}
 
 
 def _error_names(base: type[Exception]) -> set[str]:
@@ -52,8 +53,10 @@ class Outcome:
         computed: for each asset that ran, its shards (none for an unpartitioned one).
         failures: for each asset that failed, the message.
         unfinished: for each asset whose run ended early, the number of shards that it did not come to.
+        failed_shards: for each asset of which shards failed, those; they are among `computed` too.
         not_attempted: for each asset that could not be computed because another one failed, the key of that one. After
             the key, the reason in brackets, if the failed asset has a file.
+        seconds: for each asset that ran or failed, how long it took.
     """
 
     added: list[str] = field(default_factory=list)
@@ -61,11 +64,43 @@ class Outcome:
     computed: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     unfinished: dict[str, int] = field(default_factory=dict)
+    failed_shards: dict[str, list[str]] = field(default_factory=dict)
     not_attempted: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
-Notice = Callable[[str, int], None]
-"""Called with an asset's key and its number of shards before it runs."""
+State = Literal["up to date", "begins", "computed", "failed", "not attempted"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An asset that a pass has come to.
+
+    Attributes:
+        asset: its key.
+        number: its place among the assets of the pass, from 1.
+        of: how many those are.
+        shards: number of its shards that are due; 0 for an unpartitioned asset.
+        rows: rows that computing it reports as done; None where this is not known.
+        state: "up to date" until it begins.
+        failed: number of its shards that failed.
+        needs: key of the failed asset because of which it was not attempted.
+        began: when it began, as `time.monotonic` counts.
+    """
+
+    asset: str
+    number: int = 1
+    of: int = 1
+    shards: int = 0
+    rows: int | None = None
+    state: State = "up to date"
+    failed: int = 0
+    needs: str = ""
+    began: float = field(default_factory=time.monotonic, compare=False)
+
+
+Notice = Callable[[Stage], None]
+"""Called when an asset begins, again when its rows become known, and when it has ended; not for one up to date."""
 
 
 def materialize(
@@ -76,23 +111,25 @@ def materialize(
     notice: Notice,
     progress: Progress | None = None,
     redraw: bool = False,
+    only: Collection[str] | None = None,
     interrupts: Interrupts | None = None,
 ) -> Outcome:
-    """Bring every asset up to date.
+    """Bring assets up to date, and the catalog.
 
     Args:
         context: the project.
         graph: its assets.
         instance: where runs are recorded.
-        notice: called before each asset.
+        notice: called at each stage.
         progress: called when rows are done.
         redraw: draw the negatives again.
+        only: keys of the assets, with everything that they are computed from; by default all.
         interrupts: signals that end the pass.
 
     Raises:
         KeyboardInterrupt: the pass was interrupted.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw, interrupts).run()
+    return _Pass(context, graph, instance, notice, progress, redraw, interrupts).run(only)
 
 
 def write_export(
@@ -112,7 +149,7 @@ def write_export(
         graph: its assets.
         instance: where runs are recorded.
         recipe: name of the recipe.
-        notice: called before each run.
+        notice: called at each stage.
         progress: called when rows are done.
         interrupts: signals that end it.
 
@@ -144,7 +181,9 @@ class _Pass:
         self.outcome = Outcome()
         self.snapshot = Snapshot(context)
         self.interrupts = interrupts
-        state = RunState() if progress is None else RunState(progress)
+        self.stage = Stage("")
+        self.only: Collection[str] | None = None
+        state = RunState(expect=self._expect) if progress is None else RunState(progress, self._expect)
         if interrupts is not None:
             state = replace(state, written=interrupts.kept)
         # The opened objects, so that a model is loaded once for all runs of this process.
@@ -152,37 +191,77 @@ class _Pass:
         defs = build_defs(context, graph, resource_overrides=opened)
         self.job = defs.resolve_implicit_global_asset_job_def()
 
-    def run(self) -> Outcome:
+    def run(self, only: Collection[str] | None = None) -> Outcome:
+        self.only = only
         shards = self._discover()
-        for node in self.graph.in_order:
+        nodes = [node for node in self.graph.in_order if only is None or node.key in only]
+        for number, node in enumerate(nodes, start=1):
+            self.stage = Stage(node.key, number, len(nodes) + 1)
             if (needed := self._needs_failed(node)) is not None:
                 self.outcome.not_attempted[node.key] = needed
-                continue
-            try:
-                if isinstance(node, SubsetAsset):
-                    self._select(node)
-                elif isinstance(node, PartitionedAsset):
-                    for some in neighbours(shards, set(self._due(node, shards))):
-                        self._launch(node.key, some, others=self._together(node, some))
-                else:
-                    again = self.redraw and node.key.startswith("negatives/")
-                    if again or not node.is_fresh(self._now()):
-                        config = {"ops": {node.definition.op.name: {"config": {"redraw": again}}}}
-                        self._launch(node.key, None, config)
-            except UserError as error:
-                self.outcome.failures[node.key] = str(error)
+            else:
+                try:
+                    self._compute(node, shards)
+                except UserError as error:
+                    self.outcome.failures[node.key] = str(error)
+            self._end()
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
+            self.stage = Stage("catalog", len(nodes) + 1, len(nodes) + 1)
+            self._begin()
             self._launch("catalog", None)
+            self._end()
         return self.outcome
 
+    def _compute(self, node: Node | SubsetAsset, shards: Sequence[str]) -> None:
+        """Launch the runs that bring an asset up to date."""
+        if isinstance(node, PartitionedAsset):
+            self._compute_shards(node, shards)
+        elif isinstance(node, SubsetAsset):
+            self._select(node)
+        else:
+            again = self.redraw and node.key.startswith("negatives/")
+            if again or not node.is_fresh(self._now()):
+                self._begin()
+                config = {"ops": {node.definition.op.name: {"config": {"redraw": again}}}}
+                self._launch(node.key, None, config)
+
     def _select(self, subset: SubsetAsset) -> None:
-        """Launch a subset that is out of date or whose checks are due; of any other, write the report if it is missing."""
+        """Select a subset that is out of date; of one that is up to date, write a missing report and run due checks."""
         now = self._now()
-        is_due = not subset.is_fresh(now) or subset.has_due_checks(now)
-        if is_due or not subset.has_report(now.context.lake):
-            self._launch(subset.key, None)
-            if not is_due:
-                self.outcome.computed.pop(subset.key)
+        is_fresh = subset.is_fresh(now)
+        if is_fresh and subset.has_report(now.context.lake) and not subset.has_due_checks(now):
+            return
+        self._begin()
+        self._launch(subset.key, None)
+        if is_fresh:
+            self.outcome.computed.pop(subset.key)
+
+    def _compute_shards(self, node: PartitionedAsset, among: Sequence[str]) -> None:
+        if due := self._due(node, among):
+            self._begin(len(due), node.rows_due(self.snapshot, due))
+        for some in neighbours(among, set(due)):
+            self._launch(node.key, some, others=self._together(node, some))
+
+    # What the stages report
+
+    def _begin(self, shards: int = 0, rows: int | None = None) -> None:
+        self.stage = replace(self.stage, state="begins", shards=shards, rows=rows)
+        self.notice(self.stage)
+
+    def _expect(self, asset: str, rows: int) -> None:
+        if asset == self.stage.asset:
+            self._begin(rows=rows)
+
+    def _end(self) -> None:
+        """Report how the asset ended."""
+        key, stage = self.stage.asset, self.stage
+        if key in self.outcome.not_attempted:
+            self.notice(replace(stage, state="not attempted", needs=self.outcome.not_attempted[key]))
+        elif key in self.outcome.failures or stage.state == "begins":
+            self.outcome.seconds[key] = time.monotonic() - stage.began
+            failed = len(self.outcome.failed_shards.get(key, ()))
+            state: State = "failed" if key in self.outcome.failures else "computed"
+            self.notice(replace(stage, state=state, failed=failed))
 
     def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
         """Return the failed asset without which a node can't be computed, and why; None if it can be tried."""
@@ -219,9 +298,9 @@ class _Pass:
         subset = next(subset for subset in self.graph.subsets if subset.recipe == recipe)
         if not subset.is_fresh(self._now()):
             raise LakeError(f"{subset.key} has no version, or is out of date. Remedy: clip-select run")
-        partitions = self.instance.get_dynamic_partitions(SHARDS_NAME)
-        for some in neighbours(partitions, set(self._due(node, partitions))):
-            self._launch(node.key, some)
+        self.stage = Stage(node.key)
+        self._compute_shards(node, self.instance.get_dynamic_partitions(SHARDS_NAME))
+        self._end()
         return self.outcome
 
     def _now(self) -> Snapshot:
@@ -250,7 +329,8 @@ class _Pass:
         found = {}
         for other in self.graph.nodes:
             both = node.key.startswith("embeddings/") and other.key.startswith("embeddings/")
-            if isinstance(other, PartitionedAsset) and other is not node and both:
+            wanted = both and (self.only is None or other.key in self.only)
+            if isinstance(other, PartitionedAsset) and other is not node and wanted:
                 with contextlib.suppress(UserError):  # reported at its own turn
                     found[other.key] = self._due(other, among)
         return {key: some for key, some in found.items() if some}
@@ -264,17 +344,13 @@ class _Pass:
     ) -> None:
         others = others or {}
         self._check_interrupts()
-        self.notice(key, len(shards or ()))
-        tags = dict(HEADLESS)
-        if shards:
-            tags |= {RANGE_START: shards[0], RANGE_END: shards[-1]}
         result = execute(
             self.job,
             self.instance,
             location=self.snapshot.context.settings.name,
             asset_selection=[asset_key(key), *map(asset_key, others)],
             run_config={**QUIET, **(config or {})},
-            tags=tags,
+            tags={**TERMINAL, **run_tags(shards or [])},
         )
         self._check_interrupts()
         outcome = self.outcome
@@ -287,8 +363,10 @@ class _Pass:
         """Record why the assets of a run failed, and how many of their shards were neither computed nor failed."""
         outcome = self.outcome
         found = _failures(result, list(launched))
-        for name, (failure, _) in found.items():
+        for name, (failure, failed) in found.items():
             outcome.failures[name] = "\n".join(filter(None, [outcome.failures.get(name), failure]))
+            if failed:
+                outcome.failed_shards[name] = outcome.failed_shards.get(name, []) + failed
         snapshot = self._now()
         for name, some in launched.items():
             node, (_, failed) = self.nodes.get(name), found.get(name, ("", []))

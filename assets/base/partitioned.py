@@ -72,10 +72,13 @@ class PartitionedTemplate(Template):
     Attributes:
         prepare: computes a value that all shards of a step share, such as tensors of the targets.
         streams: the function computes many shards together.
+        every_row: it reports each row of `raw_pool` as done. Otherwise shards are counted: the rows are not known
+            before, or only some are computed.
     """
 
     prepare: Callable[[Step], Any] | None = None
     streams: bool = False
+    every_row: bool = True
 
     def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
         """Compute shards in order; an error stays with its shard, and one of `prepare` that a user can fix with all."""
@@ -152,6 +155,15 @@ class PartitionedAsset(FileAsset):
         except NotReady:
             return False
 
+    def rows_due(self, snapshot: Snapshot, shards: Sequence[str]) -> int | None:
+        """Return the number of rows that computing shards reports as done; None where it is not known beforehand."""
+        template = self.declared.template
+        assert isinstance(template, PartitionedTemplate)
+        if not template.every_row:
+            return None
+        stored = (snapshot.context.lake.stored("raw_pool", shard) for shard in shards)
+        return sum(record.rows for record in stored if record is not None)
+
     def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
         """Compute shards in order and yield each with its result or its error."""
         template = self.declared.template
@@ -198,7 +210,6 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
         if stored is not None and stored.is_from(provenance):
             records.append(_Record(shard, stored, computed=stored.fingerprint in written_for_others))
             written_for_others.discard(stored.fingerprint)
-            step.progress(stored.rows, shard)
         else:
             wanted[shard] = provenance
 
@@ -227,6 +238,7 @@ def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception]) 
         return
     reason: str | Exception = "the asset's function returned before"
     started = time.perf_counter()
+    step.meter.expect(asset.rows_due(step.snapshot, list(left)), len(left))
     try:
         # Closed here, so that worker processes end with the step, also when it is interrupted.
         with contextlib.closing(asset.compute(step, list(left))) as outcomes:

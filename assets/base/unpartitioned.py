@@ -57,9 +57,12 @@ class UnpartitionedTemplate(Template):
     Attributes:
         keeps: whether a stored file stays although its inputs have changed, as long as its parameters are the same and
             no redraw is asked for. By default it does not.
+        stays: whether a stored file that is up to date is certain to stay when only shards arrive or change. Sensors
+            then compute what reads it in the same run as the shard's other assets.
     """
 
     keeps: Callable[[Declared, Stored, Snapshot], bool] = lambda declared, stored, snapshot: False
+    stays: Callable[[Declared, Stored], bool] = lambda declared, stored: False
 
     def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "UnpartitionedAsset":
         """Return a project's asset."""
@@ -120,6 +123,13 @@ class UnpartitionedAsset(FileAsset):
             return False
         stored = snapshot.context.lake.stored(self.key)
         return stored is not None and stored.is_from(wanted)
+
+    def stays(self, snapshot: Snapshot) -> bool:
+        """Check whether the stored file, which is up to date, is certain to stay when only shards arrive or change."""
+        template = self.declared.template
+        assert isinstance(template, UnpartitionedTemplate)
+        stored = snapshot.context.lake.stored(self.key)
+        return stored is not None and template.stays(self.declared, stored)
 
     def fingerprint(self, snapshot: Snapshot) -> str:
         """Return the fingerprint of the file, for an asset that reads it.

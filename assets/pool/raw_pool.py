@@ -105,6 +105,7 @@ def _content(found: ShardRead) -> str:
     "that can't be used are in `rejects`, each with its reason; rows + rejects = samples seen.",
     parameters=_parameters,
     inputs=_source,
+    every_row=False,
 )
 def raw_pool(shard: Shard) -> Result:
     """Read one shard and check every sample in it."""

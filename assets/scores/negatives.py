@@ -86,6 +86,11 @@ def _keeps(asset: Declared, stored: Stored, snapshot: Snapshot) -> bool:
     return settings.redraw_at_growth is None or growth(asset, stored, snapshot) < settings.redraw_at_growth
 
 
+def _stays(asset: Declared, stored: Stored) -> bool:
+    settings = _settings(asset)
+    return stored.summary["batch_size"] == settings.batch_size and settings.redraw_at_growth is None
+
+
 @unpartitioned(
     key="negatives/{encoder}",
     deps=[Dep("embeddings/{encoder}", recorded=False)],
@@ -103,6 +108,7 @@ def _keeps(asset: Declared, stored: Stored, snapshot: Snapshot) -> bool:
     parameters=_parameters,
     inputs=_embedded,
     keeps=_keeps,
+    stays=_stays,
 )
 def negatives(step: Step) -> Result:
     """Draw the reference negatives from the shards that have embeddings."""

@@ -8,6 +8,7 @@ materializing the subset again, writes the report of the newest version if it is
 
 import hashlib
 import io
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ from selection.scores.negatives import keyed_hash
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples per sheet, pixels
 WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI: keep an event under 256 KB
 BINS = 60
+REPORTS_VARIABLE = "CLIP_SELECTION_REPORTS"
+"""Environment variable with the address at which a web server has the folder `<lake>/subset`."""
+
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 
 
@@ -68,8 +72,16 @@ def report_metadata(project: Context, version: Version) -> dict[str, Any]:
         chart = data_url(fs.cat_file(f"{folder}/{CHART_FILE}"), "png")
         metadata["score_distributions"] = dg.MetadataValue.md(f"![Scores before and after]({chart})")
         metadata["contact_sheet"] = dg.MetadataValue.md(fs.cat_file(f"{folder}/{SHEET_FILE}").decode())
-        metadata["report"] = dg.MetadataValue.path(f"{folder}/{PAGE_FILE}")
+        metadata["report"] = _page_link(version)
     return metadata
+
+
+def _page_link(version: Version) -> dg.MetadataValue[Any]:
+    """Return a link to the page where a server has it, else its path: browsers open no file from a server's page."""
+    address = os.environ.get(REPORTS_VARIABLE)
+    if address:
+        return dg.MetadataValue.url(f"{address.rstrip('/')}/{version.recipe}/{version.name}/report/{PAGE_FILE}")
+    return dg.MetadataValue.path(f"{_folder(version)}/{PAGE_FILE}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from markupsafe import escape
 from PIL import Image
 
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
+from assets.subsets.report import report_metadata
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash
 from tests.support.pool_factory import datacomp_shard, picture
@@ -118,6 +119,14 @@ def test_no_address_in_a_caption_becomes_a_link(address: str) -> None:
     assert not re.search(r"(https?://|www(?=\.))[-.\w]+", read, re.IGNORECASE)
     assert not re.search(r"[-.\w+]+@[-\w]+(\.[-\w]+)+", read)
     assert read.replace("\u2060", "") == f"see {address} now"
+
+
+def test_the_report_is_a_link_where_a_web_server_has_it(made: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_SELECTION_REPORTS", "https://clip.example.org/subset/")
+    project = made.open()
+    page = (report_folder(made, "paper") / "index.html").relative_to(project.lake.local_root())
+    found = report_metadata(project, made.subset("paper"))
+    assert found["report"] == dg.MetadataValue.url(f"https://clip.example.org/{page.as_posix()}")
 
 
 def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> None:
