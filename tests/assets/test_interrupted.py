@@ -16,16 +16,17 @@ LARGE = 300
 
 
 def interrupt(scenario: Scenario, number: signal.Signals, at: Path, *, ignored: bool = False) -> str:
-    """Run the project, send a signal to all its processes when a file appears, and return the only line on stderr."""
+    """Run the project, send a signal to all its processes when a file appears, and return the line after its progress."""
     command = [sys.executable, "-m", "dagster_project.cli", "run", str(scenario.folder / "project.yaml")]
     running = Running(command, ignored=ignored)
     running.wait_for(at.exists)
     status, errors = running.end(number, group=True)
     assert status == 128 + number
-    assert errors.startswith(f"Interrupted by {number.name}: kept all finished files")
-    assert errors.endswith(f"; no subset was selected. To resume: clip-select run {scenario.folder}/project.yaml\n")
-    assert errors.count("\n") == 1
-    return errors
+    *progress, line = errors.splitlines(keepends=True)
+    assert all(shown.startswith("step ") for shown in progress)
+    assert line.startswith(f"Interrupted by {number.name}: kept all finished files")
+    assert line.endswith(f"; no subset was selected. To resume: clip-select run {scenario.folder}/project.yaml\n")
+    return line
 
 
 def embedded(lake: Path) -> list[str]:
