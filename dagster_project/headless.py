@@ -32,6 +32,7 @@ from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+INTERRUPTED = "DagsterExecutionInterruptedError"
 TERMINAL = {"clip_selection/by": "clip-select"}
 
 
@@ -353,6 +354,8 @@ class _Pass:
             tags={**TERMINAL, **run_tags(shards or [])},
         )
         self._check_interrupts()
+        if _was_interrupted(result):
+            raise KeyboardInterrupt
         outcome = self.outcome
         for name, some in {key: shards or [], **others}.items():
             outcome.computed[name] = outcome.computed.get(name, []) + some
@@ -398,6 +401,12 @@ def _catalog_is_newest(context: Context, graph: Graph) -> bool:
     return catalog.exists() and all(
         path.stat().st_mtime <= catalog.stat().st_mtime for path in [context.config, *records]
     )
+
+
+def _was_interrupted(result: dg.JobExecutionResult) -> bool:
+    """Check whether Ctrl-C ended a run without `Interrupts`: Dagster records that as a step's failure and goes on."""
+    errors = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    return any(error is not None and error.cls_name == INTERRUPTED for error in errors)
 
 
 def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, tuple[str, list[str]]]:

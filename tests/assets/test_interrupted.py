@@ -16,16 +16,16 @@ LARGE = 300
 
 
 def interrupt(scenario: Scenario, number: signal.Signals, at: Path, *, ignored: bool = False) -> str:
-    """Run the project, send a signal to all its processes when a file appears, and return the line about it."""
+    """Run the project, send a signal to all its processes when a file appears, and return the line after its progress."""
     command = [sys.executable, "-m", "dagster_project.cli", "run", str(scenario.folder / "project.yaml")]
     running = Running(command, ignored=ignored)
     running.wait_for(at.exists)
     status, errors = running.end(number, group=True)
     assert status == 128 + number
-    *progress, line = errors.splitlines()
+    *progress, line = errors.splitlines(keepends=True)
+    assert all(shown.startswith("step ") for shown in progress)
     assert line.startswith(f"Interrupted by {number.name}: kept all finished files")
-    assert line.endswith(f"; no subset was selected. To resume: clip-select run {scenario.folder}/project.yaml")
-    assert all(other.startswith("step ") for other in progress)
+    assert line.endswith(f"; no subset was selected. To resume: clip-select run {scenario.folder}/project.yaml\n")
     return line
 
 

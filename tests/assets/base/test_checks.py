@@ -22,8 +22,9 @@ from assets.settings import ConfigError, open_project
 from assets.subsets.checks import examine_subset
 from core.uids import UID_DTYPE
 from dagster_project.definitions import build_defs
-from dagster_project.headless import QUIET, RANGE_END, RANGE_START
+from dagster_project.headless import QUIET
 from dagster_project.resources import build_resources
+from dagster_project.staleness import RANGE_END, RANGE_START
 from resources.lake.files import column_to_vectors, vectors_to_column
 from tests.support.corruption import Spoil, put, swapped
 from tests.support.pool_factory import datacomp_shard, sample
