@@ -16,7 +16,7 @@ LARGE = 300
 
 
 def interrupt(scenario: Scenario, number: signal.Signals, at: Path, *, ignored: bool = False) -> str:
-    """Run the project, send a signal to all its processes when a file appears, and return the line after its progress."""
+    """Run the project, send a signal to all its processes when a file appears, and return the line about it."""
     command = [sys.executable, "-m", "dagster_project.cli", "run", str(scenario.folder / "project.yaml")]
     running = Running(command, ignored=ignored)
     running.wait_for(at.exists)
