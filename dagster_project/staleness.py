@@ -150,11 +150,14 @@ def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Map
 def _mark(snapshot: Snapshot, node: Node, shard: str | None) -> str | None:
     """Return a short name of the file that a run would write, or None where a run would write nothing."""
     try:
-        wanted = _wanted(snapshot, node, shard)
+        if isinstance(node, PartitionedAsset):
+            assert shard is not None
+            fresh = node.is_fresh(snapshot, shard)
+        else:
+            fresh = node.is_fresh(snapshot)
+        return None if fresh else _wanted(snapshot, node, shard)[:16]
     except NotReady:
         return None
-    stored = snapshot.context.lake.stored(node.key, shard)
-    return None if stored is not None and stored.provenance.digest() == wanted else wanted[:16]
 
 
 def _wanted(snapshot: Snapshot, node: Node, shard: str | None) -> str:

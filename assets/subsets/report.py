@@ -21,7 +21,7 @@ from assets.base.pages import data_url
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.sql import quoted
-from resources.lake.versions import Version
+from resources.lake.versions import Version, Versions
 from resources.pools.base import IMAGE_COLUMNS, PoolError
 from resources.storage.images import ImageError
 from selection.recipes.execute import Selection, StepReport
@@ -95,6 +95,7 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
     }
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
     fs.pipe_file(f"{folder}/{PAGE_FILE}", page.encode())
+    Versions(project.lake, version.recipe).write_report_checksums(version)
 
 
 def _about(version: Version) -> dict[str, str]:

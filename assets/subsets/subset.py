@@ -28,6 +28,7 @@ from assets.subsets.report import report_metadata, write_report
 from core.hashing import digest, sha256
 from core.sql import quoted
 from core.uids import parse_uids, subset_array, subset_words
+from resources.lake.files import DamagedError
 from resources.lake.versions import Manifest, Version, Versions, set_file, step_file
 from selection.recipes.execute import Selection, set_column
 from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
@@ -132,8 +133,21 @@ class SubsetAsset:
             raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
         return {"kind": "uids", "name": name, "fingerprint": sha256(path)}
 
+    def is_sound(self, snapshot: Snapshot) -> bool:
+        """Check, by reading them, whether the files of the newest version and its report are as they were written."""
+        versions = Versions(snapshot.context.lake, self.recipe)
+        try:
+            current = versions.current()
+            return current is None or not versions.damage(current)
+        except DamagedError:
+            return False
+
     def is_fresh(self, snapshot: Snapshot) -> bool:
-        """Check whether the newest version is the one that a run would write; False also when inputs are missing."""
+        """Check whether the newest version is the one that a run would write; False also when inputs are missing.
+
+        Raises:
+            DamagedError: its record is damaged.
+        """
         current = Versions(snapshot.context.lake, self.recipe).current()
         if current is None:
             return False
@@ -189,13 +203,17 @@ def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any
             inputs = asset.inputs(snapshot)
         except NotReady as error:
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
-        current = Versions(snapshot.context.lake, name).current()
+        versions = Versions(snapshot.context.lake, name)
+        versions.set_damaged_aside()
+        current = versions.current()
         if current is None or current.lineage["fingerprint"] != inputs.fingerprint(recipe):
             try:
                 current = _select(snapshot.context, asset, inputs, cached)
             except CheckFailed as error:
                 log_checks(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
+        elif not asset.is_sound(snapshot):
+            _write_report_again(snapshot.context, asset, inputs, cached, current)
         return dg.MaterializeResult(
             metadata=_metadata(current) | report_metadata(snapshot.context, current),
             check_results=check_results(context, examine_stored(snapshot.context.lake, current)),
@@ -236,9 +254,20 @@ def _select(context: Context, asset: SubsetAsset, inputs: Inputs, cached: Cached
         return version
 
 
+def _write_report_again(
+    context: Context, asset: SubsetAsset, inputs: Inputs, cached: CachedTable, version: Version
+) -> None:
+    """Run the recipe again for a version whose report is damaged."""
+    sets = {other: _uids(context, read) for other, read in inputs.sets.items()}
+    read = (context.lake, asset.recipe, asset.model, asset.scores, inputs.shards, sets, cached)
+    with open_selection(*read) as (selection, _):
+        write_report(context, version, selection)
+
+
 def _uids(context: Context, read: Mapping[str, str]) -> pa.Table:
     if read["kind"] == "recipe":
-        return Versions(context.lake, read["name"]).read_uids(read["version"])
+        versions = Versions(context.lake, read["name"])
+        return versions.read_uids(versions.read(read["version"]))
     if is_uid_list_asset(read["name"]):
         return context.lake.read(read["name"], columns=["f0", "f1"])
     return read_uid_list(_uid_list(context, read["name"]))
