@@ -22,6 +22,7 @@ from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
+from resources.catalog.build import CatalogError, read_catalog
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
@@ -47,6 +48,8 @@ class Outcome:
         computed: for each asset that ran, its shards (none for an unpartitioned one).
         failures: for each asset that failed, the message.
         not_attempted: for each asset that could not be computed because another one failed, the key of that one.
+        damaged: files that were found damaged, with the reason. They were set aside, and computed again where no
+            failure says otherwise.
     """
 
     added: list[str] = field(default_factory=list)
@@ -54,7 +57,11 @@ class Outcome:
     computed: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     not_attempted: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
 
+
+ROUNDS = 3
+"""How often a pass goes over the assets at most: damage that a step finds in its inputs needs another round."""
 
 Notice = Callable[[str, int], None]
 """Called with an asset's key and its number of shards before it runs."""
@@ -71,6 +78,8 @@ def materialize(
 ) -> Outcome:
     """Bring every asset up to date.
 
+    Damaged files are set aside when they are found, and computed again.
+
     Args:
         context: the project.
         graph: its assets.
@@ -79,7 +88,20 @@ def materialize(
         progress: called when rows are done.
         redraw: draw the negatives again.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw).run()
+    outcome = Outcome()
+    for _ in range(ROUNDS):
+        before = set(context.lake.damaged)
+        found = _Pass(context, graph, instance, notice, progress, redraw).run()
+        outcome.added += [shard for shard in found.added if shard not in outcome.added]
+        outcome.removed += [shard for shard in found.removed if shard not in outcome.removed]
+        for key, shards in found.computed.items():
+            outcome.computed[key] = sorted({*outcome.computed.get(key, []), *shards})
+        outcome.failures, outcome.not_attempted = found.failures, found.not_attempted
+        outcome.damaged = dict(context.lake.damaged)
+        if outcome.damaged.keys() <= before:
+            break
+        redraw = False
+    return outcome
 
 
 def write_export(
@@ -132,6 +154,8 @@ class _Pass:
         self.job = defs.resolve_implicit_global_asset_job_def()
 
     def run(self) -> Outcome:
+        for subset in self.graph.subsets:
+            Versions(self.snapshot.context.lake, subset.recipe).set_damaged_aside()
         shards = self._discover()
         for node in self.graph.in_order:
             if (needed := self._needs_failed(node)) is not None:
@@ -139,7 +163,7 @@ class _Pass:
                 continue
             try:
                 if isinstance(node, SubsetAsset):
-                    if not node.is_fresh(self._now()):
+                    if not (node.is_fresh(self._now()) and node.is_sound(self.snapshot)):
                         self._launch(node.key, None)
                 elif isinstance(node, PartitionedAsset):
                     for some in neighbours(shards, set(self._due(node, shards))):
@@ -236,13 +260,15 @@ class _Pass:
 
 
 def _catalog_is_newest(context: Context, graph: Graph) -> bool:
-    """Check whether the catalog was built after the YAML and every subset's newest version were written."""
+    """Check whether the catalog can be read, and was built after the YAML and every subset's newest version."""
     catalog = context.catalog_path()
+    try:
+        read_catalog(catalog).close()
+    except (CatalogError, FileNotFoundError):
+        return False
     versions = (Versions(context.lake, subset.recipe).current() for subset in graph.subsets)
     records = [Path(version.folder) / "lineage.json" for version in versions if version is not None]
-    return catalog.exists() and all(
-        path.stat().st_mtime <= catalog.stat().st_mtime for path in [context.config, *records]
-    )
+    return all(path.stat().st_mtime <= catalog.stat().st_mtime for path in [context.config, *records])
 
 
 def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, str]:

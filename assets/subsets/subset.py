@@ -28,7 +28,6 @@ from assets.subsets.report import report_metadata, write_report
 from core.hashing import digest, sha256
 from core.sql import quoted
 from core.uids import parse_uids, subset_array, subset_words
-from resources.lake.files import DamagedError
 from resources.lake.versions import Manifest, Version, Versions, set_file, step_file
 from selection.recipes.execute import Selection, set_column
 from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
@@ -134,13 +133,12 @@ class SubsetAsset:
         return {"kind": "uids", "name": name, "fingerprint": sha256(path)}
 
     def is_sound(self, snapshot: Snapshot) -> bool:
-        """Check, by reading them, whether the files of the newest version and its report are as they were written."""
+        """Check, by reading them, whether the files of the newest version's report are as they were written."""
         versions = Versions(snapshot.context.lake, self.recipe)
-        try:
-            current = versions.current()
-            return current is None or not versions.damage(current)
-        except DamagedError:
-            return False
+        current = versions.current()
+        wrong = {} if current is None else versions.report_damage(current)
+        snapshot.context.lake.damaged.update(wrong)
+        return not wrong
 
     def is_fresh(self, snapshot: Snapshot) -> bool:
         """Check whether the newest version is the one that a run would write; False also when inputs are missing.

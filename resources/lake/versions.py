@@ -30,6 +30,8 @@ from resources.lake.files import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, DamagedError,
 from resources.lake.owners import is_abandoned, token
 
 NAME = re.compile(r"^v\d{4,}$")
+NUMBERED = re.compile(r"^\.?v(\d{4,})(?:\..+\.damaged)?$")
+"""Folders whose numbers are taken: those of versions, and of versions that were set aside."""
 ROW_GROUP = 1 << 20
 CLAIM_SUFFIX = ".writing"
 RECORD, REPORT_CHECKSUMS = "lineage.json", "report/checksums.json"
@@ -146,22 +148,28 @@ class Versions:
         return Version(self.recipe, name, f"{self.folder}/{name}", lineage)
 
     def damage(self, version: Version) -> dict[str, str]:
-        """Read a version's files and report, and return what is wrong with which path."""
-        found = {f"{version.folder}/{file}": sha for file, sha in version.checksums.items()}
-        place = f"{version.folder}/{REPORT_CHECKSUMS}"
-        wrong: dict[str, str] = {}
-        if self.lake.fs.exists(place):
-            try:
-                report = json.loads(self.lake.fs.cat_file(place))
-                found |= {f"{version.folder}/report/{file}": str(sha) for file, sha in report.items()}
-            except (ValueError, AttributeError):
-                wrong[place] = "not a table of checksums"
-        elif version.sealed:
-            wrong[place] = "missing"
-        for path, sha in found.items():
-            if (why := self._wrong(path, sha)) is not None:
-                wrong[path] = why
-        return wrong
+        """Read a version's files, without its report, and return what is wrong with which path."""
+        return self._all_wrong({f"{version.folder}/{file}": sha for file, sha in version.checksums.items()})
+
+    def report_damage(self, version: Version) -> dict[str, str]:
+        """Read the files of a version's report, and return what is wrong with which path.
+
+        A version from before checksums may have no report, or one without checksums.
+        """
+        path = f"{version.folder}/{REPORT_CHECKSUMS}"
+        if not self.lake.fs.exists(path):
+            return {path: "missing"} if version.sealed else {}
+        try:
+            files = dict(json.loads(self.lake.fs.cat_file(path)))
+        except (ValueError, TypeError):
+            files = {}
+        if not files:
+            return {path: "not a table of checksums"}
+        return self._all_wrong({f"{version.folder}/report/{file}": str(sha) for file, sha in files.items()})
+
+    def _all_wrong(self, wanted: Mapping[str, str]) -> dict[str, str]:
+        found = {path: self._wrong(path, sha) for path, sha in wanted.items()}
+        return {path: why for path, why in found.items() if why is not None}
 
     def _wrong(self, path: str, sha: str) -> str | None:
         if not self.lake.fs.exists(path):
@@ -193,23 +201,20 @@ class Versions:
     def set_damaged_aside(self) -> dict[str, str]:
         """Set the newest versions aside as far as they are damaged: rename `v0003` to `.v0003.<random>.damaged`.
 
-        A damaged report counts as damage of the report only, which can be written again.
-
         Returns:
             What was wrong, by path.
         """
         found: dict[str, str] = {}
         while names := self.names():
-            folder = f"{self.folder}/{names[-1]}"
             try:
                 wrong = self.damage(self.read(names[-1]))
-                wrong = {path: why for path, why in wrong.items() if not path.startswith(f"{folder}/report/")}
             except DamagedError as error:
-                wrong = {f"{folder}/{RECORD}": str(error)}
+                wrong = {self._lineage_path(names[-1]): str(error).partition(". Remedy")[0].rpartition("damaged: ")[2]}
             if not wrong:
                 break
             found |= wrong
             self.set_aside(names[-1])
+        self.lake.damaged.update(found)
         return found
 
     def set_aside(self, name: str) -> None:
@@ -292,7 +297,8 @@ class Versions:
             mine = folder / f".{token()}{TEMPORARY_SUFFIX}"
             mine.mkdir()
             (mine / f".{token()}{CLAIM_SUFFIX}").touch()
-            number = max((int(path.name[1:]) for path in folder.iterdir() if NAME.match(path.name)), default=0)
+            taken = (NUMBERED.match(path.name) for path in folder.iterdir())
+            number = max((int(found[1]) for found in taken if found is not None), default=0)
             while True:
                 number += 1
                 with contextlib.suppress(OSError):
