@@ -23,7 +23,7 @@ from dagster_project.tables import print_json
 from resources.catalog.build import CatalogError, read_catalog
 from resources.lake.files import DAMAGED_SUFFIX, DamagedError, Lake
 from resources.lake.sealed import mapped, read_arrow, read_parquet
-from resources.lake.versions import RECORD, Version, Versions
+from resources.lake.versions import CLAIM_SUFFIX, RECORD, Version, Versions
 from resources.storage.checksums import ChecksumError
 
 DAMAGED, MISSING, UNVERIFIED, SET_ASIDE, OK = "damaged", "missing", "unverified", "set aside", "ok"
@@ -165,7 +165,7 @@ def _versions(versions: Versions, *, repair: bool) -> Iterator[Verified]:
         if folder.name.endswith(DAMAGED_SUFFIX):
             yield Verified(str(folder), SET_ASIDE, "it was damaged", "remove it when you have no more use for it")
         no_record = folder.name[0] != "." and folder.name not in complete and (folder / "subset.npy").exists()
-        if no_record and not any(folder.glob(".*")):  # else it is being written
+        if no_record and not any(folder.glob(f".*{CLAIM_SUFFIX}")):  # else it is being written
             yield Verified(str(folder / RECORD), MISSING, "a version without a record", _RUN)
     for name in complete:
         try:

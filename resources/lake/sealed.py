@@ -170,9 +170,8 @@ class Vectors:
                 self._verify(np.arange(first // BLOCK, -(-last // BLOCK)))
         elif len(rows):
             numbers = np.arange(len(self))[rows]  # counts from the end, and refuses rows that do not exist
-            first_block = np.unique((self._offset + numbers * size) // BLOCK)
-            spans = -(-size // BLOCK) + 1
-            last_block = (self._offset + len(self) * size - 1) // BLOCK
-            blocks = np.unique(first_block[:, None] + np.arange(spans))
-            self._verify(blocks[blocks <= last_block])
+            first = (self._offset + numbers * size) // BLOCK
+            last = (self._offset + (numbers + 1) * size - 1) // BLOCK
+            longest = int((last - first).max()) + 1
+            self._verify(np.unique(np.minimum(first[:, None] + np.arange(longest), last[:, None])))
         return self._values[rows]
