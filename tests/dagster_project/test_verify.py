@@ -84,9 +84,11 @@ def test_each_damage_of_each_file_is_reported_and_the_others_are_not(verify: Ver
             apply(path)
             reported = verify(status=1)
             state = "missing" if damage == "deleted" else "damaged"
-            if {file: found["state"] for file, found in reported.items()} != {name: state}:
+            states = {file: found["state"] for file, found in reported.items()}
+            listed = kind == "report checksums" and all(file.startswith(f"{VERSION}/report/") for file in states)
+            if states != {name: state} and not listed:
                 wrong.append((kind, damage, reported))
-            elif not reported[name]["remedy"] or not reported[name]["detail"]:
+            elif not all(found["remedy"] and found["detail"] for found in reported.values()):
                 wrong.append((kind, damage, "no remedy or detail"))
             path.unlink(missing_ok=True)
             path.write_bytes(content)
