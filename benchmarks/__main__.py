@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import discovery, growth, overhead, reading, scores, selecting
 from benchmarks.bars import Compared, compare, read_bars, still_broken
 
@@ -49,7 +51,8 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results to this file")
     arguments = parser.parse_args()
-    bars = read_bars()
+    capability = torch.backends.cpu.get_cpu_capability()
+    bars = read_bars(capability)
     found: dict[str, Mapping[str, Any]] = {}
     compared: list[Compared] = []
     broken: list[Compared] = []
@@ -58,6 +61,7 @@ def main() -> int:
         compared += compare(bars.get(part, {}), part, found[part])
         if arguments.enforce:
             broken += still_broken(bars.get(part, {}), part, found[part], partial(_measured, part))
+    print(f"bars of a CPU with {capability}")
     print(_table(compared))
     for one in broken:
         print(f"{one.part}: {one.name} was more than a third below its bar in three runs of three")

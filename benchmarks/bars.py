@@ -47,10 +47,15 @@ class Compared:
         return self.ratio < self.bar * (1 - SLACK)
 
 
-def read_bars(path: Path = BARS) -> Bars:
-    """Read the bars: by benchmark, the minimum by the ratio's name."""
-    bars: Bars = json.loads(path.read_text())
-    return bars
+def read_bars(capability: str, path: Path = BARS) -> Bars:
+    """Read the bars for a CPU capability, as torch names it: by benchmark, the minimum by the ratio's name.
+
+    The file has bars for every CPU, and more by capability; for a capability without a row of its own, those of
+    `other`.
+    """
+    stored = json.loads(path.read_text())
+    own = stored["by_capability"].get(capability, stored["by_capability"]["other"])
+    return {part: stored["every"].get(part, {}) | own.get(part, {}) for part in stored["every"].keys() | own.keys()}
 
 
 def compare(bars: Mapping[str, float], part: str, found: Results) -> list[Compared]:

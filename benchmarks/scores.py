@@ -3,8 +3,9 @@
     python -m benchmarks.scores [--whole] [--json PATH]
     python -m benchmarks.scores --device cuda [--tune] [--json PATH]
 
-Each call of a score follows a call of the product, and the median of their ratios is reported, so that other work on
-the machine slows both alike. On a GPU this needs only torch, triton and the folders `selection` and `benchmarks`.
+Each call of a score follows a call of the product by the fastest library, and the median of their ratios is reported,
+so that other work on the machine slows both alike. On a GPU this needs only torch, triton and the folders `selection`
+and `benchmarks`.
 """
 
 import argparse
@@ -58,28 +59,24 @@ def measure(repeats: int = REPEATS, plain: int = PLAIN) -> dict[str, Any]:
     moment = second_moment(batch_image)
     many = half_image.repeat(10, 1)
 
-    def two_products(product: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[], Any]:
-        return lambda: (product(image, batch_text), product(text, batch_image))
-
     def loss(**settings: Any) -> Callable[[], Any]:
         return lambda: neg_clip_loss(half_image, half_text, *draw, temperature=TEMPERATURE, **settings)
 
     def nearest(**settings: Any) -> Callable[[], Any]:
         return lambda: nearest_target(half_image, draw[0][0], **settings)
 
-    bare = two_products(_product)
+    seconds, bare = best_product((image, batch_text), (text, batch_image), repeats=repeats)
+    library = min(seconds, key=seconds.__getitem__)
     loss_seconds, loss_ratio = _beside(bare, loss(), repeats)
     _, wide_ratio = _beside(bare, lambda: neg_clip_loss(image, text, *wide_draw, temperature=TEMPERATURE), repeats)
     nearest_seconds, nearest_ratio = _beside(bare, nearest(), repeats)
-    product_seconds, own_product = _beside(two_products(_by_torch_mm), bare, repeats)
     by_moment, _ = _beside(bare, lambda: norm_sim_from_moment(many, moment), 1)
     by_force, _ = _beside(bare, lambda: _brute_force(half_image, draw[0][0]), 1)
     found: dict[str, Any] = {
         "machine": machine(),
         "shapes": {"rows": ROWS, "batch": BATCH, "targets": BATCH, "width": WIDTH, "draws": 1, "plain": plain},
-        "product_gflops": 4 * ROWS * BATCH * WIDTH / product_seconds / 1e9,
-        "product_of_torch_mm": own_product,
-        "product_of_numpy": _beside(_numpy_products(image, text, batch_image, batch_text), bare, repeats)[1],
+        "product_gflops": {name: 4 * ROWS * BATCH * WIDTH / taken / 1e9 for name, taken in seconds.items()},
+        "best_product": library,
         "neg_clip_loss_of_product": loss_ratio,
         "neg_clip_loss_float32_of_product": wide_ratio,
         "neg_clip_loss_rows_per_second": ROWS / loss_seconds,
@@ -179,21 +176,27 @@ def _cuda_seconds(task: Callable[[], Any], repeats: int = 10) -> float:
     return taken / repeats
 
 
-def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Compute the bare product with the library that `selection` uses: the fastest of those measured here."""
+def best_product(
+    *operands: tuple[torch.Tensor, torch.Tensor], repeats: int
+) -> tuple[dict[str, float], Callable[[], Any]]:
+    """Time the product rows · columnsᵀ of each pair of operands by each library.
+
+    Returns:
+        The median seconds of all pairs by library, and the fastest library's products as a task.
+    """
+    tasks: dict[str, Callable[[], Any]] = {
+        "torch.mm": lambda: [rows @ columns.T for rows, columns in operands],
+        "numpy": lambda: [rows.numpy() @ columns.numpy().T for rows, columns in operands],
+    }
     if torch.backends.mkldnn.is_available():
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
-        return product
-    return rows @ columns.T
-
-
-def _by_torch_mm(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return rows @ columns.T
-
-
-def _numpy_products(*matrices: torch.Tensor) -> Callable[[], Any]:
-    image, text, batch_image, batch_text = (matrix.numpy() for matrix in matrices)
-    return lambda: (image @ batch_text.T, text @ batch_image.T)
+        by_onednn = torch.ops.mkldnn._linear_pointwise
+        tasks["oneDNN"] = lambda: [by_onednn(rows, columns, None, "none", [], "") for rows, columns in operands]
+    taken: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats + 1):  # the first one warms up
+        for name, task in tasks.items():
+            taken[name].append(_seconds(task))
+    seconds = {name: median(of_task[1:]) for name, of_task in taken.items()}
+    return seconds, tasks[min(seconds, key=seconds.__getitem__)]
 
 
 def _plain(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -214,7 +217,7 @@ def _in_tiles(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
     def task(tiles: Tiles, at: slice) -> None:
         none = torch.full((tiles.height,), -math.inf, device=rows.device)
-        sums = LogSumExp(none, TEMPERATURE, 1, tiles.products)
+        sums = LogSumExp(none, TEMPERATURE, torch.empty_like(tiles.products))
         for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
             sums.update(similarities)
         result[at] = sums.value()[: at.stop - at.start]

@@ -189,11 +189,8 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
             console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)
         for shard, reason in lineage["shards_missing"].items():
             console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
-        if lineage["source"]["duplicates"]:
-            console.print(
-                f"  {lineage['source']['duplicates']:,} rows left out: an earlier row has their uid", style="yellow"
-            )
         console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
+    _print_checks(project, graph, console)
     print_failures(outcome, console)
     if not outcome.failures:
         console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
@@ -239,6 +236,27 @@ def _print_pool(project: "Context", console: Console) -> None:
         console.print(f"  shard {shard}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(notes) > NOTES:
         console.print(f"  and {len(notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
+
+
+def _print_checks(project: "Context", graph: "Graph", console: Console) -> None:
+    """Print the checks that warn or had nothing to compare, whichever run they ran in, and the drift of negatives."""
+    from assets.base.upstream_checks import FAILED, verdicts, warning_text, warnings_of
+
+    assets = {node.key: node for node in graph.in_order}
+    found = warnings_of(project.lake, assets, assets, project.lake.shards("raw_pool"))
+    for title, entries, style in (
+        ("Warnings", [entry for entry in found if entry["result"] == FAILED], "yellow"),
+        ("Not compared", [entry for entry in found if entry["result"] != FAILED], "dim"),
+    ):
+        if entries:
+            console.print(f"{title}:", style=style)
+        for entry in entries:
+            text = f"  {warning_text(entry)}"
+            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    for asset, finding in verdicts(project.lake, assets, assets).items():
+        if finding["passed"]:
+            text = f"Drift of {asset}: {finding['figures']['verdict']}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # The other commands

@@ -163,7 +163,8 @@ class _Pass:
                 continue
             try:
                 if isinstance(node, SubsetAsset):
-                    if not (node.is_fresh(self._now()) and node.is_sound(self.snapshot)):
+                    now = self._now()
+                    if not (node.is_fresh(now) and node.is_sound(now)) or node.has_due_checks(now):
                         self._launch(node.key, None)
                 elif isinstance(node, PartitionedAsset):
                     for some in neighbours(shards, set(self._due(node, shards))):

@@ -185,9 +185,12 @@ def _refresh(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContex
 
 
 def _subset_mark(snapshot: Snapshot, subset: SubsetAsset) -> str | None:
-    """Return a short name of the version that a run would write, or None where it would write none."""
+    """Return a short name of the version that a run would write, or None where it would write and measure nothing."""
     try:
-        return None if subset.is_fresh(snapshot) else subset.inputs(snapshot).fingerprint(subset.model)[:16]
+        fingerprint = subset.inputs(snapshot).fingerprint(subset.model)[:16]
+        if not subset.is_fresh(snapshot):
+            return fingerprint
+        return f"{fingerprint} checks" if subset.has_due_checks(snapshot) else None
     except NotReady:
         return None
 

@@ -19,6 +19,7 @@ from assets.graph import Graph, Node
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from core.hashing import digest
+from resources.lake.check_records import remove_checks
 from resources.lake.files import Lake
 from selection.recipes.recipe import set_kind
 
@@ -67,6 +68,7 @@ def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:
     for shard in shards:
         for node in (*graph.exports, *reversed(_partitioned(graph))):
             lake.remove(node.key, shard)
+            remove_checks(lake, node.key, shard)
         lake.remove("rejects", shard)
 
 

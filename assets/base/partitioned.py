@@ -22,8 +22,9 @@ from assets.base.checks import (
     CheckFailed,
     check_before_writing,
     check_specs,
+    check_stored,
+    findings_of,
     log_checks,
-    run_checks,
 )
 from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS, asset_key
@@ -258,7 +259,7 @@ def _check_again(context: dg.AssetExecutionContext, asset: PartitionedAsset, ste
     requested = {key.name for key in context.selected_asset_check_keys}
     checks = [check for check in asset.checks if check.name in requested]
     for shard in context.partition_keys:
-        log_checks(context, asset.key, shard, run_checks(checks, asset.tables(step.snapshot, shard)))
+        log_checks(context, asset.key, shard, check_stored(checks, asset.tables(step.snapshot, shard)))
 
 
 def _is_followed(context: dg.AssetExecutionContext, asset: PartitionedAsset) -> bool:
@@ -286,7 +287,8 @@ class _EventLog:
                     tags=self._tags(record),
                 )
             )
-            log_checks(self.context, self.asset.key, record.shard, record.stored.summary.get(SUMMARY_KEY, {}))
+            findings = findings_of(self.context.resources.lake, record.stored)
+            log_checks(self.context, self.asset.key, record.shard, findings)
 
     def _tags(self, record: _Record) -> dict[str, str]:
         tags = {

@@ -18,8 +18,9 @@ from assets.base.checks import (
     check_before_writing,
     check_results,
     check_specs,
+    check_stored,
+    findings_of,
     log_checks,
-    run_checks,
 )
 from assets.base.context import Context, Snapshot
 from assets.base.keys import asset_key
@@ -78,7 +79,7 @@ class UnpartitionedTemplate(Template):
             else:
                 requested = {check.name for check in context.selected_asset_check_keys}
                 checks = [check for check in asset.checks if check.name in requested]
-                log_checks(context, asset.key, None, run_checks(checks, asset.tables(step.snapshot, None)))
+                log_checks(context, asset.key, None, check_stored(checks, asset.tables(step.snapshot, None)))
 
         asset = UnpartitionedAsset(declared, project, assets, body)
         return asset
@@ -178,6 +179,6 @@ def _run(
     return dg.MaterializeResult(
         asset_key=asset_key(asset.key),
         metadata=metadata,
-        check_results=check_results(context, stored.summary.get(SUMMARY_KEY, {})),
+        check_results=check_results(context, findings_of(step.context.lake, stored)),
         data_version=dg.DataVersion(stored.fingerprint),
     )

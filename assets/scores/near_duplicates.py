@@ -368,12 +368,10 @@ class _Search:
         """Gather the embeddings of ranks from `start` to before `stop`, going through the shards once."""
         found = self._array("vectors", "r+")
         for shard in self.state["shards"]:
-            image = self._images[shard]
-            rank = self._ranks(shard)
+            image, rank = self._images[shard], self._ranks(shard)
             inside = np.flatnonzero((rank >= start) & (rank < stop))
             for at in range(0, len(inside), CHUNK_ROWS):
-                some = inside[at : at + CHUNK_ROWS]
-                vectors = image[some]
+                vectors = image[some := inside[at : at + CHUNK_ROWS]]
                 wrong = np.flatnonzero(~np.isfinite(vectors.sum(1, dtype=np.float32)))
                 for row in wrong[:1]:
                     (uid,) = self._uids(rank[some[row : row + 1]])

@@ -91,6 +91,7 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
     fs.pipe_file(f"{folder}/{SHEET_FILE}", window.encode())
     tables: dict[str, Sequence[Sequence[str]]] = {
         "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
+        **_warnings(version.lineage),
         **_summaries(version.lineage),
     }
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
@@ -113,6 +114,20 @@ def _about(version: Version) -> dict[str, str]:
         **overlap,
         "fingerprint": lineage["fingerprint"],
     }
+
+
+def _warnings(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Return the warnings and the drift of the negatives as rows of tables by their title; nothing without any."""
+    tables = {}
+    if found := lineage.get("warnings"):
+        rows = [
+            [e["asset"], e["check"], e["result"], textwrap.shorten(", ".join(e["shards"]), 80), e["why"]] for e in found
+        ]
+        tables["Warnings"] = [["asset", "check", "result", "shards", "why"], *rows]
+    if drift := lineage.get("drift"):
+        rows = [[asset, finding["figures"].get("verdict", finding["why"])] for asset, finding in drift.items()]
+        tables["Drift of the negatives"] = [["negatives", "verdict"], *rows]
+    return tables
 
 
 def _sheets(project: Context, selection: Selection) -> tuple[list[Sheet], list[Tile]]:

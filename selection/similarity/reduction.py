@@ -11,6 +11,7 @@ padded with zeros. A row's result then depends only on the row and the columns, 
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -24,15 +25,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Arithmetic = Literal["float32", "bfloat16"]
 """Operands of products on CPU: as stored, or rounded to bfloat16 (see `Tiles`)."""
 
-# Rows and columns of a tile. On CPU a tile's products and exponentials fit a core's cache from one pass to the next;
-# bfloat16 tiles are taller, because converting the columns costs more relative to the product. On CUDA launches are the
-# cost, so tiles are large.
-_TILE = {"float32": (480, 512), "bfloat16": (960, 512), "cuda": (4096, 8192)}
+# Rows and columns of a tile, by the capability of the CPU as torch names it, or for CUDA. On CPU a tile of columns and
+# its products fit the caches from one pass to the next; AVX2 has fewer registers, and wider tiles make up for them. On
+# CUDA launches are the cost, so tiles are large. A table and not a measurement at run time, because another shape may
+# round differently (docs/decisions/0004-engine.md).
+_TILES = {"AVX512": (960, 512), "AVX2": (960, 1024), "cuda": (4096, 8192)}
 
 _GROUP = 16  # tiles of rows whose partial column sums are in memory
 
-# Use oneDNN for float32 products where torch has it: on AMD it is twice as fast as MKL's `torch.mm`, and unlike
-# OpenBLAS it gives a row the same bits wherever it is in a tile (docs/decisions/0004-engine.md).
+# Powers of two of a fixed shift: the highest, with room for sums below float32's 2^128; and the lowest total that
+# loses nothing, with room for 2^16 terms below float32's 2^-126.
+_HIGHEST, _LOWEST = 110, 86
+
+# Use oneDNN for float32 products where torch has it: on no kind of CPU it is slower than MKL's `torch.mm`, on some half
+# as slow, and unlike OpenBLAS it gives a row the same bits wherever it is in a tile (docs/decisions/0004-engine.md).
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -58,24 +64,24 @@ def log_sum_exp(
     """
     if (kernels := _kernels(rows, arithmetic)) and len(columns):
         return _add_first(kernels.log_sum_exp(rows, columns, temperature=temperature), first, temperature)
-    result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    if (shift := FixedShift.of(temperature)) is None:
+        return _by_running_maximum(rows, columns, first, temperature, arithmetic)
+    total = shift.power(first)
 
     def task(tiles: Tiles, at: slice) -> None:
-        start = torch.full((tiles.height,), -math.inf, device=rows.device)
-        start[: at.stop - at.start] = first[at]
-        sums = LogSumExp(start, temperature, 1, tiles.products)
-        for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
-            sums.update(similarities)
-        result[at] = sums.value()[: at.stop - at.start]
+        sums = torch.zeros(tiles.height, dtype=torch.float64, device=rows.device)
+        for _, powers in tiles.powers(tiles.rows(rows, at), columns, shift):
+            sums += powers.sum(1)
+        total[at] += sums[: at.stop - at.start]
 
     for_each_tile(len(rows), rows, task, arithmetic)
-    return result
+    return _checked(total, rows, columns, first, shift, arithmetic)
 
 
 def log_sum_exp_both(
     rows: Tensor, columns: Tensor, *, temperature: float, arithmetic: Arithmetic = "float32"
 ) -> tuple[Tensor, Tensor]:
-    """Compute τ · log Σ exp(s/τ) along rows and along columns in one pass over the similarities.
+    """Compute τ · log Σ exp(s/τ) along rows and along columns, where possible in one pass over the similarities.
 
     Args:
         rows: [n, d] float16, bfloat16 or float32.
@@ -88,27 +94,59 @@ def log_sum_exp_both(
     """
     if kernels := _kernels(rows, arithmetic):
         return kernels.log_sum_exp_both(rows, columns, temperature=temperature)
-    by_row = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    by_column = torch.full((1, len(columns)), -math.inf, dtype=torch.float64, device=rows.device)
-    height, _ = tile_shape(rows, arithmetic)
+    none = torch.full((max(len(rows), len(columns)),), -math.inf, device=rows.device)
+    sides = (rows, columns, none[: len(rows)]), (columns, rows, none[: len(columns)])
+    if (shift := FixedShift.of(temperature)) is None:
+        by_row, by_column = (_by_running_maximum(*side, temperature, arithmetic) for side in sides)
+        return by_row, by_column
+    by_row, by_column = (torch.zeros(len(side[0]), dtype=torch.float64, device=rows.device) for side in sides)
+    height, _ = tile_shape(rows)
     for some in spans(len(rows), _GROUP * height):
         # Tiles of rows finish in any order, so their partial column sums are kept and then added in a fixed order.
-        parts = by_column.new_full((_GROUP, len(columns)), -math.inf)
+        parts = by_column.new_zeros(_GROUP, len(columns))
 
         def task(tiles: Tiles, at: slice, some: slice = some, parts: Tensor = parts) -> None:
-            at = slice(some.start + at.start, some.start + at.stop)
-            none = torch.full((max(tiles.height, len(columns)),), -math.inf, device=rows.device)
-            along_rows = LogSumExp(none[: tiles.height], temperature, 1, torch.empty_like(tiles.products))
-            along_columns = LogSumExp(none[: len(columns)], temperature, 0, tiles.products)
-            for where, similarities in tiles.similarities(tiles.rows(rows, at), columns):
-                along_rows.update(similarities)
-                along_columns.update(similarities[: at.stop - at.start], where)
-            by_row[at] = along_rows.value()[: at.stop - at.start]
-            parts[(at.start - some.start) // tiles.height] = along_columns.value()
+            of_columns = parts[at.start // height]
+            sums = by_row.new_zeros(height)
+            for where, powers in tiles.powers(tiles.rows(rows[some], at), columns, shift):
+                sums += powers.sum(1)
+                of_columns[where] = powers[: at.stop - at.start].sum(0)[: where.stop - where.start].double()
+            by_row[some][at] = sums[: at.stop - at.start]
 
         for_each_tile(some.stop - some.start, rows, task, arithmetic)
-        by_column = temperature * (torch.cat([by_column, parts]) / temperature).logsumexp(0, keepdim=True)
-    return by_row, by_column[0]
+        by_column += parts.sum(0)
+    by_row, by_column = (
+        _checked(total, *side, shift, arithmetic) for total, side in zip((by_row, by_column), sides, strict=True)
+    )
+    return by_row, by_column
+
+
+def _checked(
+    total: Tensor, rows: Tensor, columns: Tensor, first: Tensor, shift: "FixedShift", arithmetic: Arithmetic
+) -> Tensor:
+    """Return τ · log Σ exp(s/τ) for totals of powers, computed again where the fixed shift lost terms or overflowed."""
+    result = shift.log(total)
+    if len(lost := (~shift.holds(total, len(columns))).nonzero()[:, 0]):
+        result[lost] = _by_running_maximum(rows[lost], columns, first[lost], shift.temperature, arithmetic)
+    return result
+
+
+def _by_running_maximum(
+    rows: Tensor, columns: Tensor, first: Tensor, temperature: float, arithmetic: Arithmetic
+) -> Tensor:
+    """Compute `log_sum_exp` for any finite similarities and temperature, at the cost of more passes over a tile."""
+    result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+
+    def task(tiles: Tiles, at: slice) -> None:
+        start = torch.full((tiles.height,), -math.inf, device=rows.device)
+        start[: at.stop - at.start] = first[at]
+        sums = LogSumExp(start, temperature, torch.empty_like(tiles.products))
+        for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
+            sums.update(similarities)
+        result[at] = sums.value()[: at.stop - at.start]
+
+    for_each_tile(len(rows), rows, task, arithmetic)
+    return result
 
 
 def largest(
@@ -217,9 +255,11 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() * right.float()).sum(dim=1)
 
 
-def tile_shape(like: Tensor, arithmetic: Arithmetic) -> tuple[int, int]:
-    """Return rows and columns of a tile for operands like this one."""
-    return _TILE[arithmetic if like.device.type == "cpu" else "cuda"]
+def tile_shape(like: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a tile on the device of an operand."""
+    if like.device.type != "cpu":
+        return _TILES["cuda"]
+    return _TILES.get(torch.backends.cpu.get_cpu_capability(), _TILES["AVX2"])
 
 
 class Tiles:
@@ -238,7 +278,7 @@ class Tiles:
     def __init__(self, like: Tensor, arithmetic: Arithmetic = "float32") -> None:
         on_cpu = like.device.type == "cpu"
         self.rounds = on_cpu and arithmetic == "bfloat16"
-        self.height, self.width = tile_shape(like, arithmetic)
+        self.height, self.width = tile_shape(like)
         dtype = torch.float32 if on_cpu else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
         # Scratch of a tile's size, which operations may overwrite.
@@ -254,22 +294,43 @@ class Tiles:
         Yields:
             A slice of columns, and their similarities [height, columns] in float32, which operations may overwrite.
         """
+        for at, products in self._multiply(tile, matrix, 1.0, 0.0):
+            yield at, products[:, : at.stop - at.start]
+
+    def powers(self, tile: Tensor, matrix: Tensor, shift: "FixedShift") -> Iterator[tuple[slice, Tensor]]:
+        """Compute powers of two of the shifted similarities of a row tile and the rows of matrix [n, d].
+
+        Yields:
+            A slice of columns, and `shift.power` of their similarities in a whole tile [height, width], float32. What
+            the last slice does not cover is 0, so that a sum takes the same SIMD lanes for every row.
+        """
+        for at, products in self._multiply(tile, matrix, shift.scale, -shift.scale * shift.top):
+            products[:, at.stop - at.start :] = -math.inf
+            yield at, products.exp2_()
+
+    def _multiply(self, tile: Tensor, matrix: Tensor, scale: float, offset: float) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of columns and scale · s + offset in a whole tile [height, width] of float32."""
+        halves = not self.rounds and tile.dtype != torch.float32  # scaled after the product, for their bits are few
+        tile = tile if halves or scale == 1 else tile * scale
+        bias = self.products.new_full((self.width,), offset)
         if self.rounds and len(matrix):
             centre = matrix[: self.width].float().mean(0)
-            common, rounded = row_dots(tile, centre)[:, None], tile.bfloat16()
+            common, rounded = row_dots(tile, centre)[:, None] + offset, tile.bfloat16()
         for at in spans(len(matrix), self.width):
             columns = self._fill(self._columns, matrix[at])
             products = self.products
             if self.rounds:
                 residuals = torch.mm(rounded, columns.sub_(centre).bfloat16().T)
                 products.copy_(residuals).add_(common)
-            elif columns.dtype != torch.float32:  # without out_dtype torch rounds the product of halves to half
+            elif halves:  # without out_dtype torch rounds the product of halves to half
                 torch.mm(tile, columns.T, out_dtype=torch.float32, out=products)
+                if scale != 1:
+                    products.mul_(scale).add_(offset)
             elif columns.is_cpu and _ONEDNN:
-                products = torch.ops.mkldnn._linear_pointwise(tile, columns, None, "none", [], "")
+                products = torch.ops.mkldnn._linear_pointwise(tile, columns, bias, "none", [], "")
             else:
-                torch.mm(tile, columns.T, out=products)
-            yield at, products[:, : at.stop - at.start]
+                torch.addmm(bias, tile, columns.T, out=products)
+            yield at, products
 
     @staticmethod
     def _fill(buffer: Tensor, rows: Tensor) -> Tensor:
@@ -297,7 +358,7 @@ def for_each_tile(
         task: handles the rows `at`; may use `tiles` freely, and writes results for those rows only.
         arithmetic: arithmetic of the tiles.
     """
-    height, _ = tile_shape(like, arithmetic)
+    height, _ = tile_shape(like)
     todo = iter(spans(count, height))
 
     def work() -> None:
@@ -307,6 +368,7 @@ def for_each_tile(
 
     def work_alone() -> None:
         torch.set_num_threads(1)  # for operations of this thread
+        torch.set_flush_denormal(True)  # likewise; numbers below 2^-126 slow every operation on them
         with torch.no_grad():  # a setting of the thread, too
             work()
 
@@ -322,40 +384,74 @@ def for_each_tile(
         torch.set_num_threads(threads)  # threads started later inherit it
 
 
+@dataclass(frozen=True)
+class FixedShift:
+    """Powers 2^(scale · (s - top)) = exp((s - top)/τ) of similarities s in [-1, 1], which need no running maximum.
+
+    The shift is a constant of τ, so that a row's terms do not depend on other rows. It is low enough for powers of
+    s = -1 to be normal numbers where float32 has the range for it, and high enough for s = 1 not to overflow.
+
+    Attributes:
+        temperature: τ.
+        scale: log2(e) / τ.
+        top: the similarity whose power is 1.
+    """
+
+    temperature: float
+    scale: float
+    top: float
+
+    @classmethod
+    def of(cls, temperature: float) -> "FixedShift | None":
+        """Return the shift for τ, or None if most rows would lose terms because τ is below 0.0074."""
+        scale = math.log2(math.e) / temperature
+        top = max(0.0, 1 - _HIGHEST / scale)
+        return cls(temperature, scale, top) if top - _LOWEST / scale <= 0 else None
+
+    def power(self, similarities: Tensor) -> Tensor:
+        """Return the powers of any similarities, float64 of the same shape."""
+        return (self.scale * (similarities.double() - self.top)).exp2()
+
+    def log(self, total: Tensor) -> Tensor:
+        """Return τ · log Σ exp(s/τ) for totals of powers, float64 of the same shape."""
+        return self.top + total.log2() / self.scale
+
+    def holds(self, total: Tensor, terms: int) -> Tensor:
+        """Return which totals of so many terms are finite, and so large that terms below float32's range add nothing.
+
+        A power below 2^-126 may count as 0. So many of them are less than 2^-24 of a total that holds.
+        """
+        return torch.isfinite(total) & (total >= terms * 2.0 ** (24 - 126))
+
+
 class LogSumExp:
-    """τ · log Σ exp(s/τ) along one dimension of the similarities, without overflow for any finite s.
+    """τ · log Σ exp(s/τ) along the rows of the similarities, without overflow for any finite s.
 
     A running maximum is subtracted from the exponents. The sum is of powers of two, because exp2 is cheaper than exp.
 
     Args:
         first: float32 [m], one more term of each sum; -inf for none.
         temperature: τ.
-        dim: 1 to sum along the rows of a tile, 0 along its columns.
-        scratch: float32 of a whole tile's shape, overwritten. It may be `Tiles.products` if no other operation needs
-            the tile afterwards.
+        scratch: float32 [m, width of a tile], overwritten.
     """
 
-    def __init__(self, first: Tensor, temperature: float, dim: int, scratch: Tensor) -> None:
+    def __init__(self, first: Tensor, temperature: float, scratch: Tensor) -> None:
         self._top = first.clone()
         self._total = torch.isfinite(first).double()
         self._scale = math.log2(math.e) / temperature
-        self._dim = dim
         self._scratch = scratch
 
-    def update(self, tile: Tensor, at: slice = slice(None)) -> None:
-        """Add the terms of a tile of similarities to the sums at the given rows (dim 1) or columns (dim 0)."""
-        height, width = tile.shape
-        old = self._top[at]
-        top = torch.maximum(old, tile.amax(self._dim))
+    def update(self, tile: Tensor) -> None:
+        """Add the terms of a tile of similarities [m, any]."""
+        top = torch.maximum(self._top, tile.amax(1))
         terms = self._scratch
-        torch.sub(tile, top.unsqueeze(self._dim), out=terms[:height, :width])
+        torch.sub(tile, top[:, None], out=terms[:, : tile.shape[1]])
         # Sum whole, contiguous tiles even when the last is ragged, so that SIMD lanes are the same for every row.
-        terms[height:] = -math.inf
-        terms[:, width:] = -math.inf
-        added = terms.mul_(self._scale).exp2_().sum(self._dim)[: len(top)]
+        terms[:, tile.shape[1] :] = -math.inf
+        added = terms.mul_(self._scale).exp2_().sum(1)
         # The total so far was relative to the old maximum: rescale it to the new one.
-        self._total[at] = self._total[at] * ((old - top).double() * self._scale).exp2() + added
-        self._top[at] = top
+        self._total = self._total * ((self._top - top).double() * self._scale).exp2() + added
+        self._top = top
 
     def value(self) -> Tensor:
         """Return τ · log Σ exp(s/τ), float64 [m]."""

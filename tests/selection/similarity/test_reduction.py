@@ -1,6 +1,7 @@
 """The tiles and the operations on them, and the imports of the science."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from selection.similarity.reduction import (
+    FixedShift,
     Largest,
     LogSumExp,
     Tiles,
@@ -84,13 +86,39 @@ def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width, arithmetic):
     seen = []
 
     def task(tiles, _):
-        sums = LogSumExp(torch.full((tiles.height,), -math.inf), 0.01, 1, tiles.products)
-        for _, similarities in tiles.similarities(row.repeat(tiles.height, 1), columns):
+        tile = row.repeat(tiles.height, 1)
+        sums = LogSumExp(torch.full((tiles.height,), -math.inf), 0.01, torch.empty_like(tiles.products))
+        for _, similarities in tiles.similarities(tile, columns):
             sums.update(similarities)
         seen.append(sums.value())
+        seen.append(sum(powers.sum(1) for _, powers in tiles.powers(tile, columns, FixedShift.of(0.01))))
 
     for_each_tile(1, row, task, arithmetic)
-    assert len(seen[0].unique()) == 1
+    assert [len(sums.unique()) for sums in seen] == [1, 1]
+
+
+def test_a_row_has_the_same_bits_anywhere_on_a_cpu_with_avx2_alone():
+    """Another kind of CPU has other tiles and instructions; these variables make the libraries act as on one."""
+    emulated = {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    }
+    names = [
+        "test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit",
+        "test_a_row_s_sum_has_the_same_bits_beside_any_other",
+    ]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", " or ".join(names)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | emulated,
+        cwd=Path(__file__).resolve().parents[3],
+    )
+    assert child.returncode == 0, child.stdout
+    assert child.stdout.startswith("." * 16)
 
 
 def with_common_part(rows, width, seed):
@@ -134,25 +162,71 @@ def test_an_arithmetic_that_is_not_known_is_refused():
         largest(one, one, arithmetic="float16")
 
 
+def unit_rows(cosines, width, seed):
+    """Return unit rows [n, width] with the given cosines to the first axis."""
+    noise = torch.randn(len(cosines), width - 1, generator=torch.Generator().manual_seed(seed))
+    beside = torch.nn.functional.normalize(noise, dim=1) * (1 - cosines**2).clamp(min=0).sqrt()[:, None]
+    return torch.cat([cosines[:, None], beside], 1)
+
+
 @given(
-    height=st.integers(1, 9),
-    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    temperature=st.floats(0.001, 10),
-    dim=st.sampled_from([0, 1]),
+    rows=st.integers(1, 600),
+    columns=st.integers(1, 700),
+    temperature=st.sampled_from([0.001, 0.005, 0.0074, 0.0075, 0.01, 0.0145, 0.07, 1, 10]) | st.floats(0.001, 10),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    opposite=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None)
-def test_log_sum_exp_of_tiles_is_that_of_the_whole_on_either_side(height, widths, temperature, dim, seed):
-    whole = torch.rand(height, sum(widths), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    lines = height if dim == 1 else sum(widths)
-    sums = LogSumExp(torch.full((lines,), -math.inf), temperature, dim, torch.empty(9, 9))
-    start = 0
-    for width in widths:
-        tile = whole[:, start : start + width]
-        sums.update(tile, slice(0, height) if dim == 1 else slice(start, start + width))
-        start += width
-    expected = temperature * (whole.double() / temperature).logsumexp(dim)
-    assert_close(sums.value(), expected, atol=2e-7 + 2e-7 * temperature, rtol=2e-7)
+@settings(max_examples=60, deadline=None)
+def test_sums_are_exact_for_every_similarity_and_temperature(rows, columns, temperature, dtype, opposite, seed):
+    """Rows lie anywhere between the columns' direction and its opposite; with `opposite` all columns are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    left = unit_rows(torch.rand(rows, generator=generator) * 2 - 1, 16, seed).to(dtype)
+    cosines = torch.full((columns,), 0.999) if opposite else torch.rand(columns, generator=generator) * 2 - 1
+    right = unit_rows(cosines, 16, seed + 1).to(dtype)
+    some = min(rows, columns, 5)
+    right[:some] = left[:some]
+    left[some : 2 * some] = -right[: len(left[some : 2 * some])]
+    first = torch.where(torch.rand(rows, generator=generator) < 0.5, left[:, 0].float(), -math.inf)
+    s = left.double() @ right.double().T
+    expected = torch.cat([first[:, None].double(), s], 1).div(temperature).logsumexp(1) * temperature
+    bounds = {"atol": 3e-7 + 3e-7 * temperature, "rtol": 3e-7}
+    assert_close(log_sum_exp(left, right, first, temperature=temperature), expected, **bounds)
+    by_row, by_column = log_sum_exp_both(left, right, temperature=temperature)
+    assert_close(by_row, temperature * (s / temperature).logsumexp(1), **bounds)
+    assert_close(by_column, temperature * (s / temperature).logsumexp(0), **bounds)
+
+
+@pytest.mark.parametrize("cosine", [-1.0, -0.9, -0.61, 3.0])
+def test_a_row_outside_the_range_of_the_fixed_shift_is_computed_with_a_running_maximum(cosine):
+    """At τ = 0.01 powers of -0.9 are below the numbers of float32, and those of 3 above."""
+    shift = FixedShift.of(0.01)
+    columns = torch.eye(4)[:1].repeat(600, 1)
+    rows = torch.zeros(700, 4)
+    rows[:, 0] = 0.3
+    rows[[5, 480, 699], 0] = cosine
+    assert not shift.holds(600 * shift.power(torch.tensor(cosine)).float(), 600)
+    none = torch.full((700,), -math.inf)
+    sums = log_sum_exp(rows, columns, none, temperature=0.01)
+    assert_close(sums, rows[:, 0].double() + 0.01 * math.log(600), atol=1e-7, rtol=1e-7)
+    by_row, by_column = log_sum_exp_both(columns, rows[[5, 480]], temperature=0.01)
+    assert_close(by_column, torch.full((2,), cosine + 0.01 * math.log(600)).double(), atol=1e-7, rtol=1e-7)
+    assert_close(by_row, torch.full((600,), cosine + 0.01 * math.log(2)).double(), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.01, 0.07, 10])
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_a_row_s_sum_has_the_same_bits_beside_any_other_rows(temperature, arithmetic):
+    """Rows of one call share tiles; some of them lie outside the range of the fixed shift and are computed again."""
+    left = unit_rows(torch.linspace(-1, 1, 1100), 48, seed=1)
+    right = unit_rows(torch.linspace(0.97, 1, 530), 48, seed=2)
+    first = torch.full((1100,), -math.inf)
+    first[::3] = left[::3, 0]
+    of_all = log_sum_exp(left, right, first, temperature=temperature, arithmetic=arithmetic)
+    order = torch.randperm(1100, generator=torch.Generator().manual_seed(3))
+    for rows in (order, order[:7], order[100:700]):
+        alone = log_sum_exp(left[rows], right, first[rows], temperature=temperature, arithmetic=arithmetic)
+        assert torch.equal(alone, of_all[rows])
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -199,7 +273,7 @@ def test_each_row_passes_once_and_in_order(count, device):
 
 def test_log_sum_exp_counts_its_first_term():
     first = torch.tensor([0.5, -math.inf, -1.0])
-    sums = LogSumExp(first, 0.5, 1, torch.empty(3, 4))
+    sums = LogSumExp(first, 0.5, torch.empty(3, 4))
     tile = torch.tensor([[0.1, 0.2], [0.1, 0.2], [1.0, 1.0]])
     sums.update(tile)
     expected = 0.5 * (torch.cat([first[:, None], tile], 1).double() / 0.5).logsumexp(1)
