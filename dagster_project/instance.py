@@ -94,11 +94,12 @@ def damaged_records(home: Path, *, thorough: bool = False) -> dict[Path, str]:
     found = {}
     shared = [home / name for name in ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")]
     for path in sorted(home.rglob("*.db")) if thorough else [path for path in shared if path.exists()]:
-        query = "PRAGMA quick_check(1)" if thorough else "SELECT CASE count(*) WHEN 0 THEN 'no tables' ELSE 'ok' END "
-        query += "" if thorough else "FROM sqlite_master"
         try:
             with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as con:
-                ((answer,),) = con.execute(query).fetchall()
+                ((tables,),) = con.execute("SELECT count(*) FROM sqlite_master").fetchall()
+                answer = "ok" if tables else "it has no tables"
+                if tables and thorough:
+                    ((answer,),) = con.execute("PRAGMA quick_check(1)").fetchall()
         except sqlite3.Error as error:
             answer = str(error)
         if answer != "ok":

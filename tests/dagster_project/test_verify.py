@@ -12,6 +12,7 @@ import pytest
 
 from dagster_project import cli
 from dagster_project.instance import damaged_records
+from dagster_project.verify import verified_files
 from resources.storage.checksums import Checked
 from tests.support.corruption import DAMAGES, flip, replace_content
 from tests.support.scenario import SHARDS, Scenario, keep
@@ -35,24 +36,24 @@ KINDS = {
 class Verify:
     """Runs `clip-select verify` on a scenario."""
 
-    def __init__(self, scenario: Scenario, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, scenario: Scenario, capfd: pytest.CaptureFixture[str]) -> None:
         self.scenario = scenario
         self.lake = scenario.folder / "lake"
-        self.capsys = capsys
+        self.capfd = capfd
 
     def __call__(self, *options: str, status: int) -> dict[str, dict[str, Any]]:
         """Check the exit status, and that there is no traceback; return the reported files by path in the lake."""
         self.scenario.open()
-        self.capsys.readouterr()
+        self.capfd.readouterr()
         assert cli.main(["verify", str(self.scenario.folder / "project.yaml"), "--json", *options]) == status
-        printed = self.capsys.readouterr()
+        printed = self.capfd.readouterr()
         assert "Traceback" not in printed.out + printed.err
         return {str(Path(file["file"]).relative_to(self.lake)): file for file in json.loads(printed.out)["files"]}
 
 
 @pytest.fixture
-def verify(finished: Scenario, capsys: pytest.CaptureFixture[str]) -> Verify:
-    return Verify(finished, capsys)
+def verify(finished: Scenario, capfd: pytest.CaptureFixture[str]) -> Verify:
+    return Verify(finished, capfd)
 
 
 def results(lake: Path) -> dict[str, bytes]:
@@ -76,22 +77,22 @@ def test_a_sound_lake_has_no_file_that_is_not_verified(verify: Verify) -> None:
 
 def test_each_damage_of_each_file_is_reported_and_the_others_are_not(verify: Verify) -> None:
     """Reading changes nothing, so one lake serves all cases."""
+    project, graph = verify.scenario.open_graph()
     wrong = []
     for kind, name in KINDS.items():
         path = verify.lake / name
         content = path.read_bytes()
         for damage, apply in DAMAGES.items():
             apply(path)
-            reported = verify(status=1)
+            reported = [file for file in verified_files(project, graph) if file.state != "ok"]
             state = "missing" if damage == "deleted" else "damaged"
-            states = {file: found["state"] for file, found in reported.items()}
+            states = {str(Path(file.file).relative_to(verify.lake)): file.state for file in reported}
             listed = kind == "report checksums" and all(file.startswith(f"{VERSION}/report/") for file in states)
-            if states != {name: state} and not listed:
+            if not states or (states != {name: state} and not listed):
                 wrong.append((kind, damage, reported))
-            elif not all(found["remedy"] and found["detail"] for found in reported.values()):
+            elif not all(file.remedy and file.detail for file in reported):
                 wrong.append((kind, damage, "no remedy or detail"))
-            path.unlink(missing_ok=True)
-            path.write_bytes(content)
+            replace_content(path, content)
     assert wrong == []
     assert verify(status=0) == {}
 
@@ -143,13 +144,13 @@ def test_damage_that_a_step_finds_in_its_inputs_is_repaired_in_the_same_pass(ver
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_a_damaged_catalog_is_reported_and_built_again(verify: Verify, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_catalog_is_reported_and_built_again(verify: Verify, capfd: pytest.CaptureFixture[str]) -> None:
     config, path = str(verify.scenario.folder / "project.yaml"), verify.lake / "catalog.duckdb"
     for damage in ("flipped bit", "truncated", "emptied", "deleted"):
         DAMAGES[damage](path)
         assert set(verify(status=1)) == {"catalog.duckdb"}
         assert cli.main(["versions", config]) == 2
-        message = capsys.readouterr().err
+        message = capfd.readouterr().err
         assert str(path) in message.replace("\n", "")
         assert "Remedy: " in message
         assert verify.scenario.run().computed == {"catalog": []}
@@ -158,14 +159,14 @@ def test_a_damaged_catalog_is_reported_and_built_again(verify: Verify, capsys: p
 
 
 def test_an_older_damaged_version_is_reported_by_sql_until_it_is_set_aside(
-    verify: Verify, capsys: pytest.CaptureFixture[str]
+    verify: Verify, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = str(verify.scenario.folder / "project.yaml")
     verify.scenario.set("recipes", "paper", value={"steps": [keep("clip_score/tiny", count=5)]})
     assert verify.scenario.run().failures == {}
     replace_content(verify.lake / KINDS["lineage.json"], b"{}")
     assert cli.main(["versions", config]) == 2
-    assert "lineage.json: damaged: not a lineage record" in capsys.readouterr().err.replace("\n", " ")
+    assert "lineage.json: damaged: not a lineage record" in capfd.readouterr().err.replace("\n", " ")
     assert verify("--repair", status=1)[KINDS["lineage.json"]]["remedy"].startswith("the version was set aside")
     assert cli.main(["versions", config]) == 0
     assert verify.scenario.run().failures == {}
@@ -192,12 +193,12 @@ def test_files_from_before_checksums_are_unverified_and_valid(verify: Verify) ->
 
 
 def test_verify_prints_one_line_for_each_file_with_its_remedy(
-    verify: Verify, capsys: pytest.CaptureFixture[str]
+    verify: Verify, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = verify.lake / KINDS["embeddings"]
     replace_content(path, b"")
     assert cli.main(["verify", str(verify.scenario.folder / "project.yaml")]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     assert lines[0] == (
         f"damaged: {path}: it is empty. Remedy: clip-select verify --repair sets it aside; then clip-select run "
         "computes it again"
@@ -210,11 +211,11 @@ def test_verify_prints_one_line_for_each_file_with_its_remedy(
 
 
 @pytest.fixture
-def instance(verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+def instance(verify: Verify, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Path:
     """Run the command once, so that the lake has an instance, and return its folder."""
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     assert cli.main(["run", str(verify.scenario.folder / "project.yaml")]) == 0
-    capsys.readouterr()
+    capfd.readouterr()
     return verify.lake / ".dagster"
 
 

@@ -27,7 +27,7 @@ def swapped(table: pa.Table) -> pa.Table:
 
 def replace_content(path: Path, content: bytes) -> None:
     """Replace a file by another one of the same name, so that a memory map of the old one keeps its bytes."""
-    path.unlink()
+    path.unlink(missing_ok=True)
     path.write_bytes(content)
 
 
