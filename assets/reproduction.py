@@ -14,7 +14,7 @@ import yaml
 
 from assets.base.asset import Step
 from assets.base.context import Context, Snapshot
-from assets.base.partitioned import PartitionedAsset
+from assets.base.partitioned import PartitionedAsset, write_unchecked
 from assets.base.score_kind import Scores
 from assets.base.selection_table import open_selection
 from assets.base.unpartitioned import UnpartitionedAsset
@@ -61,7 +61,9 @@ def choose_again(
     recipe = settings.recipes[name]
     _refuse(record, _other_files(lake, record["shards"]))
     if sets is None:
-        sets = {other: Versions(lake, name).read_uids(record["version"], set_file(other)) for other in recipe.sets}
+        versions = Versions(lake, name)
+        version = versions.of_record(record["version"], dict(record))
+        sets = {other: versions.read_uids(version, set_file(other)) for other in recipe.sets}
     scores = Scores(settings).places(recipe.columns().scores)
     folder.mkdir(parents=True, exist_ok=True)
     with open_selection(lake, name, recipe, scores, record["shards"], sets) as (selection, _):
@@ -190,7 +192,7 @@ def _make_shards(snapshot: Snapshot, node: PartitionedAsset, shards: Sequence[st
     for shard, outcome in node.compute(Step(node, snapshot, due), [shard for shard in shards if shard in due]):
         if isinstance(outcome, Exception):
             raise outcome
-        snapshot.context.lake.write(outcome.table, due[shard], content=outcome.content, summary=outcome.summary)
+        write_unchecked(snapshot.context.lake, due[shard], outcome)
 
 
 def _make_unpartitioned(context: Context, node: UnpartitionedAsset, shards: Collection[str]) -> None:

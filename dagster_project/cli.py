@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "Compute": ("check", "run", "status", "ui"),
-    "Understand": ("explain", "rejects", "study"),
+    "Understand": ("explain", "rejects", "study", "verify"),
     "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
 }
 """Headings of the help, with their commands."""
@@ -201,6 +201,20 @@ def study(config: Path, into: Path, truth: Path | None, rows: int | None) -> int
     found = figures.study(_open(config), truth, rows=figures.ROWS if rows is None else rows)
     _console().print(f"The page: {write_page(found, into)}", markup=False, soft_wrap=True)
     return 0
+
+
+@commands.command()
+@_config
+@click.option("--repair", is_flag=True, help="Set damaged files aside, so that the next run computes them again.")
+@_json
+def verify(config: Path, repair: bool, as_json: bool) -> int:
+    """Read every file of the lake and compare it with its checksum.
+
+    Exits with 1 if a file is damaged or missing. Files from before checksums existed are counted as unverified.
+    """
+    from dagster_project import verify
+
+    return verify.verify(_open(config), _console(), repair=repair, as_json=as_json)
 
 
 @commands.command()

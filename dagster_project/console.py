@@ -186,6 +186,10 @@ def print_outcome(
         console.print(f"New shards: {', '.join(outcome.added)}")
     if outcome.removed:
         console.print(f"Removed shards: {', '.join(outcome.removed)}")
+    for path, why in outcome.damaged.items():
+        again = Path(path).exists() or Path(path).match("subset/*/v*/*")  # a version is written under a new number
+        state = "computed again" if again else "set aside"
+        console.print(f"Damaged, and {state}: {path}: {why}", style="yellow", markup=False, soft_wrap=True)
     if not outcome.computed:
         console.print("Everything is up to date; nothing was computed.")
     _print_pool(project, console)

@@ -13,6 +13,7 @@ from assets.base.results import NotReady
 from assets.graph import Graph, Node
 from assets.settings import ConfigError
 from core.errors import UserError
+from resources.lake.files import DamagedError
 from selection.recipes.recipe import is_uid_list_asset, set_kind
 
 
@@ -64,6 +65,8 @@ def problems(context: Context, graph: Graph, only: Collection[str] | None = None
         except NotReady as waiting:
             if isinstance(waiting.__cause__, UserError):  # else it waits for an input that a run computes first
                 note(key, waiting.__cause__)
+        except DamagedError:
+            pass  # a pass sets the file aside and computes it again
         except (UserError, OSError) as error:
             note(key, error)
 

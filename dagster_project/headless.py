@@ -28,6 +28,7 @@ from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
+from resources.catalog.build import CatalogError, read_catalog
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
@@ -58,6 +59,8 @@ class Outcome:
         not_attempted: for each asset that could not be computed because another one failed, the key of that one. After
             the key, the reason in brackets, if the failed asset has a file.
         seconds: for each asset that ran or failed, how long it took.
+        damaged: files that were found damaged, with the reason. They were set aside, and computed again where no
+            failure says otherwise.
     """
 
     added: list[str] = field(default_factory=list)
@@ -68,6 +71,18 @@ class Outcome:
     failed_shards: dict[str, list[str]] = field(default_factory=dict)
     not_attempted: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    def follow(self, later: "Outcome") -> None:
+        """Add what a later round over the same assets did; its failures replace those of this one."""
+        self.added += [shard for shard in later.added if shard not in self.added]
+        self.removed += [shard for shard in later.removed if shard not in self.removed]
+        for key, shards in later.computed.items():
+            self.computed[key] = sorted({*self.computed.get(key, []), *shards})
+        for key, taken in later.seconds.items():
+            self.seconds[key] = self.seconds.get(key, 0.0) + taken
+        self.failures, self.not_attempted = later.failures, later.not_attempted
+        self.unfinished, self.failed_shards = later.unfinished, later.failed_shards
 
 
 State = Literal["up to date", "begins", "computed", "failed", "not attempted"]
@@ -103,6 +118,9 @@ class Stage:
 Notice = Callable[[Stage], None]
 """Called when an asset begins, again when its rows become known, and when it has ended; not for one up to date."""
 
+ROUNDS = 3
+"""How often a pass goes over the assets at most: damage that a step finds in its inputs needs another round."""
+
 
 def materialize(
     context: Context,
@@ -117,6 +135,8 @@ def materialize(
 ) -> Outcome:
     """Bring assets up to date, and the catalog.
 
+    Damaged files are set aside when they are found, and computed again.
+
     Args:
         context: the project.
         graph: its assets.
@@ -130,7 +150,16 @@ def materialize(
     Raises:
         KeyboardInterrupt: the pass was interrupted.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw, interrupts).run(only)
+    outcome = Outcome()
+    for _ in range(ROUNDS):
+        before = set(context.lake.damaged)
+        found = _Pass(context, graph, instance, notice, progress, redraw, interrupts).run(only)
+        outcome.follow(found)
+        outcome.damaged = dict(context.lake.damaged)
+        if outcome.damaged.keys() <= before:
+            break
+        redraw = False
+    return outcome
 
 
 def write_export(
@@ -194,6 +223,8 @@ class _Pass:
 
     def run(self, only: Collection[str] | None = None) -> Outcome:
         self.only = only
+        for subset in self.graph.subsets:
+            Versions(self.snapshot.context.lake, subset.recipe).set_damaged_aside()
         shards = self._discover()
         nodes = [node for node in self.graph.in_order if only is None or node.key in only]
         for number, node in enumerate(nodes, start=1):
@@ -230,7 +261,8 @@ class _Pass:
         """Select a subset that is out of date; of one that is up to date, write a missing report and run due checks."""
         now = self._now()
         is_fresh = subset.is_fresh(now)
-        if is_fresh and subset.has_report(now.context.lake) and not subset.has_due_checks(now):
+        is_reported = subset.has_report(now.context.lake) and subset.is_sound(now)
+        if is_fresh and is_reported and not subset.has_due_checks(now):
             return
         self._begin()
         self._launch(subset.key, None)
@@ -394,13 +426,15 @@ def _is_fresh(node: PartitionedAsset, snapshot: Snapshot, shard: str) -> bool:
 
 
 def _catalog_is_newest(context: Context, graph: Graph) -> bool:
-    """Check whether the catalog was built after the YAML and every subset's newest version were written."""
+    """Check whether the catalog can be read, and was built after the YAML and every subset's newest version."""
     catalog = context.catalog_path()
+    try:
+        read_catalog(catalog).close()
+    except (CatalogError, FileNotFoundError):
+        return False
     versions = (Versions(context.lake, subset.recipe).current() for subset in graph.subsets)
     records = [Path(version.folder) / "lineage.json" for version in versions if version is not None]
-    return catalog.exists() and all(
-        path.stat().st_mtime <= catalog.stat().st_mtime for path in [context.config, *records]
-    )
+    return all(path.stat().st_mtime <= catalog.stat().st_mtime for path in [context.config, *records])
 
 
 def _was_interrupted(result: dg.JobExecutionResult) -> bool:

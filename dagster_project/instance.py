@@ -8,9 +8,10 @@ do without it should start at once.
 import fcntl
 import os
 import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -30,12 +31,21 @@ SETTINGS = Path(__file__).with_name("dagster.yaml")
 """Settings that a new instance starts with."""
 
 
+REMEDY_RECORDS = (
+    "Remedy: stop Dagster and move its folder `history` away; Dagster starts new records, and nothing is computed again"
+)
 _UNUSABLE = frozenset("%?*[")
 """Characters that the path of an instance must not have.
 
 SQLite's URLs cut the path at % and ?. Dagster looks for dagster.yaml with `glob`, to which *, ? and [ are a pattern: it
 then finds no file and uses its own settings, with telemetry, without an error.
 """
+
+
+def home_of(project: "Context") -> Path:
+    """Return the folder of the Dagster instance: `DAGSTER_HOME`, else `.dagster` in the lake."""
+    given = os.environ.get("DAGSTER_HOME")
+    return Path(given).resolve() if given else project.lake.local_root() / ".dagster"
 
 
 def prepare_home(project: "Context") -> Path:
@@ -46,8 +56,7 @@ def prepare_home(project: "Context") -> Path:
     Raises:
         LakeError: the folder can't be used, or belongs to another lake.
     """
-    given = os.environ.get("DAGSTER_HOME")
-    home = Path(given).resolve() if given else project.lake.local_root() / ".dagster"
+    given, home = os.environ.get("DAGSTER_HOME"), home_of(project)
     wrong = sorted(_UNUSABLE & set(str(home)))
     if wrong:
         raise LakeError(
@@ -59,7 +68,7 @@ def prepare_home(project: "Context") -> Path:
         raise LakeError(f"{home}: this folder is not writable. Remedy: set DAGSTER_HOME to one that is")
     if given:
         _refuse_another_lake(home / "lake.txt", project.settings.lake)
-    if not (home / "dagster.yaml").exists():
+    if not (home / "dagster.yaml").exists() or not (home / "dagster.yaml").read_bytes().strip():
         shutil.copy(SETTINGS, home / "dagster.yaml")
     return home
 
@@ -76,6 +85,30 @@ def _refuse_another_lake(owner: Path, lake: str) -> None:
         )
 
 
+def damaged_records(home: Path, *, thorough: bool = False) -> dict[Path, str]:
+    """Return Dagster's SQLite databases that can't be read, with the reason.
+
+    Args:
+        home: folder of the instance.
+        thorough: read all databases completely, and not only the beginning of those that runs share. SQLite has no
+            checksums, so that only faults of structure are found.
+    """
+    found = {}
+    shared = [home / name for name in ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")]
+    for path in sorted(home.rglob("*.db")) if thorough else [path for path in shared if path.exists()]:
+        try:
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as con:
+                ((tables,),) = con.execute("SELECT count(*) FROM sqlite_master").fetchall()
+                answer = "ok" if tables else "it has no tables"
+                if tables and thorough:
+                    ((answer,),) = con.execute("PRAGMA quick_check(1)").fetchall()
+        except sqlite3.Error as error:
+            answer = str(error)
+        if answer != "ok":
+            found[path] = answer
+    return found
+
+
 @contextmanager
 def open_instance(project: "Context") -> Iterator["dg.DagsterInstance"]:
     """Open the project's Dagster instance.
@@ -84,8 +117,11 @@ def open_instance(project: "Context") -> Iterator["dg.DagsterInstance"]:
         LakeError: its folder or its dagster.yaml can't be used, or its database does not answer.
     """
     import dagster as dg
+    from sqlalchemy.exc import DatabaseError
 
     home = prepare_home(project)
+    for path, why in damaged_records(home).items():
+        raise LakeError(f"{path}: damaged: {why}. {REMEDY_RECORDS}")
     try:
         opened = dg.DagsterInstance.from_config(str(home))
     except Exception as error:
@@ -95,7 +131,13 @@ def open_instance(project: "Context") -> Iterator["dg.DagsterInstance"]:
             "environment variables that it names; start the database"
         ) from error
     with opened as instance:
-        yield instance
+        try:
+            yield instance
+        except (sqlite3.DatabaseError, DatabaseError) as error:
+            raise LakeError(
+                f"{home}: Dagster's records can't be read or written ({getattr(error, 'orig', None) or error}). "
+                f"{REMEDY_RECORDS}"
+            ) from error
 
 
 @contextmanager

@@ -208,7 +208,7 @@ class Project:
         found: Version | None = versions.current() if version is None else versions.read(version)
         if found is None:
             raise NotebookError(f"{recipe}: this recipe has no version yet. Remedy: `clip-select run`")
-        return f"read_parquet({sql.path(found.manifest)})"
+        return f"read_parquet({sql.path(versions.verified_path(found))})"
 
 
 def _select(table: str, columns: Sequence[str] | None, where: str | None, limit: int | None) -> str:

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 from rich.console import Console
 
 from core.errors import UserError
 from core.names import suggestion
 from dagster_project.tables import Row, print_json, print_rows
-from resources.catalog.build import read_catalog
+from resources.catalog.build import CatalogError, read_catalog
 from resources.lake.files import Lake
 
 if TYPE_CHECKING:
@@ -38,10 +39,16 @@ def ask(catalog: Path, query: str, **parameters: object) -> list[dict[str, Any]]
 
     Raises:
         FileNotFoundError: there is no catalog yet.
+        CatalogError: it can't answer, because it or a file that it reads is damaged, or the lake was moved.
     """
     with read_catalog(catalog) as con:
-        found = con.sql(query, params=parameters or None)
-        return [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+        try:
+            found = con.sql(query, params=parameters or None)
+            return [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+        except duckdb.Error as error:
+            why = str(error).splitlines()[0]
+            remedy = "" if "Remedy: " in why else ". Remedy: clip-select verify names damaged files"
+            raise CatalogError(f"{catalog}: {why}{remedy}") from error
 
 
 # Subsets and their history

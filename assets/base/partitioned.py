@@ -34,7 +34,7 @@ from assets.base.results import NotAttempted, NotReady, Outcome, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
 from assets.base.shard import Shard
 from core.errors import UserError
-from resources.lake.files import LakeError, Provenance, Stored
+from resources.lake.files import Lake, LakeError, Provenance, Stored
 
 # Tags by which Dagster decides what is stale; it exports no names for them.
 DATA_VERSION_TAG = "dagster/data_version"
@@ -74,11 +74,13 @@ class PartitionedTemplate(Template):
         streams: the function computes many shards together.
         every_row: it reports each row of `raw_pool` as done. Otherwise shards are counted: the rows are not known
             before, or only some are computed.
+        beside: keys of the assets whose files the function's `Result` has beside its own, such as `rejects`.
     """
 
     prepare: Callable[[Step], Any] | None = None
     streams: bool = False
     every_row: bool = True
+    beside: Sequence[str] = ()
 
     def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
         """Compute shards in order; an error stays with its shard, and one of `prepare` that a user can fix with all."""
@@ -144,9 +146,17 @@ class PartitionedAsset(FileAsset):
         Raises:
             NotReady: an input of this shard is missing or out of date.
         """
-        wanted = self.provenance(snapshot, shard)
-        stored = snapshot.context.lake.stored(self.key, shard)
-        return stored is not None and stored.is_from(wanted)
+        return self.written(snapshot, self.provenance(snapshot, shard)) is not None
+
+    def written(self, snapshot: Snapshot, wanted: Provenance) -> Stored | None:
+        """Return the record of a shard's file if it and the files beside it have this provenance, else None."""
+        template, lake = self.declared.template, snapshot.context.lake
+        assert isinstance(template, PartitionedTemplate)
+        for key in (*template.beside, self.key):
+            stored = lake.stored(key, wanted.shard)
+            if stored is None or not stored.is_from(replace(wanted, asset=key)):
+                return None
+        return stored
 
     def is_due(self, snapshot: Snapshot, shard: str) -> bool:
         """Check whether a run would compute the shard: its inputs are there, and its file is not up to date."""
@@ -176,13 +186,17 @@ class PartitionedAsset(FileAsset):
         Raises:
             CheckFailed: a blocking check failed, and nothing was written.
         """
-        lake = snapshot.context.lake
         new = {self.key: result.table, **result.beside}
         findings = check_before_writing(self.checks, self.tables(snapshot, provenance.shard, new))
-        for beside, table in result.beside.items():
-            lake.write(table, replace(provenance, asset=beside))
         summary = {**result.summary, SUMMARY_KEY: findings}
-        return lake.write(result.table, provenance, content=result.content, summary=summary)
+        return write_unchecked(snapshot.context.lake, provenance, replace(result, summary=summary))
+
+
+def write_unchecked(lake: Lake, provenance: Provenance, result: Result) -> Stored:
+    """Write one shard's tables without running the checks: those beside first, so that they are there once it is."""
+    for beside, table in result.beside.items():
+        lake.write(table, replace(provenance, asset=beside))
+    return lake.write(result.table, provenance, content=result.content, summary=result.summary)
 
 
 @dataclass(frozen=True)
@@ -203,11 +217,11 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
     for shard in context.partition_keys:
         try:
             provenance = asset.provenance(step.snapshot, shard)
-            stored = step.stored(asset.key, shard)
+            stored = asset.written(step.snapshot, provenance)
         except Exception as error:  # noqa: BLE001 - raised with all others below
             errors[shard] = error
             continue
-        if stored is not None and stored.is_from(provenance):
+        if stored is not None:
             records.append(_Record(shard, stored, computed=stored.fingerprint in written_for_others))
             written_for_others.discard(stored.fingerprint)
         else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from resources.lake.sealed import Vectors
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,11 +32,11 @@ def to_tensor(vectors: np.ndarray) -> "torch.Tensor":
     return torch.from_numpy(np.array(vectors)).to(device())
 
 
-def chunks(vectors: Sequence[np.ndarray]) -> Iterator[tuple[slice, list["torch.Tensor"]]]:
+def chunks(vectors: Sequence[np.ndarray | Vectors]) -> Iterator[tuple[slice, list["torch.Tensor"]]]:
     """Yield arrays of n rows chunk by chunk on the device; the next chunk is fetched while the caller computes.
 
     Args:
-        vectors: `[n, d]` each.
+        vectors: `[n, d]` each; `Vectors` are verified chunk by chunk.
 
     Yields:
         The rows, and a `[rows, d]` tensor of each array.

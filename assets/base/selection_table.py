@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -21,6 +21,7 @@ from resources.lake.pool_scores import Source, mark_sets, source_relation
 from selection.recipes.execute import Selection, select, set_column
 from selection.recipes.recipe import Recipe
 
+IDENTITY = ("f0", "f1")
 MEMORY = "2GB"  # of DuckDB while it selects; larger data spills to temporary files
 
 _Mark = tuple[str, str, tuple[str, ...]]
@@ -79,11 +80,7 @@ class CachedTable:
         self._source = source_relation(
             self._con,
             "source",
-            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
-            scores={
-                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
-                for score, (asset, column, _) in scores.items()
-            },
+            **_files(lake, shards, {score: (asset, column) for score, (asset, column, _) in scores.items()}, columns),
             pool_columns=sorted(columns),
         )
 
@@ -168,17 +165,33 @@ def rows_of(
         found = source_relation(
             con,
             "source",
-            raw_pool=[(shard, Path(lake.path("raw_pool", shard))) for shard in shards],
-            scores={
-                score: (column, {shard: Path(lake.path(asset, shard)) for shard in shards})
-                for score, (asset, column) in scores.items()
-            },
+            **_files(lake, shards, scores, pool_columns),
             pool_columns=pool_columns,
             sets={} if manifest is None else {"listed": "listed"},
         )
         con.execute(f"CREATE TEMP VIEW wanted AS FROM source {'' if manifest is None else 'WHERE listed'}")
         con.execute('CREATE TEMP VIEW copies AS FROM "source copies"')
         yield con, found
+
+
+def _files(
+    lake: Lake, shards: Collection[str], scores: Mapping[str, tuple[str, str]], pool_columns: Collection[str]
+) -> dict[str, Any]:
+    """Verify the columns that a table is made of, and return the files as `source_relation` takes them.
+
+    Raises:
+        LakeError: a file is missing or damaged.
+    """
+    columns = {"raw_pool": {*IDENTITY, "shard", "key", *pool_columns}}
+    for asset, column in scores.values():
+        columns.setdefault(asset, set(IDENTITY)).add(column)
+    paths = {
+        asset: {shard: lake.verified_path(asset, shard, read) for shard in shards} for asset, read in columns.items()
+    }
+    return {
+        "raw_pool": list(paths["raw_pool"].items()),
+        "scores": {score: (column, paths[asset]) for score, (asset, column) in scores.items()},
+    }
 
 
 def _connect(spill: str) -> duckdb.DuckDBPyConnection:

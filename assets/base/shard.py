@@ -1,6 +1,6 @@
 """One shard as an asset's function sees it: its inputs as tables or tensors, and its scores as a `Result`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ import pyarrow as pa
 from assets.base.asset import Step
 from assets.base.results import Result
 from assets.base.score_tables import chunks, device, score_stats, score_table
-from resources.lake.files import Lake, column_to_vectors
+from resources.lake.files import Lake
+from resources.lake.sealed import Vectors
 
 if TYPE_CHECKING:
     import torch
@@ -46,19 +47,30 @@ class Shard:
 
     @cached_property
     def embeddings(self) -> pa.Table:
-        """The shard's `embeddings/<encoder>`, memory-mapped."""
-        return self.read(EMBEDDINGS)
+        """The identity of the rows of the shard's `embeddings/<encoder>`: f0 and f1."""
+        return self.read(EMBEDDINGS, ["f0", "f1"])
+
+    @cached_property
+    def _vectors(self) -> Mapping[str, Vectors]:
+        key = EMBEDDINGS.format(**self.step.names)
+        columns = ("image", "text")
+        return dict(zip(columns, self.lake.vectors(key, self.name, columns=columns), strict=True))
 
     def vectors(self, column: str) -> np.ndarray:
-        """Return the `image` or `text` embeddings, float16 `[n, d]`, memory-mapped."""
-        return column_to_vectors(self.embeddings[column])
+        """Return the `image` or `text` embeddings, float16 `[n, d]`, memory-mapped and verified.
+
+        Raises:
+            LakeError: there is no such file, or it is damaged.
+        """
+        return self._vectors[column][:]
 
     def chunks(self, *columns: str) -> Iterator[tuple[slice, list["torch.Tensor"]]]:
         """Yield the embeddings chunk by chunk on the device, `[rows, d]` tensors, one a column.
 
-        The next chunk is fetched while the caller computes. Reports each chunk as done when the next one is asked for.
+        The next chunk is read and verified while the caller computes. Reports each chunk as done when the next one is
+        asked for.
         """
-        for rows, parts in chunks([self.vectors(column) for column in columns]):
+        for rows, parts in chunks([self._vectors[column] for column in columns]):
             yield rows, parts
             self.step.progress(rows.stop - rows.start, self.name)
 
@@ -89,7 +101,7 @@ class Shard:
         import torch
 
         # `selection` refuses empty matrices, so one unit vector stands in, and its scores are cut off.
-        widths = [self.vectors(column).shape[1] for column in columns]
+        widths = [self._vectors[column].shape[1] for column in columns]
         results = function(*(torch.eye(1, width, dtype=torch.float16, device=device()) for width in widths))
         return [part[:0].cpu().numpy() for part in (results if isinstance(results, tuple) else (results,))]
 

@@ -137,10 +137,9 @@ def _due(step: Step, asset: PartitionedAsset, shard: str) -> Provenance | None:
     """Return the provenance that the encoder's own step would write, or None if it would not write."""
     try:
         provenance = asset.provenance(step.snapshot, shard)
-        stored = step.stored(asset.key, shard)
+        return None if asset.written(step.snapshot, provenance) is not None else provenance
     except (NotReady, LakeError, EncoderError):
         return None  # its own step reports why
-    return None if stored is not None and stored.is_from(provenance) else provenance
 
 
 def _write_for(step: Step, asset: PartitionedAsset, provenance: Provenance, found: Embeddings | EncoderError) -> None:

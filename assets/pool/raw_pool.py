@@ -100,6 +100,7 @@ def _content(found: ShardRead) -> str:
     code_version="2",
     group_name="pool",
     kinds={"parquet"},
+    beside=["rejects"],
     pool="cpu",
     description="Every usable sample of a shard: identity, caption, sizes, SHA-256, and where its bytes are. Samples "
     "that can't be used are in `rejects`, each with its reason; rows + rejects = samples seen.",

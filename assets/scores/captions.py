@@ -10,6 +10,7 @@ describe changes, existing captions are reused.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -27,7 +28,7 @@ from assets.base.standard_checks import rows_aligned
 from core.hashing import digest
 from resources.lake.files import LakeError, Provenance
 from resources.lake.scratch import WorkFolder
-from resources.lake.versions import Version
+from resources.lake.versions import Version, Versions
 from resources.models.decoding import EncoderError
 from resources.settings import CaptionerSettings
 
@@ -119,7 +120,7 @@ def _rows_digest(asset: FileAsset, snapshot: Snapshot, shard: str) -> str:
         with duckdb.connect() as con:
             rows = con.execute(
                 "SELECT shard, count(*), bit_xor(md5_number(concat(f0, '/', f1))) FROM read_parquet(?) GROUP BY 1",
-                [str(version.manifest)],
+                [Versions(snapshot.context.lake, version.recipe).verified_path(version)],
             ).fetchall()
         return {name: digest([count, str(mixed)]) for name, count, mixed in rows}
 
@@ -200,12 +201,16 @@ class _Work(Mapping[str, pa.Table]):
         if stored is not None and stored.is_from(written):
             self._folder(shard).clear()
 
-    def _subset_uids(self, shard: str) -> pa.Table:
+    @cached_property
+    def _manifest(self) -> str:
         assert self.subset is not None
+        return Versions(self.lake, self.subset.recipe).verified_path(self.subset)
+
+    def _subset_uids(self, shard: str) -> pa.Table:
         with duckdb.connect() as con:
             return con.sql(
                 "SELECT f0, f1 FROM read_parquet($path) WHERE shard = $shard",
-                params={"path": str(self.subset.manifest), "shard": shard},
+                params={"path": self._manifest, "shard": shard},
             ).to_arrow_table()
 
     def _folder(self, shard: str) -> WorkFolder:

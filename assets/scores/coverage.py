@@ -3,7 +3,6 @@
 Over the whole pool they run when the files are new and on demand; per shard when the shard is joined.
 """
 
-from pathlib import Path
 from typing import Any
 
 from assets.base.asset import Declared
@@ -23,7 +22,11 @@ def pool_coverage(field: str, name: str) -> Check:
         lake = tables.context.lake
         settings = getattr(tables.context.settings, field)[name]
         there = set(lake.shards("raw_pool"))
-        pool = [Path(lake.path("raw_pool", shard)) for shard in sorted(tables.snapshot.listing) if shard in there]
+        pool = [
+            lake.verified_path("raw_pool", shard, ["f0", "f1"])
+            for shard in sorted(tables.snapshot.listing)
+            if shard in there
+        ]
         with opened(find(settings.files), uid=settings.uid) as table:
             found = table.coverage(pool)
         figures: dict[str, Any] = {

@@ -40,9 +40,10 @@ from assets.base.unpartitioned import unpartitioned
 from core.hashing import digest
 from core.names import suggestion
 from core.uids import format_uids
-from resources.lake.files import LakeError, Provenance, column_to_vectors
+from resources.lake.files import LakeError, Provenance
+from resources.lake.gather import ShardVectors
 from resources.lake.scratch import Arrays, WorkFolder
-from resources.lake.versions import Version
+from resources.lake.versions import Version, Versions
 
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order
 LIMITS = tuple(percent / 100 for percent in range(100))
@@ -274,6 +275,7 @@ class _Search:
         encoder = step.names["encoder"]
         self.lake = step.context.lake
         self.source = f"embeddings/{encoder}"
+        self._images = ShardVectors(self.lake, self.source, "image")
         self.settings = configured(step.context.settings)[encoder]
         self.best = Scores(step.context.settings).places([self.settings.best])[self.settings.best]
         self.folder = WorkFolder(self.lake, f"duplicate_search/{encoder}/{search[:16]}")
@@ -313,7 +315,7 @@ class _Search:
                 assert stored is not None
                 shards[shard] = [places, stored.rows]
                 places += stored.rows
-        manifest = subset.manifest if subset is not None else None
+        manifest = None if subset is None else Versions(lake, subset.recipe).verified_path(subset)
         scores = {"best": self.best}
         with rows_of(lake, shards, manifest, scores, ["file_row_number"]) as (con, found):
             self._check_scores(con)
@@ -326,7 +328,7 @@ class _Search:
                     f"{self.source} and {scores['best'][0]}, so there is nothing to compare. "
                     "Remedy: materialize both for more shards"
                 )
-            width = lake.read(self.source, next(iter(shards)), ["image"])["image"].type.list_size
+            width = self._images[next(iter(shards))].shape[1]
             state = {"shards": shards, "places": places, "rows": rows, "width": width, "gathered": 0, "done": 0}
             self.folder.begin(state, _arrays(state))
             rank, uid = self._array("rank", "r+"), self._array("uid", "r+")
@@ -367,12 +369,10 @@ class _Search:
         """Gather the embeddings of ranks from `start` to before `stop`, going through the shards once."""
         found = self._array("vectors", "r+")
         for shard in self.state["shards"]:
-            image = column_to_vectors(self.lake.read(self.source, shard, ["image"])["image"])
-            rank = self._ranks(shard)
+            image, rank = self._images[shard], self._ranks(shard)
             inside = np.flatnonzero((rank >= start) & (rank < stop))
             for at in range(0, len(inside), CHUNK_ROWS):
-                some = inside[at : at + CHUNK_ROWS]
-                vectors = image[some]
+                vectors = image[some := inside[at : at + CHUNK_ROWS]]
                 wrong = np.flatnonzero(~np.isfinite(vectors.sum(1, dtype=np.float32)))
                 for row in wrong[:1]:
                     (uid,) = self._uids(rank[some[row : row + 1]])

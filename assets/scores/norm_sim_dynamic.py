@@ -35,9 +35,10 @@ from assets.base.settings import Name, OfSubset, ProjectSettings
 from assets.base.shard import Shard
 from assets.base.standard_checks import COSINE_TOLERANCE, rows_aligned, within_bounds
 from assets.base.unpartitioned import unpartitioned
-from resources.lake.files import LakeError, Provenance, column_to_vectors
+from resources.lake.files import LakeError, Provenance
+from resources.lake.gather import ShardVectors
 from resources.lake.scratch import WorkFolder
-from resources.lake.versions import Version
+from resources.lake.versions import Version, Versions
 
 ROUNDS = pa.schema(
     [
@@ -290,7 +291,7 @@ class _Rounds:
                 place += stored.rows
         arrays = {name: (dtype, (max(place, 1),)) for name, dtype in _ARRAYS.items()}
         self.folder.begin({"provenance": provenance.digest(), "shards": shards, "done": []}, arrays)
-        manifest = subset.manifest if subset is not None else None
+        manifest = None if subset is None else Versions(self.lake, subset.recipe).verified_path(subset)
         with rows_of(self.lake, shards, manifest, {}, ["source_row"]) as (con, found):
             for shard in shards:
                 starting = con.execute("SELECT source_row FROM wanted WHERE shard = ?", [shard]).fetchnumpy()
@@ -323,9 +324,11 @@ class _Rounds:
         """Return the rows as `selection.scores.norm_sim_dynamic` takes them."""
         from selection.scores.norm_sim_dynamic import Part
 
+        images = ShardVectors(self.lake, self.source, "image")
+
         def part(shard: str) -> Part:
             def vectors() -> np.ndarray:
-                return column_to_vectors(self.lake.read(self.source, shard)["image"])
+                return images[shard][:]
 
             def uids() -> tuple[np.ndarray, np.ndarray]:
                 table = self.lake.read(self.source, shard, ["f0", "f1"])

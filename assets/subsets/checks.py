@@ -89,7 +89,7 @@ def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
     with lake.fs.open(version.uids) as file:
         uids = np.lib.format.read_array(file, allow_pickle=False)
     columns = ("f0", "f1", "copies") if _drawn(version.lineage) else ("f0", "f1")
-    manifest = Versions(lake, version.recipe).read_uids(version.name, columns=columns)
+    manifest = Versions(lake, version.recipe).read_uids(version, columns=columns)
     strata = {}
     for step in version.lineage["steps"]:
         if step["kind"] == "stratify":

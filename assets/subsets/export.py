@@ -105,9 +105,10 @@ def export(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
 
 def _selected(context: Context, version: Version, shards: Sequence[str]) -> pl.DataFrame:
     """Read the version's rows of some shards (shard, key, f0, f1), and how often its `.npy` lists each (times)."""
-    with context.lake.fs.open(version.manifest) as file:
+    versions = Versions(context.lake, version.recipe)
+    with context.lake.fs.open(versions.verified_path(version)) as file:
         rows = pl.read_parquet(file, columns=["shard", "key", "f0", "f1"]).filter(pl.col("shard").is_in(shards))
-    with context.lake.fs.open(version.uids) as file:
+    with context.lake.fs.open(versions.verified_path(version, "subset.npy")) as file:
         uids = np.load(file, allow_pickle=False)
     wanted = np.empty(len(rows), UID_DTYPE)
     wanted["f0"], wanted["f1"] = rows["f0"], rows["f1"]

@@ -24,7 +24,7 @@ from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markd
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.sql import quoted
 from resources.lake.files import Lake
-from resources.lake.versions import Version
+from resources.lake.versions import Version, Versions
 from resources.pools.base import IMAGE_COLUMNS, PoolError
 from resources.storage.images import ImageError
 from selection.recipes.execute import Selection, StepReport
@@ -116,6 +116,7 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
     with project.lake.replacing(f"{folder}/{PAGE_FILE}") as path:
         path.write_text(page, encoding="utf-8")
+    Versions(project.lake, version.recipe).write_report_checksums(version)
 
 
 def _about(version: Version) -> dict[str, str]:

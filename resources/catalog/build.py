@@ -11,6 +11,7 @@ subsets, subset_members, subset_shards, lineage_records, funnel, step_reports. M
 versions, lineage, diff and overlap (`history.py`); score_asset and uid_word, which these use.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core import sql
+from core.errors import UserError
 from resources.catalog.explain import explain_macro
 from resources.catalog.history import history_macros
 from resources.catalog.scores import Scores, score_asset_macro
-from resources.catalog.views import catalog_views
+from resources.catalog.views import Place, catalog_views, moved
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
 
@@ -60,13 +62,18 @@ def build_catalog(
     _write_targets(lake, root, targets)
     newest = [Versions(lake, recipe).current() for recipe in recipes]
     records = [version.lineage for version in newest if version is not None]
+    place = Place(root, path)
     with lake.replacing(str(path.absolute())) as temporary:
         temporary.unlink()  # DuckDB refuses an empty file
         with duckdb.connect(str(temporary)) as con:
-            for name, query in catalog_views(root, scores).items():
+            for name, query in catalog_views(place, scores).items():
                 con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
-            for macro in (score_asset_macro(scores), *history_macros(root), explain_macro(con, root, records, scores)):
+            for macro in (score_asset_macro(scores), *history_macros(root), explain_macro(con, place, records, scores)):
                 con.execute(macro).fetchall()
+
+
+class CatalogError(UserError):
+    """The catalog can't answer; the message has the remedy."""
 
 
 def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
@@ -77,10 +84,26 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
 
     Raises:
         FileNotFoundError: there is none.
+        CatalogError: it is damaged, or its lake was moved or copied.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no catalog. Remedy: materialize the asset catalog.")
-    return duckdb.connect(str(path), read_only=True)
+    try:
+        con = duckdb.connect(str(path), read_only=True)
+        try:
+            ((built_as,),) = con.execute("SELECT path FROM catalog_place").fetchall()
+        except duckdb.Error:
+            con.close()
+            raise
+    except duckdb.CatalogException as error:
+        raise CatalogError(f"{path}: an earlier version built this catalog. Remedy: clip-select run") from error
+    except duckdb.Error as error:
+        why = str(error).splitlines()[0]
+        raise CatalogError(f"{path}: damaged: {why}. Remedy: clip-select run builds the catalog again") from error
+    if not os.path.exists(built_as) or not os.path.samefile(built_as, path):
+        con.close()
+        raise CatalogError(f"{path}: {moved(built_as)}")
+    return con
 
 
 def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import duckdb
 
 from core import sql
 from resources.catalog.scores import CatalogScore, Scores, by_recipe_name
-from resources.catalog.views import POOL_COLUMNS, placed_rows, renamed
+from resources.catalog.views import POOL_COLUMNS, Place, placed_rows, renamed
 
 _EXPLAINED = {
     "recipe": "VARCHAR",
@@ -39,7 +39,7 @@ Record = Mapping[str, Any]
 Step = Mapping[str, Any]
 
 
-def explain_macro(con: duckdb.DuckDBPyConnection, root: Path, records: Sequence[Record], scores: Scores) -> str:
+def explain_macro(con: duckdb.DuckDBPyConnection, place: Place, records: Sequence[Record], scores: Scores) -> str:
     """Write explain(uid): a row for each step of each recipe's newest version at build time.
 
     Verdicts: kept; dropped; not reached (an earlier step dropped it); brought in (by a union); unknown (a score that
@@ -49,15 +49,15 @@ def explain_macro(con: duckdb.DuckDBPyConnection, root: Path, records: Sequence[
 
     Args:
         con: a connection with the views.
-        root: folder of the lake.
+        place: folder of the lake, and path of the catalog.
         records: lineage records of the versions.
         scores: the score assets.
     """
     by_name = by_recipe_name(scores)
-    ctes = _sample_ctes(root, scores)
+    ctes = _sample_ctes(place, scores)
     steps = []
     for number, record in enumerate(records):
-        ctes.append(f"judged{number} AS ({_judged(con, root, record)})")
+        ctes.append(f"judged{number} AS ({_judged(con, place.root, record)})")
         steps += _explained_steps(record, f"judged{number}", by_name)
     typed = ", ".join(f"NULL::{kind} AS {name}" for name, kind in _EXPLAINED.items())
     ctes.append(
@@ -79,13 +79,13 @@ def explain_macro(con: duckdb.DuckDBPyConnection, root: Path, records: Sequence[
 # The sample
 
 
-def _sample_ctes(root: Path, scores: Scores) -> list[str]:
+def _sample_ctes(place: Place, scores: Scores) -> list[str]:
     """Write the sample's rows of `pool_scores` as CTEs.
 
     Only f0 is looked up in all files of the pool, and only where their Bloom filters allow it. The places found come
     first and by themselves, so that DuckDB opens one file of every asset and reads one row group.
     """
-    pool, scored = placed_rows(root, scores)
+    pool, scored = placed_rows(place, scores)
     ctes = [
         f"places AS MATERIALIZED (SELECT filename, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
         f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "

@@ -1,10 +1,13 @@
 """The views of the catalog over the lake's files: pool, rejects, scores, subsets and their steps.
 
-A view sees files that arrive after the catalog was built, and has no rows where there are no files.
+A view sees files that arrive after the catalog was built, and has no rows where there are no files. Its paths are
+absolute, so it has a guard: in a catalog that lies elsewhere, because the lake was moved or copied, it is an error.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from core import sql
@@ -47,21 +50,36 @@ _TARGET_COLUMNS = {
     "label": "VARCHAR",
     "name": "VARCHAR",
 }
+_NO_RECORD = ": damaged: not a lineage record. Remedy: clip-select verify --repair"
 _VERSION = "v[0-9]*"
 _VISIBLE = "[!.]*"
 """Pattern of a name: temporary files start with a dot, and DuckDB's `*` would match them."""
 
 
-def catalog_views(root: Path, scores: Scores) -> dict[str, str]:
+@dataclass(frozen=True)
+class Place:
+    """The folder of a lake, and the path of its catalog."""
+
+    root: Path
+    catalog: Path
+
+    @property
+    def listed(self) -> str:
+        """The catalog's path as DuckDB lists it: without links."""
+        return os.path.realpath(self.catalog)
+
+
+def catalog_views(place: Place, scores: Scores) -> dict[str, str]:
     """Return the query of each view by its name."""
     views = {
-        "pool": _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS),
-        "rejects": _files(root, f"rejects/{_VISIBLE}.parquet", _REJECT_COLUMNS),
-        "targets": _files(root, "catalog/targets.parquet", _TARGET_COLUMNS),
+        "catalog_place": f"SELECT {sql.text(place.listed)} AS path",
+        "pool": _files(place, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS),
+        "rejects": _files(place, f"rejects/{_VISIBLE}.parquet", _REJECT_COLUMNS),
+        "targets": _files(place, "catalog/targets.parquet", _TARGET_COLUMNS),
     }
     for score in scores:
-        views[score.asset] = _files(root, f"{score.asset}/{_VISIBLE}.parquet", _ROW | _types(score.columns))
-    views["pool_scores"] = _pool_scores(root, scores)
+        views[score.asset] = _files(place, f"{score.asset}/{_VISIBLE}.parquet", _ROW | _types(score.columns))
+    views["pool_scores"] = _pool_scores(place, scores)
     names = [sql.quoted(column.recipe_name) for score in scores for column in score.columns]
     views["scores"] = f"SELECT {', '.join(['uid, f0, f1, shard, key', *names])} FROM pool_scores"
     views["shards"] = """
@@ -69,32 +87,58 @@ def catalog_views(root: Path, scores: Scores) -> dict[str, str]:
         FROM (SELECT shard, count(*) AS n FROM pool GROUP BY shard) AS p
         FULL JOIN (SELECT shard, count(*) AS n FROM rejects GROUP BY shard) AS r USING (shard)
         ORDER BY shard"""
-    return views | _subset_views(root)
+    return views | _subset_views(place)
 
 
 def _types(columns: Sequence[CatalogColumn]) -> dict[str, str]:
     return {column.name: column.type for column in columns}
 
 
-def _files(root: Path, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
-    """Write a query over files that may not exist yet: typed columns, and no rows without files."""
-    typed = ", ".join(f"NULL::{kind} AS {sql.quoted(name)}" for name, kind in columns.items())
+def _files(place: Place, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
+    """Write a query over files that may not exist yet: typed columns, no rows without files, and the guard."""
     names = ", ".join(sql.quoted(name) for name in columns)
     return (
-        f"SELECT {names} FROM (SELECT {typed} WHERE false UNION ALL BY NAME "
-        f"SELECT * FROM read_parquet({sql.pattern(root, pattern)}, allow_empty=true{options}))"
+        f"SELECT {names} FROM ({_no_rows(place, columns)} UNION ALL BY NAME "
+        f"SELECT * FROM read_parquet({sql.pattern(place.root, pattern)}, allow_empty=true{options})) "
+        f"WHERE (SELECT {_or_error(place, 'true')} FROM {_here(place)})"
     )
 
 
-def placed_rows(root: Path, scores: Scores) -> tuple[str, list[str]]:
+def _no_rows(place: Place, columns: Mapping[str, str]) -> str:
+    """Write a query without rows, which is an error in a catalog that lies elsewhere.
+
+    Every column has the guard, too: DuckDB evaluates a predicate on one of them before it looks at the WHERE, and
+    would drop a query of plain NULLs together with a scan of no files.
+    """
+    guarded = ", ".join(f"{_or_error(place, f'NULL::{kind}')} AS {sql.quoted(name)}" for name, kind in columns.items())
+    return f"SELECT {guarded} FROM {_here(place)} WHERE {_or_error(place, 'false')}"
+
+
+def _here(place: Place) -> str:
+    return f"(SELECT count(*) > 0 AS here FROM duckdb_databases() WHERE path = {sql.text(place.listed)})"
+
+
+def _or_error(place: Place, value: str) -> str:
+    return f"CASE WHEN here THEN {value} ELSE error({sql.text(moved(place.listed))}) END"
+
+
+def moved(path: str) -> str:
+    """Return the message about a catalog that was built at a path and lies elsewhere."""
+    return (
+        f"this catalog was built as {path}, and its views read the lake there; the lake was moved or copied since. "
+        "Remedy: clip-select run builds the catalog again"
+    )
+
+
+def placed_rows(place: Place, scores: Scores) -> tuple[str, list[str]]:
     """Write the queries of the pool and of each score asset with every row's place: filename and file_row_number.
 
     Joining by place and uid gives each copy of a repeated uid its own score.
     """
-    place, options = {"filename": "VARCHAR", "file_row_number": "BIGINT"}, ", filename=true, file_row_number=true"
-    pool = _files(root, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | place, options=options)
+    rows, options = {"filename": "VARCHAR", "file_row_number": "BIGINT"}, ", filename=true, file_row_number=true"
+    pool = _files(place, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | rows, options=options)
     scored = [
-        _files(root, f"{score.asset}/{_VISIBLE}.parquet", _ROW | place | _types(score.columns), options=options)
+        _files(place, f"{score.asset}/{_VISIBLE}.parquet", _ROW | rows | _types(score.columns), options=options)
         for score in scores
     ]
     return pool, scored
@@ -105,9 +149,9 @@ def renamed(alias: str, columns: Sequence[CatalogColumn]) -> list[str]:
     return [f"{alias}.{sql.quoted(column.name)} AS {sql.quoted(column.recipe_name)}" for column in columns]
 
 
-def _pool_scores(root: Path, scores: Scores) -> str:
+def _pool_scores(place: Place, scores: Scores) -> str:
     """Join the scores to the pool."""
-    pool, scored = placed_rows(root, scores)
+    pool, scored = placed_rows(place, scores)
     selected, joins = [f"pool.{sql.quoted(column)}" for column in POOL_COLUMNS], []
     for number, (score, query) in enumerate(zip(scores, scored, strict=True)):
         joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
@@ -115,10 +159,10 @@ def _pool_scores(root: Path, scores: Scores) -> str:
     return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
 
 
-def _subset_views(root: Path) -> dict[str, str]:
+def _subset_views(place: Place) -> dict[str, str]:
     """Return the views over subset versions; a version without a lineage record does not exist."""
-    record = sql.pattern(root, f"subset/{_VISIBLE}/{_VERSION}/lineage.json")
-    place = "split_part(filename, '/', -3) AS recipe, split_part(filename, '/', -2) AS version"
+    record = sql.pattern(place.root, f"subset/{_VISIBLE}/{_VERSION}/lineage.json")
+    parts = "split_part(filename, '/', -3) AS recipe, split_part(filename, '/', -2) AS version"
     steps = json.dumps(
         [
             {
@@ -145,12 +189,14 @@ def _subset_views(root: Path) -> dict[str, str]:
     )
     manifest = f"subset/{_VISIBLE}/{_VERSION}/manifest.parquet"
     row = {"uid": "VARCHAR", "f0": "UBIGINT", "f1": "UBIGINT", "shard": "VARCHAR", "key": "VARCHAR"}
-    members = _files(root, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
+    members = _files(place, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
     return {
         "lineage_records": f"""
-            SELECT {place}, content::JSON AS record FROM (
-                SELECT NULL::VARCHAR AS filename, NULL::VARCHAR AS content WHERE false UNION ALL BY NAME
-                SELECT * FROM read_text({record}, allow_empty=true))""",
+            SELECT {parts}, CASE WHEN json_valid(content) AND content::JSON->>'fingerprint' IS NOT NULL
+                THEN content::JSON ELSE error(concat(filename, {sql.text(_NO_RECORD)})) END AS record FROM (
+                {_no_rows(place, {"filename": "VARCHAR", "content": "VARCHAR"})} UNION ALL BY NAME
+                SELECT * FROM read_text({record}, allow_empty=true))
+            WHERE (SELECT {_or_error(place, "true")} FROM {_here(place)})""",
         "subsets": """
             SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
                 (record->>'rows')::BIGINT AS rows,
@@ -181,6 +227,6 @@ def _subset_views(root: Path) -> dict[str, str]:
             SELECT recipe, version, left_out.key AS shard, left_out.value->>'$' AS missing
             FROM lineage_records, json_each(record->'shards_missing') AS left_out""",
         "subset_members": f"""
-            SELECT recipe, version, uid, f0, f1, shard, key FROM (SELECT {place}, * FROM ({members}))
+            SELECT recipe, version, uid, f0, f1, shard, key FROM (SELECT {parts}, * FROM ({members}))
             SEMI JOIN (SELECT recipe, version FROM lineage_records) USING (recipe, version)""",
     }

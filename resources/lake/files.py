@@ -6,6 +6,9 @@ queries (`resources.catalog.build`).
 A file is written under a temporary name with a leading dot, flushed to disk and renamed. A reader therefore sees a
 complete file or none. Temporary names are unique to the writer (`resources.lake.owners`). A killed run leaves at most
 one temporary file; the next write in the same folder removes it.
+
+Files have checksums, which are verified when they are read (`resources.lake.sealed`). A damaged file is set aside:
+renamed to `.<name>.damaged`. It then counts as missing, so that a run computes it again, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,18 +31,25 @@ import pyarrow.parquet as pq
 from core.errors import UserError
 from core.hashing import digest
 from resources.lake.owners import create_temporary, is_abandoned
+from resources.lake.sealed import METADATA_KEY, SEALED, Vectors, mapped, opened, read_arrow, read_parquet, read_record
+from resources.lake.sealed import verify_columns as verify_parquet
+from resources.storage.checksums import ChecksumError, seal
 
-METADATA_KEY = b"clip_data_selection"
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
 """Column by which single rows of an asset are looked up; its files are not sorted by it."""
 ROW_GROUP = 1 << 17
 KNOWN_FILES = 60_000  # whose records the lake caches; some 4 kB each, so 250 MB at most
 TEMPORARY_SUFFIX = ".tmp"
+DAMAGED_SUFFIX = ".damaged"
 
 
 class LakeError(UserError):
     """A file of the lake is missing or can't be read; the message names it and the remedy."""
+
+
+class DamagedError(LakeError):
+    """A file of the lake does not hold what was written."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,9 @@ class Lake:
 
     Args:
         root: path or URL of the folder; the first write creates it.
+
+    Attributes:
+        damaged: paths of files that were found damaged and set aside, with the reason.
     """
 
     def __init__(self, root: str) -> None:
@@ -157,6 +170,7 @@ class Lake:
         else:  # fsspec would read "::" in a path as a chain of file systems, and write to another place
             self.fs, self.root = fsspec.filesystem("file"), os.path.abspath(root)
         self.is_local = "file" in _protocols(self.fs)
+        self.damaged: dict[str, str] = {}
         self._known: dict[str, tuple[tuple[int, ...], Stored]] = {}
 
     def path(self, asset: str, shard: str | None = None) -> str:
@@ -184,14 +198,16 @@ class Lake:
         return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
 
     def stored(self, asset: str, shard: str | None = None) -> Stored | None:
-        """Return the record of an asset's file, or None if there is no file. Records of unchanged files are cached.
+        """Return the record of an asset's file, None if there is no file. Records of unchanged files are cached.
+
+        A file whose record can't be read is set aside.
 
         Raises:
-            LakeError: the file was not written by this project.
+            DamagedError: it can't be set aside.
         """
         path = self.path(asset, shard)
         if not self.is_local:
-            return self._read_stored(path) if self.fs.exists(path) else None
+            return self._stored_or_none(path) if self.fs.exists(path) else None
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -202,47 +218,135 @@ class Lake:
         if known is None or known[0] != version:
             if len(self._known) >= KNOWN_FILES:
                 self._known.clear()
-            known = self._known[path] = (version, self._read_stored(path))
+            stored = self._stored_or_none(path)
+            if stored is None:
+                return None
+            known = self._known[path] = (version, stored)
         return known[1]
 
-    def _read_stored(self, path: str) -> Stored:
+    def _stored_or_none(self, path: str) -> Stored | None:
         try:
-            if path.endswith(".parquet"):
-                with self.fs.open(path) as file:
-                    parquet = pq.ParquetFile(file)
-                    schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-                record = json.loads(schema.metadata[METADATA_KEY])
-            else:
-                with self._open_arrow(path) as reader:
-                    record = json.loads(reader.schema.metadata[METADATA_KEY])
-                rows = record["rows"]
+            with self._reading(path):
+                return self.read_stored(path)[0]
+        except DamagedError:
+            if self.fs.exists(path):
+                raise
+            return None
+
+    def read_stored(self, path: str) -> tuple[Stored, bool]:
+        """Read the record of a file by its path, and return whether the file has checksums, too.
+
+        Raises:
+            ChecksumError: the record is damaged, or it is not a file of this lake.
+        """
+        try:
+            record, sealed = read_record(self.fs, path)
             return Stored(
                 provenance=Provenance(**record["provenance"]),
                 fingerprint=record["fingerprint"],
-                rows=rows,
+                rows=record["rows"],
                 summary=record["summary"],
-            )
+            ), sealed
+        except ChecksumError:
+            raise
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise LakeError(
-                f"{path}: not a file of this lake ({error}). Remedy: move it away; the asset is computed again."
-            ) from error
+            raise ChecksumError(f"not a file of this lake ({error})") from error
 
     def read(self, asset: str, shard: str | None = None, columns: list[str] | None = None) -> pa.Table:
-        """Read an asset's file; Arrow files are memory-mapped where the lake is local.
+        """Read an asset's file and verify the columns; Arrow files are memory-mapped where the lake is local.
 
         Raises:
-            LakeError: there is no such file.
+            LakeError: there is no such file, or it is damaged.
         """
+        path = self._existing(asset, shard)
+        with self._reading(path):
+            if path.endswith(".parquet"):
+                return read_parquet(self.fs, path, columns)
+            table = read_arrow(*mapped(self.fs, path, local=self.is_local), columns)
+        return table.select(columns) if columns else table
+
+    def vectors(self, asset: str, shard: str | None = None, *, columns: Collection[str]) -> list[Vectors]:
+        """Open columns of vectors. Rows are read and verified when they are indexed, so that others cost nothing.
+
+        Args:
+            asset: key of an asset of Arrow files, such as `embeddings/b32`.
+            shard: name of the shard.
+            columns: columns of float16 vectors.
+
+        Returns:
+            A `[n, d]` sequence of each column. Indexing it raises DamagedError.
+
+        Raises:
+            LakeError: there is no such file, or it is damaged.
+        """
+        path = self._existing(asset, shard)
+        with self._reading(path):
+            buffer, checked = mapped(self.fs, path, local=self.is_local)
+            table = read_arrow(buffer, checked, set(pa.ipc.open_file(buffer).schema.names) - set(columns))
+
+        def verify(blocks: np.ndarray) -> None:
+            with self._reading(path):
+                checked.verify_blocks(blocks)
+
+        found = []
+        for column in columns:
+            values = column_to_vectors(table[column])
+            if table[column].num_chunks > 1:  # joined in memory, away from the blocks
+                with self._reading(path):
+                    checked.verify()
+            offset = values.ctypes.data - buffer.address if table[column].num_chunks == 1 else 0
+            found.append(Vectors(values, verify, offset))
+        return found
+
+    def verified_path(self, asset: str, shard: str | None = None, columns: Collection[str] | None = None) -> Path:
+        """Verify columns of a Parquet file, by default all, and return its local path, for DuckDB to read.
+
+        Raises:
+            LakeError: there is no such file, or it is damaged.
+        """
+        path = self._existing(asset, shard)
+        with self._reading(path), opened(self.fs, path) as (file, checked):
+            verify_parquet(pq.ParquetFile(file).metadata, checked, columns)
+        return Path(path)
+
+    def _existing(self, asset: str, shard: str | None) -> str:
         path = self.path(asset, shard)
         if not self.fs.exists(path):
             where = f" of shard {shard}" if shard else ""
             raise LakeError(f"{path}: {asset}{where} is not there yet. Remedy: materialize it first.")
-        if path.endswith(".parquet"):
-            with self.fs.open(path) as file:
-                return pq.ParquetFile(file).read(columns=columns)
-        with self._open_arrow(path) as reader:
-            table = reader.read_all()
-        return table.select(columns) if columns else table
+        return path
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Set a file aside if the block finds it damaged.
+
+        Raises:
+            DamagedError: it was.
+        """
+        try:
+            yield
+        except (ChecksumError, pa.ArrowInvalid) as error:
+            raise self.set_aside(path, str(error)) from error
+        except OSError as error:
+            if error.errno is not None:  # Arrow's own errors about the format have none
+                raise
+            raise self.set_aside(path, str(error)) from error
+
+    def set_aside(self, path: str, why: str) -> DamagedError:
+        """Rename a damaged file to `.<name>.damaged`, and return the error to raise."""
+        folder, name = path.rsplit("/", 1)
+        aside = f"{folder}/.{name}{DAMAGED_SUFFIX}"
+        try:
+            if self.is_local:
+                os.replace(path, aside)
+            else:
+                self.fs.mv(path, aside)
+        except FileNotFoundError:
+            pass  # another process was first
+        except OSError as error:
+            return DamagedError(f"{path}: damaged: {why}. Remedy: remove it; a run computes it again ({error})")
+        self.damaged[path] = why
+        return DamagedError(f"{path}: damaged: {why}. Set aside as {aside}. Remedy: clip-select run computes it again")
 
     def write(
         self,
@@ -274,6 +378,7 @@ class Lake:
             "fingerprint": stored.fingerprint,
             "rows": stored.rows,
             "summary": stored.summary,
+            **SEALED,
         }
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(record, sort_keys=True)})
         path = self.path(provenance.asset, provenance.shard)
@@ -283,6 +388,7 @@ class Lake:
             else:
                 with pa.ipc.new_file(str(temporary), table.schema) as writer:
                     writer.write_table(table.combine_chunks())
+            seal(temporary)
         return stored
 
     def remove(self, asset: str, shard: str | None = None) -> bool:
@@ -314,12 +420,6 @@ class Lake:
             _sync_folder(folder)
         finally:
             temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _open_arrow(self, path: str) -> Iterator[pa.RecordBatchFileReader]:
-        source = pa.memory_map(path) if self.is_local else pa.BufferReader(self.fs.cat_file(path))
-        with source:
-            yield pa.ipc.open_file(source)
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

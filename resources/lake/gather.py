@@ -1,10 +1,41 @@
-"""Rows of vectors chosen by shard and position, from an asset with one file per shard."""
+"""Vectors of an asset with one file per shard: of a shard, and rows chosen by shard and position."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from resources.lake.files import Lake, column_to_vectors
+from resources.lake.files import Lake
+from resources.lake.sealed import Vectors
+
+
+class ShardVectors(Mapping[str, Vectors]):
+    """One column of vectors by shard. Files stay open once they are, so that each of their blocks is verified once.
+
+    Args:
+        lake: The lake.
+        asset: Key of the asset, such as `embeddings/b32`.
+        column: Its column of vectors.
+    """
+
+    def __init__(self, lake: Lake, asset: str, column: str) -> None:
+        self._lake, self._asset, self._column = lake, asset, column
+        self._open: dict[str, Vectors] = {}
+
+    def __getitem__(self, shard: str) -> Vectors:
+        """Open a shard's vectors.
+
+        Raises:
+            LakeError: there is no such file, or it is damaged.
+        """
+        if shard not in self._open:
+            (self._open[shard],) = self._lake.vectors(self._asset, shard, columns=[self._column])
+        return self._open[shard]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lake.shards(self._asset))
+
+    def __len__(self) -> int:
+        return len(self._lake.shards(self._asset))
 
 
 def gather(
@@ -15,7 +46,7 @@ def gather(
     shard_numbers: np.ndarray,
     rows: np.ndarray,
 ) -> list[np.ndarray]:
-    """Read chosen rows of vector columns. Each shard is read once, and only if it has a chosen row.
+    """Read chosen rows of vector columns. Each shard is opened once, and only if it has a chosen row.
 
     Args:
         lake: The lake.
@@ -31,7 +62,7 @@ def gather(
     Raises:
         ValueError: There are no shards.
         IndexError: A shard or a row does not exist.
-        LakeError: A shard has no file.
+        LakeError: A shard has no file, or it is damaged where a chosen row is.
     """
     if not len(shards):
         raise ValueError(f"{asset}: no shards to gather rows from")
@@ -41,9 +72,8 @@ def gather(
     parts = list(zip(numbers, np.split(order, starts[1:]), strict=True)) if len(order) else [(0, order)]
     found: list[np.ndarray] = []
     for number, places in parts:
-        table = lake.read(asset, shards[number], list(columns))
-        vectors = [column_to_vectors(table[column]) for column in columns]
-        found = found or [np.empty((len(rows), v.shape[1]), v.dtype) for v in vectors]
+        vectors = lake.vectors(asset, shards[number], columns=columns)
+        found = found or [np.empty((len(rows), v.shape[1]), np.float16) for v in vectors]
         for out, v in zip(found, vectors, strict=True):
             out[places] = v[rows[places]]
     return found

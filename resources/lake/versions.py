@@ -5,6 +5,8 @@ written, or was left by a killed run; then its number is used again.
 
 A writer claims a number by renaming a folder to it, which the file system does for one writer only. The folder holds
 the claim, an empty file that identifies the writer, until the version is complete.
+
+The record has the SHA-256 of every file and a checksum of itself; the report's are in `report/checksums.json`.
 """
 
 import contextlib
@@ -22,14 +24,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from core.hashing import sha256
+from core.hashing import digest, sha256, sha256_of
 from core.uids import UID_DTYPE
-from resources.lake.files import TEMPORARY_SUFFIX, Lake, LakeError
-from resources.lake.owners import create_temporary, is_abandoned
+from resources.lake.files import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, DamagedError, Lake, LakeError
+from resources.lake.owners import create_temporary, is_abandoned, token
 
 NAME = re.compile(r"^v\d{4,}$")
+NUMBERED = re.compile(r"^\.?v(\d{4,})(?:\..+\.damaged)?$")
+"""Folders whose numbers are taken: those of versions, and of versions that were set aside."""
 ROW_GROUP = 1 << 20
 CLAIM_SUFFIX = ".writing"
+RECORD, REPORT_CHECKSUMS = "lineage.json", "report/checksums.json"
+_REQUIRED = {"definition", "fingerprint", "recipe", "rows", "shards", "source", "steps"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,16 @@ class Version:
         return f"{self.folder}/subset.npy"
 
     @property
+    def sealed(self) -> bool:
+        """Whether the record has a checksum; records from before checksums have none."""
+        return "checksum" in self.lineage
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of the files that have one, by their path in the folder."""
+        return {**self.lineage.get("files", {}), **self.lineage.get("checksums", {})}
+
+    @property
     def samples(self) -> int:
         """Entries of DataComp's `.npy`; records from before sampling existed have one for each row."""
         return int(self.lineage.get("samples", self.lineage["rows"]))
@@ -110,7 +126,8 @@ class Versions:
         """Read a version.
 
         Raises:
-            LakeError: there is no such version, or its record can't be read.
+            LakeError: there is no such version.
+            DamagedError: its record is damaged.
         """
         path = self._lineage_path(name)
         if not self.lake.fs.exists(path):
@@ -119,8 +136,91 @@ class Versions:
         try:
             lineage = json.loads(self.lake.fs.cat_file(path))
         except ValueError as error:
-            raise LakeError(f"{path}: not a lineage record ({error}). Remedy: move its folder away") from error
+            raise _damaged(path, f"not a lineage record ({error})") from error
+        if not isinstance(lineage, dict) or not ("checksum" in lineage or lineage.keys() >= _REQUIRED):
+            raise _damaged(path, "not a lineage record")
+        if lineage.get("checksum", checksum(lineage)) != checksum(lineage):
+            raise _damaged(path, "it does not have its checksum")
+        return self.of_record(name, lineage)
+
+    def of_record(self, name: str, lineage: dict[str, Any]) -> Version:
+        """Return a version by its name and record."""
         return Version(self.recipe, name, f"{self.folder}/{name}", lineage)
+
+    def damage(self, version: Version) -> dict[str, str]:
+        """Read a version's files, without its report, and return what is wrong with which path."""
+        return self._all_wrong({f"{version.folder}/{file}": sha for file, sha in version.checksums.items()})
+
+    def report_damage(self, version: Version) -> dict[str, str]:
+        """Read the files of a version's report, and return what is wrong with which path.
+
+        A version from before checksums may have no report, or one without checksums.
+        """
+        path = f"{version.folder}/{REPORT_CHECKSUMS}"
+        if not self.lake.fs.exists(path):
+            return {path: "missing"} if version.sealed else {}
+        try:
+            files = dict(json.loads(self.lake.fs.cat_file(path)))
+        except (ValueError, TypeError):
+            files = {}
+        if not files:
+            return {path: "not a table of checksums"}
+        return self._all_wrong({f"{version.folder}/report/{file}": str(sha) for file, sha in files.items()})
+
+    def _all_wrong(self, wanted: Mapping[str, str]) -> dict[str, str]:
+        found = {path: self._wrong(path, sha) for path, sha in wanted.items()}
+        return {path: why for path, why in found.items() if why is not None}
+
+    def _wrong(self, path: str, sha: str) -> str | None:
+        if not self.lake.fs.exists(path):
+            return "missing"
+        return None if self._sha256(path) == sha else "it does not have its SHA-256"
+
+    def write_report_checksums(self, version: Version) -> None:
+        """Write the SHA-256 of the files of a version's report, which is complete then."""
+        folder = f"{version.folder}/report"
+        prefix = len(self.lake.fs._strip_protocol(folder)) + 1
+        paths = sorted(self.lake.fs.find(folder))
+        found = {path[prefix:]: self._sha256(path) for path in paths if not path.endswith(f"/{REPORT_CHECKSUMS}")}
+        with self.lake.replacing(f"{version.folder}/{REPORT_CHECKSUMS}") as path:
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+    def verified_path(self, version: Version, file: str = "manifest.parquet") -> str:
+        """Verify one of a version's files, and return its path.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+        """
+        path = f"{version.folder}/{file}"
+        sha = version.checksums.get(file)
+        why = "missing" if not self.lake.fs.exists(path) else None if sha is None else self._wrong(path, sha)
+        if why is not None:
+            raise _damaged(path, why)
+        return path
+
+    def set_damaged_aside(self) -> dict[str, str]:
+        """Set the newest versions aside as far as they are damaged: rename `v0003` to `.v0003.<random>.damaged`.
+
+        Returns:
+            What was wrong, by path.
+        """
+        found: dict[str, str] = {}
+        while names := self.names():
+            try:
+                wrong = self.damage(self.read(names[-1]))
+            except DamagedError as error:
+                wrong = {self._lineage_path(names[-1]): str(error).partition(". Remedy")[0].rpartition("damaged: ")[2]}
+            if not wrong:
+                break
+            found |= wrong
+            self.set_aside(names[-1])
+        self.lake.damaged.update(found)
+        return found
+
+    def set_aside(self, name: str) -> None:
+        """Rename a version's folder, so that it is no version any more."""
+        aside = f"{self.folder}/.{name}.{token()}{DAMAGED_SUFFIX}"
+        self.lake.fs.mv(f"{self.folder}/{name}", aside, recursive=True)
 
     def current(self) -> Version | None:
         """Read the newest version, or None before the first."""
@@ -157,7 +257,7 @@ class Versions:
         examine: Callable[[Version], None],
         sets: Mapping[str, pa.Table] | None,
     ) -> Version:
-        version = Version(self.recipe, name, f"{self.folder}/{name}", {**lineage, "version": name})
+        version = self.of_record(name, {**lineage, "version": name})
         with self.lake.replacing(version.manifest) as path, self.lake.replacing(version.uids) as uids_path:
             version.lineage["files"] = write_selection(manifest, path, uids_path)
         for other, listed in (sets or {}).items():
@@ -171,6 +271,10 @@ class Versions:
             ):
                 for rows in _in_row_groups(reader):
                     writer.write_table(rows, row_group_size=ROW_GROUP)
+        version.lineage["checksums"] = {
+            file: self._sha256(f"{version.folder}/{file}") for file in (*map(set_file, sets or {}), *manifest.tables)
+        }
+        version.lineage["checksum"] = checksum(version.lineage)
         examine(version)
         with self.lake.replacing(self._lineage_path(name)) as path:
             path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
@@ -192,7 +296,8 @@ class Versions:
             self._clear_abandoned(folder)
             mine = create_temporary(folder, ".", TEMPORARY_SUFFIX, is_folder=True)
             create_temporary(mine, ".", CLAIM_SUFFIX)
-            number = max((int(path.name[1:]) for path in folder.iterdir() if NAME.match(path.name)), default=0)
+            taken = (NUMBERED.match(path.name) for path in folder.iterdir())
+            number = max((int(found[1]) for found in taken if found is not None), default=0)
             while True:
                 number += 1
                 with contextlib.suppress(OSError):
@@ -230,14 +335,34 @@ class Versions:
         self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
 
     def read_uids(
-        self, name: str, file: str = "manifest.parquet", *, columns: Sequence[str] = ("f0", "f1")
+        self, version: Version, file: str = "manifest.parquet", *, columns: Sequence[str] = ("f0", "f1")
     ) -> pa.Table:
-        """Read columns of a version's manifest, or of the uids of a set that it read (`set_file`)."""
-        with self.lake.fs.open(f"{self.folder}/{name}/{file}") as opened:
+        """Read columns of a version's manifest, or of the uids of a set that it read (`set_file`).
+
+        Raises:
+            DamagedError: the file is missing or damaged.
+        """
+        with self.lake.fs.open(self.verified_path(version, file)) as opened:
             return pq.ParquetFile(opened).read(columns=list(columns))
 
+    def _sha256(self, path: str) -> str:
+        with self.lake.fs.open(path) as file:
+            return sha256_of(file)
+
     def _lineage_path(self, name: str) -> str:
-        return f"{self.folder}/{name}/lineage.json"
+        return f"{self.folder}/{name}/{RECORD}"
+
+
+def _damaged(path: str, why: str) -> DamagedError:
+    return DamagedError(
+        f"{path}: damaged: {why}. Remedy: clip-select run selects the newest version again; clip-select verify "
+        "--repair sets an older one aside"
+    )
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a lineage record without its `checksum`."""
+    return digest(json.loads(json.dumps({name: value for name, value in record.items() if name != "checksum"})))
 
 
 def set_file(name: str) -> str:

@@ -58,8 +58,7 @@ def test_what_another_process_wrote_removed_or_broke_is_seen_at_the_next_look(la
     lake.write(pa.table({"x": [1, 2, 3]}), provenance())
     assert lake.stored("clip_score/b32", "00000") == first
     Path(lake.path("clip_score/b32", "00000")).write_bytes(b"broken")
-    with pytest.raises(LakeError, match="not a file of this lake"):
-        lake.stored("clip_score/b32", "00000")
+    assert lake.stored("clip_score/b32", "00000") is None
 
 
 @pytest.mark.parametrize("name", ["a::b", "a b", "50% [1]*?#"])
@@ -149,22 +148,24 @@ def test_a_missing_file_is_an_error_that_names_asset_shard_and_remedy(lake: Lake
 
 
 @pytest.mark.parametrize("asset", ["clip_score/b32", "embeddings/b32"])
-def test_a_foreign_file_is_an_error_that_names_it(lake: Lake, asset: str) -> None:
+def test_a_foreign_file_is_set_aside_and_counts_as_missing(lake: Lake, asset: str) -> None:
     path = Path(lake.path(asset, "00000"))
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not one of ours")
-    with pytest.raises(LakeError, match=str(path)):
-        lake.stored(asset, "00000")
+    assert lake.stored(asset, "00000") is None
+    assert lake.shards(asset) == []
+    assert path.with_name(f".{path.name}.damaged").read_bytes() == b"not one of ours"
+    assert lake.damaged == {str(path): "it does not end as a Parquet or Arrow file does"}
 
 
-def test_a_file_without_provenance_is_an_error(lake: Lake) -> None:
+def test_a_file_without_provenance_is_set_aside(lake: Lake) -> None:
     path = Path(lake.path("clip_score/b32", "00000"))
     lake.write(pa.table({"x": [1]}), provenance())
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({METADATA_KEY: json.dumps({})}), path)
-    with pytest.raises(LakeError, match="not a file of this lake"):
-        lake.stored("clip_score/b32", "00000")
+    assert lake.stored("clip_score/b32", "00000") is None
+    assert "not a file of this lake" in lake.damaged[str(path)]
 
 
 def test_shards_are_listed_without_temporary_files(lake: Lake) -> None:

@@ -57,7 +57,7 @@ def test_of_many_writers_at_once_none_loses_a_version(tmp_path: Path) -> None:
     written = [versions.read(name).lineage["writer"] for name in versions.names()]
     assert sorted(written) == sorted(list(range(8)) * 5)
     for name in versions.names():
-        assert versions.read_uids(name)["f1"].to_pylist() == [versions.read(name).lineage["writer"]]
+        assert versions.read_uids(versions.read(name))["f1"].to_pylist() == [versions.read(name).lineage["writer"]]
         files = {path.name for path in (tmp_path / "subset/best" / name).iterdir()}
         assert files == {"manifest.parquet", "subset.npy", "lineage.json"}
     assert {path.name for path in (tmp_path / "subset/best").iterdir()} == {*versions.names(), ".claims.lock"}
