@@ -192,7 +192,7 @@ def _subset_views(place: Place) -> dict[str, str]:
     members = _files(place, manifest, row | {"filename": "VARCHAR"}, options=", filename=true")
     return {
         "lineage_records": f"""
-            SELECT {parts}, CASE WHEN json_valid(content) AND content::JSON->>'fingerprint' IS NOT NULL
+            SELECT {parts}, CASE WHEN (TRY_CAST(content AS JSON)->'steps') IS NOT NULL
                 THEN content::JSON ELSE error(concat(filename, {sql.text(_NO_RECORD)})) END AS record FROM (
                 {_no_rows(place, {"filename": "VARCHAR", "content": "VARCHAR"})} UNION ALL BY NAME
                 SELECT * FROM read_text({record}, allow_empty=true))
