@@ -32,6 +32,7 @@ from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS, asset_key
 from assets.base.results import NotAttempted, NotReady, Outcome, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
+from assets.base.score_tables import processor
 from assets.base.shard import Shard
 from core.errors import UserError
 from resources.lake.files import Lake, LakeError, Provenance, Stored
@@ -44,6 +45,9 @@ INPUT_EVENT_POINTER_TAG = "dagster/input_event_pointer/{}"
 
 Outcomes = Generator[tuple[str, Outcome], None, None]
 """Shards in order, each with its result or its error."""
+
+PROCESSOR_KEY = "processor"
+"""Name under which a file's summary holds the kind of processor that it was computed on."""
 
 FAILED_SHARDS = "failed_shards"
 """Metadata of a step's failure: the shards that failed on their own."""
@@ -188,7 +192,8 @@ class PartitionedAsset(FileAsset):
         """
         new = {self.key: result.table, **result.beside}
         findings = check_before_writing(self.checks, self.tables(snapshot, provenance.shard, new))
-        summary = {**result.summary, SUMMARY_KEY: findings}
+        computed_on = {PROCESSOR_KEY: processor()} if "pytorch" in self.declared.template.kinds else {}
+        summary = {**result.summary, **computed_on, SUMMARY_KEY: findings}
         return write_unchecked(snapshot.context.lake, provenance, replace(result, summary=summary))
 
 

@@ -25,6 +25,13 @@ def device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def processor() -> str:
+    """Return the kind of processor that scores are computed on; scores of two kinds can differ in the last bits."""
+    from selection.similarity.reduction import processor as kind
+
+    return kind(device())
+
+
 def to_tensor(vectors: np.ndarray) -> "torch.Tensor":
     """Copy vectors out of the memory map onto the device."""
     import torch

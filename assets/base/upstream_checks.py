@@ -4,6 +4,7 @@ Here: one place that collects them, for the terminal, the lineage record, the re
 the lake, so that it does not matter which run checked a file, and Dagster's records are not needed.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,12 +23,14 @@ from assets.base.checks import (
     not_compared,
 )
 from assets.base.context import Snapshot
-from assets.base.partitioned import PartitionedAsset
+from assets.base.partitioned import PROCESSOR_KEY, PartitionedAsset
 from assets.base.unpartitioned import UnpartitionedAsset
 from resources.lake.check_records import has_checks, read_checks
-from resources.lake.files import Lake
+from resources.lake.files import Lake, Stored
 
 FAILED = "failed"
+ONE_PROCESSOR = "one_kind_of_processor"
+"""Warning about an asset whose files were computed on several kinds of processor."""
 
 
 def upstream(key: str, assets: Mapping[str, Any]) -> list[str]:
@@ -62,17 +65,29 @@ def warnings_of(
     """
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for key in keys:
+        processors: Counter[str] = Counter()
         if not isinstance(assets[key], FileAsset):
             found |= {(key, entry["check"], entry["result"]): entry for entry in assets[key].warnings(lake)}
             continue
-        for shard, findings in _findings(lake, assets[key], shards):
+        for shard, stored, findings in _findings(lake, assets[key], shards):
+            processors.update(str(stored.summary[name]) for name in (PROCESSOR_KEY,) if name in stored.summary)
             for check, finding in findings.items():
                 result = FAILED if is_compared(finding) else NOT_COMPARED
                 if finding["passed"] or (result == NOT_COMPARED and finding["blocking"]):
                     continue  # a blocking check has nothing to compare where a shard has no rows
                 entry = found.setdefault((key, check, result), warning(key, check, finding["why"], result))
                 entry["shards"] += [shard] if shard is not None else []
+        if len(processors) > 1:
+            found[key, ONE_PROCESSOR, FAILED] = warning(key, ONE_PROCESSOR, _several(processors))
     return list(found.values())
+
+
+def _several(processors: Counter[str]) -> str:
+    counted = ", ".join(f"{count} shards on {name}" for name, count in processors.most_common())
+    return (
+        f"{counted}. Values can differ in the last bits and exchange rows at a threshold. Remedy, where this matters: "
+        "delete the files of the fewer shards and run again on the other machine"
+    )
 
 
 def warning(asset: str, check: str, why: str, result: str = FAILED) -> dict[str, Any]:
@@ -143,10 +158,11 @@ def _on_demand(asset: Any) -> list[Check]:
 
 def _findings(
     lake: Lake, asset: FileAsset, shards: Collection[str]
-) -> Iterator[tuple[str | None, Mapping[str, Mapping[str, Any]]]]:
-    """Yield the latest findings about each of an asset's files, with the shard."""
+) -> Iterator[tuple[str | None, Stored, Mapping[str, Mapping[str, Any]]]]:
+    """Yield the record of each of an asset's files and the latest findings about it, with the shard."""
     recorded = has_checks(lake, asset.key)
     for shard in sorted(shards) if isinstance(asset, PartitionedAsset) else [None]:
         stored = lake.stored(asset.key, shard)
         if stored is not None:
-            yield shard, {**stored.summary.get(SUMMARY_KEY, {}), **(read_checks(lake, stored) if recorded else {})}
+            later = read_checks(lake, stored) if recorded else {}
+            yield shard, stored, {**stored.summary.get(SUMMARY_KEY, {}), **later}

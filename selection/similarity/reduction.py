@@ -9,6 +9,7 @@ padded with zeros. A row's result then depends only on the row and the columns, 
 """
 
 import math
+import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -253,6 +254,14 @@ def check_matrices(**matrices: Tensor) -> None:
 def row_dots(left: Tensor, right: Tensor) -> Tensor:
     """Return the dot product of each row of left [m, d] with the same row of right ([m, d] or [d]), float32 [m]."""
     return (left.float() * right.float()).sum(dim=1)
+
+
+def processor(device: torch.device) -> str:
+    """Return the kind of processor, which decides the last bits of a result: instructions and library, or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    library = "oneDNN" if _ONEDNN else "torch.mm"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {library}"
 
 
 def tile_shape(like: Tensor) -> tuple[int, int]:

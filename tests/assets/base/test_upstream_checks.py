@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from assets.base.upstream_checks import ONE_PROCESSOR
 from dagster_project.console import print_outcome
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET
@@ -146,3 +147,17 @@ def test_repeated_uids_are_a_warning_of_the_subset(scenario: Scenario) -> None:
         ("subset/inside", "uids_unique_across_shards", "failed", []),
     ]
     assert "subset/clip_third uids_unique_across_shards: failed: 1 rows have the uid" in printed(scenario)
+
+
+def test_scores_of_two_kinds_of_processor_in_one_asset_warn_and_stay_up_to_date(
+    finished: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another capability is emulated by its name; the values need not differ."""
+    finished.write_shard(SHARDS[1], rows=6)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2 of another machine")
+    assert finished.run().failures == {}
+    found = [entry for entry in finished.subset("clip_third").lineage["warnings"] if entry["check"] == ONE_PROCESSOR]
+    assert {entry["asset"] for entry in found} == {"embeddings/tiny", "clip_score/tiny"}
+    assert all(" 2 shards on " in f" {e['why']}" and "1 shards on " in e["why"] for e in found)
+    assert all("AVX2 of another machine" in entry["why"] for entry in found)
+    assert finished.run().computed == {}
