@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from core.hashing import sha256
+from resources.model_locations import LOCAL_DIR
 from resources.models.decoding import EncoderError
-from resources.settings import LOCAL_DIR
 
 _OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "coreml/*"]
 # transformers' names of weights in one file or several; it prefers these
