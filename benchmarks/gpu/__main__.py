@@ -11,6 +11,7 @@ that an interrupted run leaves what it had. Exits with 1 if a part failed, and w
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=FULL, default=FULL, metavar="PART", help=", ".join(FULL))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on CPU, to check that the benchmark works")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the part's process, too
     device, parts = ("cpu", SMOKE) if arguments.smoke else ("cuda", FULL)
     if arguments.smoke:
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read on import

@@ -9,14 +9,13 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks.gpu.parts import MACHINE, Part
 
@@ -88,7 +87,6 @@ def measure(report: Report, device: str, parts: Mapping[str, Part]) -> None:
     """
     import torch  # noqa: F401 - the processes are forked with it
 
-    signal.signal(signal.SIGTERM, _leave)
     machine: dict[str, Any] = {"results": report.content["machine"], "error": None}
     _run(MACHINE, device, machine, report)
     if device == "cuda" and "gpu" not in machine["results"]:
@@ -152,10 +150,6 @@ def _work(part: Part, device: str, scratch: str, connection: Connection) -> None
     except Exception as raised:  # noqa: BLE001 - recorded in the file
         error = f"{type(raised).__name__}: {raised}"
     connection.send((None, error))
-
-
-def _leave(number: int, _: Any) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _finite(value: Any) -> Any:
