@@ -1,4 +1,4 @@
-"""The terminal: progress bars, and the output of a pass, of `explain` and of `prune`.
+"""The terminal: progress bars, and the output of a pass and of `explain`.
 
 Here: text for people. Not here: arguments (`cli`), and the work of a pass (`headless`).
 """
@@ -286,31 +286,6 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
         ):
             if values := [row[column] for row in steps if row[column]]:
                 console.print(f"  {label}: {values[-1]}", markup=False, highlight=False)
-    return 0
-
-
-def prune(project: "Context", keep: int, console: Console, *, dry_run: bool = False) -> int:
-    """Delete all but the newest versions of every recipe's subset, and rebuild the catalog without them.
-
-    Args:
-        project: the opened project.
-        keep: versions of each recipe to keep.
-        console: where to print.
-        dry_run: print what would be deleted, and delete nothing.
-    """
-    from assets.subsets.catalog import write_catalog
-    from dagster_project.instance import only_pass
-    from resources.lake.versions import Versions
-
-    with only_pass(project):
-        for recipe in project.settings.recipes:
-            versions = Versions(project.lake, recipe)
-            old = versions.names()[:-keep]
-            console.print(f"subset/{recipe}: {'to be ' if dry_run else ''}deleted: {', '.join(old) or 'none'}")
-            for name in () if dry_run else old:
-                versions.remove(name)
-        if not dry_run:
-            write_catalog(project, project.catalog_path())
     return 0
 
 
