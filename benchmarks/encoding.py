@@ -1,14 +1,11 @@
-"""Throughput of an encoder: decoding beside the forward pass, the settings of the model, and draft decoding.
+"""Throughput of an encoder on CPU: decoding beside the forward pass, the model's settings, and draft decoding.
 
-Called by `benchmarks.reading`, which has the command line. Weights are random, which does not change the speed.
+Called by `benchmarks.reading`, which has the command line. Not here: GPUs (`gpu.encoders`).
 """
 
 import io
-import json
 import tarfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from assets.settings import open_project
+from benchmarks.models import Forward, forward, prepared_per_second
 from resources.models.decoding import Prepare, ShardWork
 from resources.models.encoders import Embeddings, Encoder, embed_together
 from resources.pools.base import Pool
@@ -38,62 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Forward:
-    """A model on a device, and the input of one forward pass."""
-
-    encoder: Encoder
-    pixels: Any
-    tokens: Any
-
-    def seconds(self) -> float:
-        """Time one pass over ready tensors."""
-        start = time.perf_counter()
-        self.encoder.loaded.encode(self.pixels, self.tokens)
-        wait(self.encoder)
-        return time.perf_counter() - start
+def load(place: Path, batch: int, **options: Any) -> Encoder:
+    """Return an encoder of a stored model, on CPU."""
+    return Encoder("model", EncoderSettings(model=f"local-dir:{place}", batch_size=batch, device="cpu", **options))
 
 
-def save_model(folder: Path, model: str) -> Path:
-    """Write an open_clip model with random weights, in the form that `local-dir:` loads."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    place = folder / model
-    place.mkdir()
-    config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": {}}
-    (place / "open_clip_config.json").write_text(json.dumps(config))
-    state = open_clip.create_model(model, pretrained=None).state_dict()
-    save_file(
-        {name: tensor.half().contiguous() for name, tensor in state.items()}, place / "open_clip_model.safetensors"
-    )
-    return place
-
-
-def forward(place: Path, batch: int, device: str, **options: Any) -> Forward:
-    """Load a model, and put one batch of input on its device."""
-    import torch
-
-    settings = EncoderSettings(model=f"local-dir:{place}", batch_size=batch, device=device, **options)
-    encoder = Encoder("model", settings)
-    model = encoder.loaded
-    size = model.model.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(batch, 3, height, width, generator=generator).to(model.device)
-    tokens = model.tokenizer(["a caption of ordinary length, number 1, of nothing"] * batch).to(model.device)
-    return Forward(encoder, pixels, tokens)
-
-
-def wait(encoder: Encoder) -> None:
-    """Wait for the device to finish."""
-    import torch
-
-    if encoder.loaded.device.type == "cuda":
-        torch.cuda.synchronize(encoder.loaded.device)
-
-
-def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int, device: str) -> dict[str, float]:
+def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int) -> dict[str, float]:
     """Compare embedding a pool with the bare forward pass, and compute how many cores must decode for it.
 
     Args:
@@ -101,15 +49,13 @@ def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int, device: str) 
         rows: Its rows.
         place: Folder of the model.
         batch: Samples per forward pass.
-        device: As in an encoder's settings.
     """
-    bare = forward(place, batch, device)
-    on_gpu = bare.encoder.loaded.device.type == "cuda"
-    # in turns the last batches have none to decode; a stream needs enough of them for its end not to matter
-    batches = WARM_BATCHES + TIMED_BATCHES * (8 if on_gpu else 1) + 4
-    some = rows.take(np.arange(batches * batch) % len(rows))
-    ratio, rate = (_stream if on_gpu else _in_turns)(bare, {"00000": some}, pool)
-    decoded, tokenised = _prepared_per_second(bare.encoder, rows, pool)
+    encoder = load(place, batch)
+    model = encoder.loaded
+    # the turns of the last batches have none to decode
+    some = rows.take(np.arange((WARM_BATCHES + TIMED_BATCHES + 4) * batch) % len(rows))
+    ratio, rate = _in_turns(encoder, forward(model, batch), {"00000": some}, pool)
+    decoded, tokenised = _prepared(encoder, rows, pool)
     return {
         "bare_forward_samples_per_second": rate / ratio,
         "embedding_samples_per_second": rate,
@@ -120,7 +66,7 @@ def keep_busy(pool: Pool, rows: pa.Table, place: Path, batch: int, device: str) 
     }
 
 
-def _in_turns(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
+def _in_turns(encoder: Encoder, bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
     """Return the embedding's rate as a fraction of the bare pass's, and the rate, with batches timed in turns.
 
     Both use the same model. The turn of a batch starts when the next one is requested, which is when a process starts
@@ -136,69 +82,33 @@ def _in_turns(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[f
         alone.append(bare.seconds())
         started = time.perf_counter()
 
-    _embed(bare.encoder, shards, pool, take_turns)
+    for _, found in encoder.embed_pool(shards, pool, on_rows=take_turns):
+        if not isinstance(found, Embeddings):
+            raise found
     timed = slice(WARM_BATCHES, WARM_BATCHES + TIMED_BATCHES)
     took = median(embedding[timed])
     return median(alone[timed]) / took, len(bare.pixels) / took
 
 
-def _stream(bare: Forward, shards: dict[str, pa.Table], pool: Pool) -> tuple[float, float]:
-    """Return the same for a model on a GPU: the bare pass first, then the embedding without a pause."""
-    alone = median([bare.seconds() for _ in range(WARM_BATCHES + TIMED_BATCHES)][WARM_BATCHES:])
-    at: list[float] = []
-    _embed(bare.encoder, shards, pool, lambda _: at.append(time.perf_counter()))
-    # a shard's embeddings are fetched when it is through, and that waits for the device
-    took = (time.perf_counter() - at[WARM_BATCHES - 1]) / (len(at) - WARM_BATCHES)
-    return alone / took, len(bare.pixels) / took
-
-
-def _embed(encoder: Encoder, shards: dict[str, pa.Table], pool: Pool, on_rows: Callable[[int], None]) -> None:
-    for _, found in encoder.embed_pool(shards, pool, on_rows=on_rows):
-        if not isinstance(found, Embeddings):
-            raise found
-
-
-def _prepared_per_second(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[float, float]:
-    """Return the samples that one decoding process prepares per second, and the captions that it tokenises.
-
-    Based on processor time, so that other work on the machine does not count.
-    """
-    import torch
-
+def _prepared(encoder: Encoder, rows: pa.Table, pool: Pool) -> tuple[float, float]:
+    """Return the samples that one decoding process prepares per second, and the captions that it tokenises."""
     model = encoder.loaded
-    prepare = Prepare([model.look], [model.tokenizer], pool)
     items = list(ShardWork({"00000": rows.slice(0, DECODED)}, 32))
-    captions = rows["caption"].slice(0, DECODED).to_pylist()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a decoding process
-    try:
-        decoding, tokenising = [], []
-        for _ in range(3):
-            start = time.process_time()
-            for item in items:
-                if (error := prepare[item].error) is not None:
-                    raise RuntimeError(error)
-            decoding.append(time.process_time() - start)
-            start = time.process_time()
-            model.tokenizer(captions)
-            tokenising.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return len(captions) / median(decoding), len(captions) / median(tokenising)
+    return prepared_per_second(Prepare([model.look], [model.tokenizer], pool), items)
 
 
-def settings(place: Path, batch: int, device: str) -> dict[str, float]:
+def settings(place: Path, batch: int) -> dict[str, float]:
     """Time the forward pass under an encoder's settings, in turns; each as a multiple of the plain float32 one."""
-    forwards = {name: forward(place, batch, device, **options) for name, options in VARIANTS.items()}
+    forwards = {name: forward(load(place, batch, **options).loaded, batch) for name, options in VARIANTS.items()}
     for one in forwards.values():
         one.seconds()
     turns = [{name: one.seconds() for name, one in forwards.items()} for _ in range(5)]
     figures = {"fp32_samples_per_second": batch / median(turn["fp32"] for turn in turns)}
-    plain = forwards["fp32"].encoder.loaded.encode(forwards["fp32"].pixels, forwards["fp32"].tokens)
+    plain = forwards["fp32"].model.encode(forwards["fp32"].pixels, forwards["fp32"].tokens)
     for name, one in forwards.items():
         if name != "fp32":
             figures[f"{name}_of_fp32"] = median(turn["fp32"] / turn[name] for turn in turns)
-            found = one.encoder.loaded.encode(one.pixels, one.tokens)
+            found = one.model.encode(one.pixels, one.tokens)
             away = (found[0].float() * plain[0].float()).sum(1)
             figures[f"{name}_smallest_cosine"] = float(away.min())
     return figures
@@ -230,7 +140,7 @@ def draft(config: Path, folder: Path) -> dict[str, float]:
         scores = [np.einsum("nd,nd->n", *(x.astype(np.float64) for x in (e.image, e.text))) for e in (exact, rough)]
         kept = int(len(table) * TOP)
         top = [set(np.argsort(-score, kind="stable")[:kept].tolist()) for score in scores]
-        rates = [_prepared_per_second(encoder, table, pool)[0] for encoder in encoders]
+        rates = [_prepared(encoder, table, pool)[0] for encoder in encoders]
         figures |= {
             f"times_{times}_exact_prepared_per_second_per_core": rates[0],
             f"times_{times}_draft_of_exact": rates[1] / rates[0],

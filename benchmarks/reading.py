@@ -1,13 +1,13 @@
 """Speed of reading tars, decoding images, reading metadata, and feeding a model.
 
-    python -m benchmarks.reading [--embedding] [--model ViT-L-14] [--device cuda] [--batch 256] [--json PATH]
-    python -m benchmarks.reading --settings [--model …] [--device …] [--batch …]
+    python -m benchmarks.reading [--embedding] [--model ViT-B-32] [--batch 16] [--json PATH]
+    python -m benchmarks.reading --settings [--model …] [--batch …]
     python -m benchmarks.reading --draft examples/photographs.yaml
 
 The fractions compare two ways of doing the same work, timed in turns within one run. `--embedding` also builds a model
 with random weights (ViT-B-32; some minutes on two cores) and computes how many cores must decode to keep it busy.
 `--settings` compares precisions, memory formats and torch.compile on the same model, `--draft` the two ways of decoding
-on photographs.
+on photographs. On a GPU, `benchmarks.gpu` measures the embedding.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks import encoding
+from benchmarks.models import CAPTION, save_named_model
 from resources.pools.base import Pool
 from resources.pools.formats import open_pool
 from resources.settings import EncoderSettings, PoolSettings, available_cores
@@ -43,7 +44,7 @@ BATCH = 16
 
 
 def measure(
-    repeats: int = REPEATS, *, embedding: bool = False, model: str = MODEL, device: str = "cpu", batch: int = BATCH
+    repeats: int = REPEATS, *, embedding: bool = False, model: str = MODEL, batch: int = BATCH
 ) -> dict[str, Any]:
     """Time the readers on generated data.
 
@@ -51,7 +52,6 @@ def measure(
         repeats: Interleaved repeats; medians are reported.
         embedding: Whether to time a model as well.
         model: Name of the model in open_clip.
-        device: Device of the model.
         batch: Samples per forward pass.
 
     Returns:
@@ -61,7 +61,7 @@ def measure(
         folder = Path(name)
         figures = _tars(repeats) | _decoding(folder, repeats) | _metadata(folder, repeats)
         if embedding:
-            figures |= encoding.keep_busy(*_pool(folder), encoding.save_model(folder, model), batch, device)
+            figures |= encoding.keep_busy(*_pool(folder), save_named_model(folder, model), batch)
     return {"cores": available_cores()} | figures
 
 
@@ -82,7 +82,7 @@ def _write(path: Path | io.BytesIO, samples: int, image: Callable[[int], bytes])
             parts = {
                 "jpg": image(number),
                 "json": b'{"caption": null, "status": "success"}',
-                "txt": f"a caption of ordinary length, number {number}, of nothing".encode(),
+                "txt": CAPTION.format(number).encode(),
             }
             for suffix, data in parts.items():
                 info = tarfile.TarInfo(f"{number:09d}.{suffix}")
@@ -177,14 +177,13 @@ def main() -> None:
         "--draft", type=Path, metavar="CONFIG", help="compare draft decoding on a project's pool instead"
     )
     parser.add_argument("--model", default=MODEL, help="an open_clip model's name")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--batch", type=int, default=BATCH, help="samples a forward pass")
     arguments = parser.parse_args()
-    chosen = {"model": arguments.model, "device": arguments.device, "batch": arguments.batch}
+    chosen = {"model": arguments.model, "batch": arguments.batch}
     with tempfile.TemporaryDirectory() as name:
         if arguments.settings:
-            place = encoding.save_model(Path(name), arguments.model)
-            figures: dict[str, Any] = chosen | encoding.settings(place, arguments.batch, arguments.device)
+            place = save_named_model(Path(name), arguments.model)
+            figures: dict[str, Any] = chosen | encoding.settings(place, arguments.batch)
         elif arguments.draft:
             figures = encoding.draft(arguments.draft, Path(name))
         else:

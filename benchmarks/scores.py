@@ -1,11 +1,9 @@
-"""Speed of the scores relative to a bare matrix product of the same shapes, and their memory.
+"""Speed of the scores on CPU relative to a bare matrix product of the same shapes, and their memory.
 
     python -m benchmarks.scores [--whole] [--json PATH]
-    python -m benchmarks.scores --device cuda [--tune] [--json PATH]
 
 Each call of a score follows a call of the product by the fastest library, and the median of their ratios is reported,
-so that other work on the machine slows both alike. On a GPU this needs only torch, triton and the folders `selection`
-and `benchmarks`.
+so that other work on the machine slows both alike. Not here: GPUs (`benchmarks.gpu`).
 """
 
 import argparse
@@ -29,7 +27,7 @@ from selection import (
     norm_sim_from_moment,
     second_moment,
 )
-from selection.similarity.reduction import LogSumExp, PowerSum, Tiles, for_each_tile
+from selection.similarity.reduction import PowerSum, Tiles, for_each_tile
 
 WIDTH = 768
 BATCH = 32768
@@ -97,57 +95,6 @@ def measure(repeats: int = REPEATS, plain: int = PLAIN) -> dict[str, Any]:
     }
 
 
-def measure_cuda(device: torch.device, *, size: int = BATCH, tune: bool = False) -> dict[str, Any]:
-    """Time the reductions on a GPU, in float16 and in TFLOP/s of the products they contain.
-
-    Args:
-        device: A CUDA device.
-        size: Rows and columns.
-        tune: Whether to time the kernels' alternative sizes too.
-
-    Returns:
-        The machine, the shapes, and TFLOP/s by name; `*_of_product` is the bare product's time over the reduction's;
-        `*_error` is the largest difference from the tiles.
-    """
-    from selection.similarity.reduction import largest, log_sum_exp, log_sum_exp_both
-
-    rows, columns = (_embeddings(size, seed).half().to(device) for seed in (1, 2))
-    none = torch.full((size,), -math.inf, device=device)
-    tasks: dict[str, Callable[[], Any]] = {
-        "product": lambda: torch.mm(rows, columns.T),
-        "log_sum_exp": lambda: log_sum_exp(rows, columns, none, temperature=TEMPERATURE),
-        "log_sum_exp_both": lambda: log_sum_exp_both(rows, columns, temperature=TEMPERATURE),
-        "log_sum_exp_both_fixed_shift": lambda: log_sum_exp_both(rows, columns, temperature=0.05),
-        "largest": lambda: largest(rows, columns),
-        "tiles": lambda: _in_tiles(rows, columns),
-        "neg_clip_loss": lambda: neg_clip_loss(rows, columns, rows[None], columns[None], temperature=TEMPERATURE),
-    }
-    if tune:
-        from selection.similarity import triton_reduction as kernels
-
-        for sizes in kernels.ALTERNATIVES:
-            cut = "-".join(map(str, sizes))
-            tasks[f"log_sum_exp {cut}"] = lambda s=sizes: kernels.log_sum_exp(
-                rows, columns, temperature=TEMPERATURE, sizes=s
-            )
-            tasks[f"log_sum_exp_both {cut}"] = lambda s=sizes: kernels.log_sum_exp_both(
-                rows, columns, temperature=TEMPERATURE, sizes=s
-            )
-            tasks[f"largest {cut}"] = lambda s=sizes: kernels.largest(rows, columns, sizes=s)
-    properties = torch.cuda.get_device_properties(device)
-    found: dict[str, Any] = {
-        "machine": {"gpu": properties.name, "torch": torch.__version__, "python": platform.python_version()},
-        "shapes": {"rows": size, "columns": size, "width": WIDTH},
-    }
-    seconds = {name: _cuda_seconds(task) for name, task in tasks.items()}
-    for name, taken in seconds.items():
-        products = 2 if name == "neg_clip_loss" else 1
-        found[f"{name}_tflops"] = products * 2 * size * size * WIDTH / taken / 1e12
-        found[f"{name}_of_product"] = products * seconds["product"] / taken
-    found["log_sum_exp_error"] = float((tasks["log_sum_exp"]() - tasks["tiles"]()).abs().max())
-    return found
-
-
 def has_bfloat16() -> bool:
     """Return whether the CPU has instructions for products of bfloat16."""
     flags = Path("/proc/cpuinfo")
@@ -166,14 +113,6 @@ def _seconds(task: Callable[[], Any]) -> float:
     start = time.perf_counter()
     task()
     return time.perf_counter() - start
-
-
-def _cuda_seconds(task: Callable[[], Any], repeats: int = 10) -> float:
-    for _ in range(3):
-        task()
-    torch.cuda.synchronize()
-    taken = _seconds(lambda: ([task() for _ in range(repeats)], torch.cuda.synchronize()))
-    return taken / repeats
 
 
 def best_product(
@@ -209,21 +148,6 @@ def _plain(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 def _in_one_batch(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return neg_clip_loss_in_batches(image, text, temperature=TEMPERATURE, batch_size=len(image), draws=1, seed=0)
-
-
-def _in_tiles(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Compute τ · log Σ exp(s/τ) of each row with unfused torch operations on tiles, on any device."""
-    result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-
-    def task(tiles: Tiles, at: slice) -> None:
-        none = torch.full((tiles.height,), -math.inf, device=rows.device)
-        sums = LogSumExp(none, TEMPERATURE, torch.empty_like(tiles.products))
-        for _, similarities in tiles.similarities(tiles.rows(rows, at), columns):
-            sums.update(similarities)
-        result[at] = sums.value()[: at.stop - at.start]
-
-    for_each_tile(len(rows), rows, task)
-    return result
 
 
 def machine() -> dict[str, Any]:
@@ -302,19 +226,13 @@ def main() -> None:
     parser.add_argument(
         "--whole", action="store_true", help=f"the plain method at {BATCH} x {BATCH}: needs 6 GB, takes minutes"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: %(default)s)")
-    parser.add_argument("--tune", action="store_true", help="on CUDA: also time the kernels' other sizes")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
         print(_measure_peak(arguments.peak_of, arguments.plain))
         return
-    device = torch.device(arguments.device)
-    if device.type == "cpu":
-        figures = measure(arguments.repeats, BATCH if arguments.whole else PLAIN)
-    else:
-        figures = measure_cuda(device, tune=arguments.tune)
+    figures = measure(arguments.repeats, BATCH if arguments.whole else PLAIN)
     for name, figure in figures.items():
         shown = f"{figure:,.3f}" if isinstance(figure, float) and figure < 10 else figure
         shown = f"{figure:,.0f}" if isinstance(figure, float) and figure >= 10 else shown

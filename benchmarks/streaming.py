@@ -1,9 +1,9 @@
 """Growth of scoring with the rows, which are streamed from a file once for all draws and targets.
 
-    python -m benchmarks.streaming [--device cuda] [--rows N ...] [--draws K] [--negatives B] [--targets N]
+    python -m benchmarks.streaming [--rows N ...] [--draws K] [--negatives B] [--targets N] [--json PATH]
 
-Rows, negatives and targets are synthetic. Not here: the speed of one score (`scores`), and the disk: the file is
-written beforehand, and small ones stay in the page cache.
+Rows, negatives and targets are synthetic. `benchmarks.gpu` calls `measure` for a GPU. Not here: the speed of one score
+(`scores`), and the disk: the file is written beforehand, and small ones stay in the page cache.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def measure(
         `memory_growth_mb`.
     """
     where = torch.device(device)
-    sides = [_unit(draws * negatives, seed).view(draws, negatives, WIDTH).to(where) for seed in (1, 2)]
-    target = _unit(targets, seed=3).to(where)
+    sides = [_unit(draws * negatives, seed, where).view(draws, negatives, WIDTH) for seed in (1, 2)]
+    target = _unit(targets, 3, where)
     moment = second_moment(target)
     found: dict[str, Any] = {
         "machine": machine() | {"device": str(where)},
@@ -59,7 +59,7 @@ def measure(
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "embeddings"
-        _write(path, max(rows))
+        _write(path, max(rows), where)
         taken, peaks = [], []
         for count in [min(rows[0], CHUNK), *rows]:  # the first one warms up
             stored = torch.from_file(str(path), shared=False, size=count * 2 * WIDTH, dtype=torch.float16)
@@ -97,15 +97,16 @@ def _score_all(
         raise RuntimeError(f"{read} rows were read of {len(stored)}")
 
 
-def _unit(rows: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(rows, WIDTH, generator=generator), dim=1).half()
+def _unit(rows: int, seed: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.randn(rows, WIDTH, generator=generator, device=device)
+    return torch.nn.functional.normalize(drawn, dim=1).half()
 
 
-def _write(path: Path, rows: int) -> None:
+def _write(path: Path, rows: int, device: torch.device) -> None:
     with path.open("wb") as file:
         for start in range(0, rows, CHUNK):
-            file.write(_unit(2 * min(CHUNK, rows - start), seed=start + 4).numpy().tobytes())
+            file.write(_unit(2 * min(CHUNK, rows - start), start + 4, device).cpu().numpy().data)
 
 
 @contextmanager
@@ -134,7 +135,6 @@ def _own_memory() -> float:
 def main() -> None:
     """Print the results, and write them to a file with --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), metavar="N")
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--negatives", type=int, default=NEGATIVES)
@@ -146,7 +146,6 @@ def main() -> None:
         draws=arguments.draws,
         negatives=arguments.negatives,
         targets=arguments.targets,
-        device=arguments.device,
     )
     for name, figure in figures.items():
         print(f"{name:32} {f'{figure:,.2f}' if isinstance(figure, float) else figure}")

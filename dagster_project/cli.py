@@ -5,8 +5,10 @@ second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
 import functools
+import re
 import shlex
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -291,15 +293,41 @@ def reproduce(config: Path, recipe: str, version_name: str, into: Path) -> int:
     return 0
 
 
+class _Age(click.ParamType):
+    """A number of hours, days or weeks, such as 30d."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Return the time span of a text."""
+        if isinstance(value, timedelta):
+            return value
+        found = re.fullmatch(r"([1-9][0-9]{0,4})([hdw])", str(value), re.ASCII)
+        if found is None:
+            self.fail(
+                f"{value!r} is not an age. Remedy: a number from 1 to 99999 and h, d or w, such as 30d", param, ctx
+            )
+        return int(found[1]) * {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}[found[2]]
+
+
 @commands.command()
 @_config
-@click.option("--keep", type=click.IntRange(1), required=True, help="Newest versions of each recipe to keep.")
+@click.option("--keep", type=click.IntRange(1), help="Newest versions of each recipe to keep.")
+@click.option("--runs-older-than", type=_Age(), metavar="AGE", help="Age of Dagster's runs to delete: 12h, 30d, 8w.")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
-def prune(config: Path, keep: int, dry_run: bool) -> int:
-    """Delete old versions of subsets for good."""
-    from dagster_project import console
+@_json
+def prune(config: Path, keep: int | None, runs_older_than: timedelta | None, dry_run: bool, as_json: bool) -> int:
+    """Delete old versions of subsets, or old runs of Dagster, for good.
 
-    return console.prune(_open(config), keep, _console(), dry_run=dry_run)
+    A run stays if it has not ended, or if it was the last to report an asset or a shard of the pool.
+    """
+    if keep is None and runs_older_than is None:
+        raise click.UsageError("Nothing to delete. Remedy: --keep N for versions, --runs-older-than 30d for runs")
+    from dagster_project import prune as pruning
+
+    return pruning.prune(
+        _open(config), _console(), keep=keep, runs_older_than=runs_older_than, dry_run=dry_run, as_json=as_json
+    )
 
 
 def _open(config: Path) -> "Context":

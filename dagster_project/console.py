@@ -318,31 +318,6 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
     return 0
 
 
-def prune(project: "Context", keep: int, console: Console, *, dry_run: bool = False) -> int:
-    """Delete all but the newest versions of every recipe's subset, and rebuild the catalog without them.
-
-    Args:
-        project: the opened project.
-        keep: versions of each recipe to keep.
-        console: where to print.
-        dry_run: print what would be deleted, and delete nothing.
-    """
-    from assets.subsets.catalog import write_catalog
-    from dagster_project.instance import only_pass
-    from resources.lake.versions import Versions
-
-    with only_pass(project):
-        for recipe in project.settings.recipes:
-            versions = Versions(project.lake, recipe)
-            old = versions.names()[:-keep]
-            console.print(f"subset/{recipe}: {'to be ' if dry_run else ''}deleted: {', '.join(old) or 'none'}")
-            for name in () if dry_run else old:
-                versions.remove(name)
-        if not dry_run:
-            write_catalog(project, project.catalog_path())
-    return 0
-
-
 def print_unknown_uid(uid: str) -> None:
     """Print to stderr that no sample has a uid, and whether it is a uid at all."""
     known = re.fullmatch(r"[0-9a-fA-F]{32}", uid, re.ASCII)

@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-LOCAL_DIR = "local-dir:"
-HF_HUB = "hf-hub:"
+from resources.model_locations import HF_HUB, LOCAL_DIR
+
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 

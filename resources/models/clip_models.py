@@ -2,6 +2,7 @@
 
 Here: one model from a name, the hub or a folder, ready to run. Not here: batches and shards
 (`resources.models.encoders`). torch and open_clip are imported inside functions, so that this module loads at once.
+It runs without pyarrow and pydantic, as `resources.models.decoding` does.
 """
 
 import difflib
@@ -15,14 +16,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resources.model_locations import HF_HUB, LOCAL_DIR
 from resources.models import decoding
 from resources.models.decoding import EncoderError
 from resources.models.model_folders import check_weights, digests
-from resources.settings import HF_HUB, LOCAL_DIR, EncoderSettings
 from resources.storage.hash_cache import cached_sha256
 
 if TYPE_CHECKING:
     import torch
+
+    from resources.settings import EncoderSettings
 
 _CONFIG = "open_clip_config.json"
 AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
@@ -80,7 +83,7 @@ class ClipModel:
         settings: its model, and where and how it runs.
     """
 
-    def __init__(self, owner: str, settings: EncoderSettings) -> None:
+    def __init__(self, owner: str, settings: "EncoderSettings") -> None:
         self.owner = owner
         self.settings = settings
 

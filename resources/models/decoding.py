@@ -3,27 +3,30 @@
 Work items are small (rows of a table, or the bytes of a few images) and created one by one on request, so neither
 images nor tables pile up. An item has rows of one shard, and results keep the order of the items. Each worker process
 loads this module.
+
+Only `ShardWork` needs pyarrow, and nothing pydantic, so that `benchmarks.gpu` runs where they are not installed.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from core.errors import UserError
-from resources.pools.base import IMAGE_COLUMNS, Pool, PoolError
+from resources.pools.errors import PoolError
 from resources.storage import images
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
+
+    from resources.pools.base import Pool
 
 MAX_CAPTION = 2500
 """Characters of a caption that are tokenized: 32 for each of CLIP's 77 tokens, which English text never reaches."""
 
 _AHEAD = 2  # batches each process prepares ahead, so that the model does not wait for a slow one
 # imported once in the server that worker processes are forked from
-_PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", __name__]
+_PRELOAD = ["torch", "torchvision.transforms", "open_clip", "PIL.JpegImagePlugin", "resources.pools.base", __name__]
 
 
 class EncoderError(UserError, RuntimeError):
@@ -42,7 +45,7 @@ class RowsItem:
     """
 
     shard: str
-    rows: pa.Table
+    rows: "pa.Table"
     total: int
     last: bool
 
@@ -101,11 +104,15 @@ class Batch:
 class ShardWork:
     """Work items of many shards, in order; each shard's table is loaded when it is needed."""
 
-    def __init__(self, shards: Mapping[str, pa.Table], batch_size: int) -> None:
+    def __init__(self, shards: "Mapping[str, pa.Table]", batch_size: int) -> None:
         self.shards = shards
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[RowsItem | FailedItem]:
+        import pyarrow as pa
+
+        from resources.pools.base import IMAGE_COLUMNS
+
         for shard in self.shards:
             try:
                 rows = self.shards[shard].select([*IMAGE_COLUMNS, "caption"])
@@ -164,7 +171,7 @@ class Prepare:
         pool: reads the images of `RowsItem`.
     """
 
-    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = (), pool: Pool | None = None) -> None:
+    def __init__(self, looks: Sequence[Look], tokenizers: Sequence[Any] = (), pool: "Pool | None" = None) -> None:
         self.looks = looks
         self.tokenizers = tokenizers
         self.pool = pool

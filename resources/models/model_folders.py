@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from resources.model_locations import LOCAL_DIR
 from resources.models.decoding import EncoderError
-from resources.settings import LOCAL_DIR
 from resources.storage.hash_cache import cached_sha256
 
 _OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "coreml/*"]

@@ -48,7 +48,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
-from core.errors import UserError
+from resources.pools.errors import PoolError as PoolError
 from resources.settings import EncoderSettings, PoolSettings
 from resources.storage import files
 
@@ -91,10 +91,6 @@ IMAGE_COLUMNS = ("key", "source_row", "image_offset", "image_size")
 
 UID = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class PoolError(UserError, ValueError):
-    """A pool or a shard cannot be read; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import pytest
 
 from assets.scores.neg_clip_loss_settings import temperature
 from core.uids import UID_DTYPE
-from dagster_project.definitions import build_defs
 from dagster_project.staleness import RANGE_END, RANGE_START
+from tests.support.history import stale
 from tests.support.pool_factory import TINY_CONFIG, write_clip
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
@@ -335,21 +335,11 @@ def test_every_shard_keeps_its_own_events_in_a_run_that_covers_many(scenario: Sc
 
 
 def test_dagster_calls_nothing_stale_after_a_pass_and_the_changed_shard_after_a_change(scenario: Scenario) -> None:
-    from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
-    from dagster._core.loader import LoadingContextForTest
-
-    def stale(key: str) -> set[str]:
-        project, graph = scenario.open_graph()
-        asset_graph = build_defs(project, graph).resolve_asset_graph()
-        resolver = CachingStaleStatusResolver(scenario.instance, asset_graph, LoadingContextForTest(scenario.instance))
-        asset = dg.AssetKey(key.split("/"))
-        return {shard for shard in SHARDS if resolver.get_status(asset, shard) != StaleStatus.FRESH}
-
     scenario.run()
-    assert {key: stale(key) for key in SHARDED} == {key: set() for key in SHARDED}
+    assert not any(stale(scenario).values())
     scenario.write_shard("00001", text=b"other words")
     assert scenario.execute("raw_pool", shard="00001").success
-    assert stale("embeddings/tiny") == {"00001"}
+    assert stale(scenario)["embeddings/tiny"] == {"00001"}
 
 
 @pytest.mark.usefixtures("finished")

@@ -2,17 +2,18 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
 import pytest
 from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES, BulkActionStatus, PartitionBackfill
 
 import dagster_project
 from assets.base.keys import SHARDS_NAME
@@ -20,13 +21,14 @@ from dagster_project import cli
 from dagster_project.dead_runs import at_work, close_dead_runs
 from dagster_project.definitions import build_defs
 from dagster_project.location import CONFIG_VARIABLE
+from dagster_project.prune import old_runs
 from dagster_project.staleness import RANGE_END, RANGE_START
 from resources.catalog.build import read_catalog
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
+from tests.support.history import age_runs, stale
 from tests.support.scenario import SHARDS, Scenario, keep
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 OURS = Path(dagster_project.__file__).with_name("dagster.yaml")
 
 
@@ -142,17 +144,73 @@ def test_ticks_are_kept_as_long_as_the_page_says(instance: dg.DagsterInstance) -
     }
 
 
-def test_the_page_s_lines_delete_old_runs_that_have_ended_and_no_others(
-    instance: dg.DagsterInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+def test_pruning_runs_deletes_those_whose_reports_are_superseded_and_nothing_becomes_stale(
+    scenario: Scenario,
+    instance: dg.DagsterInstance,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (lines,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    under_way, ended = (instance.create_run_for_job(dg.job(name="any")(lambda: None)) for _ in range(2))
-    instance.report_run_failed(ended)
     monkeypatch.setenv("DAGSTER_HOME", str(home))
-    exec(lines)
-    assert {run.run_id for run in instance.get_runs()} == {under_way.run_id, ended.run_id}
-    exec(lines.replace("days=90", "days=-1"))
-    assert {run.run_id for run in instance.get_runs()} == {under_way.run_id}
+    scenario.instance = instance
+    assert scenario.run().failures == {}
+    first = {run.run_id for run in instance.get_runs()}
+    every_shard = {RANGE_START: SHARDS[0], RANGE_END: SHARDS[-1]}
+    # The first report of these is superseded, but embeddings were computed from the one, and subsets from the other.
+    assert scenario.execute("raw_pool", tags=every_shard).success
+    scenario.set("recipes", "inside", "steps", value=[keep("norm_sim_2/tiny/pets", count=1)])
+    unpartitioned = ["negatives/tiny", "subset/clip_third", "subset/paper", "subset/inside", "catalog"]
+    assert scenario.execute(*unpartitioned).success
+    assert scenario.execute("clip_score/tiny", tags=every_shard).success
+    assert not any(stale(scenario).values())
+    failed, under_way = (instance.create_run_for_job(dg.job(name="any")(lambda: None)) for _ in range(2))
+    instance.report_run_failed(failed)
+    everything = {run.run_id for run in instance.get_runs()}
+    arguments = ["prune", str(scenario.folder / "project.yaml"), "--runs-older-than", "30d"]
+
+    age_runs(instance, timedelta(days=29))
+    assert cli.main(arguments) == 0
+    assert "runs: deleted: 0; as old, and kept for what they reported: 0\n" in capsys.readouterr().out
+    age_runs(instance, timedelta(days=2))
+    assert cli.main([*arguments, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {run.run_id for run in instance.get_runs()} == everything
+
+    assert cli.main(arguments) == 0
+    assert not any(stale(scenario).values())
+    kept = {run.run_id for run in instance.get_runs()}
+    assert found == {"dry_run": True, "runs": found["runs"], "runs_kept": found["runs_kept"]}
+    assert set(found["runs"]) == everything - kept
+    assert set(found["runs_kept"]) == kept - {under_way.run_id}
+    assert failed.run_id not in kept
+    assert len(first - kept) == len(unpartitioned)
+    assert everything - first - kept == {failed.run_id}
+    for run in everything - kept:
+        assert not list(home.glob(f"**/{run}*"))
+    assert scenario.run().computed.keys() <= {"catalog"}
+
+
+def test_runs_of_a_removed_shard_can_be_pruned(scenario: Scenario, instance: dg.DagsterInstance) -> None:
+    scenario.instance = instance
+    for shard in SHARDS[:2]:
+        assert scenario.execute("raw_pool", shard=shard).success
+    instance.delete_dynamic_partition(SHARDS_NAME, SHARDS[0])
+    second, first = (run.run_id for run in instance.get_runs())
+    found = old_runs(instance, datetime.now(UTC) + timedelta(minutes=1))
+    assert (found.unneeded, found.needed) == ([first], [second])
+
+
+@pytest.mark.parametrize("status", list(BulkActionStatus))
+def test_runs_of_a_backfill_are_pruned_when_it_has_ended(
+    instance: dg.DagsterInstance, status: BulkActionStatus
+) -> None:
+    backfill = PartitionBackfill("b", status, from_failure=False, tags={}, backfill_timestamp=0.0)
+    instance.add_backfill(backfill)
+    run = instance.create_run_for_job(dg.job(name="any")(lambda: None), tags={"dagster/backfill": "b"})
+    instance.report_run_failed(run)
+    ended = status in BULK_ACTION_TERMINAL_STATUSES or status is BulkActionStatus.COMPLETED_FAILED
+    found = old_runs(instance, datetime.now(UTC) + timedelta(minutes=1))
+    assert found.unneeded == ([run.run_id] if ended else [])
 
 
 def test_pruning_deletes_old_versions_and_never_the_newest_and_the_catalog_forgets_them(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -20,6 +21,7 @@ from dagster_project import cli
 from dagster_project.definitions import build_defs
 from dagster_project.instance import SETTINGS, open_instance
 from resources.lake.files import LakeError
+from tests.support.history import age_runs, stale
 from tests.support.scenario import SHARDS, Scenario
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
@@ -163,6 +165,14 @@ def test_the_page_s_configuration_keeps_all_of_dagsters_records_in_postgresql(
     assert "nothing was computed" in capsys.readouterr().out
     with dg.DagsterInstance.from_config(str(home)) as instance:
         assert len(instance.get_runs()) == len(runs)
+        scenario.instance = instance
+        assert scenario.execute("subset/paper", "catalog").success
+        age_runs(instance, timedelta(days=31))
+        capsys.readouterr()
+        assert cli.main(["prune", str(config), "--runs-older-than", "30d"]) == 0
+        assert "runs: deleted: 2; " in capsys.readouterr().out  # the pass's, of these two assets
+        assert len(instance.get_runs()) == len(runs) - 1
+        assert not any(stale(scenario).values())
 
 
 @pytest.mark.usefixtures("home")
