@@ -335,7 +335,7 @@ def test_a_failed_check_says_what_is_wrong(scenario: Scenario, serve: Serve) -> 
 
     page.goto("/assets/embeddings/tiny?view=checks")
     page.get_by_text("unit_norm").first.click()
-    page.get_by_text("12 rows are not of unit norm, the first is row 0: nan").wait_for()
+    page.get_by_text("12 rows are not of unit norm, the first is row 0: nan").first.wait_for()
     browser.keep_picture("failed-check")
     assert browser.lake.shards("embeddings/tiny") == []
 
