@@ -63,6 +63,18 @@ class Graph:
         by_key: dict[str, Node | SubsetAsset] = {node.key: node for node in (*self.nodes, *self.subsets)}
         return [by_key[key] for key in _upstream_first(by_key)]
 
+    def needed_by(self, recipes: Iterable[str]) -> set[str]:
+        """List the keys of some recipes' subsets and of everything that they are computed from."""
+        by_key = {node.key: node for node in self.in_order}
+        found: set[str] = set()
+        waiting = [f"subset/{recipe}" for recipe in recipes]
+        while waiting:
+            key = waiting.pop()
+            if key not in found:
+                found.add(key)
+                waiting.extend(by_key[key].deps)
+        return found
+
     @property
     def definitions(self) -> list[dg.AssetsDefinition]:
         """The Dagster assets."""
@@ -86,7 +98,7 @@ def build_graph(context: Context) -> Graph:
     if pool_format(settings.pool).has_tars:
         exports = [export.build(export.declare(settings, recipe=node.recipe), context, assets) for node in subsets]
     nodes = [assets[key] for key in _upstream_first(assets) if key in keys]
-    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores))
+    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores, assets))
 
 
 def _declared(context: Context, scores: Scores) -> Iterator[Declared]:

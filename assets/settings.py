@@ -14,11 +14,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pyarrow as pa
 import yaml
-from pydantic import BaseModel, ValidationError, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, create_model, model_validator
 
 from assets.base.context import Context
 from assets.base.score_kind import ScoreKind, Scores
-from assets.base.settings import ProjectSettings
+from assets.base.settings import Name, ProjectSettings
 from assets.scores import KINDS
 from core.errors import UserError
 from core.names import suggestion
@@ -27,7 +27,7 @@ from resources.models.by_name import Models
 from resources.pools.base import RAW_POOL_SCHEMA
 from resources.pools.formats import open_pool
 from resources.settings import NAME_PATTERN, Settings
-from selection.recipes.recipe import check_recipes
+from selection.recipes.recipe import Recipe, check_recipes
 
 Kinds = tuple[ScoreKind[Any], ...]
 
@@ -48,17 +48,60 @@ def settings_model(kinds: Kinds = KINDS) -> type[ProjectSettings]:
     return model
 
 
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # The key `<<` merges another mapping, whose keys this one may override.
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(sorted(twice))}: given more than once. Remedy: keep one", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _recipe_file(recipe: object, info: ValidationInfo) -> object:
+    """Read a recipe that is given as a path, or as `file` and the `names` that replace {…} in it.
+
+    Raises:
+        ValueError: the file is missing, not a recipe, or needs a name that is not given.
+    """
+    if isinstance(recipe, str):
+        recipe = {"file": recipe}
+    if not isinstance(recipe, dict) or "file" not in recipe:
+        return recipe
+    path = Path((info.context or {}).get("base", ".")) / str(recipe["file"])
+    names = recipe.get("names", {})
+    if not isinstance(names, dict) or not set(recipe) <= {"file", "names"}:
+        raise ValueError(f"{path}: a recipe from a file has `file` and `names`. Remedy: leave the rest out")
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such recipe file. Remedy: correct the path, which is relative to the project's folder"
+        )
+    text = path.read_text(encoding="utf-8")
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    try:
+        found = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    wanted = sorted(set(re.findall(r"\{([a-z_]+)\}", yaml.safe_dump(found))))
+    if wanted:
+        raise ValueError(f"{path}: it needs names for {', '.join(wanted)}. Remedy: names: {{{wanted[0]}: …}}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected one recipe, a mapping with steps")
+    return found
+
+
 class _CheckedSettings(ProjectSettings):
     """The YAML, with the checks that need more than one field."""
 
-    @field_validator("recipes", mode="before", check_fields=False)
-    @classmethod
-    def _read_recipes(cls, recipes: object, info: ValidationInfo) -> object:
-        """Replace the path of a recipe file by its content."""
-        if not isinstance(recipes, dict):
-            return recipes
-        base = Path((info.context or {}).get("base", "."))
-        return {name: _recipe_file(base, recipe) for name, recipe in recipes.items()}
+    recipes: dict[Name, Annotated[Recipe, BeforeValidator(_recipe_file)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "_CheckedSettings":
@@ -109,56 +152,6 @@ _NAMED_FIELDS = (
 )
 
 
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # The key `<<` merges another mapping, whose keys this one may override.
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{', '.join(sorted(twice))}: given more than once. Remedy: keep one", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def _recipe_file(base: Path, recipe: object) -> object:
-    """Read a recipe that is given as a path, or as `file` and the `names` that replace {…} in it.
-
-    Raises:
-        ValueError: the file is missing, not a recipe, or needs a name that is not given.
-    """
-    if isinstance(recipe, str):
-        recipe = {"file": recipe}
-    if not isinstance(recipe, dict) or "file" not in recipe:
-        return recipe
-    path = base / str(recipe["file"])
-    names = recipe.get("names", {})
-    if not isinstance(names, dict) or not set(recipe) <= {"file", "names"}:
-        raise ValueError(f"{path}: a recipe from a file has `file` and `names`. Remedy: leave the rest out")
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such recipe file. Remedy: correct the path, which is relative to the project's folder"
-        )
-    text = path.read_text(encoding="utf-8")
-    for name, value in names.items():
-        text = text.replace(f"{{{name}}}", str(value))
-    try:
-        found = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    wanted = sorted(set(re.findall(r"\{([a-z_]+)\}", yaml.safe_dump(found))))
-    if wanted:
-        raise ValueError(f"{path}: it needs names for {', '.join(wanted)}. Remedy: names: {{{wanted[0]}: …}}")
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected one recipe, a mapping with steps")
-    return found
-
-
 def load_settings(path: Path, kinds: Kinds = KINDS) -> ProjectSettings:
     """Read and check a project's YAML.
 
@@ -184,25 +177,82 @@ def load_settings(path: Path, kinds: Kinds = KINDS) -> ProjectSettings:
         raise ConfigError(f"{path}: {_explain(error, model)}") from error
 
 
+_TEXT, _NUMBER, _WHOLE, _LIST = "text", "a number", "a whole number", "a list: [a, b], or lines that begin with -"
+_SHAPES = {
+    "tuple_type": _LIST,
+    "list_type": _LIST,
+    "set_type": _LIST,
+    "frozen_set_type": _LIST,
+    "dict_type": "a mapping: lines such as `name: value`",
+    "string_type": _TEXT,
+    "string_too_short": "text that is not empty",
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "at least {min_length} entry",
+    "too_long": "at most {max_length} entries",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "text of the form {pattern}",
+    "invalid_key": "a name, which is text",
+}
+"""What a YAML should have, by pydantic's name of the problem; the fields are pydantic's."""
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return one line for each problem of a YAML that `model` refused."""
-    lines = []
+    """Return one line for each wrong field of a YAML that `model` refused."""
+    lines: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["loc"] and problem["loc"][-1] == "fraction" and (percent := _percent(problem["input"])):
-            message = percent
-        elif problem["type"] == "extra_forbidden":
-            known = _fields_at(model, problem["loc"][:-1])
-            hint = f"; {suggestion(str(problem['loc'][-1]), known)}" if known else ""
-            message = f"no such field{hint}. Remedy: check its spelling and where it is indented"
-        elif problem["type"] == "missing":
-            message = "is missing. Remedy: add it"
-        elif problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == NAME_PATTERN:
-            message = f"{message}. Remedy: letters, digits and _ only, not a digit first"
-        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-        lines.append(f"{field}: {message}{given}" if field else message)
-    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+        field = ".".join(str(part) for part in _written(model, problem["loc"]))
+        message = _message(problem, model)
+        known = lines.setdefault(field, [])
+        # a field with alternatives, such as text or a mapping, has a problem for each
+        known.append(message.replace("expected ", "or ", 1) if known else message)
+        given[field] = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+    found = [f"{field}: {', '.join(m)}{given[field]}" if field else "\n".join(m) for field, m in lines.items()]
+    return found[0] if len(found) == 1 else "\n  " + "\n  ".join(found)
+
+
+def _message(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """Return what is wrong with a field, in terms of the YAML, and the remedy."""
+    kind, place = problem["type"], problem["loc"]
+    if place and place[-1] == "fraction" and (percent := _percent(problem["input"])):
+        return percent
+    if kind == "extra_forbidden":
+        known = _fields_at(model, _written(model, place)[:-1])
+        hint = f"; {suggestion(str(place[-1]), known)}" if known else ""
+        return f"no such field{hint}. Remedy: check its spelling and where it is indented"
+    if kind == "missing":
+        return "is missing. Remedy: add it"
+    if kind == "model_type":
+        return f"expected a mapping with fields such as {', '.join(_fields_at(model, _written(model, place))[:3])}"
+    if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == NAME_PATTERN:
+        return "expected a name. Remedy: letters, digits and _ only, not a digit first"
+    if kind in _SHAPES:
+        return f"expected {_SHAPES[kind].format(**problem.get('ctx', {}))}"
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _written(annotation: Any, place: Sequence[int | str]) -> list[int | str]:
+    """Return a place as the YAML has it: without pydantic's names of alternatives and its mark of keys."""
+    found = []
+    for part in place:
+        options = [option for option in _options(annotation) if option is not type(None)]
+        if len(options) > 1:
+            annotation = next((option for option in options if getattr(option, "__name__", "") == part), None)
+        elif part != "[key]":
+            found.append(part)
+            annotation = _inside(annotation, part)
+    return found
 
 
 def _percent(given: object) -> str | None:
@@ -222,16 +272,21 @@ def _fields_at(annotation: Any, place: Sequence[int | str]) -> list[str]:
         place: names of fields, keys of mappings and positions in lists.
     """
     for part in place:
-        found = None
-        for option in _options(annotation):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                named = {field.alias or name: field for name, field in option.model_fields.items()}
-                found = named[part].annotation if part in named else found
-            elif get_origin(option) in (dict, Mapping, tuple, list):
-                found = next((inner for inner in reversed(get_args(option)) if inner is not Ellipsis), None)
-        annotation = found
+        annotation = _inside(annotation, part)
     models = [option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
     return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _inside(annotation: Any, part: int | str) -> Any:
+    """Return the type of a field of a model, of the values of a mapping, or of the entries of a list; else None."""
+    found = None
+    for option in _options(annotation):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            named = {field.alias or name: field for name, field in option.model_fields.items()}
+            found = named[part].annotation if part in named else found
+        elif get_origin(option) in (dict, Mapping, tuple, list):
+            found = next((inner for inner in reversed(get_args(option)) if inner is not Ellipsis), None)
+    return found
 
 
 def _options(annotation: Any) -> list[Any]:

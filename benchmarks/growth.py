@@ -107,7 +107,9 @@ def _by_pass(config: Path, instance: dg.DagsterInstance) -> dict[str, float]:
     """Time a headless pass that finds one new shard, and one that finds nothing."""
     project = open_project(config)
     began: list[tuple[str, float]] = [("pass_looking", time.perf_counter())]
-    materialize(project, build_graph(project), instance, notice=lambda key, _: began.append((key, time.perf_counter())))
+    materialize(
+        project, build_graph(project), instance, notice=lambda stage: began.append((stage.asset, time.perf_counter()))
+    )
     began.append(("", time.perf_counter()))
     found = {"pass": began[-1][1] - began[0][1]}
     started = time.perf_counter()

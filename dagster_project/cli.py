@@ -6,6 +6,7 @@ second. Not here: the work of a pass (`headless`), and the printing (`console`).
 
 import functools
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.metadata import version
@@ -16,12 +17,14 @@ import click
 
 from core.errors import UserError
 from core.names import suggestion
+from dagster_project.interrupts import run_interruptible
 from dagster_project.location import DEMO_CONFIG, lake_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from assets.base.context import Context
+    from dagster_project.interrupts import Interrupts
 
 SECTIONS = {
     "Compute": ("check", "run", "status", "ui"),
@@ -73,6 +76,9 @@ def _config(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _recipe = click.option("--recipe", required=True, help="Name of the recipe.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+_only = click.option(
+    "--only", metavar="RECIPE", multiple=True, help="Only what this recipe needs; may be given several times."
+)
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
@@ -87,34 +93,54 @@ def commands() -> None:
 
 @commands.command()
 @_config
-def check(config: Path) -> int:
+@_only
+def check(config: Path, only: tuple[str, ...]) -> int:
     """Check the YAML and all paths, models and features in it; compute nothing."""
     from dagster_project import console
 
-    return console.check(_open(config), _console())
+    return console.check(_open(config), _console(), only=only)
 
 
 @commands.command()
 @_config
+@_only
 @click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
-def run(config: Path, redraw_negatives: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress is on stderr.")
+def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bool) -> int:
     """Compute whatever is missing or out of date, and select the subsets.
 
     Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
     what each step kept. Exits with 1 if an asset failed.
-    """
-    from dagster_project import console
 
-    return console.run(_open(config), _console(), redraw=redraw_negatives)
+    SIGINT (Ctrl-C) and SIGTERM end it within seconds: no further asset, no subset and no catalog. Finished files
+    stay, and the same command resumes. Exits with 130 (SIGINT) or 143 (SIGTERM).
+    """
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        settings: dict[str, Any] = {"redraw": redraw_negatives, "only": only, "interrupts": interrupts}
+        if not as_json:
+            return console.run(_open(config), _console(), **settings)
+        with console.json_document() as document:
+            return console.run(_open(config), document, **settings, as_json=True)
+
+    options = [part for recipe in only for part in ("--only", recipe)]
+    options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
+    return run_interruptible(command, _again(config, *options))
 
 
 @commands.command()
 @_config
+@click.option("--shards", is_flag=True, help="For each shard, which assets are up to date.")
+@_limit
 @_json
-def status(config: Path, as_json: bool) -> int:
+def status(config: Path, shards: bool, limit: int | None, as_json: bool) -> int:
     """Show which assets are up to date, and what a run would compute."""
     from dagster_project import queries
 
+    if shards:
+        return queries.shard_status(_open(config), _console(), limit=limit, as_json=as_json)
     return queries.status(_open(config), _console(), as_json=as_json)
 
 
@@ -223,11 +249,16 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
 def export(config: Path, recipe: str) -> int:
     """Copy the samples of a subset's newest version into new tars.
 
-    The tars are in <lake>/export/<recipe>/<version>. Exits with 1 if a shard failed.
+    The tars are in <lake>/export/<recipe>/<version>. Exits with 1 if a shard failed. SIGINT and SIGTERM end it like
+    `run`.
     """
-    from dagster_project import console
 
-    return console.export(_open(config), recipe, _console())
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        return console.export(_open(config), recipe, _console(), interrupts=interrupts)
+
+    return run_interruptible(command, _again(config, "--recipe", recipe))
 
 
 @commands.command()
@@ -292,6 +323,12 @@ def _open(config: Path) -> "Context":
     return open_project(config)
 
 
+def _again(config: Path, *options: str) -> str:
+    """Return the command line of the command that is running."""
+    project = "--demo" if config == DEMO_CONFIG else str(config)
+    return shlex.join(["clip-select", str(click.get_current_context().info_name), project, *options])
+
+
 def _console() -> "Console":
     from rich.console import Console
 
@@ -305,7 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; `sys.argv[1:]` by default.
 
     Returns:
-        The exit status: 0 if all went well, 1 if something failed, 2 for an error that the user can fix.
+        The exit status: 0 if all went well, 1 if something failed, 2 for an error that the user can fix, 130 or 143
+        if it was interrupted.
     """
     try:
         return commands.main(arguments, prog_name="clip-select", standalone_mode=False) or 0

@@ -1,87 +1,138 @@
-"""The terminal: progress bars, and the output of a pass and of `explain`.
+"""The terminal: the output of a pass and of `explain`.
 
-Here: text for people. Not here: arguments (`cli`), and the work of a pass (`headless`).
+Here: text for people. Not here: arguments (`cli`), the work of a pass (`headless`), progress (`progress`).
 """
 
 import atexit
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from assets.subsets.funnel import COLUMNS, funnel_rows
+from core.errors import UserError
+from dagster_project.outcome import document, pool_counts, subset_warnings
+from dagster_project.tables import print_json
 
 if TYPE_CHECKING:
     from assets.base.context import Context
     from assets.graph import Graph
     from dagster_project.headless import Outcome
+    from dagster_project.interrupts import Interrupts
 
 NOTES = 20
 """Notes on shards that are printed at most."""
 
 
-def run(project: "Context", console: Console, *, redraw: bool = False) -> int:
-    """Bring a project up to date, with progress bars, and print the outcome.
+def run(
+    project: "Context",
+    console: Console,
+    *,
+    redraw: bool = False,
+    only: Collection[str] = (),
+    as_json: bool = False,
+    interrupts: "Interrupts | None" = None,
+) -> int:
+    """Bring a project up to date, with progress on stderr, and print the outcome.
 
     Args:
         project: the opened project.
         console: where to print.
         redraw: draw the negatives again.
+        only: names of the recipes; compute only what they need. By default all recipes and scores.
+        as_json: print one JSON document.
+        interrupts: the signals that end the pass.
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
 
     Raises:
         ConfigError: something that the YAML refers to is missing; nothing was computed.
+        QueryError: there is no such recipe.
     """
-    from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
     from dagster_project.early_checks import require_inputs
     from dagster_project.headless import materialize
     from dagster_project.instance import only_pass, open_instance
+    from dagster_project.progress import shown_progress
 
-    graph = build_graph(project)
-    require_inputs(project, graph)
+    began = time.monotonic()
+    graph, needed = _graph(project, only)
+    require_inputs(project, graph, needed)
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
-        with progress_bars(project, console) as bars:
-            outcome = materialize(project, graph, instance, notice=bars, progress=bars.advance, redraw=redraw)
-    print_outcome(project, graph, outcome, console)
+        with shown_progress() as shown:
+            outcome = materialize(
+                project,
+                graph,
+                instance,
+                notice=shown.notice,
+                progress=shown.advance,
+                redraw=redraw,
+                only=needed,
+                interrupts=interrupts,
+            )
+    if as_json:
+        print_json(document(project, graph, outcome, time.monotonic() - began, needed), console)
+    else:
+        print_outcome(project, graph, outcome, console, needed)
     return 1 if outcome.failures else 0
 
 
-def check(project: "Context", console: Console) -> int:
+def _graph(project: "Context", only: Collection[str]) -> "tuple[Graph, set[str] | None]":
+    """Return a project's assets, and the keys of those that some recipes need; None where all are wanted.
+
+    Raises:
+        QueryError: there is no such recipe.
+    """
+    from assets.graph import build_graph
+    from dagster_project.queries import require
+
+    for recipe in only:
+        require("recipe", recipe, project.settings.recipes)
+    graph = build_graph(project)
+    return graph, graph.needed_by(only) if only else None
+
+
+def check(project: "Context", console: Console, *, only: Collection[str] = ()) -> int:
     """Check everything that a YAML refers to, compute nothing, and print that all is well.
+
+    Args:
+        project: the opened project.
+        console: where to print.
+        only: names of the recipes; check only what they need.
 
     Raises:
         ConfigError: something is missing or wrong.
+        QueryError: there is no such recipe.
     """
-    from assets.graph import build_graph
     from dagster_project.early_checks import require_inputs
 
-    graph = build_graph(project)
-    require_inputs(project, graph)
-    text = f"{project.config}: no problems. Shards: {len(project.pool.list_shards())}; assets: {len(graph.in_order)}"
+    graph, needed = _graph(project, only)
+    require_inputs(project, graph, needed)
+    assets = len(graph.in_order if needed is None else needed)
+    text = f"{project.config}: no problems. Shards: {len(project.pool.list_shards())}; assets: {assets}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def export(project: "Context", recipe: str, console: Console) -> int:
+def export(project: "Context", recipe: str, console: Console, *, interrupts: "Interrupts | None" = None) -> int:
     """Write the tars of a subset's newest version, and print their folder.
 
     Args:
         project: the opened project.
         recipe: name of the recipe.
         console: where to print.
+        interrupts: the signals that end it.
 
     Returns:
         The exit status: 1 if a shard failed, else 0.
@@ -90,6 +141,7 @@ def export(project: "Context", recipe: str, console: Console) -> int:
     from dagster_project.dead_runs import close_dead_runs
     from dagster_project.headless import write_export
     from dagster_project.instance import only_pass, open_instance
+    from dagster_project.progress import shown_progress
     from dagster_project.queries import require
     from resources.lake.versions import Versions
 
@@ -97,8 +149,10 @@ def export(project: "Context", recipe: str, console: Console) -> int:
     with open_instance(project) as instance, only_pass(project):
         close_dead_runs(instance)
         graph = build_graph(project)
-        with progress_bars(project, console) as bars:
-            outcome = write_export(project, graph, instance, recipe, notice=bars, progress=bars.advance)
+        with shown_progress() as shown:
+            outcome = write_export(
+                project, graph, instance, recipe, notice=shown.notice, progress=shown.advance, interrupts=interrupts
+            )
     print_failures(outcome, console)
     if not outcome.failures:
         version = Versions(project.lake, recipe).names()[-1]
@@ -107,65 +161,25 @@ def export(project: "Context", recipe: str, console: Console) -> int:
     return 1 if outcome.failures else 0
 
 
-# Progress
-
-
-@contextmanager
-def progress_bars(project: "Context", console: Console) -> Iterator["Bars"]:
-    """Show one progress bar for each asset that is computed within the block."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars = Bars(project, progress)
-        yield bars
-        bars.finish()
-
-
-class Bars:
-    """One progress bar for each asset; call it when an asset starts.
-
-    Args:
-        project: the opened project.
-        progress: where the bars are drawn.
-    """
-
-    def __init__(self, project: "Context", progress: Progress) -> None:
-        self.project = project
-        self.progress = progress
-        self.asset = ""
-        self.task: Any = None
-
-    def __call__(self, asset: str, shards: int) -> None:
-        """Start the bar of an asset; its length is the number of rows in the pool, as far as that is known."""
-        self.finish()
-        rows = 0
-        if shards and asset != "raw_pool":
-            rows = sum(
-                stored.rows
-                for shard in self.project.pool.list_shards()
-                if (stored := self.project.lake.stored("raw_pool", shard)) is not None
-            )
-        text = f"{asset} ({shards} shards)" if shards else asset
-        self.asset = asset
-        self.task = self.progress.add_task(text, total=rows or None)
-
-    def advance(self, asset: str, shard: str, rows: int) -> None:
-        """Move the bar by some rows, if it is this asset's."""
-        del shard
-        if self.task is not None and asset == self.asset:
-            self.progress.advance(self.task, rows)
-
-    def finish(self) -> None:
-        """Fill the bar: shards that were up to date and rows that were rejected never moved it."""
-        if self.task is not None:
-            done = self.progress.tasks[self.task].completed
-            self.progress.update(self.task, total=done or 1, completed=done or 1)
-
-
 # The outcome of a pass
 
 
-def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", console: Console) -> None:
-    """Print new shards, the pool's rejects, every recipe's funnel, and the failures."""
+def print_outcome(
+    project: "Context",
+    graph: "Graph",
+    outcome: "Outcome",
+    console: Console,
+    only: Collection[str] | None = None,
+) -> None:
+    """Print new shards, the pool's rejects, the funnels of subsets, checks that warn, and the failures.
+
+    Args:
+        project: the opened project.
+        graph: its assets.
+        outcome: of the pass.
+        console: where to print.
+        only: keys of the assets of the pass; by default all.
+    """
     from resources.lake.versions import Versions
 
     if outcome.added:
@@ -176,6 +190,8 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
         console.print("Everything is up to date; nothing was computed.")
     _print_pool(project, console)
     for subset in graph.subsets:
+        if only is not None and subset.key not in only:
+            continue
         version = Versions(project.lake, subset.recipe).current()
         if version is None:
             continue
@@ -183,13 +199,12 @@ def print_outcome(project: "Context", graph: "Graph", outcome: "Outcome", consol
         console.print(_funnel(f"{subset.key} {version.name}", lineage))
         if version.samples != lineage["rows"]:
             console.print(f"  {version.samples:,} samples of {lineage['rows']:,} rows", highlight=False)
-        for shard, reason in lineage["shards_missing"].items():
-            console.print(f"  without shard {shard}: {reason}", style="yellow", markup=False)
-        if lineage["source"]["duplicates"]:
-            console.print(
-                f"  {lineage['source']['duplicates']:,} rows left out: an earlier row has their uid", style="yellow"
-            )
+        for warning in subset_warnings(lineage):
+            console.print(f"  {warning}", style="yellow", markup=False)
+        if not subset.has_report(project.lake):
+            console.print("  its report could not be written; the next run tries again", style="yellow")
         console.print(f"  {version.uids}", soft_wrap=True, highlight=False, markup=False)
+    _print_checks(project, graph, console, only)
     print_failures(outcome, console)
     if not outcome.failures:
         console.print(f"Catalog: {project.catalog_path()}", soft_wrap=True, highlight=False, markup=False)
@@ -214,27 +229,38 @@ def _funnel(title: str, lineage: dict[str, Any]) -> Table:
 
 def _print_pool(project: "Context", console: Console) -> None:
     """Print the pool's rows, its rejects by reason, and notes on its shards."""
-    rows = rejected = 0
-    reasons: dict[str, int] = {}
-    notes: list[tuple[str, str]] = []
-    for shard in project.lake.shards("raw_pool"):
-        stored = project.lake.stored("raw_pool", shard)
-        if stored is None:
-            continue
-        rows += stored.rows
-        rejected += stored.summary["rejected"]
-        notes += [(shard, note) for note in stored.summary.get("notes", "").splitlines()]
-        for name, count in stored.summary.items():
-            if name.startswith("rejected/"):
-                reasons[name.removeprefix("rejected/")] = reasons.get(name.removeprefix("rejected/"), 0) + count
-    listed = f" ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items()))})" if reasons else ""
+    pool = pool_counts(project)
+    listed = ", ".join(f"{count} {reason}" for reason, count in pool.rejects.items())
     console.print(
-        f"Pool: {rows + rejected:,} samples seen = {rows:,} rows + {rejected:,} rejects{listed}", markup=False
+        f"Pool: {pool.samples:,} samples seen = {pool.rows:,} rows + {pool.rejected:,} rejects"
+        f"{f' ({listed})' if listed else ''}",
+        markup=False,
     )
-    for shard, note in notes[:NOTES]:
-        console.print(f"  shard {shard}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if len(notes) > NOTES:
-        console.print(f"  and {len(notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
+    for note in pool.notes[:NOTES]:
+        console.print(f"  {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if len(pool.notes) > NOTES:
+        console.print(f"  and {len(pool.notes) - NOTES:,} more notes, in the metadata of raw_pool", style="yellow")
+
+
+def _print_checks(project: "Context", graph: "Graph", console: Console, only: Collection[str] | None) -> None:
+    """Print the checks that warn or had nothing to compare, whichever run they ran in, and the drift of negatives."""
+    from assets.base.upstream_checks import FAILED, verdicts, warning_text, warnings_of
+
+    assets = {node.key: node for node in graph.in_order if only is None or node.key in only}
+    found = warnings_of(project.lake, assets, assets, project.lake.shards("raw_pool"))
+    for title, entries, style in (
+        ("Warnings", [entry for entry in found if entry["result"] == FAILED], "yellow"),
+        ("Not compared", [entry for entry in found if entry["result"] != FAILED], "dim"),
+    ):
+        if entries:
+            console.print(f"{title}:", style=style)
+        for entry in entries:
+            text = f"  {warning_text(entry)}"
+            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    for asset, finding in verdicts(project.lake, assets, assets).items():
+        if finding["passed"]:
+            text = f"Drift of {asset}: {finding['figures']['verdict']}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # The other commands
@@ -256,7 +282,6 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
         FileNotFoundError: there is no catalog yet.
     """
     from dagster_project.queries import ask
-    from dagster_project.tables import print_json
 
     rows = ask(catalog, "FROM explain($uid)", uid=uid)
     if any(row["verdict"] == "unknown uid" for row in rows):
@@ -295,6 +320,21 @@ def print_unknown_uid(uid: str) -> None:
     why = "no sample in the pool has this uid" if known else "this is not a uid, which has 32 hexadecimal characters"
     text = f"{uid}: {why}; and no rejected sample has it as its key"
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def json_document() -> Iterator[Console]:
+    """Yield a console for one JSON document, which is all of stdout; an error that a user can fix becomes one, too."""
+    from dagster_project.progress import only_document
+
+    with only_document() as file:
+        console = Console(file=file)
+        try:
+            yield console
+        except (UserError, OSError) as error:
+            found = {"type": type(error).__name__, "message": str(error)}
+            print_json({"exit_status": 2, "error": found}, console)
+            raise
 
 
 def print_error(error: Exception) -> None:

@@ -55,16 +55,17 @@ def close_dead_runs(instance: dg.DagsterInstance) -> None:
         except BlockingIOError:
             continue
         else:
-            _close(instance, path.stem)
+            close_run(instance, path.stem, "The process of this run died: it was killed, or its machine stopped.")
             path.unlink(missing_ok=True)
         finally:
             os.close(lock)
 
 
-def _close(instance: dg.DagsterInstance, run_id: str) -> None:
+def close_run(instance: dg.DagsterInstance, run_id: str, why: str) -> None:
+    """Fail a run that has not ended, and free its places in Dagster's pools."""
     run = instance.get_run_by_id(run_id)
     if run is not None and not run.is_finished:
-        instance.report_run_failed(run, "The process of this run died: it was killed, or its machine stopped.")
+        instance.report_run_failed(run, why)
     instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 

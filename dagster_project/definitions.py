@@ -5,6 +5,7 @@ The environment variable CLIP_SELECTION_CONFIG names the project's YAML; the dem
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -13,7 +14,8 @@ from assets.base.context import Context
 from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
 from assets.settings import open_project
-from dagster_project.executor import one_process
+from dagster_project.early_checks import require_inputs
+from dagster_project.executor import one_process_after
 from dagster_project.location import config_path
 from dagster_project.resources import build_resources
 from dagster_project.sensors import build_sensors
@@ -43,7 +45,7 @@ def build_defs(
         jobs=_jobs(graph),
         sensors=build_sensors(context, graph),
         resources={**build_resources(context.settings), **overrides},
-        executor=one_process,
+        executor=one_process_after(partial(require_inputs, context, graph)),
     )
 
 

@@ -3,30 +3,37 @@
 Each asset gets a Dagster run of its own over only the shards that need it. So the UI shows the history, a bad shard
 stops no other shard, and nothing is computed twice. The embeddings by several encoders share a run, because they share
 the images. Only the lake's provenance decides about staleness.
+
+A subset is selected when every shard has been computed or has failed on its own: an interrupted pass ends at once, and
+nothing is computed from an asset whose run ended before it came to all its shards.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.keys import SHARDS_NAME, asset_key
-from assets.base.partitioned import PartitionedAsset
+from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
+from assets.base.results import NotReady
 from assets.graph import Graph, Node
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
-from dagster_project.staleness import RANGE_END, RANGE_START, clear, diff_partitions, neighbours
+from dagster_project.interrupts import Interrupts
+from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-HEADLESS = {"clip_selection/by": "headless"}
+INTERRUPTED = "DagsterExecutionInterruptedError"
+TERMINAL = {"clip_selection/by": "clip-select"}
 
 
 def _error_names(base: type[Exception]) -> set[str]:
@@ -46,18 +53,55 @@ class Outcome:
         removed: shards that are gone from the pool.
         computed: for each asset that ran, its shards (none for an unpartitioned one).
         failures: for each asset that failed, the message.
-        not_attempted: for each asset that could not be computed because another one failed, the key of that one.
+        unfinished: for each asset whose run ended early, the number of shards that it did not come to.
+        failed_shards: for each asset of which shards failed, those; they are among `computed` too.
+        not_attempted: for each asset that could not be computed because another one failed, the key of that one. After
+            the key, the reason in brackets, if the failed asset has a file.
+        seconds: for each asset that ran or failed, how long it took.
     """
 
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     computed: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
+    failed_shards: dict[str, list[str]] = field(default_factory=dict)
     not_attempted: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
-Notice = Callable[[str, int], None]
-"""Called with an asset's key and its number of shards before it runs."""
+State = Literal["up to date", "begins", "computed", "failed", "not attempted"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An asset that a pass has come to.
+
+    Attributes:
+        asset: its key.
+        number: its place among the assets of the pass, from 1.
+        of: how many those are.
+        shards: number of its shards that are due; 0 for an unpartitioned asset.
+        rows: rows that computing it reports as done; None where this is not known.
+        state: "up to date" until it begins.
+        failed: number of its shards that failed.
+        needs: key of the failed asset because of which it was not attempted.
+        began: when it began, as `time.monotonic` counts.
+    """
+
+    asset: str
+    number: int = 1
+    of: int = 1
+    shards: int = 0
+    rows: int | None = None
+    state: State = "up to date"
+    failed: int = 0
+    needs: str = ""
+    began: float = field(default_factory=time.monotonic, compare=False)
+
+
+Notice = Callable[[Stage], None]
+"""Called when an asset begins, again when its rows become known, and when it has ended; not for one up to date."""
 
 
 def materialize(
@@ -68,18 +112,25 @@ def materialize(
     notice: Notice,
     progress: Progress | None = None,
     redraw: bool = False,
+    only: Collection[str] | None = None,
+    interrupts: Interrupts | None = None,
 ) -> Outcome:
-    """Bring every asset up to date.
+    """Bring assets up to date, and the catalog.
 
     Args:
         context: the project.
         graph: its assets.
         instance: where runs are recorded.
-        notice: called before each asset.
+        notice: called at each stage.
         progress: called when rows are done.
         redraw: draw the negatives again.
+        only: keys of the assets, with everything that they are computed from; by default all.
+        interrupts: signals that end the pass.
+
+    Raises:
+        KeyboardInterrupt: the pass was interrupted.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw).run()
+    return _Pass(context, graph, instance, notice, progress, redraw, interrupts).run(only)
 
 
 def write_export(
@@ -90,6 +141,7 @@ def write_export(
     *,
     notice: Notice,
     progress: Progress | None = None,
+    interrupts: Interrupts | None = None,
 ) -> Outcome:
     """Write the tars of a subset's newest version, `export/<recipe>`, as far as they are missing or out of date.
 
@@ -98,13 +150,15 @@ def write_export(
         graph: its assets.
         instance: where runs are recorded.
         recipe: name of the recipe.
-        notice: called before each run.
+        notice: called at each stage.
         progress: called when rows are done.
+        interrupts: signals that end it.
 
     Raises:
         LakeError: the pool has no tars; or the subset has no version, or was not selected from the pool as it is now.
+        KeyboardInterrupt: it was interrupted.
     """
-    return _Pass(context, graph, instance, notice, progress, redraw=False).export(recipe)
+    return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).export(recipe)
 
 
 class _Pass:
@@ -118,52 +172,125 @@ class _Pass:
         notice: Notice,
         progress: Progress | None,
         redraw: bool,
+        interrupts: Interrupts | None,
     ) -> None:
         self.graph = graph
+        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports)}
         self.instance = instance
         self.notice = notice
         self.redraw = redraw
         self.outcome = Outcome()
         self.snapshot = Snapshot(context)
-        state = RunState() if progress is None else RunState(progress)
+        self.interrupts = interrupts
+        self.stage = Stage("")
+        self.only: Collection[str] | None = None
+        state = RunState(expect=self._expect) if progress is None else RunState(progress, self._expect)
+        if interrupts is not None:
+            state = replace(state, written=interrupts.kept)
         # The opened objects, so that a model is loaded once for all runs of this process.
         opened = {"lake": context.lake, "pool": context.pool, "models": context.models, "run": state}
         defs = build_defs(context, graph, resource_overrides=opened)
         self.job = defs.resolve_implicit_global_asset_job_def()
 
-    def run(self) -> Outcome:
+    def run(self, only: Collection[str] | None = None) -> Outcome:
+        self.only = only
         shards = self._discover()
-        for node in self.graph.in_order:
+        nodes = [node for node in self.graph.in_order if only is None or node.key in only]
+        for number, node in enumerate(nodes, start=1):
+            self.stage = Stage(node.key, number, len(nodes) + 1)
             if (needed := self._needs_failed(node)) is not None:
                 self.outcome.not_attempted[node.key] = needed
-                continue
-            try:
-                if isinstance(node, SubsetAsset):
-                    if not node.is_fresh(self._now()):
-                        self._launch(node.key, None)
-                elif isinstance(node, PartitionedAsset):
-                    for some in neighbours(shards, set(self._due(node, shards))):
-                        self._launch(node.key, some, others=self._together(node, some))
-                else:
-                    again = self.redraw and node.key.startswith("negatives/")
-                    if again or not node.is_fresh(self._now()):
-                        config = {"ops": {node.definition.op.name: {"config": {"redraw": again}}}}
-                        self._launch(node.key, None, config)
-            except UserError as error:
-                self.outcome.failures[node.key] = str(error)
+            else:
+                try:
+                    self._compute(node, shards)
+                except UserError as error:
+                    self.outcome.failures[node.key] = str(error)
+            self._end()
         if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
+            self.stage = Stage("catalog", len(nodes) + 1, len(nodes) + 1)
+            self._begin()
             self._launch("catalog", None)
+            self._end()
         return self.outcome
 
+    def _compute(self, node: Node | SubsetAsset, shards: Sequence[str]) -> None:
+        """Launch the runs that bring an asset up to date."""
+        if isinstance(node, PartitionedAsset):
+            self._compute_shards(node, shards)
+        elif isinstance(node, SubsetAsset):
+            self._select(node)
+        else:
+            again = self.redraw and node.key.startswith("negatives/")
+            if again or not node.is_fresh(self._now()):
+                self._begin()
+                config = {"ops": {node.definition.op.name: {"config": {"redraw": again}}}}
+                self._launch(node.key, None, config)
+
+    def _select(self, subset: SubsetAsset) -> None:
+        """Select a subset that is out of date; of one that is up to date, write a missing report and run due checks."""
+        now = self._now()
+        is_fresh = subset.is_fresh(now)
+        if is_fresh and subset.has_report(now.context.lake) and not subset.has_due_checks(now):
+            return
+        self._begin()
+        self._launch(subset.key, None)
+        if is_fresh:
+            self.outcome.computed.pop(subset.key)
+
+    def _compute_shards(self, node: PartitionedAsset, among: Sequence[str]) -> None:
+        if due := self._due(node, among):
+            self._begin(len(due), node.rows_due(self.snapshot, due))
+        for some in neighbours(among, set(due)):
+            self._launch(node.key, some, others=self._together(node, some))
+
+    # What the stages report
+
+    def _begin(self, shards: int = 0, rows: int | None = None) -> None:
+        self.stage = replace(self.stage, state="begins", shards=shards, rows=rows)
+        self.notice(self.stage)
+
+    def _expect(self, asset: str, rows: int) -> None:
+        if asset == self.stage.asset:
+            self._begin(rows=rows)
+
+    def _end(self) -> None:
+        """Report how the asset ended."""
+        key, stage = self.stage.asset, self.stage
+        if key in self.outcome.not_attempted:
+            self.notice(replace(stage, state="not attempted", needs=self.outcome.not_attempted[key]))
+        elif key in self.outcome.failures or stage.state == "begins":
+            self.outcome.seconds[key] = time.monotonic() - stage.began
+            failed = len(self.outcome.failed_shards.get(key, ()))
+            state: State = "failed" if key in self.outcome.failures else "computed"
+            self.notice(replace(stage, state=state, failed=failed))
+
     def _needs_failed(self, node: Node | SubsetAsset) -> str | None:
-        """Return the failed asset without which a node can't be computed at all; None if it can be tried."""
-        lake = self.snapshot.context.lake
+        """Return the failed asset without which a node can't be computed, and why; None if it can be tried."""
+        outcome = self.outcome
         for dep in node.deps:
-            if dep in self.outcome.not_attempted:
-                return self.outcome.not_attempted[dep]
-            if dep in self.outcome.failures and not lake.shards(dep):
-                return dep
+            if dep in outcome.not_attempted:
+                return outcome.not_attempted[dep]
+            if dep in outcome.unfinished:
+                return f"{dep} ({outcome.unfinished[dep]} of its shards were not attempted)"
+            if dep in outcome.failures and not self._is_usable(self.nodes[dep]):
+                return f"{dep} (its earlier results are out of date)" if self._has_results(self.nodes[dep]) else dep
         return None
+
+    def _is_usable(self, node: Node | SubsetAsset) -> bool:
+        """Check whether the results of a failed asset are up to date: of any shard, if it has shards."""
+        snapshot = self._now()
+        try:
+            if isinstance(node, PartitionedAsset):
+                return any(_is_fresh(node, snapshot, shard) for shard in snapshot.listing)
+            return node.is_fresh(snapshot)
+        except UserError:  # an input can't be read; this is the asset's failure, and reported
+            return False
+
+    def _has_results(self, node: Node | SubsetAsset) -> bool:
+        lake = self.snapshot.context.lake
+        if isinstance(node, SubsetAsset):
+            return bool(Versions(lake, node.recipe).names())
+        return bool(lake.shards(node.key)) if node.partitioned else lake.fs.exists(lake.path(node.key))
 
     def export(self, recipe: str) -> Outcome:
         node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)
@@ -172,9 +299,9 @@ class _Pass:
         subset = next(subset for subset in self.graph.subsets if subset.recipe == recipe)
         if not subset.is_fresh(self._now()):
             raise LakeError(f"{subset.key} has no version, or is out of date. Remedy: clip-select run")
-        partitions = self.instance.get_dynamic_partitions(SHARDS_NAME)
-        for some in neighbours(partitions, set(self._due(node, partitions))):
-            self._launch(node.key, some)
+        self.stage = Stage(node.key)
+        self._compute_shards(node, self.instance.get_dynamic_partitions(SHARDS_NAME))
+        self._end()
         return self.outcome
 
     def _now(self) -> Snapshot:
@@ -203,7 +330,8 @@ class _Pass:
         found = {}
         for other in self.graph.nodes:
             both = node.key.startswith("embeddings/") and other.key.startswith("embeddings/")
-            if isinstance(other, PartitionedAsset) and other is not node and both:
+            wanted = both and (self.only is None or other.key in self.only)
+            if isinstance(other, PartitionedAsset) and other is not node and wanted:
                 with contextlib.suppress(UserError):  # reported at its own turn
                     found[other.key] = self._due(other, among)
         return {key: some for key, some in found.items() if some}
@@ -216,23 +344,53 @@ class _Pass:
         others: Mapping[str, list[str]] | None = None,
     ) -> None:
         others = others or {}
-        self.notice(key, len(shards or ()))
-        tags = dict(HEADLESS)
-        if shards:
-            tags |= {RANGE_START: shards[0], RANGE_END: shards[-1]}
+        self._check_interrupts()
         result = execute(
             self.job,
             self.instance,
             location=self.snapshot.context.settings.name,
             asset_selection=[asset_key(key), *map(asset_key, others)],
             run_config={**QUIET, **(config or {})},
-            tags=tags,
+            tags={**TERMINAL, **run_tags(shards or [])},
         )
+        self._check_interrupts()
+        if _was_interrupted(result):
+            raise KeyboardInterrupt
         outcome = self.outcome
         for name, some in {key: shards or [], **others}.items():
             outcome.computed[name] = outcome.computed.get(name, []) + some
-        for name, failure in ({} if result.success else _failures(result, [key, *others])).items():
+        if not result.success:
+            self._record_failures(result, {key: shards or [], **others})
+
+    def _record_failures(self, result: dg.JobExecutionResult, launched: Mapping[str, list[str]]) -> None:
+        """Record why the assets of a run failed, and how many of their shards were neither computed nor failed."""
+        outcome = self.outcome
+        found = _failures(result, list(launched))
+        for name, (failure, failed) in found.items():
             outcome.failures[name] = "\n".join(filter(None, [outcome.failures.get(name), failure]))
+            if failed:
+                outcome.failed_shards[name] = outcome.failed_shards.get(name, []) + failed
+        snapshot = self._now()
+        for name, some in launched.items():
+            node, (_, failed) = self.nodes.get(name), found.get(name, ("", []))
+            if not isinstance(node, PartitionedAsset):
+                continue
+            left = [shard for shard in some if shard not in failed and not _is_fresh(node, snapshot, shard)]
+            if left:
+                outcome.unfinished[name] = outcome.unfinished.get(name, 0) + len(left)
+
+    def _check_interrupts(self) -> None:
+        """Check that no signal has arrived; Dagster ends an interrupted run as a failed one and raises nothing."""
+        if self.interrupts is not None:
+            self.interrupts.check()
+
+
+def _is_fresh(node: PartitionedAsset, snapshot: Snapshot, shard: str) -> bool:
+    """Check whether a shard's file is up to date; False also when inputs are missing."""
+    try:
+        return node.is_fresh(snapshot, shard)
+    except NotReady:
+        return False
 
 
 def _catalog_is_newest(context: Context, graph: Graph) -> bool:
@@ -245,23 +403,31 @@ def _catalog_is_newest(context: Context, graph: Graph) -> bool:
     )
 
 
-def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, str]:
-    """Return why a run failed, for each of its assets that did."""
+def _was_interrupted(result: dg.JobExecutionResult) -> bool:
+    """Check whether Ctrl-C ended a run without `Interrupts`: Dagster records that as a step's failure and goes on."""
+    errors = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    return any(error is not None and error.cls_name == INTERRUPTED for error in errors)
+
+
+def _failures(result: dg.JobExecutionResult, keys: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Return why a run failed, and the shards that did, for each of its assets that failed."""
     by_step = {key.replace("/", "__"): key for key in keys}
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, list[str]]] = {}
     for event in result.all_events:
         if event.is_step_failure and event.step_key in by_step:
             found.setdefault(by_step[event.step_key], _failure(event.step_failure_data))
-    return found or {keys[0]: "the run failed before its first step; see its page in the UI"}
+    return found or {keys[0]: ("the run failed before its first step; see its page in the UI", [])}
 
 
-def _failure(data: Any) -> str:
-    """Return why a step failed: the description of its `dg.Failure`, else the error."""
-    if data.user_failure_data is not None and data.user_failure_data.description:
-        return data.user_failure_data.description
+def _failure(data: Any) -> tuple[str, list[str]]:
+    """Return why a step failed, the description of its `dg.Failure` or else the error, and its shards that failed."""
+    given = data.user_failure_data
+    if given is not None and given.description:
+        shards = given.metadata.get(FAILED_SHARDS)
+        return given.description, list(shards.value) if shards is not None else []
     # Dagster wraps what an asset raises once; what lies deeper is detail, and is on the run's page.
     error = data.error.cause or data.error if data.error else None
     if error is None:
-        return "failed"
+        return "failed", []
     message = error.message.strip()
-    return message.split(": ", 1)[-1] if error.cls_name in _OWN_ERRORS else message
+    return message.split(": ", 1)[-1] if error.cls_name in _OWN_ERRORS else message, []

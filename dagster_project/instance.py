@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import click
 import yaml
 
 from dagster_project.location import CONFIG_VARIABLE, MODULE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from assets.base.context import Context
+    from assets.graph import Graph
 
 SETTINGS = Path(__file__).with_name("dagster.yaml")
 """Settings that a new instance starts with."""
@@ -128,6 +130,16 @@ def write_workspace(home: Path, name: str) -> Path:
     return path
 
 
+def graph_address(graph: "Graph", port: int) -> str:
+    """Return the address of the page with the whole asset graph, all groups open, so that the assets' states show.
+
+    Dagster has no setting for it: the page opens with all groups closed, unless its address lists the open ones or
+    the browser remembers them.
+    """
+    groups = dict.fromkeys(group for assets in graph.definitions for group in assets.group_names_by_key.values())
+    return f"http://127.0.0.1:{port}/asset-groups?expanded={','.join(f'global@global:{group}' for group in groups)}"
+
+
 def serve(project: "Context", port: int) -> NoReturn:
     """Replace this process by Dagster's web server and daemon, on 127.0.0.1.
 
@@ -135,6 +147,7 @@ def serve(project: "Context", port: int) -> NoReturn:
         project: the opened project.
         port: of the web server.
     """
+    from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
 
     home = prepare_home(project)
@@ -146,6 +159,8 @@ def serve(project: "Context", port: int) -> NoReturn:
         "DAGSTER_DISABLE_TELEMETRY": "yes",  # `dg` sends its first event before it reads dagster.yaml
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
+    click.echo(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}")
+    sys.stdout.flush()  # before this process is replaced
     workspace = write_workspace(home, project.settings.name)
     arguments = ["dev", "--workspace", str(workspace), "--host", "127.0.0.1", "--port", str(port)]
     os.execve(sys.executable, [sys.executable, "-m", "dagster_dg_cli.cli", *arguments], environment)

@@ -6,6 +6,7 @@ shown. Not here: arguments (`cli`), printing (`tables`), SQL of the answers (`re
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,6 +239,40 @@ def status(project: "Context", console: Console, *, as_json: bool) -> int:
     return 0
 
 
+def shard_status(project: "Context", console: Console, *, limit: int | None, as_json: bool) -> int:
+    """Print, for each shard, which assets are up to date; shards that are not complete come first.
+
+    Args:
+        project: the opened project.
+        console: where to print.
+        limit: shards at most; by default `SHOWN` in a table and all in JSON.
+        as_json: print the shards as JSON.
+    """
+    from assets.base.context import Snapshot
+    from assets.base.freshness import shard_states
+    from assets.graph import build_graph
+
+    nodes = {node.key: node for node in build_graph(project).nodes}
+    states = shard_states(Snapshot(project), nodes)
+    if as_json:
+        print_json([asdict(state) for state in states[:limit]], console)
+        return 0
+    rows = [
+        {
+            "shard": state.shard,
+            "rows": state.rows,
+            "complete": f"{len(state.complete)} of {len(state.complete + state.due + state.waiting)}",
+            "due": ", ".join(state.due),
+            "waiting for inputs": ", ".join(state.waiting),
+        }
+        for state in states
+    ]
+    _print_some(rows, ["shard", "rows", "complete", "due", "waiting for inputs"], console, limit)
+    complete = sum(state.is_complete for state in states)
+    console.print(f"{complete} of {len(states)} shards are complete.", highlight=False)
+    return 0
+
+
 UP_TO_DATE, DUE, WAITING, ERROR = "up to date", "due", "waits for its inputs", "error"
 
 
@@ -289,8 +324,8 @@ def _shard_state(node: "PartitionedAsset", snapshot: "Snapshot", shard: str) -> 
 def _subset_status(node: "SubsetAsset", snapshot: "Snapshot") -> dict[str, Any]:
     from resources.lake.versions import Versions
 
-    fresh = node.is_fresh(snapshot)
-    version = Versions(snapshot.context.lake, node.recipe).current()
+    fresh, lake = node.is_fresh(snapshot), snapshot.context.lake
+    version = Versions(lake, node.recipe).current()
     return {
         "asset": node.key,
         "state": UP_TO_DATE if fresh else DUE,
@@ -298,6 +333,7 @@ def _subset_status(node: "SubsetAsset", snapshot: "Snapshot") -> dict[str, Any]:
         "of": 1,
         "rows": None if version is None else version.lineage["rows"],
         "version": None if version is None else version.name,
+        **({"detail": "its report is missing; a run writes it"} if fresh and not node.has_report(lake) else {}),
     }
 
 

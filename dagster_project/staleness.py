@@ -16,14 +16,16 @@ from assets.base.partitioned import PartitionedAsset
 from assets.base.results import NotReady
 from assets.base.unpartitioned import UnpartitionedAsset
 from assets.graph import Graph, Node
-from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from core.hashing import digest
+from resources.lake.check_records import remove_checks
 from resources.lake.files import Lake
 from selection.recipes.recipe import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
+SHARDS_TAG = "clip_selection/shards"
+"""The shards of a run, for people: the UI's list of runs shows this tag, and hides Dagster's own."""
 
 ATTEMPTS = 3
 """How often automation tries the same work before it leaves it to a person."""
@@ -67,6 +69,7 @@ def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:
     for shard in shards:
         for node in (*graph.exports, *reversed(_partitioned(graph))):
             lake.remove(node.key, shard)
+            remove_checks(lake, node.key, shard)
         lake.remove("rejects", shard)
 
 
@@ -75,24 +78,33 @@ def neighbours(shards: Sequence[str], due: set[str]) -> list[list[str]]:
     return [list(group) for is_due, group in itertools.groupby(shards, due.__contains__) if is_due]
 
 
+def run_tags(shards: Sequence[str]) -> dict[str, str]:
+    """Return the tags of a run that computes neighbouring shards; none for a run of unpartitioned assets."""
+    if not shards:
+        return {}
+    first, last = shards[0], shards[-1]
+    shown = first if first == last else f"{first} to {last}: {len(shards)} shards"
+    return {RANGE_START: first, RANGE_END: last, SHARDS_TAG: shown}
+
+
 @dataclass
 class Due:
     """The work that is out of date.
 
     Attributes:
-        now: what can be computed at once, by asset: a mark of the wanted provenance by shard (None for an
-            unpartitioned asset). None of its inputs is due.
+        plan: for each shard, the assets that one run can compute, upstream first; under None the unpartitioned assets.
+        marks: a short name of the wanted file, for each planned file whose inputs are up to date.
+        retried: shards with a mark that was tried before. They get runs of their own, so that a shard that fails stops
+            no other one.
         given_up: work that was tried too often: asset and shard by mark.
         problems: errors that keep it unknown whether something is due.
     """
 
-    now: dict[str, dict[str | None, str]] = field(default_factory=dict)
+    plan: dict[str | None, list[str]] = field(default_factory=dict)
+    marks: list[str] = field(default_factory=list)
+    retried: set[str | None] = field(default_factory=set)
     given_up: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-
-    def marks(self) -> list[str]:
-        """List the marks of all work that is out of date and does not wait for other work."""
-        return [mark for wanted in self.now.values() for mark in wanted.values()] + list(self.given_up)
 
     def runs(self, partitions: Sequence[str]) -> list[tuple[list[str], list[str]]]:
         """List the runs that would do the work: assets, and neighbouring shards (none for unpartitioned assets).
@@ -100,19 +112,36 @@ class Due:
         Args:
             partitions: all of Dagster's partitions, in their order.
         """
-        together: dict[tuple[str, ...], list[str]] = {}
-        for key, wanted in self.now.items():
-            shards = {shard for shard in wanted if shard is not None}
-            for group in neighbours(partitions, shards) if shards else [[]]:
-                together.setdefault(tuple(group), []).append(key)
-        return [(keys, list(group)) for group, keys in together.items()]
+
+        def same_run(shard: str) -> tuple[list[str], bool]:
+            return self.plan.get(shard, []), shard in self.retried
+
+        runs: list[tuple[list[str], list[str]]] = [(self.plan[None], [])] if None in self.plan else []
+        runs += [(keys, list(group)) for (keys, _), group in itertools.groupby(partitions, same_run) if keys]
+        return runs
+
+
+@dataclass(frozen=True)
+class _Waits:
+    """What those that read an asset have to wait for.
+
+    Attributes:
+        shards: those whose file is out of date, or waits for one that is; None stands for all.
+        missing: shards whose file can't be computed: an input is missing, or it was tried too often.
+        next_run: it can't be computed, or may change, in a run that computes what it reads.
+    """
+
+    shards: set[str | None] = field(default_factory=set)
+    missing: set[str | None] = field(default_factory=set)
+    next_run: bool = False
 
 
 def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Mapping[str, int]) -> Due:
-    """Find what is out of date and can be computed now.
+    """Find what is out of date, and what runs can compute now.
 
-    An asset waits while one of its inputs is due itself, so nothing is computed twice. Work that was tried `ATTEMPTS`
-    times without success is no longer waited for.
+    An asset of a shard is computed in the same run as the shard's inputs. It waits for another run if an unpartitioned
+    input or a subset is out of date, or would be after this run. Work that was tried `ATTEMPTS` times without success
+    is no longer waited for.
 
     Args:
         snapshot: the project's inputs.
@@ -121,40 +150,90 @@ def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Map
         tried: how often work was tried, by its mark.
     """
     due = Due()
-    moving: dict[str, set[str | None]] = {}
+    found: dict[str, _Waits] = {}
     for node in graph.in_order:
-        upstream: set[str | None] = set().union(*(moving.get(dep, ()) for dep in node.deps))
-        moving[node.key] = set() if isinstance(node, UnpartitionedAsset) else set(upstream)
-        if isinstance(node, SubsetAsset):
-            continue  # selected when nothing else is due; assets that read it wait for its inputs
-        for shard in shards if isinstance(node, PartitionedAsset) else [None]:
-            if shard is not None and (shard in upstream or None in upstream):
-                continue
-            try:
-                mark = _mark(snapshot, node, shard)
-            except UserError as error:
-                if str(error) not in due.problems:
-                    due.problems.append(str(error))
-                continue
-            if mark is None:
-                continue
-            if tried.get(mark, 0) >= ATTEMPTS:
-                due.given_up[mark] = f"{node.key} of shard {shard}" if shard else node.key
-                continue
-            moving[node.key].add(shard)
-            if shard is not None or not upstream:
-                due.now.setdefault(node.key, {})[shard] = mark
+        deps = [found[dep] for dep in node.deps if dep in found]
+        upstream = _Waits(
+            set().union(*(dep.shards for dep in deps)),
+            set().union(*(dep.missing for dep in deps)),
+            any(dep.next_run for dep in deps),
+        )
+        if isinstance(node, PartitionedAsset):
+            found[node.key] = _look_at_shards(snapshot, node, shards, tried, upstream, due)
+        elif isinstance(node, UnpartitionedAsset):
+            found[node.key] = _look_at_whole(snapshot, node, tried, upstream, due)
+        else:  # a subset is selected when nothing else is due
+            found[node.key] = _Waits(upstream.shards, next_run=bool(upstream.shards) or upstream.next_run)
     return due
 
 
-def _mark(snapshot: Snapshot, node: Node, shard: str | None) -> str | None:
-    """Return a short name of the file that a run would write, or None where a run would write nothing."""
+def _look_at_shards(
+    snapshot: Snapshot,
+    node: PartitionedAsset,
+    shards: Sequence[str],
+    tried: Mapping[str, int],
+    upstream: _Waits,
+    due: Due,
+) -> _Waits:
+    waits = _Waits(set(upstream.shards), set(upstream.missing), upstream.next_run)
+    for shard in shards:
+        if None in upstream.shards:
+            continue
+        if shard in upstream.shards:
+            if shard not in upstream.missing and not upstream.next_run:
+                due.plan[shard].append(node.key)
+            continue
+        mark = _due_mark(snapshot, node, shard, tried, due)
+        if mark is None:
+            waits.missing.add(shard)
+        elif mark:
+            waits.shards.add(shard)
+            _plan(due, node, shard, mark, tried)
+    return waits
+
+
+def _look_at_whole(
+    snapshot: Snapshot, node: UnpartitionedAsset, tried: Mapping[str, int], upstream: _Waits, due: Due
+) -> _Waits:
+    mark = _due_mark(snapshot, node, None, tried, due)
+    if mark and not upstream.shards:
+        _plan(due, node, None, mark, tried)
+    may_change = bool(upstream.shards or upstream.next_run) and not node.stays(snapshot)
+    return _Waits({None} if mark else set(), next_run=mark != "" or may_change)
+
+
+def _plan(due: Due, node: Node, shard: str | None, mark: str, tried: Mapping[str, int]) -> None:
+    due.plan.setdefault(shard, []).append(node.key)
+    due.marks.append(mark)
+    if mark in tried:
+        due.retried.add(shard)
+
+
+def _due_mark(snapshot: Snapshot, node: Node, shard: str | None, tried: Mapping[str, int], due: Due) -> str | None:
+    """Return the mark of a file that is out of date; "" where it is up to date, None where it can't be computed."""
     try:
-        wanted = _wanted(snapshot, node, shard)
+        mark = _mark(snapshot, node, shard)
     except NotReady:
         return None
+    except UserError as error:
+        if str(error) not in due.problems:
+            due.problems.append(str(error))
+        return None
+    if tried.get(mark, 0) >= ATTEMPTS:
+        due.given_up[mark] = f"{node.key} of shard {shard}" if shard else node.key
+        return None
+    return mark
+
+
+def _mark(snapshot: Snapshot, node: Node, shard: str | None) -> str:
+    """Return a short name of the file that a run would write; empty where a run would write nothing.
+
+    Raises:
+        NotReady: an input is missing or out of date.
+    """
+    wanted = _wanted(snapshot, node, shard)
     stored = snapshot.context.lake.stored(node.key, shard)
-    return None if stored is not None and stored.provenance.digest() == wanted else wanted[:16]
+    return "" if stored is not None and stored.provenance.digest() == wanted else wanted[:16]
 
 
 def _wanted(snapshot: Snapshot, node: Node, shard: str | None) -> str:

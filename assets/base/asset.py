@@ -18,6 +18,7 @@ from assets.base.checks import SUMMARY_KEY, Check, Tables
 from assets.base.columns import Column, score_schema
 from assets.base.context import Context, RunState, Snapshot
 from assets.base.keys import asset_key
+from assets.base.progress import Meter
 from assets.base.results import NotReady
 from assets.base.settings import ProjectSettings
 from resources.lake.files import Provenance, Stored
@@ -216,6 +217,7 @@ class Step:
         wanted: provenance of each file that is to be written, by shard; under None that of an unpartitioned asset.
         state: the run's state.
         requested: keys of all assets that the run was asked for.
+        meter: counts its rows, for Dagster's log.
     """
 
     asset: FileAsset
@@ -223,6 +225,7 @@ class Step:
     wanted: Mapping[str | None, Provenance]
     state: RunState = field(default_factory=RunState)
     requested: frozenset[str] = frozenset()
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def context(self) -> Context:
@@ -248,7 +251,13 @@ class Step:
 
     def progress(self, rows: int, shard: str = "") -> None:
         """Report rows as done."""
+        self.meter.advance(rows, shard)
         self.state.progress(self.asset.key, shard, rows)
+
+    def expect(self, rows: int) -> None:
+        """Report how many rows there are to do, for a step that can't be told beforehand."""
+        self.meter.expect(rows)
+        self.state.expect(self.asset.key, rows)
 
 
 def input_fingerprint(context: Context, asset: str, shard: str | None = None) -> str:

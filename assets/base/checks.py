@@ -4,7 +4,8 @@ Here: the checks of asset files as such. Not here: checks that several assets sh
 checks of one asset (in its module), and checks of subsets (`assets.subsets.checks`).
 
 When a blocking check fails, the file is not written, its shard fails, and the other shards continue. The findings are
-kept in the file's summary, so a run that finds the file up to date logs them again without reading it.
+kept in the file's summary, so a run that finds the file up to date logs them again without reading it. Findings of
+checks that run later, by themselves, are kept beside the files (`resources.lake.check_records`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 )
 
 from assets.base.keys import asset_key
+from resources.lake.check_records import read_checks, write_check
+from resources.lake.files import Lake, Stored
 
 if TYPE_CHECKING:
     from assets.base.context import Context, Snapshot
@@ -26,7 +29,9 @@ SUMMARY_KEY = "checks"
 """Name under which a file's summary holds the findings."""
 
 Findings = Mapping[str, Mapping[str, Any]]
-"""Findings as JSON values, by check name: `passed`, `blocking`, `figures` and `why`."""
+"""Findings as JSON values, by check name: `passed`, `blocking`, `figures` and `why`; `compared` is false, or absent."""
+
+NOT_COMPARED = "not compared"
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,19 @@ class Finding:
     Attributes:
         passed: whether the condition holds.
         figures: numbers for the UI, JSON values.
-        why: when it does not hold, the fault and its first place.
+        why: when it does not hold, the fault and its first place; when nothing was compared, why not.
+        compared: whether there was anything to compare. If not, the check neither passes nor stops the file.
     """
 
     passed: bool
     figures: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
+    compared: bool = True
+
+
+def not_compared(why: str, figures: Mapping[str, Any] | None = None) -> Finding:
+    """Return the result of a check that found nothing to compare."""
+    return Finding(False, figures or {}, why, compared=False)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,8 @@ class Check:
         run: tests it.
         blocking: when it fails, nothing is written; otherwise it warns.
         on_demand: it runs when it is launched by itself, not when the asset is materialized.
+        due: for an on-demand check that also runs before a subset is selected: returns the figures that make it due
+            now, or None.
     """
 
     name: str
@@ -91,6 +105,7 @@ class Check:
     run: Callable[[Tables], Finding]
     blocking: bool = True
     on_demand: bool = False
+    due: Callable[[Tables], Mapping[str, Any] | None] | None = None
 
 
 class CheckFailed(Exception):  # noqa: N818 - named as Dagster names it
@@ -101,7 +116,7 @@ class CheckFailed(Exception):  # noqa: N818 - named as Dagster names it
     """
 
     def __init__(self, asset: str, shard: str | None, findings: Findings) -> None:
-        failed = {name: f for name, f in findings.items() if not f["passed"] and f["blocking"]}
+        failed = {name: f for name, f in findings.items() if stops(f)}
         of = f" of shard {shard}" if shard else ""
         reasons = "; ".join(f"{name}: {f['why']}" for name, f in failed.items())
         super().__init__(f"{asset}{of} was not written, because a check failed. {reasons}")
@@ -110,16 +125,28 @@ class CheckFailed(Exception):  # noqa: N818 - named as Dagster names it
 
 def run_checks(checks: Sequence[Check], tables: Tables) -> dict[str, dict[str, Any]]:
     """Run checks and return their findings."""
-    findings = {}
-    for check in checks:
-        found = check.run(tables)
-        findings[check.name] = {
-            "passed": found.passed,
-            "blocking": check.blocking,
-            "figures": dict(found.figures),
-            "why": found.why,
-        }
-    return findings
+    return {check.name: as_json(check, check.run(tables)) for check in checks}
+
+
+def as_json(check: Check, found: Finding) -> dict[str, Any]:
+    """Return a finding as JSON values."""
+    return {
+        "passed": found.passed,
+        "blocking": check.blocking,
+        "figures": dict(found.figures),
+        "why": found.why,
+        **({} if found.compared else {"compared": False}),
+    }
+
+
+def stops(found: Mapping[str, Any]) -> bool:
+    """Check whether a finding keeps its file from being written."""
+    return found["blocking"] and not found["passed"] and is_compared(found)
+
+
+def is_compared(found: Mapping[str, Any]) -> bool:
+    """Check whether a finding compared anything; those of older lakes always say so."""
+    return bool(found.get("compared", True))
 
 
 def check_before_writing(checks: Sequence[Check], tables: Tables) -> dict[str, dict[str, Any]]:
@@ -129,9 +156,29 @@ def check_before_writing(checks: Sequence[Check], tables: Tables) -> dict[str, d
         CheckFailed: a blocking one failed.
     """
     findings = run_checks([check for check in checks if not check.on_demand], tables)
-    if any(f["blocking"] and not f["passed"] for f in findings.values()):
+    if any(map(stops, findings.values())):
         raise CheckFailed(tables.asset, tables.shard, findings)
     return findings
+
+
+def check_stored(checks: Sequence[Check], tables: Tables) -> dict[str, dict[str, Any]]:
+    """Run checks of a file that is in the lake, keep their findings beside it, and return them."""
+    findings = run_checks(checks, tables)
+    keep_findings(tables, findings)
+    return findings
+
+
+def keep_findings(tables: Tables, findings: Findings) -> None:
+    """Keep findings about a file of the lake beside it, in the place of earlier ones of the same checks."""
+    stored = tables.context.lake.stored(tables.asset, tables.shard)
+    if stored is not None:
+        for name, found in findings.items():
+            write_check(tables.context.lake, stored, name, found)
+
+
+def findings_of(lake: Lake, stored: Stored) -> dict[str, dict[str, Any]]:
+    """Return the latest finding of each check of a stored file."""
+    return {**stored.summary.get(SUMMARY_KEY, {}), **read_checks(lake, stored)}
 
 
 def check_specs(
@@ -166,6 +213,7 @@ def log_checks(context: dg.AssetExecutionContext, asset: str, shard: str | None,
                 partition=shard,
                 severity=severity(found),
                 blocking=found["blocking"],
+                description=check_text(found),
                 metadata=check_metadata(found),
                 target_materialization_data=target,
             )
@@ -176,7 +224,13 @@ def check_results(context: dg.AssetExecutionContext, findings: Findings) -> list
     """Return findings as the results of an unpartitioned asset, less those that the run was not asked for."""
     requested = {key.name for key in context.selected_asset_check_keys}
     return [
-        dg.AssetCheckResult(passed=f["passed"], check_name=name, severity=severity(f), metadata=check_metadata(f))
+        dg.AssetCheckResult(
+            passed=f["passed"],
+            check_name=name,
+            severity=severity(f),
+            description=check_text(f),
+            metadata=check_metadata(f),
+        )
         for name, f in findings.items()
         if name in requested
     ]
@@ -195,10 +249,19 @@ def _latest_materialization(
 
 
 def severity(found: Mapping[str, Any]) -> dg.AssetCheckSeverity:
-    """Return a finding's severity: a check that does not block warns."""
-    return dg.AssetCheckSeverity.ERROR if found["blocking"] else dg.AssetCheckSeverity.WARN
+    """Return a finding's severity: it warns unless it stops the file. Dagster knows no result but passed and failed."""
+    blocks = found["blocking"] and is_compared(found)
+    return dg.AssetCheckSeverity.ERROR if blocks else dg.AssetCheckSeverity.WARN
+
+
+def check_text(found: Mapping[str, Any]) -> str | None:
+    """Return a finding in words; None if it passed."""
+    if not is_compared(found):
+        return f"{NOT_COMPARED}: {found['why']}"
+    return found["why"] or None
 
 
 def check_metadata(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of a finding."""
-    return {**found["figures"], **({"why": found["why"]} if found["why"] else {})}
+    text = check_text(found)
+    return {**found["figures"], **({"why": text} if text else {})}

@@ -3,6 +3,7 @@
 Here: values that are passed to assets. Not here: what an asset does with them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,14 +119,22 @@ def _no_progress(asset: str, shard: str, rows: int) -> None:
     del asset, shard, rows
 
 
+def _no_expectation(asset: str, rows: int) -> None:
+    del asset, rows
+
+
 @dataclass(frozen=True)
 class RunState:
     """The state of one run, shared by its steps.
 
     Attributes:
         progress: called when rows are done.
+        expect: called as `expect(asset, rows)` when a step knows how many rows it has to do.
         written_for_others: fingerprints of files that one asset's step wrote for another asset of the run.
+        written: how many files each asset has written, by key; versions count as one.
     """
 
     progress: Progress = _no_progress
+    expect: Callable[[str, int], None] = _no_expectation
     written_for_others: set[str] = field(default_factory=set)
+    written: Counter[str] = field(default_factory=Counter)

@@ -4,10 +4,12 @@ These are the questions that assets ask beyond the recorded `deps` (`assets.base
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from assets.base.context import Snapshot
 from assets.base.results import NotReady
+from core.errors import UserError
 from resources.lake.versions import Version, Versions
 
 
@@ -56,6 +58,56 @@ def shard_inputs(snapshot: Snapshot, shard: str, scores: Collection[str], assets
                 raise NotReady(f"{upstream} is out of date. Remedy: materialize it")
         fingerprints[key] = stored.fingerprint
     return fingerprints
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """How far a shard is.
+
+    Attributes:
+        shard: its name.
+        rows: its rows in `raw_pool`; None if it is not there yet.
+        complete: keys of the assets that are up to date.
+        due: keys of those that a run would compute now.
+        waiting: keys of those whose inputs are missing, out of date or not readable.
+    """
+
+    shard: str
+    rows: int | None
+    complete: tuple[str, ...]
+    due: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is up to date."""
+        return not self.due and not self.waiting
+
+
+def shard_states(snapshot: Snapshot, assets: Mapping[str, Any]) -> list[ShardState]:
+    """Return the state of each shard of the pool: those that are not complete first, then by name.
+
+    Args:
+        snapshot: the project's inputs.
+        assets: assets by key; only those partitioned by shard count.
+    """
+
+    def state(node: Any, shard: str) -> str:
+        try:
+            return "complete" if node.is_fresh(snapshot, shard) else "due"
+        except (NotReady, UserError):
+            return "waiting"
+
+    found = []
+    nodes = {key: node for key, node in assets.items() if node.partitioned}
+    for shard in sorted(snapshot.listing):
+        keys: dict[str, list[str]] = {"complete": [], "due": [], "waiting": []}
+        for key, node in nodes.items():
+            keys[state(node, shard)].append(key)
+        stored = snapshot.context.lake.stored("raw_pool", shard)
+        rows = None if stored is None else stored.rows
+        found.append(ShardState(shard, rows, *(tuple(some) for some in keys.values())))
+    return sorted(found, key=lambda each: each.is_complete)
 
 
 def embedded_shards(snapshot: Snapshot, key: str) -> dict[str, str]:

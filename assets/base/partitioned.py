@@ -2,15 +2,17 @@
 
 A run may cover many shards, so that a model is loaded once. Each shard gets its own event with its own data version,
 input versions and metadata, because Dagster would copy one data version to every partition of a range (pinned in
-`tests/pins/test_dagster_pins.py`). A shard that fails is left out and listed at the end; the others are computed.
+`tests/pins/test_dagster_pins.py`). Every shard of a run is computed, fails with a reason, or was not attempted because
+the asset's function ended early; the run lists the last two at its end.
 
 Not here: any computation.
 """
 
+import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,12 +24,13 @@ from assets.base.checks import (
     CheckFailed,
     check_before_writing,
     check_specs,
+    check_stored,
+    findings_of,
     log_checks,
-    run_checks,
 )
 from assets.base.context import Context, Snapshot
 from assets.base.keys import SHARDS, asset_key
-from assets.base.results import NotReady, Outcome, Result
+from assets.base.results import NotAttempted, NotReady, Outcome, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
 from assets.base.shard import Shard
 from core.errors import UserError
@@ -39,8 +42,13 @@ CODE_VERSION_TAG = "dagster/code_version"
 INPUT_DATA_VERSION_TAG = "dagster/input_data_version/{}"
 INPUT_EVENT_POINTER_TAG = "dagster/input_event_pointer/{}"
 
-Compute = Callable[[Step, Sequence[str]], Iterator[tuple[str, Outcome]]]
-"""Computes shards in order and yields each with its result or its error."""
+Outcomes = Generator[tuple[str, Outcome], None, None]
+"""Shards in order, each with its result or its error."""
+
+FAILED_SHARDS = "failed_shards"
+"""Metadata of a step's failure: the shards that failed on their own."""
+NOT_ATTEMPTED = "shards_not_attempted"
+"""Metadata of a step's failure: the shards that it did not come to."""
 
 
 def partitioned(**arguments: Any) -> "Callable[[Callable[..., Any]], PartitionedTemplate]":
@@ -48,7 +56,8 @@ def partitioned(**arguments: Any) -> "Callable[[Callable[..., Any]], Partitioned
 
     The decorated function computes one `Shard` and returns a `Result`. With `prepare`, a function of the `Step`, it
     takes the prepared value as its second argument; it is prepared once for all shards of a step. With `streams=True`
-    it is a generator instead: it takes the `Step` and its shards, and yields each shard with its `Result` or error.
+    it is a generator instead: it takes the `Step` and its shards, and yields each shard once with its `Result` or
+    error. Shards that it does not yield, because it raises or returns before, are reported as not attempted.
 
     Args:
         arguments: the fields of `PartitionedTemplate`.
@@ -63,12 +72,15 @@ class PartitionedTemplate(Template):
     Attributes:
         prepare: computes a value that all shards of a step share, such as tensors of the targets.
         streams: the function computes many shards together.
+        every_row: it reports each row of `raw_pool` as done. Otherwise shards are counted: the rows are not known
+            before, or only some are computed.
     """
 
     prepare: Callable[[Step], Any] | None = None
     streams: bool = False
+    every_row: bool = True
 
-    def compute(self, step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
+    def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
         """Compute shards in order; an error stays with its shard, and one of `prepare` that a user can fix with all."""
         if self.streams:
             yield from self.function(step, shards)
@@ -143,7 +155,16 @@ class PartitionedAsset(FileAsset):
         except NotReady:
             return False
 
-    def compute(self, step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
+    def rows_due(self, snapshot: Snapshot, shards: Sequence[str]) -> int | None:
+        """Return the number of rows that computing shards reports as done; None where it is not known beforehand."""
+        template = self.declared.template
+        assert isinstance(template, PartitionedTemplate)
+        if not template.every_row:
+            return None
+        stored = (snapshot.context.lake.stored("raw_pool", shard) for shard in shards)
+        return sum(record.rows for record in stored if record is not None)
+
+    def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
         """Compute shards in order and yield each with its result or its error."""
         template = self.declared.template
         assert isinstance(template, PartitionedTemplate)
@@ -189,7 +210,6 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
         if stored is not None and stored.is_from(provenance):
             records.append(_Record(shard, stored, computed=stored.fingerprint in written_for_others))
             written_for_others.discard(stored.fingerprint)
-            step.progress(stored.rows, shard)
         else:
             wanted[shard] = provenance
 
@@ -203,17 +223,7 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
             log.write([record])
     if errors:
         log.write(records if is_followed else [])
-        for shard, found in errors.items():
-            if isinstance(found, CheckFailed):
-                log_checks(context, asset.key, shard, found.findings)
-            context.log.error(f"{asset.key}, shard {shard}:\n{''.join(traceback.format_exception(found))}")
-        listed = "\n".join(f"{shard}: {found}" for shard, found in errors.items())
-        raise dg.Failure(
-            description=f"{asset.key}: {len(errors)} of {len(context.partition_keys)} shards failed; the others "
-            f"are computed.\n{listed}",
-            metadata={"failed_shards": sorted(errors)},
-            allow_retries=any(not isinstance(e, NotReady | LakeError | CheckFailed) for e in errors.values()),
-        )
+        raise _failure(context, asset, errors)
     if is_followed:
         # Later steps of the run start only when the output is yielded. Dagster then writes one event a partition with
         # one data version for all; the exact events follow and are the latest.
@@ -222,21 +232,67 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
 
 
 def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception]) -> Iterator[_Record]:
-    if not step.wanted:
+    """Compute and write shards; `errors` gets an error for every other shard."""
+    left = dict.fromkeys(shard for shard in step.wanted if shard is not None)
+    if not left:
         return
+    reason: str | Exception = "the asset's function returned before"
     started = time.perf_counter()
-    for shard, outcome in asset.compute(step, [shard for shard in step.wanted if shard is not None]):
-        if isinstance(outcome, Exception):
-            errors[shard] = outcome
-            continue
-        try:
-            stored = asset.write(step.snapshot, step.wanted[shard], outcome)
-        except Exception as error:  # noqa: BLE001 - raised with all others by the caller
-            errors[shard] = error
-            continue
-        now = time.perf_counter()
-        yield _Record(shard, stored, computed=True, seconds=now - started)
-        started = now
+    step.meter.expect(asset.rows_due(step.snapshot, list(left)), len(left))
+    try:
+        # Closed here, so that worker processes end with the step, also when it is interrupted.
+        with contextlib.closing(asset.compute(step, list(left))) as outcomes:
+            for shard, outcome in outcomes:
+                if shard not in left:
+                    raise ValueError(f"yielded shard {shard}, which was not to be computed, or a second time")
+                del left[shard]
+                written = _write(asset, step, shard, outcome)
+                if isinstance(written, Exception):
+                    errors[shard] = written
+                    continue
+                now = time.perf_counter()
+                yield _Record(shard, written, computed=True, seconds=now - started)
+                started = now
+    except Exception as error:  # noqa: BLE001 - raised by the caller for the shards that are left
+        reason = error
+    for shard in left:
+        errors[shard] = NotAttempted(f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason)
+        errors[shard].__cause__ = reason if isinstance(reason, Exception) else None
+
+
+def _write(asset: PartitionedAsset, step: Step, shard: str, outcome: Outcome) -> Stored | Exception:
+    """Write a shard's result; return its record, or the error that the shard ended with."""
+    if isinstance(outcome, Exception):
+        return outcome
+    try:
+        stored = asset.write(step.snapshot, step.wanted[shard], outcome)
+    except Exception as error:  # noqa: BLE001 - raised with all others by the caller
+        return error
+    step.state.written[asset.key] += 1
+    return stored
+
+
+def _failure(context: dg.AssetExecutionContext, asset: PartitionedAsset, errors: Mapping[str, Exception]) -> dg.Failure:
+    """Log the errors of shards, and return the failure that lists them."""
+    failed = {shard: error for shard, error in errors.items() if not isinstance(error, NotAttempted)}
+    for shard, found in failed.items():
+        if isinstance(found, CheckFailed):
+            log_checks(context, asset.key, shard, found.findings)
+        context.log.error(f"{asset.key}, shard {shard}:\n{''.join(traceback.format_exception(found))}")
+    left = {shard: error for shard, error in errors.items() if shard not in failed}
+    total = len(context.partition_keys)
+    counts = [f"{len(failed)} of {total} shards failed"] if failed else []
+    lines = [f"{shard}: {error}" for shard, error in failed.items()]
+    if left:
+        error = next(iter(left.values()))
+        context.log.error(f"{asset.key}:\n{''.join(traceback.format_exception(error))}")
+        counts.append(f"{len(left)} of {total} shards were not attempted")
+        lines.append(f"not attempted ({error}): {', '.join(left)}")
+    return dg.Failure(
+        description=f"{asset.key}: {' and '.join(counts)}; the others are computed.\n" + "\n".join(lines),
+        metadata={FAILED_SHARDS: sorted(failed), **({NOT_ATTEMPTED: sorted(left)} if left else {})},
+        allow_retries=any(not isinstance(e, NotReady | LakeError | CheckFailed) for e in errors.values()),
+    )
 
 
 def _check_again(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step) -> None:
@@ -244,7 +300,7 @@ def _check_again(context: dg.AssetExecutionContext, asset: PartitionedAsset, ste
     requested = {key.name for key in context.selected_asset_check_keys}
     checks = [check for check in asset.checks if check.name in requested]
     for shard in context.partition_keys:
-        log_checks(context, asset.key, shard, run_checks(checks, asset.tables(step.snapshot, shard)))
+        log_checks(context, asset.key, shard, check_stored(checks, asset.tables(step.snapshot, shard)))
 
 
 def _is_followed(context: dg.AssetExecutionContext, asset: PartitionedAsset) -> bool:
@@ -272,7 +328,8 @@ class _EventLog:
                     tags=self._tags(record),
                 )
             )
-            log_checks(self.context, self.asset.key, record.shard, record.stored.summary.get(SUMMARY_KEY, {}))
+            findings = findings_of(self.context.resources.lake, record.stored)
+            log_checks(self.context, self.asset.key, record.shard, findings)
 
     def _tags(self, record: _Record) -> dict[str, str]:
         tags = {

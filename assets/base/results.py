@@ -11,6 +11,10 @@ class NotReady(Exception):  # noqa: N818 - a passing state, not an error
     """An input of the asset is missing or out of date; the message names it and the remedy."""
 
 
+class NotAttempted(Exception):  # noqa: N818 - says nothing about the shard itself
+    """The step ended before it came to a shard; the message states why."""
+
+
 @dataclass(frozen=True)
 class Result:
     """A computed table.

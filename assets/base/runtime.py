@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import dagster as dg
 
+from assets.base import progress
 from assets.base.asset import FileAsset, Step
 from assets.base.context import Context, Snapshot
 
@@ -20,4 +21,5 @@ def begin_step(context: dg.AssetExecutionContext, asset: FileAsset) -> Step:
     """Return the step of a run that computes an asset, with a fresh snapshot of the inputs."""
     layer = context.op_execution_context.job_def.asset_layer
     requested = frozenset("/".join(key.path) for key in layer.selected_asset_keys)
-    return Step(asset, Snapshot(run_context(context, asset.context)), {}, context.resources.run, requested)
+    meter = progress.Meter(lambda line: context.log.info(f"{asset.key}: {line}"), interval=progress.INTERVAL)
+    return Step(asset, Snapshot(run_context(context, asset.context)), {}, context.resources.run, requested, meter)

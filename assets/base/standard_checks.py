@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from assets.base.asset import Declared
-from assets.base.checks import Check, Finding, Tables
+from assets.base.checks import Check, Finding, Tables, not_compared
 from core.uids import UID_DTYPE
 from resources.lake.files import column_to_vectors
 
@@ -43,6 +43,8 @@ def unit_norm(*columns: str) -> Callable[[Declared], Check]:
 
     def run(tables: Tables) -> Finding:
         table = tables.read()
+        if not table.num_rows:
+            return not_compared("there are no rows")
         figures: dict[str, Any] = {}
         for column in columns:
             vectors = column_to_vectors(table[column])
@@ -62,35 +64,37 @@ def unit_norm(*columns: str) -> Callable[[Declared], Check]:
     return lambda _: Check("unit_norm", text, run)
 
 
-def within_bounds(asset: Declared) -> Check:
-    """Check that every score is finite and within its column's bounds; rows without a value are skipped."""
+def within_bounds(asset: Declared) -> Check | None:
+    """Check that every score is finite and within its column's bounds; rows without a value are skipped.
+
+    Columns without bounds must be finite if they rank; None where there is nothing to check.
+    """
+    checked = [column for column in asset.columns if column.bounds is not None or column.direction is not None]
 
     def run(tables: Tables) -> Finding:
         table = tables.read()
         figures: dict[str, Any] = {}
-        for column in asset.columns:
-            if column.bounds is None:
-                continue
-            low, high = column.bounds(tables) if callable(column.bounds) else column.bounds
+        for column in checked:
+            bounds = column.bounds if column.bounds is not None else (-np.inf, np.inf)
+            low, high = bounds(tables) if callable(bounds) else bounds
             values = table[column.name].drop_null().to_numpy()
             bad = np.flatnonzero(~(np.isfinite(values) & (values >= low) & (values <= high)))
             if len(bad):
-                why = f"{column.name}: {len(bad)} rows are not in [{low:g}, {high:g}], the first is row {bad[0]}: "
-                return Finding(False, {"bad_rows": len(bad)}, why + f"{values[bad[0]]}")
+                wrong = "finite" if column.bounds is None else f"in [{low:g}, {high:g}]"
+                why = f"{column.name}: {len(bad)} rows are not {wrong}, the first is row {bad[0]}: {values[bad[0]]}"
+                return Finding(False, {"bad_rows": len(bad)}, why)
             if len(values):
                 figures[f"{column.name}/min"] = values.min().item()
                 figures[f"{column.name}/max"] = values.max().item()
-        return Finding(True, figures)
+        return Finding(True, figures) if figures else not_compared("no row has a value")
 
     stated = [
         f"{column.name} in [{column.bounds[0]:.4g}, {column.bounds[1]:.4g}]"
-        for column in asset.columns
+        for column in checked
         if isinstance(column.bounds, tuple)
     ]
-    stated += [
-        f"{column.name} within bounds that its inputs set" for column in asset.columns if callable(column.bounds)
-    ]
-    return Check("within_bounds", f"Every value is finite, {'; '.join(stated)}.", run)
+    stated += [f"{column.name} within bounds that its inputs set" for column in checked if callable(column.bounds)]
+    return Check("within_bounds", f"{', '.join(['Every value is finite', *stated])}.", run) if checked else None
 
 
 def uid_records(table: pa.Table) -> np.ndarray:

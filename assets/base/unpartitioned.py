@@ -18,8 +18,9 @@ from assets.base.checks import (
     check_before_writing,
     check_results,
     check_specs,
+    check_stored,
+    findings_of,
     log_checks,
-    run_checks,
 )
 from assets.base.context import Context, Snapshot
 from assets.base.keys import asset_key
@@ -56,9 +57,12 @@ class UnpartitionedTemplate(Template):
     Attributes:
         keeps: whether a stored file stays although its inputs have changed, as long as its parameters are the same and
             no redraw is asked for. By default it does not.
+        stays: whether a stored file that is up to date is certain to stay when only shards arrive or change. Sensors
+            then compute what reads it in the same run as the shard's other assets.
     """
 
     keeps: Callable[[Declared, Stored, Snapshot], bool] = lambda declared, stored, snapshot: False
+    stays: Callable[[Declared, Stored], bool] = lambda declared, stored: False
 
     def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "UnpartitionedAsset":
         """Return a project's asset."""
@@ -78,7 +82,7 @@ class UnpartitionedTemplate(Template):
             else:
                 requested = {check.name for check in context.selected_asset_check_keys}
                 checks = [check for check in asset.checks if check.name in requested]
-                log_checks(context, asset.key, None, run_checks(checks, asset.tables(step.snapshot, None)))
+                log_checks(context, asset.key, None, check_stored(checks, asset.tables(step.snapshot, None)))
 
         asset = UnpartitionedAsset(declared, project, assets, body)
         return asset
@@ -119,6 +123,13 @@ class UnpartitionedAsset(FileAsset):
             return False
         stored = snapshot.context.lake.stored(self.key)
         return stored is not None and stored.is_from(wanted)
+
+    def stays(self, snapshot: Snapshot) -> bool:
+        """Check whether the stored file, which is up to date, is certain to stay when only shards arrive or change."""
+        template = self.declared.template
+        assert isinstance(template, UnpartitionedTemplate)
+        stored = snapshot.context.lake.stored(self.key)
+        return stored is not None and template.stays(self.declared, stored)
 
     def fingerprint(self, snapshot: Snapshot) -> str:
         """Return the fingerprint of the file, for an asset that reads it.
@@ -170,6 +181,7 @@ def _run(
         result = asset.compute(replace(step, wanted={None: wanted}))
         try:
             stored = asset.write(step.snapshot, wanted, result)
+            step.state.written[asset.key] += 1
         except CheckFailed as error:
             log_checks(context, asset.key, None, error.findings)
             raise dg.Failure(str(error), allow_retries=False) from error
@@ -178,6 +190,6 @@ def _run(
     return dg.MaterializeResult(
         asset_key=asset_key(asset.key),
         metadata=metadata,
-        check_results=check_results(context, stored.summary.get(SUMMARY_KEY, {})),
+        check_results=check_results(context, findings_of(step.context.lake, stored)),
         data_version=dg.DataVersion(stored.fingerprint),
     )

@@ -154,6 +154,7 @@ def _write_for(step: Step, asset: PartitionedAsset, provenance: Provenance, foun
     except Exception:  # noqa: BLE001 - its own step tries again, and raises it if it persists
         return
     step.state.written_for_others.add(stored.fingerprint)
+    step.state.written[asset.key] += 1
 
 
 class _Rows(Mapping[str, pa.Table]):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from assets.base.asset import Declared, FileAsset
-from assets.base.checks import Check, Finding, Tables
+from assets.base.checks import Check, Finding, Tables, not_compared
 from assets.base.context import Context, Snapshot
 from assets.base.partitioned import partitioned
 from assets.base.results import NotReady, Result
@@ -39,6 +39,8 @@ def _rows_and_rejects(tables: Tables) -> Finding:
 def _uids_unique(tables: Tables) -> Finding:
     table = tables.read("raw_pool", ["uid", "f0", "f1"])
     uids = uid_records(table)
+    if not len(uids):
+        return not_compared("there are no rows")
     repeated = len(uids) - len(np.unique(uids))
     if repeated:
         return Finding(False, {"repeated": repeated}, f"{repeated} rows repeat the uid of another row in the shard")
@@ -103,6 +105,7 @@ def _content(found: ShardRead) -> str:
     "that can't be used are in `rejects`, each with its reason; rows + rejects = samples seen.",
     parameters=_parameters,
     inputs=_source,
+    every_row=False,
 )
 def raw_pool(shard: Shard) -> Result:
     """Read one shard and check every sample in it."""

@@ -43,7 +43,8 @@ def _files(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[s
 def target_embeddings(step: Step) -> Result:
     """Embed a target set, or read its ready-made features."""
     encoder = step.context.models.encoder(step.names["encoder"])
-    found = step.context.target(step.names["target"]).embed(encoder, on_rows=step.progress)
+    target = step.context.target(step.names["target"])
+    found = target.embed(encoder, on_rows=step.progress, on_listed=step.expect)
     check_vectors(found.image, step.asset.key)
     table = pa.table(
         {

@@ -80,6 +80,7 @@ def _description(asset: Declared) -> str:
     parameters=_parameters,
     inputs=_rows_to_describe,
     streams=True,
+    every_row=False,
 )
 def captions(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
     """Generate the captions of shards in order."""

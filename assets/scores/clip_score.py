@@ -5,7 +5,7 @@ import pyarrow as pa
 
 import selection
 from assets.base.asset import Declared
-from assets.base.checks import Check, Finding, Tables
+from assets.base.checks import Check, Finding, Tables, not_compared
 from assets.base.columns import Column
 from assets.base.partitioned import partitioned
 from assets.base.results import Result
@@ -29,6 +29,8 @@ def near_the_pools_own(asset: Declared) -> Check | None:
         ours = tables.read(columns=["clip_score"])["clip_score"].to_numpy()
         theirs = tables.read("raw_pool", [column])[column].to_numpy().astype(np.float32)
         known = np.isfinite(theirs)
+        if not known.any():
+            return not_compared(f"no row of the pool has a {column}", {"rows_compared": 0})
         off = np.abs(ours[known] - theirs[known])
         far = int((off > POOL_SCORE_TOLERANCE).sum())
         figures = {"rows_compared": len(off), "rows_far": far, "largest_difference": float(off.max(initial=0))}

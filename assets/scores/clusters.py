@@ -112,6 +112,7 @@ def _centroids_description(asset: Declared) -> str:
     parameters=_parameters,
     inputs=_inputs,
     keeps=_keeps,
+    stays=lambda asset, stored: _settings(asset).centroids is None,
 )
 def centroids(step: Step) -> Result:
     """Read the given centroids, or compute them by k-means of a sample of the pool."""

@@ -136,6 +136,7 @@ def duplicate_search(step: Step) -> Result:
         of = _settings(step.asset.declared).of
         work.begin(wanted, None if of is None else newest_version(step.snapshot, step.asset.assets[of]))
     if not work.is_complete():
+        step.expect(work.state["rows"] - work.state["done"])
         for at, value, better in nearest_before(work.vectors(), device=device(), done=work.state["done"]):
             work.add(at, value, better)
             step.progress(len(value))

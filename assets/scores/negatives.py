@@ -21,7 +21,7 @@ from assets.base.standard_checks import uid_records, unit_norm
 from assets.base.unpartitioned import unpartitioned
 from assets.pool.embeddings import embeddings, encoder_parameters
 from assets.scores.draws import SCHEMA, draw
-from assets.scores.drift import drift
+from assets.scores.drift import drift, growth
 from assets.scores.neg_clip_loss_settings import NegClipLossSettings, configured
 from resources.lake.files import Stored
 
@@ -83,21 +83,12 @@ def _keeps(asset: Declared, stored: Stored, snapshot: Snapshot) -> bool:
     settings = _settings(asset)
     if stored.summary["batch_size"] != settings.batch_size:
         return False
-    return settings.redraw_at_growth is None or _growth(asset, stored, snapshot) < settings.redraw_at_growth
+    return settings.redraw_at_growth is None or growth(asset, stored, snapshot) < settings.redraw_at_growth
 
 
-def _growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
-    """Return the number of rows that a draw would choose from now, divided by that of the stored draw's shards.
-
-    A shard that changed since counts with its present rows. While too few shards have embeddings for a draw, it is 1.
-    """
-    key = f"embeddings/{asset.names['encoder']}"
-    found = embedded_shards(snapshot, key)
-    if len(found) < _settings(asset).coverage * len(snapshot.listing):
-        return 1.0
-    rows = {shard: embedded.rows for shard in found if (embedded := snapshot.context.lake.stored(key, shard))}
-    drawn_from = sum(count for shard, count in rows.items() if shard in stored.provenance.inputs)
-    return sum(rows.values()) / max(drawn_from, 1)
+def _stays(asset: Declared, stored: Stored) -> bool:
+    settings = _settings(asset)
+    return stored.summary["batch_size"] == settings.batch_size and settings.redraw_at_growth is None
 
 
 @unpartitioned(
@@ -117,6 +108,7 @@ def _growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
     parameters=_parameters,
     inputs=_embedded,
     keeps=_keeps,
+    stays=_stays,
 )
 def negatives(step: Step) -> Result:
     """Draw the reference negatives from the shards that have embeddings."""

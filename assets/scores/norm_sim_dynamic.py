@@ -127,6 +127,7 @@ def dynamic_rounds(step: Step) -> Result:
     if not work.is_of(wanted):
         work.begin(wanted, _subset(step))
     state = work.state
+    step.expect(_rows_to_score(state["began_with"], state["keep"], settings.rounds, len(work.done())))
     for found in prune(
         work.parts(),
         keep=state["keep"],
@@ -141,6 +142,12 @@ def dynamic_rounds(step: Step) -> Result:
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, ROUNDS, strict=True)], schema=ROUNDS)
     summary = {"pool_rows": state["pool_rows"], "began_with": state["began_with"], "kept": state["keep"]}
     return Result(table, summary)
+
+
+def _rows_to_score(start: int, keep: int, rounds: int, done: int) -> int:
+    """Return the number of rows that the rounds after the first `done` score; a set that stays is scored once."""
+    leaving = -(-(start - keep) // rounds)
+    return sum({max(keep, start - leaving * number) for number in range(done, rounds + 1)})
 
 
 def _subset(step: Step) -> Version | None:

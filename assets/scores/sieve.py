@@ -59,6 +59,7 @@ def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     "and a generated caption of its image, with words for the medium masked in both, and that generated caption. NULL "
     "for images without generated captions. Larger is better.",
     parameters=_parameters,
+    every_row=False,
 )
 def sieve(shard: Shard) -> Result:
     """Compute SIEVE of one shard."""

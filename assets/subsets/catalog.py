@@ -1,10 +1,13 @@
 """`catalog`: one DuckDB file of views and macros over everything in the lake; it holds no data of its own."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
-from assets.base.context import Context
+from assets.base.context import Context, Snapshot
+from assets.base.freshness import ShardState, shard_states
 from assets.base.keys import asset_key
 from assets.base.runtime import REQUIRED_RESOURCES, run_context
 from assets.base.score_kind import Scores
@@ -12,11 +15,19 @@ from resources.catalog.build import build_catalog
 from resources.catalog.scores import CatalogColumn, CatalogScore
 
 CODE_VERSION = "3"
+SHOWN = 200
+"""Shards in the metadata."""
 TARGET_EMBEDDINGS = "target_embeddings/"
 
 
-def catalog(project: Context, scores: Scores) -> dg.AssetsDefinition:
-    """Return the asset `catalog` of a project."""
+def catalog(project: Context, scores: Scores, assets: Mapping[str, Any]) -> dg.AssetsDefinition:
+    """Return the asset `catalog` of a project.
+
+    Args:
+        project: the project.
+        scores: its scores.
+        assets: its assets of files and subsets by key, whose state the metadata shows for each shard.
+    """
     subsets = [f"subset/{recipe}" for recipe in project.settings.recipes]
 
     @dg.asset(
@@ -31,10 +42,30 @@ def catalog(project: Context, scores: Scores) -> dg.AssetsDefinition:
         required_resource_keys={*REQUIRED_RESOURCES, "catalog"},
     )
     def body(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        path = write_catalog(run_context(context, project), Path(context.resources.catalog.path))
-        return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(path))})
+        opened = run_context(context, project)
+        path = write_catalog(opened, Path(context.resources.catalog.path))
+        states = shard_states(Snapshot(opened), assets)
+        return dg.MaterializeResult(metadata={"path": dg.MetadataValue.path(str(path)), **_shards(states)})
 
     return body
+
+
+def _shards(states: Sequence[ShardState]) -> dict[str, Any]:
+    """Return how far the shards are, as metadata: a table of some shards, the incomplete ones first."""
+    records = [
+        dg.TableRecord(
+            {
+                "shard": state.shard,
+                "rows": -1 if state.rows is None else state.rows,
+                "complete": f"{len(state.complete)} of {len(state.complete + state.due + state.waiting)}",
+                "due": ", ".join(state.due),
+                "waiting for inputs": ", ".join(state.waiting),
+            }
+        )
+        for state in states[:SHOWN]
+    ]
+    table = {"shards": dg.MetadataValue.table(records)} if records else {}
+    return {"shards_complete": sum(state.is_complete for state in states), "shards_in_pool": len(states), **table}
 
 
 def write_catalog(context: Context, path: Path) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.base.checks import CheckFailed, asset_key
+from assets.base.checks import CheckFailed, asset_key, stops
+from assets.base.upstream_checks import warning
 from core.uids import UID_DTYPE
 from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
@@ -54,13 +55,22 @@ def examine_subset(
         "uids_sorted_and_unique": ({"rows": len(uids)}, _order(manifest, uids)),
         "uids_unique_across_shards": (
             {"duplicates_left_out": duplicates},
-            f"{duplicates} rows have the uid of an earlier row and were left out" if duplicates else "",
+            _repeated(duplicates),
         ),
     }
     return {
         name: {"passed": not why, "blocking": name in BLOCKING, "figures": figures, "why": why}
         for name, (figures, why) in found.items()
     }
+
+
+def duplicate_warnings(key: str, duplicates: int) -> list[dict[str, Any]]:
+    """Return the warning about rows that were left out because their uid is repeated, as `warnings_of` does."""
+    return [warning(key, "uids_unique_across_shards", _repeated(duplicates))] if duplicates else []
+
+
+def _repeated(duplicates: int) -> str:
+    return f"{duplicates} rows have the uid of an earlier row and were left out" if duplicates else ""
 
 
 def examine_before_the_record(lake: Lake, version: Version) -> None:
@@ -70,7 +80,7 @@ def examine_before_the_record(lake: Lake, version: Version) -> None:
         CheckFailed: a blocking one failed.
     """
     findings = examine_stored(lake, version)
-    if any(f["blocking"] and not f["passed"] for f in findings.values()):
+    if any(map(stops, findings.values())):
         raise CheckFailed(f"subset/{version.recipe}", None, findings)
 
 

@@ -1,8 +1,12 @@
 """The funnel of a subset: how many rows entered each step of the recipe, and how many it kept."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from assets.subsets.contact_sheets import escaped
+
+LINE = 34  # characters that a subset's page shows in a window of 1,440 pixels
 COLUMNS = ("step", "entered", "kept", "of source", "threshold")
 
 
@@ -36,9 +40,13 @@ def funnel_rows(lineage: Mapping[str, Any], threshold_format: str = ".6g") -> li
 
 
 def funnel_markdown(lineage: Mapping[str, Any]) -> str:
-    """Return the funnel as a Markdown table; numbers come first, where a narrow page shows them."""
-    lines = ["| kept | entered | of source | threshold | step |", "|---:|---:|---:|---:|---|"]
-    for row in funnel_rows(lineage):
-        text = row.step.replace("|", "\\|")
-        lines.append(f"| {row.kept} | {row.entered} | {row.of_source} | {row.threshold} | {text} |")
-    return "\n".join(lines)
+    """Return the funnel as a Markdown list in short lines: Dagster's page wraps nothing, and cuts at the right."""
+    return "\n".join(_listed(row) for row in funnel_rows(lineage))
+
+
+def _listed(row: FunnelRow) -> str:
+    lines = textwrap.wrap(row.step, LINE, break_long_words=False, break_on_hyphens=False)
+    lines.append(f"{row.kept} of {row.entered}, {row.of_source} of the source")
+    if row.threshold:
+        lines.append(f"threshold {row.threshold}")
+    return "1. " + "  \n   ".join(map(escaped, lines))

@@ -2,11 +2,13 @@
 
 Here: choosing the samples to show, reading their pictures from the pool, and writing the report. Not here: the layout
 of pictures (`assets.subsets.contact_sheets`). The version's identity does not depend on the report, which is written
-after the version. If the report fails, the version stays and the run's log has the reason.
+after the version. If the report fails, the version stays and the run's log has the reason; the next pass, or
+materializing the subset again, writes the report of the newest version if it is missing.
 """
 
 import hashlib
 import io
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from assets.base.pages import data_url
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.sql import quoted
+from resources.lake.files import Lake
 from resources.lake.versions import Version
 from resources.pools.base import IMAGE_COLUMNS, PoolError
 from resources.storage.images import ImageError
@@ -30,13 +33,16 @@ from selection.scores.negatives import keyed_hash
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples per sheet, pixels
 WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI: keep an event under 256 KB
 BINS = 60
+REPORTS_VARIABLE = "CLIP_SELECTION_REPORTS"
+"""Environment variable with the address at which a web server has the folder `<lake>/subset`."""
+
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 
 
 def write_report(project: Context, version: Version, selection: Selection) -> None:
     """Write a version's report while the rows it was selected from are still open.
 
-    The version exists already, so an error is logged as a warning and not raised.
+    The version exists already, so an error is logged as a warning and not raised; the next pass tries again.
     """
     try:
         _write_report(project, version, selection)
@@ -44,6 +50,11 @@ def write_report(project: Context, version: Version, selection: Selection) -> No
         dg.get_dagster_logger().warning(
             f"{_folder(version)}: the report could not be written; the subset itself is complete. {error!r}"
         )
+
+
+def is_reported(lake: Lake, version: Version) -> bool:
+    """Check whether a version's report is complete: its page is written last."""
+    return bool(lake.fs.exists(f"{_folder(version)}/{PAGE_FILE}"))
 
 
 def report_metadata(project: Context, version: Version) -> dict[str, Any]:
@@ -61,8 +72,16 @@ def report_metadata(project: Context, version: Version) -> dict[str, Any]:
         chart = data_url(fs.cat_file(f"{folder}/{CHART_FILE}"), "png")
         metadata["score_distributions"] = dg.MetadataValue.md(f"![Scores before and after]({chart})")
         metadata["contact_sheet"] = dg.MetadataValue.md(fs.cat_file(f"{folder}/{SHEET_FILE}").decode())
-        metadata["report"] = dg.MetadataValue.path(f"{folder}/{PAGE_FILE}")
+        metadata["report"] = _page_link(version)
     return metadata
+
+
+def _page_link(version: Version) -> dg.MetadataValue[Any]:
+    """Return a link to the page where a server has it, else its path: browsers open no file from a server's page."""
+    address = os.environ.get(REPORTS_VARIABLE)
+    if address:
+        return dg.MetadataValue.url(f"{address.rstrip('/')}/{version.recipe}/{version.name}/report/{PAGE_FILE}")
+    return dg.MetadataValue.path(f"{_folder(version)}/{PAGE_FILE}")
 
 
 @dataclass(frozen=True)
@@ -91,10 +110,12 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
     fs.pipe_file(f"{folder}/{SHEET_FILE}", window.encode())
     tables: dict[str, Sequence[Sequence[str]]] = {
         "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
+        **_warnings(version.lineage),
         **_summaries(version.lineage),
     }
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
-    fs.pipe_file(f"{folder}/{PAGE_FILE}", page.encode())
+    with project.lake.replacing(f"{folder}/{PAGE_FILE}") as path:
+        path.write_text(page, encoding="utf-8")
 
 
 def _about(version: Version) -> dict[str, str]:
@@ -112,6 +133,20 @@ def _about(version: Version) -> dict[str, str]:
         **overlap,
         "fingerprint": lineage["fingerprint"],
     }
+
+
+def _warnings(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Return the warnings and the drift of the negatives as rows of tables by their title; nothing without any."""
+    tables = {}
+    if found := lineage.get("warnings"):
+        rows = [
+            [e["asset"], e["check"], e["result"], textwrap.shorten(", ".join(e["shards"]), 80), e["why"]] for e in found
+        ]
+        tables["Warnings"] = [["asset", "check", "result", "shards", "why"], *rows]
+    if drift := lineage.get("drift"):
+        rows = [[asset, finding["figures"].get("verdict", finding["why"])] for asset, finding in drift.items()]
+        tables["Drift of the negatives"] = [["negatives", "verdict"], *rows]
+    return tables
 
 
 def _sheets(project: Context, selection: Selection) -> tuple[list[Sheet], list[Tile]]:

@@ -6,6 +6,7 @@ shards with the reason.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +22,16 @@ from assets.base.results import NotReady
 from assets.base.runtime import REQUIRED_RESOURCES, run_context
 from assets.base.score_kind import Scores
 from assets.base.selection_table import CachedTable, open_selection
-from assets.subsets.checks import examine_before_the_record, examine_stored, specs
+from assets.base.upstream_checks import is_any_due, run_due_checks, upstream, verdicts, warning_text, warnings_of
+from assets.subsets.checks import duplicate_warnings, examine_before_the_record, examine_stored, specs
+from assets.subsets.contact_sheets import escaped
 from assets.subsets.funnel import funnel_markdown
 from assets.subsets.lineage import lineage_record
-from assets.subsets.report import report_metadata, write_report
+from assets.subsets.report import is_reported, report_metadata, write_report
 from core.hashing import digest, sha256
 from core.sql import quoted
 from core.uids import parse_uids, subset_array, subset_words
+from resources.lake.files import Lake
 from resources.lake.versions import Manifest, Version, Versions, set_file, step_file
 from selection.recipes.execute import Selection, set_column
 from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
@@ -96,6 +100,20 @@ class SubsetAsset:
         """Keys of the assets it reads."""
         return _deps(self.model, self.scores)
 
+    @cached_property
+    def upstream(self) -> list[str]:
+        """Keys of everything it depends on."""
+        return upstream(self.key, self.assets)
+
+    def warnings(self, lake: Lake) -> list[dict[str, Any]]:
+        """List the warnings of the newest version's own checks, as `warnings_of` does."""
+        current = Versions(lake, self.recipe).current()
+        return [] if current is None else duplicate_warnings(self.key, current.lineage["source"]["duplicates"])
+
+    def has_due_checks(self, snapshot: Snapshot) -> bool:
+        """Check whether a run is to measure something on demand, such as the drift of negatives."""
+        return is_any_due(snapshot, self.assets, self.upstream)
+
     def inputs(self, snapshot: Snapshot) -> Inputs:
         """Return the inputs that the subset would be selected from now.
 
@@ -141,6 +159,11 @@ class SubsetAsset:
             return bool(current.lineage["fingerprint"] == self.inputs(snapshot).fingerprint(self.model))
         except NotReady:
             return False
+
+    def has_report(self, lake: Lake) -> bool:
+        """Check whether the newest version has its report; a run that was ended early may have left it out."""
+        current = Versions(lake, self.recipe).current()
+        return current is not None and is_reported(lake, current)
 
     def fingerprint(self, snapshot: Snapshot) -> str:
         """Return the fingerprint of the newest version, for an asset that reads it.
@@ -189,16 +212,25 @@ def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any
             inputs = asset.inputs(snapshot)
         except NotReady as error:
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
-        current = Versions(snapshot.context.lake, name).current()
+        run_due_checks(context, snapshot, assets, asset.upstream)
+        lake = snapshot.context.lake
+        current = Versions(lake, name).current()
         if current is None or current.lineage["fingerprint"] != inputs.fingerprint(recipe):
             try:
                 current = _select(snapshot.context, asset, inputs, cached)
             except CheckFailed as error:
                 log_checks(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
+            context.resources.run.written[key] += 1
+        elif not is_reported(lake, current):
+            sets = {other: _uids(snapshot.context, read) for other, read in inputs.sets.items()}
+            with open_selection(lake, name, recipe, places, inputs.shards, sets, cached) as (selection, _):
+                write_report(snapshot.context, current, selection)
         return dg.MaterializeResult(
-            metadata=_metadata(current) | report_metadata(snapshot.context, current),
-            check_results=check_results(context, examine_stored(snapshot.context.lake, current)),
+            metadata=_metadata(current)
+            | _check_metadata(lake, asset, current)
+            | report_metadata(snapshot.context, current),
+            check_results=check_results(context, examine_stored(lake, current)),
             data_version=dg.DataVersion(current.lineage["fingerprint"]),
         )
 
@@ -229,6 +261,11 @@ def _select(context: Context, asset: SubsetAsset, inputs: Inputs, cached: Cached
             fingerprint=inputs.fingerprint(recipe),
             code_version=CODE_VERSION,
         )
+        lineage["warnings"] = [
+            *warnings_of(lake, asset.assets, asset.upstream, inputs.shards),
+            *duplicate_warnings(asset.key, duplicates),
+        ]
+        lineage["drift"] = verdicts(lake, asset.assets, asset.upstream)
         version = Versions(lake, name).write(
             manifest(selection), lineage, lambda written: examine_before_the_record(lake, written), sets
         )
@@ -314,6 +351,17 @@ def _metadata(version: Version) -> dict[str, Any]:
     if lineage["shards_missing"]:
         listed = [f"- {shard}: {why}" for shard, why in list(lineage["shards_missing"].items())[:50]]
         metadata["shards_missing_why"] = dg.MetadataValue.md("\n".join(listed))
+    return metadata
+
+
+def _check_metadata(lake: Lake, asset: SubsetAsset, version: Version) -> dict[str, Any]:
+    """Return the present warnings about everything that a version depends on, and the drift of its negatives."""
+    metadata: dict[str, Any] = {}
+    found = warnings_of(lake, asset.assets, asset.upstream, version.lineage["shards"])
+    if lines := [f"- {escaped(warning_text(entry))}" for entry in [*found, *asset.warnings(lake)]]:
+        metadata["warnings"] = dg.MetadataValue.md("\n".join(lines))
+    for key, finding in verdicts(lake, asset.assets, asset.upstream).items():
+        metadata[f"drift/{key}"] = finding["figures"].get("verdict", finding["why"])
     return metadata
 
 

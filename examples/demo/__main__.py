@@ -8,6 +8,7 @@ from rich.console import Console
 from assets.base.context import Context
 from assets.settings import open_project
 from dagster_project import console as terminal
+from dagster_project.interrupts import Interrupts, run_interruptible
 from dagster_project.location import DEMO_CONFIG
 from examples.demo.pool import make_pool, make_targets, make_truth
 from examples.demo.truth import truth_table
@@ -17,7 +18,7 @@ from resources.lake.versions import Versions
 FIRST, ALL = range(6), range(8)
 
 
-def main() -> int:
+def main(interrupts: Interrupts) -> int:
     """Run the demo and return the exit status."""
     console = Console()
     project = open_project(DEMO_CONFIG)
@@ -28,12 +29,12 @@ def main() -> int:
     _draw_missing(pool, FIRST)
     if not (pool.parent / "targets").exists():
         make_targets(pool.parent / "targets")
-    status = terminal.run(project, console)
+    status = terminal.run(project, console, interrupts=interrupts)
 
     console.rule("Two more shards arrive")
     _draw_missing(pool, ALL)
     make_truth(truth, ALL)
-    status = max(status, terminal.run(project, console))
+    status = max(status, terminal.run(project, console, interrupts=interrupts))
 
     console.rule("How the scores and recipes handled the planted faults")
     for table in truth_table(pl.read_parquet(truth), _scores(project), _subsets(project)):
@@ -77,4 +78,4 @@ def _subsets(project: Context) -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    terminal.leave(main())
+    terminal.leave(run_interruptible(main, "make demo"))

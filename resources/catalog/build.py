@@ -60,11 +60,13 @@ def build_catalog(
     _write_targets(lake, root, targets)
     newest = [Versions(lake, recipe).current() for recipe in recipes]
     records = [version.lineage for version in newest if version is not None]
-    with lake.replacing(str(path.absolute())) as temporary, duckdb.connect(str(temporary)) as con:
-        for name, query in catalog_views(root, scores).items():
-            con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
-        for macro in (score_asset_macro(scores), *history_macros(root), explain_macro(con, root, records, scores)):
-            con.execute(macro).fetchall()
+    with lake.replacing(str(path.absolute())) as temporary:
+        temporary.unlink()  # DuckDB refuses an empty file
+        with duckdb.connect(str(temporary)) as con:
+            for name, query in catalog_views(root, scores).items():
+                con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
+            for macro in (score_asset_macro(scores), *history_macros(root), explain_macro(con, root, records, scores)):
+                con.execute(macro).fetchall()
 
 
 def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:

@@ -28,6 +28,15 @@ facts AS (
     SELECT 5, left_out.id, 'shard left out', left_out.key, left_out.value->>'$'
     FROM asked, json_each(record->'shards_missing') AS left_out
     UNION ALL
+    SELECT 5, 1000000000 + warning.id, 'warning', concat_ws(' ', warning.value->>'asset', warning.value->>'check'),
+        concat(warning.value->>'result', ' in ' || nullif(json_array_length(warning.value->'shards'), 0) || ' shards',
+            ': ', warning.value->>'why')
+    FROM asked, json_each(record->'warnings') AS warning
+    UNION ALL
+    SELECT 5, 2000000000 + drift.id, 'drift', drift.key,
+        coalesce(drift.value->'figures'->>'verdict', drift.value->>'why')
+    FROM asked, json_each(record->'drift') AS drift
+    UNION ALL
     SELECT part, leaf.id, what, replace(substr(leaf.fullkey, 3), '"', ''), leaf.atom->>'$'
     FROM asked, (VALUES (6, 'encoder', 'encoders'), (7, 'temperature', 'temperatures'), (8, 'parameter', 'scores'),
         (9, 'input', 'inputs'), (10, 'code', 'code_versions'), (11, 'package', 'packages'),

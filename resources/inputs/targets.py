@@ -80,14 +80,20 @@ class Target:
             return files.fingerprint(self._feature_files(features))
         return files.fingerprint([file for _, file in self._listing()])
 
-    def images(self) -> Iterator[TargetImage]:
+    def images(self, on_listed: Callable[[int], None] | None = None) -> Iterator[TargetImage]:
         """Yield all images; bytes are read one image at a time.
+
+        Args:
+            on_listed: called once with the number of images, unless they are in tars.
 
         Raises:
             TargetError: there is no image.
         """
         none = True
-        for label, file in self._listing():
+        listed = self._listing()
+        if on_listed is not None and not any(file.name.endswith(".tar") for _, file in listed):
+            on_listed(len(listed))
+        for label, file in listed:
             if file.name.endswith(".tar"):
                 for image in self._tar_images(file):
                     none = False
@@ -99,12 +105,18 @@ class Target:
         if none:
             raise self._no_images()
 
-    def embed(self, encoder: Encoder, on_rows: Callable[[int], None] | None = None) -> TargetEmbeddings:
+    def embed(
+        self,
+        encoder: Encoder,
+        on_rows: Callable[[int], None] | None = None,
+        on_listed: Callable[[int], None] | None = None,
+    ) -> TargetEmbeddings:
         """Return the target's image embeddings: its features for this encoder, else embeddings of its images.
 
         Args:
             encoder: the encoder.
             on_rows: called with the number of images just embedded.
+            on_listed: called once with the number of images to embed, unless they are in tars.
 
         Raises:
             TargetError: no images or features, features with NaN, or no readable image.
@@ -128,7 +140,7 @@ class Target:
         names: list[str] = []
 
         def named() -> Iterator[tuple[str, bytes]]:
-            for image in self.images():
+            for image in self.images(on_listed):
                 labels.append(image.label)
                 names.append(image.name)
                 yield image.name, image.data

@@ -4,17 +4,15 @@ Here: paths, atomic writing, provenance, and reading tables. Not here: columns o
 queries (`resources.catalog.build`).
 
 A file is written under a temporary name with a leading dot, flushed to disk and renamed. A reader therefore sees a
-complete file or none. Temporary names are unique to the writer. A killed run leaves at most one temporary file, which
-the next write of the same file removes.
+complete file or none. Temporary names are unique to the writer (`resources.lake.owners`). A killed run leaves at most
+one temporary file; the next write in the same folder removes it.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ import pyarrow.parquet as pq
 
 from core.errors import UserError
 from core.hashing import digest
-from resources.lake.owners import is_abandoned, token
+from resources.lake.owners import create_temporary, is_abandoned
 
 METADATA_KEY = b"clip_data_selection"
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
@@ -299,26 +297,23 @@ class Lake:
     def replacing(self, path: str) -> Iterator[Path]:
         """Yield a local temporary path whose file becomes `path` when the block ends without an error."""
         folder, name = path.rsplit("/", 1)
-        if self.is_local:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            _clear_strays(Path(folder), name)
-            temporary = Path(folder) / f".{name}.{token()}{TEMPORARY_SUFFIX}"
-        else:
+        if not self.is_local:
             self.fs.makedirs(folder, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix="lake-")) / name
+            with tempfile.TemporaryDirectory(prefix="lake-") as local:
+                yield Path(local) / name
+                self.fs.put_file(f"{local}/{name}", path)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _clear_strays(Path(folder))
+        temporary = create_temporary(Path(folder), f".{name}.", TEMPORARY_SUFFIX)
         try:
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            if self.is_local:
-                os.replace(temporary, path)
-                _sync_folder(folder)
-            else:
-                self.fs.put_file(str(temporary), path)
+            os.replace(temporary, path)
+            _sync_folder(folder)
         finally:
             temporary.unlink(missing_ok=True)
-            if not self.is_local:
-                shutil.rmtree(temporary.parent)
 
     @contextmanager
     def _open_arrow(self, path: str) -> Iterator[pa.RecordBatchFileReader]:
@@ -331,11 +326,11 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _clear_strays(folder: Path, name: str) -> None:
-    """Remove temporary files for `name` whose writer was killed."""
-    for stray in folder.glob(f".{glob.escape(name)}.*{TEMPORARY_SUFFIX}"):
-        written_by = stray.name.removesuffix(TEMPORARY_SUFFIX).rsplit(".", 1)[-1]
-        if is_abandoned(stray, written_by):
+def _clear_strays(folder: Path) -> None:
+    """Remove the temporary files of a folder whose writers were killed."""
+    for stray in folder.glob(f".*{TEMPORARY_SUFFIX}*"):  # `.tmp`, and DuckDB's `.tmp.wal`
+        written_by = stray.name.rpartition(TEMPORARY_SUFFIX)[0].rsplit(".", 1)[-1]
+        if stray.is_file() and is_abandoned(stray, written_by):
             stray.unlink(missing_ok=True)
 
 

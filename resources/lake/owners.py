@@ -1,8 +1,12 @@
 """The writers of temporary files: names that no two writers share, and whether a name's writer has ended.
 
 A process id alone does not identify a writer: two containers that share a folder may have the same ids. A token also
-holds the machine and the process-id namespace, and a random part, because threads of one process may write the same
-file.
+holds a hash of the machine's start and of the process-id namespace, within which an id has one process at a time. It
+ends with a random part, because threads of one process may write the same file. A temporary file is created
+exclusively, so a writer whose name exists already takes another one.
+
+A file is abandoned if its writer was a process of this namespace and has ended, or if the writer is unknown and the
+file has not changed for a day.
 """
 
 import os
@@ -15,12 +19,36 @@ from pathlib import Path
 from core.hashing import digest
 
 STRAY_AFTER_SECONDS = 24 * 3600
-"""Age at which a temporary file of an unknown writer counts as abandoned. Writers change their files all the time."""
+"""Age since its last change at which a temporary file of an unknown writer counts as abandoned."""
+
+
+_BOOT_ID, _NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+
+
+def create_temporary(folder: Path, prefix: str, suffix: str, *, is_folder: bool = False) -> Path:
+    """Create an empty temporary file or folder that no other writer has, and return its path.
+
+    Args:
+        folder: where.
+        prefix: of its name, before the token.
+        suffix: of its name, after the token.
+        is_folder: create a folder.
+    """
+    while True:
+        path = folder / f"{prefix}{token()}{suffix}"
+        try:
+            if is_folder:
+                path.mkdir()
+            else:
+                path.touch(exist_ok=False)  # O_EXCL
+        except FileExistsError:
+            continue
+        return path
 
 
 def token() -> str:
-    """Return a name for a new temporary file: `<place>-<process id>-<random>`, without dots."""
-    return f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
+    """Return a token: `<place>-<process id>-<random>`, without dots."""
+    return f"{_place()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def is_abandoned(path: Path, written_by: str) -> bool:
@@ -42,13 +70,15 @@ def is_abandoned(path: Path, written_by: str) -> bool:
 
 @cache
 def _place() -> str:
-    """Return a hash of what process ids are unique in: the machine since its start, and the namespace of the ids."""
-    parts = [socket.gethostname()]
-    for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        path = Path(source)
-        if path.exists():
-            parts.append(os.readlink(path) if path.is_symlink() else path.read_text(encoding="ascii").strip())
-    return digest(parts)[:12]
+    """Return a hash of what process ids are unique in: the machine since its start, and the namespace of the ids.
+
+    Where the system does not state both, the place is random: the writer is then unknown to every other process.
+    """
+    try:
+        parts = [_BOOT_ID.read_text(encoding="ascii").strip(), os.readlink(_NAMESPACE)]
+    except OSError:
+        return secrets.token_hex(6)
+    return digest([socket.gethostname(), *parts])[:12]
 
 
 def _is_running(pid: int) -> bool:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from core.hashing import sha256
 from core.uids import UID_DTYPE
 from resources.lake.files import TEMPORARY_SUFFIX, Lake, LakeError
-from resources.lake.owners import is_abandoned, token
+from resources.lake.owners import create_temporary, is_abandoned
 
 NAME = re.compile(r"^v\d{4,}$")
 ROW_GROUP = 1 << 20
@@ -190,9 +190,8 @@ class Versions:
             # Only against clearing a folder that another writer has just claimed again; the rename decides on numbers.
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._clear_abandoned(folder)
-            mine = folder / f".{token()}{TEMPORARY_SUFFIX}"
-            mine.mkdir()
-            (mine / f".{token()}{CLAIM_SUFFIX}").touch()
+            mine = create_temporary(folder, ".", TEMPORARY_SUFFIX, is_folder=True)
+            create_temporary(mine, ".", CLAIM_SUFFIX)
             number = max((int(path.name[1:]) for path in folder.iterdir() if NAME.match(path.name)), default=0)
             while True:
                 number += 1

@@ -16,11 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.hashing import sha256
 from resources.model_locations import HF_HUB, LOCAL_DIR
 from resources.models import decoding
 from resources.models.decoding import EncoderError
-from resources.models.model_folders import digests
+from resources.models.model_folders import check_weights, digests
+from resources.storage.hash_cache import cached_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ class ClipModel:
         model = self.settings.model
         assert model is not None
         if model.startswith(LOCAL_DIR):
-            return {"files": digests(self._local_folder())}
+            return {"files": digests(self.owner, self._local_folder())}
         if model.startswith(HF_HUB):
             return {"model": model, "files": self._hub_files()}
         import open_clip
@@ -115,7 +115,8 @@ class ClipModel:
         tag = self.settings.pretrained
         assert tag is not None
         if Path(tag).is_file():
-            return {"model": model, "files": {"weights": sha256(Path(tag))}}
+            check_weights(self.owner, Path(tag))
+            return {"model": model, "files": {"weights": cached_sha256(Path(tag))}}
         config = open_clip.get_pretrained_cfg(_plain(model), tag)
         preprocess = {
             key: config[key] for key in ("mean", "std", "interpolation", "resize_mode", "quick_gelu") if key in config
@@ -270,7 +271,8 @@ class ClipModel:
             ]
         except Exception as error:
             raise self._cannot_load(error) from error
-        return {path.name: path.resolve().name if "blobs" in path.resolve().parts else sha256(path) for path in paths}
+        blobs = {path: path.resolve() for path in paths}
+        return {path.name: blob.name if "blobs" in blob.parts else cached_sha256(path) for path, blob in blobs.items()}
 
     def _cannot_load(self, error: Exception) -> EncoderError:
         model, tag = self.settings.model, self.settings.pretrained

@@ -267,6 +267,21 @@ def _end_with_main(_: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _start_server() -> None:
+    """Start the server that workers are forked from, with SIGINT blocked, which workers inherit.
+
+    Ctrl-C reaches all processes of a terminal. The main process alone answers it, and ends the workers.
+    """
+    import signal
+    from multiprocessing import forkserver
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Generator[Batch, None, None]:
     """Turn work items into batches, in order, in `workers` processes (0: in this one).
 
@@ -281,6 +296,7 @@ def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Ge
     if workers > 0:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
+        _start_server()
         options = {
             "multiprocessing_context": context,
             "prefetch_factor": _AHEAD,

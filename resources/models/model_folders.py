@@ -3,18 +3,20 @@
 Here: finding the folder, and a permanent identity of its contents. Not here: loading models.
 """
 
+import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from core.hashing import sha256
 from resources.model_locations import LOCAL_DIR
 from resources.models.decoding import EncoderError
+from resources.storage.hash_cache import cached_sha256
 
 _OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "coreml/*"]
 # transformers' names of weights in one file or several; it prefers these
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+_GIT_LFS = b"version https://git-lfs"
 _PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
 
@@ -71,14 +73,14 @@ class ModelFolder:
             EncoderError: see `path`; or the hub has no weights of this model.
         """
         if self.model.startswith(LOCAL_DIR):
-            return {"files": digests(self.path)}
+            return {"files": digests(self.owner, self.path)}
         if not self.files:
             return {"model": self.model, "revision": self.path.name}  # the folder is named after the commit
         weights = _there(self.path, _SAFETENSORS) or _there(self.path, _PICKLED)
         if not weights:
             raise self.cannot_load(FileNotFoundError("it has neither model.safetensors nor pytorch_model.bin"))
         used = _there(self.path, self.files) + weights
-        return {"model": self.model, "files": {path.name: _cached_sha256(path) for path in used}}
+        return {"model": self.model, "files": {path.name: _blob_sha256(path) for path in used}}
 
     def cannot_load(self, error: Exception) -> EncoderError:
         """Return the error of a model that cannot be loaded."""
@@ -93,7 +95,7 @@ def _there(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def _cached_sha256(path: Path) -> str:
+def _blob_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in the hub's cache: for a large file, the name of the blob that it links to.
 
     Only one link is followed: behind a second one the cache may keep files of several models under other names.
@@ -102,13 +104,47 @@ def _cached_sha256(path: Path) -> str:
         blob = path.readlink()
         if blob.parent.name == "blobs" and len(blob.name) == 64:
             return blob.name
-    return sha256(path)
+    return cached_sha256(path)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file in a folder and below, by relative path; hidden files are left out."""
-    return {
-        str(path.relative_to(folder)): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
+def digests(owner: str, folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder and below, by relative path; hidden files are left out.
+
+    Raises:
+        EncoderError: a file of weights is incomplete.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    for path in paths:
+        check_weights(owner, path)
+    return {str(path.relative_to(folder)): cached_sha256(path) for path in paths}
+
+
+def check_weights(owner: str, path: Path) -> None:
+    """Check that a file of weights is whole, by its first and last bytes; other files pass.
+
+    Args:
+        owner: its user, for the start of the error message.
+        path: the file.
+
+    Raises:
+        EncoderError: it is empty, cut, or only a pointer to the file in Git LFS.
+    """
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        return
+    with open(path, "rb") as file:
+        begin = file.read(len(_GIT_LFS))
+    if begin == _GIT_LFS:
+        raise EncoderError(f"{owner}: {path} is a pointer to a file in Git LFS. Remedy: `git lfs pull` in its folder")
+    whole = bool(begin)
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="np"):
+                pass
+        except SafetensorError:
+            whole = False
+    elif begin.startswith(b"PK"):  # torch's format since version 1.6; its list of contents comes last
+        whole = zipfile.is_zipfile(path)
+    if not whole:
+        raise EncoderError(f"{owner}: {path} is damaged or incomplete. Remedy: copy or download it again")

@@ -19,24 +19,16 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
-from resources.pools.samples import (
-    column_values,
-    encodable,
-    is_null,
-    normal_uid,
-    nothing_usable,
-    pixels_or_none,
-    score_or_none,
-)
+from resources.pools.datacomp_columns import flat, read_columns
+from resources.pools.samples import nothing_usable
+from resources.pools.stored_scores import require_same_order, sampled_rows, score_column
 from resources.settings import EncoderSettings, PoolSettings, PrecomputedKeys
 from resources.storage import files
 from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_array
@@ -44,18 +36,6 @@ from resources.storage.arrays import ArrayError, ArrayStream, array_names, open_
 _NORM_TOLERANCE = 0.01
 _RETRIEVAL = re.compile(r"(metadata|img_emb|text_emb)_([^.]+)\.(parquet|npy)")
 _FOLDERS = ("metadata", "img_emb", "text_emb")
-_COLUMNS = {  # of raw_pool: names in the file, of which the first that exists is used
-    "uid": ("uid",),
-    "key": ("key",),
-    "caption": ("text", "caption"),
-    "url": ("url",),
-    "width": ("original_width", "width"),
-    "height": ("original_height", "height"),
-    "sha256": ("sha256",),
-    "clip_b32_similarity_score": ("clip_b32_similarity_score", "oai-clip-vit-b32-score"),
-    "clip_l14_similarity_score": ("clip_l14_similarity_score", "oai-clip-vit-l14-score"),
-    "image_path": ("image_path",),
-}
 
 
 @dataclass(slots=True)
@@ -157,7 +137,7 @@ class DatacompPool:
         """See `pools.Pool`."""
         parts = self._parts(name)
         assert parts.parquet is not None
-        columns, notes = _read_parquet(parts.parquet.url)
+        columns, sources, notes = read_columns(parts.parquet.url)
         total = len(columns["caption"])
         if total == 0:
             raise pools.empty_shard(name, parts.parquet.url)
@@ -169,7 +149,7 @@ class DatacompPool:
         faults = _Faults(np.full(total, "", dtype=object))
         self._judge_captions(columns["caption"], faults)
         self._judge_sizes(columns, faults)
-        notes += self._judge_embeddings(parts, total, faults)
+        notes += self._judge_embeddings(name, parts, columns, sources, faults)
         uids = _uids(columns, faults)
         fields = _fields(uids)
 
@@ -199,7 +179,7 @@ class DatacompPool:
         }
         rows = pa.table(
             [
-                pa.chunked_array([_flat(whole[wanted.name]).take(pa.array(kept))]).cast(wanted.type)
+                pa.chunked_array([flat(whole[wanted.name]).take(pa.array(kept))]).cast(wanted.type)
                 for wanted in pools.RAW_POOL_SCHEMA
             ],
             schema=pools.RAW_POOL_SCHEMA,
@@ -238,17 +218,26 @@ class DatacompPool:
             lambda row: f"{width[row]} x {height[row]} px, a side under {self.settings.min_side}",
         )
 
-    def _judge_embeddings(self, parts: _Parts, total: int, faults: _Faults) -> list[str]:
-        """Check finiteness and norm of every embedding in use, 16 MB at a time."""
+    def _judge_embeddings(
+        self,
+        name: str,
+        parts: _Parts,
+        columns: Mapping[str, pa.Array],
+        sources: Mapping[str, str | None],
+        faults: _Faults,
+    ) -> list[str]:
+        """Check finiteness and norm of every embedding in use, 16 MB at a time, and the order of the rows."""
         notes = []
+        total = len(columns["caption"])
+        sample = sampled_rows(total)
         for encoder in self.encoders:
-            dimensions = {}
-            for url, key in self._arrays(parts, encoder):
+            dimensions, sampled = {}, []
+            arrays = self._arrays(parts, encoder)
+            for url, key in arrays:
                 with _opened(url, key, parts, total) as stream:
                     dimensions[stream.where] = stream.shape[1]
-                    norms = np.concatenate(
-                        [np.linalg.norm(block.astype(np.float32), axis=1) for block in _blocks(stream)]
-                    )
+                    norms, some = _norms(stream, sample)
+                sampled.append(some)
                 where = stream.where
                 faults.add(
                     ~np.isfinite(norms),
@@ -267,6 +256,16 @@ class DatacompPool:
                 raise PoolError(
                     f"the image and text embeddings of encoder {encoder} differ in length "
                     f"({dimensions}). Set `precomputed` to two arrays of one encoder."
+                )
+            column = score_column(*(key for _, key in arrays))
+            if column is not None and sources.get(column) is not None:
+                assert parts.parquet is not None
+                require_same_order(
+                    columns[column].take(pa.array(sample)).to_numpy(zero_copy_only=False),
+                    *sampled,
+                    uids=columns["uid"].take(pa.array(sample)).to_pylist(),
+                    where=f"shard {name}: {parts.parquet.url} and {arrays[0][0]}",
+                    column=str(sources[column]),
                 )
         return notes
 
@@ -354,93 +353,20 @@ def _norm_of(norms: np.ndarray, where: str) -> Callable[[int], str]:
     return lambda row: f"norm {norms[row]:.4f} in {where}"
 
 
+def _norms(stream: ArrayStream, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norms of an array's rows, float32 `[n]`, and some of its rows, float32 `[len(rows), d]`."""
+    norms, some, start = [], [], 0
+    for block in _blocks(stream):
+        norms.append(np.linalg.norm(block.astype(np.float32), axis=1))
+        here = rows[(rows >= start) & (rows < start + len(block))]
+        some.append(block[here - start].astype(np.float32))
+        start += len(block)
+    return np.concatenate(norms), np.concatenate(some)
+
+
 def _blocks(stream: ArrayStream) -> Iterator[np.ndarray]:
     with _as_pool_error():
         yield from stream.blocks()
-
-
-def _read_parquet(url: str) -> tuple[dict[str, pa.Array], list[str]]:
-    """Read the columns in `_COLUMNS`, with nulls for those that the file lacks; and notes."""
-    try:
-        with files.open_binary(url) as file:
-            parquet = pq.ParquetFile(file)
-            there = set(parquet.schema_arrow.names)
-            sources = {
-                column: next((name for name in names if name in there), None) for column, names in _COLUMNS.items()
-            }
-            table = parquet.read([name for name in sources.values() if name is not None])
-    except (pa.ArrowException, OSError) as error:
-        raise PoolError(f"{url}: the parquet cannot be read ({error}). Download or write it again.") from error
-    if sources["caption"] is None:
-        raise PoolError(f"{url}: there is no column `text` or `caption`. Add the captions.")
-    numbers = {"width": pa.int32(), "height": pa.int32()}
-    columns = {}
-    notes: list[str] = []
-    for column, source in sources.items():
-        kind = numbers.get(column, pa.float32() if "score" in column else pa.string())
-        if source is None:
-            columns[column] = pa.nulls(table.num_rows, kind)
-            continue
-        found = _flat(table[source])
-        if column == "uid":
-            columns[column] = _normal_uids(found)
-            continue
-        columns[column], lost = _cast(found, kind, column, f"{url}: the column {source}")
-        notes += [f"{lost} values of column {source} are not usable as {kind} and are null"] if lost else []
-        if pa.types.is_floating(kind):  # DuckDB would rank a NaN first
-            finite = pc.is_finite(columns[column])
-            columns[column] = pc.if_else(finite, columns[column], pa.scalar(None, kind))
-    return columns, notes
-
-
-def _cast(found: pa.Array, kind: pa.DataType, column: str, where: str) -> tuple[pa.Array, int]:
-    """Return a column as `kind`, and how many of its values became null because they cannot be.
-
-    Raises:
-        PoolError: it is the caption, and not text.
-    """
-    if found.type == kind:
-        return found, 0
-    try:
-        if pa.types.is_string(kind) or pa.types.is_integer(found.type) or pa.types.is_dictionary(found.type):
-            return found.cast(kind), 0
-    except pa.ArrowException as error:
-        if column == "caption":
-            raise PoolError(f"{where} is {found.type} and cannot be read as {kind} ({error}). Correct it.") from error
-        if pa.types.is_string(kind):
-            return pa.nulls(len(found), kind), len(found) - found.null_count
-    read = pixels_or_none if pa.types.is_integer(kind) else score_or_none
-    values = column_values(found)
-    numbers = pa.array([read(value) for value in values], kind)
-    return numbers, numbers.null_count - sum(map(is_null, values))
-
-
-def _normal_uids(column: pa.Array) -> pa.Array:
-    """Return uids as 32 lower-case hexadecimal digits; others stay, with their type unless they are text."""
-    if pa.types.is_string(column.type):
-        text = column
-    elif pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
-        text = column.cast(pa.string())
-    else:
-        text = None
-    if text is not None:
-        with contextlib.suppress(pa.ArrowInvalid):  # no UTF-8
-            lower = pc.utf8_lower(text)
-            if pc.all(pc.match_substring_regex(lower, f"^{pools.UID.pattern}$"), min_count=0).as_py():
-                return lower
-    uids = [None if is_null(value) else normal_uid(value) or _unusable(value) for value in column_values(column)]
-    return pa.array(uids, pa.string())
-
-
-def _unusable(value: object) -> str:
-    """Return a value that is not a uid as text that cannot be taken for one."""
-    return encodable(value)[0] if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
-
-
-def _flat(column: Any) -> pa.Array:
-    if isinstance(column, pa.ChunkedArray):
-        return column.combine_chunks()
-    return column if isinstance(column, pa.Array) else pa.array(column)
 
 
 def _bools(array: pa.Array) -> np.ndarray:
@@ -486,7 +412,7 @@ def _uids(columns: Mapping[str, pa.Array], faults: _Faults) -> list[str | None]:
             uids[row] = pools.content_uid(digest, columns["caption"][row].as_py())
             missing[row] = False
     faults.add(missing, "uid_invalid", "no uid, and no sha256 or url to make one of")
-    codes = _flat(pa.array(uids, pa.string()).dictionary_encode().indices)
+    codes = flat(pa.array(uids, pa.string()).dictionary_encode().indices)
     codes = np.asarray(pc.fill_null(codes, -1))
     good = np.flatnonzero(faults.good)
     first = np.zeros(len(uids), bool)

@@ -25,10 +25,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Arithmetic = Literal["float32", "bfloat16"]
 """Operands of products on CPU: as stored, or rounded to bfloat16 (see `Tiles`)."""
 
-# Rows and columns of a tile. On CPU a tile's products and exponentials fit a core's cache from one pass to the next;
-# bfloat16 tiles are taller, because converting the columns costs more relative to the product. On CUDA launches are the
-# cost, so tiles are large.
-_TILE = {"float32": (480, 512), "bfloat16": (960, 512), "cuda": (4096, 8192)}
+# Rows and columns of a tile, by the capability of the CPU as torch names it, or for CUDA. On CPU a tile of columns and
+# its products fit the caches from one pass to the next; AVX2 has fewer registers, and wider tiles make up for them. On
+# CUDA launches are the cost, so tiles are large. A table and not a measurement at run time, because another shape may
+# round differently (docs/decisions/0004-engine.md).
+_TILES = {"AVX512": (960, 512), "AVX2": (960, 1024), "cuda": (4096, 8192)}
 
 _GROUP = 16  # tiles of rows whose partial column sums are in memory
 
@@ -36,8 +37,8 @@ _GROUP = 16  # tiles of rows whose partial column sums are in memory
 # loses nothing, with room for 2^16 terms below float32's 2^-126.
 _HIGHEST, _LOWEST = 110, 86
 
-# Use oneDNN for float32 products where torch has it: on AMD it is twice as fast as MKL's `torch.mm`, and unlike
-# OpenBLAS it gives a row the same bits wherever it is in a tile (docs/decisions/0004-engine.md).
+# Use oneDNN for float32 products where torch has it: on no kind of CPU it is slower than MKL's `torch.mm`, on some half
+# as slow, and unlike OpenBLAS it gives a row the same bits wherever it is in a tile (docs/decisions/0004-engine.md).
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -99,7 +100,7 @@ def log_sum_exp_both(
         by_row, by_column = (_by_running_maximum(*side, temperature, arithmetic) for side in sides)
         return by_row, by_column
     by_row, by_column = (torch.zeros(len(side[0]), dtype=torch.float64, device=rows.device) for side in sides)
-    height, _ = tile_shape(rows, arithmetic)
+    height, _ = tile_shape(rows)
     for some in spans(len(rows), _GROUP * height):
         # Tiles of rows finish in any order, so their partial column sums are kept and then added in a fixed order.
         parts = by_column.new_zeros(_GROUP, len(columns))
@@ -254,9 +255,11 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() * right.float()).sum(dim=1)
 
 
-def tile_shape(like: Tensor, arithmetic: Arithmetic) -> tuple[int, int]:
-    """Return rows and columns of a tile for operands like this one."""
-    return _TILE[arithmetic if like.device.type == "cpu" else "cuda"]
+def tile_shape(like: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a tile on the device of an operand."""
+    if like.device.type != "cpu":
+        return _TILES["cuda"]
+    return _TILES.get(torch.backends.cpu.get_cpu_capability(), _TILES["AVX2"])
 
 
 class Tiles:
@@ -275,7 +278,7 @@ class Tiles:
     def __init__(self, like: Tensor, arithmetic: Arithmetic = "float32") -> None:
         on_cpu = like.device.type == "cpu"
         self.rounds = on_cpu and arithmetic == "bfloat16"
-        self.height, self.width = tile_shape(like, arithmetic)
+        self.height, self.width = tile_shape(like)
         dtype = torch.float32 if on_cpu else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
         # Scratch of a tile's size, which operations may overwrite.
@@ -355,7 +358,7 @@ def for_each_tile(
         task: handles the rows `at`; may use `tiles` freely, and writes results for those rows only.
         arithmetic: arithmetic of the tiles.
     """
-    height, _ = tile_shape(like, arithmetic)
+    height, _ = tile_shape(like)
     todo = iter(spans(count, height))
 
     def work() -> None:

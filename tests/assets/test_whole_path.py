@@ -14,7 +14,7 @@ import pytest
 
 from assets.scores.neg_clip_loss_settings import temperature
 from core.uids import UID_DTYPE
-from dagster_project.headless import RANGE_END, RANGE_START
+from dagster_project.staleness import RANGE_END, RANGE_START
 from tests.support.history import stale
 from tests.support.pool_factory import TINY_CONFIG, write_clip
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep

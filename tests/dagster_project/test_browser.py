@@ -5,6 +5,7 @@ Set SCREENSHOTS to a folder to keep the pictures of the README's tour.
 
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,13 +25,16 @@ from safetensors.torch import load_file, save_file
 
 from assets.base.keys import SHARDS_NAME
 from assets.settings import open_project
-from dagster_project.instance import open_instance
+from dagster_project import cli
+from dagster_project.instance import open_instance, prepare_home
 from dagster_project.location import DEMO_CONFIG
-from examples.demo.pool import make_pool, make_targets
+from examples.demo.pool import make_targets, picture, plan_shard
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
+from tests.support.pool_factory import Sample, write_shard
 from tests.support.scenario import SHARDS, Scenario
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 pytestmark = [
@@ -48,7 +52,10 @@ OFFLINE = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE = 600_000  # milliseconds; Dagster's daemon looks every 30 s, and each run is a process on a busy machine
+PATIENCE = 600_000  # milliseconds; each run is a process on a busy machine
+DEMO_ROWS = 200  # of a shard: their kinds are shuffled
+OUR_STORAGE = "module: dagster_project.sqlite_event_log"
+QUICK_STORAGE = "module: tests.support.quick_daemon"
 RUNS = "{ runsOrError { ... on Runs { results { status } } } }"
 BACKFILLS = "{ partitionBackfillsOrError { ... on PartitionBackfills { results { status } } } }"
 ENDED = {"SUCCESS", "FAILURE", "CANCELED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED"}
@@ -59,6 +66,18 @@ query Versions($recipe: String!) {
             assetMaterializations { metadataEntries { label ... on TextMetadataEntry { text } } }
         }
     }
+}
+"""
+RIGHT_EDGE = """
+element => {
+    const texts = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+    const range = document.createRange();
+    let right = 0;
+    while (texts.nextNode()) {
+        range.selectNodeContents(texts.currentNode);
+        right = Math.max(right, range.getBoundingClientRect().right);
+    }
+    return right;
 }
 """
 ASK = """
@@ -129,6 +148,12 @@ class Browser:
         found = self.ask(VERSIONS, recipe=recipe)["assetMaterializations"]
         return [entry["text"] for event in found for entry in event["metadataEntries"] if entry["label"] == "version"]
 
+    def graph_address(self) -> str:
+        """Return the address of the graph with all groups open, as `clip-select ui` prints it."""
+        log = (self.project.parent / "server.log").read_text()
+        (address,) = re.findall(r"The asset graph with all groups open: (\S+)", log)
+        return str(address)
+
     def keep_picture(self, name: str) -> None:
         """Keep a picture for the tour, in few colours so that it is small."""
         folder = os.environ.get("SCREENSHOTS")
@@ -142,65 +167,90 @@ class Browser:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """Write the demo with three shards and return its YAML."""
-    make_pool(tmp_path / "pool", range(3))
+    """Write the demo with three short shards and return its YAML."""
+    for shard in range(3):
+        samples = []
+        for number, row in enumerate(plan_shard(shard)[:DEMO_ROWS]):
+            jpeg, words, _ = picture(row)
+            samples.append(Sample(f"{number:09d}", jpeg, words.encode(), {"uid": row.uid, "caption": words}))
+        write_shard(tmp_path / "pool", samples, f"{shard:05d}")
     make_targets(tmp_path / "targets", each=10)
     document = yaml.safe_load(DEMO_CONFIG.read_text())
     document["lake"] = "lake"
     document["pool"]["path"] = "pool"
+    document["encoders"]["tiny"]["workers"] = 0
     document["encoders"]["tiny"]["model"] = f"local-dir:{DEMO_CONFIG.parents[1] / 'examples' / 'demo' / 'encoder'}"
     document["targets"]["festive"]["path"] = "targets"
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     return tmp_path / "demo.yaml"
 
 
+class Server:
+    """A starting `clip-select ui`.
+
+    Args:
+        project: the path of the project's YAML.
+    """
+
+    def __init__(self, project: Path) -> None:
+        settings = prepare_home(open_project(project)) / "dagster.yaml"
+        settings.write_text(settings.read_text().replace(OUR_STORAGE, QUICK_STORAGE))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.log = project.parent / "server.log"
+        with open(self.log, "wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dagster_project.cli", "ui", str(project), "--port", str(port)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=ROOT,  # where the server finds `tests`
+            )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        while not answers(self.address):
+            assert self.process.poll() is None, self.log.read_text()
+
+    def close(self) -> None:
+        """Stop it."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(timeout=30)
+        finally:
+            os.killpg(self.process.pid, signal.SIGKILL) if self.process.poll() is None else None
+
+
+Serve = Callable[[Path], Callable[[], Browser]]
+
+
 @pytest.fixture
-def browse() -> Iterator[Callable[[Path], Browser]]:
-    """Open a browser on a project served by `clip-select ui`, once per test."""
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Start `clip-select ui` for a project, once per test; the function that it returns opens a browser on it."""
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
     closing: list[Callable[[], object]] = []
 
-    def open_browser(project: Path) -> Browser:
-        address, close = serve(project)
-        closing.append(close)
-        driver = playwright.sync_playwright().start()
-        closing.append(driver.stop)
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
-        closing.append(chromium.close)
-        page = chromium.new_page(viewport={"width": 1500, "height": 850}, base_url=address)
-        page.set_default_timeout(PATIENCE)
-        return Browser(page, project)
+    def start(project: Path) -> Callable[[], Browser]:
+        server = Server(project)
+        closing.append(server.close)
 
-    yield open_browser
+        def browse() -> Browser:
+            server.wait()
+            driver = playwright.sync_playwright().start()
+            closing.append(driver.stop)
+            chromium = driver.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
+            closing.append(chromium.close)
+            page = chromium.new_page(viewport={"width": 1440, "height": 900}, base_url=server.address)
+            page.set_default_timeout(PATIENCE)
+            return Browser(page, project)
+
+        return browse
+
+    yield start
     for close in reversed(closing):
         close()
-
-
-def serve(project: Path) -> tuple[str, Callable[[], object]]:
-    """Start `clip-select ui`; return its address and a function that stops it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = project.parent / "server.log"
-    with open(log, "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dagster_project.cli", "ui", str(project), "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"},
-        )
-
-    def close() -> None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=30)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-
-    address = f"http://127.0.0.1:{port}"
-    while not answers(address):
-        assert process.poll() is None, log.read_text()
-    return address, close
 
 
 def answers(address: str) -> bool:
@@ -220,15 +270,14 @@ def answers(address: str) -> bool:
         return False
 
 
-def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse: Callable[[Path], Browser]) -> None:
-    browser = browse(demo)
+def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, serve: Serve) -> None:
+    browser = serve(demo)()
     page = browser.page
     browser.register("00000")
 
     page.goto("/asset-groups")
     for group in ("pool", "embeddings", "neg_clip_loss", "subsets"):
         page.get_by_text(group, exact=True).first.wait_for()
-    browser.keep_picture("graph")
 
     page.goto("/assets/raw_pool?view=partitions")
     page.get_by_role("button", name="Materialize").first.click()
@@ -253,11 +302,18 @@ def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse
     for recipe in ("clip_score_30", "neg_clip_loss_30_norm_sim_20"):
         assert Versions(browser.lake, recipe).current() is not None
 
+    page.goto(browser.graph_address())
+    page.get_by_text("raw_pool", exact=True).first.wait_for()
+    page.get_by_text("neg_c…_norm_sim_20", exact=True).first.wait_for()
     page.goto("/assets/subset/neg_clip_loss_30_norm_sim_20?view=lineage&lineageScope=upstream&lineageDepth=5")
     page.get_by_text("neg_clip_loss", exact=True).first.wait_for()
     browser.keep_picture("lineage")
     page.goto("/assets/subset/neg_clip_loss_30_norm_sim_20")
-    page.get_by_text("funnel", exact=True).wait_for()
+    funnel = page.get_by_role("row", name="funnel").get_by_role("listitem")
+    funnel.last.wait_for()
+    for step, score in enumerate(("neg_clip_loss/tiny", "norm_sim_inf/tiny/festive")):
+        assert score in funnel.nth(step).inner_text()
+        assert funnel.nth(step).evaluate(RIGHT_EDGE) <= 1080, "where the page's right column begins"
     browser.keep_picture("subset")
     page.get_by_role("row", name="contact_sheet").get_by_text("Show Markdown").click()
     page.locator("td img").first.wait_for()
@@ -265,15 +321,17 @@ def test_from_an_empty_graph_to_a_subset_that_explains_itself(demo: Path, browse
     browser.keep_picture("contact-sheet")
 
 
-def test_a_failed_check_says_what_is_wrong(scenario: Scenario, browse: Callable[[Path], Browser]) -> None:
+def test_a_failed_check_says_what_is_wrong(scenario: Scenario, serve: Serve) -> None:
     broken = scenario.folder / "broken"
     shutil.copytree(scenario.document["encoders"]["tiny"]["model"].removeprefix("local-dir:"), broken)
     weights = broken / "open_clip_model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)
     scenario.set("encoders", "tiny", "model", value=f"local-dir:{broken}")
-    browser = browse(scenario.open().config)
+    project = scenario.open().config
+    browse = serve(project)
+    assert cli.main(["run", str(project)]) == 1  # while the server starts
+    browser = browse()
     page = browser.page
-    assert run(browser.project) == 1
 
     page.goto("/assets/embeddings/tiny?view=checks")
     page.get_by_text("unit_norm").first.click()
@@ -282,12 +340,9 @@ def test_a_failed_check_says_what_is_wrong(scenario: Scenario, browse: Callable[
     assert browser.lake.shards("embeddings/tiny") == []
 
 
-def test_a_shard_that_arrives_is_scored_and_selected_by_itself(
-    scenario: Scenario, browse: Callable[[Path], Browser]
-) -> None:
-    browser = browse(scenario.open().config)
+def test_a_shard_that_arrives_is_scored_and_selected_by_itself(finished: Scenario, serve: Serve) -> None:
+    browser = serve(finished.open().config)()
     page = browser.page
-    assert run(browser.project) == 0
     page.goto("/automation")
     switches = page.locator("label[class*=formatSwitch]")
     switches.nth(2).wait_for()
@@ -295,15 +350,12 @@ def test_a_shard_that_arrives_is_scored_and_selected_by_itself(
         with page.expect_response(lambda answer: "StartSensor" in (answer.request.post_data or "")):
             switches.nth(number).click()
     browser.keep_picture("automation")
-    scenario.write_shard("00003")
-    browser.wait_until(lambda: browser.versions("paper") == ["v0002", "v0001"])
+    finished.write_shard("00003")
+    browser.wait_until(lambda: browser.versions("paper") == ["v0002"])
 
     page.goto("/assets/subset/paper")
     page.get_by_text("v0002").first.wait_for()
-    assert scenario.subset("paper").lineage["shards"].keys() == {*SHARDS, "00003"}
-
-
-def run(project: Path) -> int:
-    """Run `clip-select run` and return its exit status."""
-    done = subprocess.run([sys.executable, "-m", "dagster_project.cli", "run", str(project)], check=False)
-    return done.returncode
+    assert Versions(browser.lake, "paper").names() == ["v0001", "v0002"]
+    assert finished.subset("paper").lineage["shards"].keys() == {*SHARDS, "00003"}
+    assert browser.wait_for_ends(RUNS) == {"SUCCESS"}
+    assert len(browser.ask(RUNS)["results"]) == 2, "one run for the shard, and one for the subsets"

@@ -54,7 +54,7 @@ def test_a_shards_notes_its_rejects_and_repeated_uids_are_said(scenario: Scenari
     text = printed()
     assert "shard 00008: 00008.tar is incomplete" in text
     assert "1 image_empty" in text
-    assert "12 rows left out: an earlier row has their uid" in text
+    assert "12 rows have the uid of an earlier row and were left out" in text
 
 
 def test_a_failure_is_one_message_with_the_file_and_without_a_traceback(scenario: Scenario, printed: Printed) -> None:

@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,6 +65,38 @@ def test_status_counts_the_shards_that_are_up_to_date_due_and_waiting(terminal: 
         "version": "v0001",
     }
     assert f"No longer in the pool: {SHARDS[0]}" in terminal.text("status")
+
+
+def test_status_lists_for_each_shard_which_assets_are_up_to_date(terminal: Terminal) -> None:
+    assets = ["raw_pool", "embeddings/tiny", "clip_score/tiny", "neg_clip_loss/tiny", "norm_sim/tiny/pets"]
+    terminal.scenario.write_shard("00003")
+    terminal.scenario.open().lake.remove("clip_score/tiny", SHARDS[2])
+    found = terminal.json("status", "--shards")
+    assert [(row["shard"], row["rows"]) for row in found] == [
+        (SHARDS[2], ROWS),
+        ("00003", None),
+        (SHARDS[0], ROWS),
+        (SHARDS[1], ROWS),
+    ]
+    assert found[0]["due"] == ["clip_score/tiny"]
+    assert (found[1]["due"], found[1]["waiting"]) == (["raw_pool"], assets[1:])
+    assert (found[2]["complete"], found[2]["due"], found[2]["waiting"]) == (assets, [], [])
+    text = terminal.text("status", "--shards", "--limit", "2")
+    assert "4 of 5" in text
+    assert "and 2 more rows" in text
+    assert "2 of 4 shards are complete." in text
+
+
+def test_the_metadata_of_the_catalog_lists_for_each_shard_what_is_complete(finished: Scenario) -> None:
+    (record,) = finished.instance.fetch_materializations(dg.AssetKey("catalog"), limit=1).records
+    assert record.asset_materialization is not None
+    metadata = record.asset_materialization.metadata
+    assert (metadata["shards_complete"].value, metadata["shards_in_pool"].value) == (3, 3)
+    table = metadata["shards"]
+    assert isinstance(table, dg.TableMetadataValue)
+    assert [row.data for row in table.records] == [
+        {"shard": shard, "rows": ROWS, "complete": "5 of 5", "due": "", "waiting for inputs": ""} for shard in SHARDS
+    ]
 
 
 def test_versions_diff_and_lineage_show_the_history_of_a_subset(terminal: Terminal) -> None:

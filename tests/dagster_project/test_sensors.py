@@ -7,6 +7,7 @@ the same pool selects, and counts the runs.
 from collections.abc import Sequence
 
 import dagster as dg
+import pytest
 
 from assets.base.keys import SHARDS_NAME
 from dagster_project.staleness import ATTEMPTS
@@ -17,18 +18,19 @@ from tests.support.scenario import keep
 SELECT = "subset/best catalog"
 
 
+CHAIN = "raw_pool embeddings/b32 clip_score/b32 neg_clip_loss/b32"
+
+
 def chain(shards: str) -> list[tuple[str, str]]:
-    """Return the runs that new shards take once there are negatives."""
-    return [("raw_pool", shards), ("embeddings/b32", shards), ("clip_score/b32 neg_clip_loss/b32", shards)]
+    """Return the run that new shards take once there are negatives."""
+    return [(CHAIN, shards)]
 
 
 def test_shards_that_arrive_together_share_runs_and_end_in_one_subset(automation: Automation) -> None:
     automation.write(*range(5))
     assert automation.settle() == [
-        ("raw_pool", "00000–00004"),
-        ("embeddings/b32", "00000–00004"),
+        ("raw_pool embeddings/b32 clip_score/b32", "00000–00004"),
         ("negatives/b32", ""),
-        ("clip_score/b32", "00000–00004"),
         ("neg_clip_loss/b32", "00000–00004"),
         (SELECT, ""),
     ]
@@ -113,9 +115,11 @@ def test_a_shard_that_fails_is_tried_a_few_times_alone_and_the_subset_goes_on_wi
     automation.write(0, 1, 2)
     automation.spoil(1)
     runs = automation.settle()
-    assert runs.count(("raw_pool", "00000–00002")) == 1
-    assert runs.count(("raw_pool", "00001")) == ATTEMPTS - 1
-    assert [keys for keys, shards in runs if "00001" in shards and keys != "raw_pool"] == []
+    assert runs[0] == ("raw_pool embeddings/b32 clip_score/b32", "00000–00002")
+    alone = [keys for keys, shards in runs[1:] if "00001" in shards]
+    assert len(alone) == ATTEMPTS - 1
+    assert {keys.split()[0] for keys in alone} == {"raw_pool"}
+    assert [("embeddings/b32 clip_score/b32", shard) in runs for shard in ("00000", "00002")] == [True, True]
     assert len([keys for keys, _ in runs if keys == SELECT]) == 1
     assert list(automation.subset().lineage["shards_missing"]) == ["00001"]
     quiet = "Nothing has changed; everything is up to date, except for 1 "
@@ -155,7 +159,7 @@ def test_a_reset_cursor_tries_again_what_was_left_alone(automation: Automation) 
     automation.spoil(1)
     automation.settle()
     automation.cursors.pop("follow_shards")
-    assert automation.settle() == [("raw_pool", "00001")] * ATTEMPTS
+    assert automation.settle() == [("raw_pool embeddings/b32 clip_score/b32", "00001")] * ATTEMPTS
 
 
 def test_a_removed_shard_leaves_partitions_lake_and_subset(automation: Automation) -> None:
@@ -223,18 +227,34 @@ def test_negatives_drawn_again_by_a_click_are_followed_by_every_score(automation
     automation.assert_nothing_is_left()
 
 
+def test_scores_wait_for_negatives_that_may_be_drawn_again_and_no_run_fails(automation: Automation) -> None:
+    automation.document["scores"]["neg_clip_loss"]["b32"]["redraw_at_growth"] = 2
+    automation.load()
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2, 3)
+    assert automation.settle() == [
+        ("raw_pool embeddings/b32 clip_score/b32", "00002–00003"),
+        ("negatives/b32", ""),
+        ("neg_clip_loss/b32", "00000–00003"),
+        (SELECT, ""),
+    ]
+    assert {run.status for run in automation.instance.get_runs()} == {dg.DagsterRunStatus.SUCCESS}
+    automation.assert_nothing_is_left()
+
+
 def test_more_than_a_hundred_shards_are_followed_exactly(automation: Automation) -> None:
     automation.document["scores"] = {"clip_score": [], "neg_clip_loss": {}}
     automation.document["recipes"] = {"best": {"steps": [{"where": "original_width >= 640"}]}}
     automation.load()
     automation.write(*range(104))
-    assert [keys for keys, _ in automation.settle()] == ["raw_pool", "embeddings/b32", "subset/best catalog"]
+    assert [keys for keys, _ in automation.settle()] == ["raw_pool embeddings/b32", "subset/best catalog"]
     assert len(automation.subset().lineage["shards"]) == 104
     automation.write(17, 103, seed=1)
     automation.write(104)
     assert automation.settle() == [
-        *[("raw_pool", "00017"), ("raw_pool", "00103–00104")],
-        *[("embeddings/b32", "00017"), ("embeddings/b32", "00103–00104")],
+        ("raw_pool embeddings/b32", "00017"),
+        ("raw_pool embeddings/b32", "00103–00104"),
         ("subset/best catalog", ""),
     ]
     assert automation.subset().lineage["source"]["rows"] == 105 * ROWS
@@ -252,6 +272,25 @@ def test_a_subset_that_fails_is_tried_a_few_times_and_the_others_go_on(automatio
     reason = automation.skipped["refresh_subsets"]
     assert "subset/none" in reason or "except for 1" in reason
     assert automation.settle() == []
+
+
+def test_a_file_that_the_yaml_refers_to_and_that_is_missing_is_reported_before_all_else_is_computed(
+    automation: Automation, capfd: pytest.CaptureFixture[str]
+) -> None:
+    automation.document["external_scores"] = {"theirs": {"files": ["absent.csv"], "columns": ["score"]}}
+    automation.document["recipes"]["listed"] = {"from": "absent.npy", "steps": [keep("clip_score/b32", count=1)]}
+    automation.load()
+    automation.write(0)
+    automation.tick("discover_shards")
+    assert automation.tick("follow_shards") != []
+    reported = capfd.readouterr().err  # the tick's log
+    assert "absent.csv: no such file" in reported
+    assert "absent.npy: no such uid list" in reported
+    assert "Needed by subset/listed." in reported
+    automation.settle()
+    assert automation.subset().lineage["rows"] == 1
+    assert "absent.csv" in automation.skipped["follow_shards"]
+    assert "absent.npy" in automation.skipped["follow_shards"]
 
 
 def test_a_pool_that_is_not_mounted_retires_nothing(automation: Automation) -> None:
@@ -284,6 +323,13 @@ def test_a_shard_whose_name_can_be_no_partition_fails_alone(automation: Automati
 def test_sensors_are_stopped_until_somebody_starts_them(automation: Automation) -> None:
     found = [automation.defs.resolve_sensor_def(name) for name in SENSORS]
     assert {sensor.default_status for sensor in found} == {dg.DefaultSensorStatus.STOPPED}
+
+
+def test_a_requested_run_lists_its_shards_in_a_tag_that_the_ui_shows(automation: Automation) -> None:
+    automation.write(0, 1, 2)
+    automation.tick("discover_shards")
+    (request,) = automation.tick("follow_shards")
+    assert request.tags["clip_selection/shards"] == "00000 to 00002: 3 shards"
 
 
 CLICK = ["raw_pool", "embeddings/b32", "clip_score/b32", "neg_clip_loss/b32", "subset/best"]

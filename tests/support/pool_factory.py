@@ -141,17 +141,20 @@ def datacomp_shard(
         folder: the pool.
         name: stem of the two files.
         rows: number of samples.
-        columns: columns to replace or add; None as a value drops one.
+        columns: columns to replace or add; None as a value drops one. By default `clip_b32_similarity_score` holds the
+            cosines of b32_img and b32_txt, and is left out without them.
         arrays: the npz's arrays; b32_img and b32_txt (unit norm) by default.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if arrays is None:
+        arrays = {"b32_img": unit_rows(1, rows), "b32_txt": unit_rows(2, rows)}
     table: dict[str, Any] = {
         "uid": [uid(name, row) for row in range(rows)],
         "url": [f"src://{name}/{row}" for row in range(rows)],
         "text": [caption(row) for row in range(rows)],
         "original_width": [640] * rows,
         "original_height": [480] * rows,
-        "clip_b32_similarity_score": np.linspace(0, 0.4, rows).astype(np.float32),
+        "clip_b32_similarity_score": cosines(arrays["b32_img"], arrays["b32_txt"]) if _has_b32(arrays) else None,
         "sha256": [hashlib.sha256(picture(row)).hexdigest() for row in range(rows)],
     }
     table |= columns or {}
@@ -159,10 +162,18 @@ def datacomp_shard(
         pa.table({key: value for key, value in table.items() if value is not None}),
         folder / f"{name}.parquet",
     )
-    if arrays is None:
-        arrays = {"b32_img": unit_rows(1, rows), "b32_txt": unit_rows(2, rows)}
     np.savez(folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
     return folder
+
+
+def cosines(image: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Return the cosines of embeddings of unit norm `[n, d]`, float32 `[n]`, as DataComp's metadata has them."""
+    return np.einsum("nd,nd->n", image.astype(np.float32), text.astype(np.float32))
+
+
+def _has_b32(arrays: dict[str, np.ndarray]) -> bool:
+    shapes = {arrays[key].shape for key in ("b32_img", "b32_txt") if key in arrays}
+    return len(shapes) == 1 and {"b32_img", "b32_txt"} <= arrays.keys() and len(next(iter(shapes))) == 2
 
 
 def class_folders(folder: Path, classes: Sequence[str] = ("cat", "dog"), images: int = 3) -> Path:

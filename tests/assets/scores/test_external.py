@@ -306,7 +306,7 @@ def test_a_higher_minimum_is_asked_of_files_that_are_there(scenario):
     scenario.set("external_scores", "given", "minimum_coverage", value=0.5)
     outcome = scenario.run()
     assert set(outcome.failures) == {"external_files/given"}
-    assert outcome.not_attempted["subset/best"] == "external_files/given"
+    assert outcome.not_attempted["subset/best"] == "external_files/given (its earlier results are out of date)"
     scenario.set("external_scores", "given", "minimum_coverage", value=0.3)
     outcome = scenario.run()
     assert not outcome.failures
@@ -440,7 +440,8 @@ def test_a_list_that_is_refused_leaves_no_recipe_with_the_old_one(scenario):
     write_list(scenario.folder / "dfn.txt", UIDS[:1])
     outcome = scenario.run()
     assert set(outcome.failures) == {"external_uids/dfn"}
-    assert outcome.not_attempted == {"subset/begun": "external_uids/dfn", "subset/others": "external_uids/dfn"}
+    needed = "external_uids/dfn (its earlier results are out of date)"
+    assert outcome.not_attempted == {"subset/begun": needed, "subset/others": needed}
 
 
 def test_a_recipe_that_names_an_unknown_list_is_refused(scenario):

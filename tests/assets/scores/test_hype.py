@@ -10,6 +10,7 @@ import pytest
 
 from assets.reproduction import choose_again, rebuild
 from assets.settings import ConfigError
+from dagster_project.early_checks import problems
 from resources.inputs.external import ExternalError
 from resources.inputs.hyperbolic import read_shard
 from resources.settings import HypeSettings
@@ -234,6 +235,15 @@ def test_a_shard_waits_for_its_file(hyped: Scenario) -> None:
     np.savez(missing, **embeddings("00001"))
     outcome = hyped.run()
     assert outcome.computed["hype/meru"] == ["00001"]
+
+
+def test_a_file_that_one_shard_lacks_is_no_problem_of_the_project_and_that_all_lack_is_one(hyped: Scenario) -> None:
+    for shard in SHARDS:
+        assert problems(*hyped.open_graph()) == {}
+        (hyped.folder / "hyperbolic" / f"{shard}.npz").unlink()
+    ((message, keys),) = problems(*hyped.open_graph()).items()
+    assert f"{SHARDS[0]}.npz" in message
+    assert keys == ["hype/meru"]
 
 
 def test_clusters_that_nobody_computes_are_refused(hyped: Scenario) -> None:

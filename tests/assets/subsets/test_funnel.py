@@ -19,10 +19,11 @@ def test_a_row_has_the_share_of_the_source_and_the_threshold() -> None:
     assert funnel_rows(LINEAGE, ".2f")[1].threshold == "-0.21"
 
 
-def test_markdown_escapes_the_bars_of_a_step() -> None:
+def test_markdown_is_a_list_in_short_lines_in_which_nothing_of_the_steps_is_markup() -> None:
     assert funnel_markdown(LINEAGE).splitlines() == [
-        "| kept | entered | of source | threshold | step |",
-        "|---:|---:|---:|---:|---|",
-        "| 2,400 | 2,400 | 100.0% |  | where a \\| b |",
-        "| 720 | 2,400 | 30.0% | -0.210672 | keep the top 0.3 of the pool by s |",
+        "1. where a \\| b  ",
+        "   2,400 of 2,400, 100.0% of the source",
+        "1. keep the top 0.3 of the pool by s  ",
+        "   720 of 2,400, 30.0% of the source  ",
+        "   threshold -0.210672",
     ]

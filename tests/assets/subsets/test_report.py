@@ -19,6 +19,7 @@ from markupsafe import escape
 from PIL import Image
 
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
+from assets.subsets.report import report_metadata
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash
 from tests.support.pool_factory import datacomp_shard, picture
@@ -120,6 +121,14 @@ def test_no_address_in_a_caption_becomes_a_link(address: str) -> None:
     assert read.replace("\u2060", "") == f"see {address} now"
 
 
+def test_the_report_is_a_link_where_a_web_server_has_it(made: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_SELECTION_REPORTS", "https://clip.example.org/subset/")
+    project = made.open()
+    page = (report_folder(made, "paper") / "index.html").relative_to(project.lake.local_root())
+    found = report_metadata(project, made.subset("paper"))
+    assert found["report"] == dg.MetadataValue.url(f"https://clip.example.org/{page.as_posix()}")
+
+
 def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> None:
     event = materialization(made, "paper")
     assert len(serialize_value(event)) < 200 * 1024
@@ -157,10 +166,20 @@ def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
 @pytest.mark.usefixtures("finished")
 def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
     scenario.run()
+    page = (report_folder(scenario, "paper") / "index.html").read_text()
+    images = [name for name in report_page(scenario, "paper").references if not name.startswith("#")]
     shutil.rmtree(report_folder(scenario, "paper"))
-    assert scenario.run().computed == {}
-    assert scenario.execute("subset/paper").success
+    lineage = (Path(scenario.subset("paper").folder) / "lineage.json").read_bytes()
+    assert scenario.run().computed == {}  # but for the report
     assert scenario.subset("paper").name == "v0001"
+    assert (Path(scenario.subset("paper").folder) / "lineage.json").read_bytes() == lineage
+    assert (report_folder(scenario, "paper") / "index.html").read_text() == page
+    assert all((report_folder(scenario, "paper") / name).is_file() for name in images)
+
+    (report_folder(scenario, "paper") / "index.html").unlink()  # as a run that was killed leaves it
+    assert scenario.execute("subset/paper").success
+    assert (report_folder(scenario, "paper") / "index.html").read_text() == page
+    assert scenario.run().computed == {}
 
 
 def beyond_the_tar(scenario: Scenario) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from assets.reproduction import choose_again
 from assets.subsets.checks import examine_stored, examine_subset
-from dagster_project.headless import RANGE_END, RANGE_START
+from dagster_project.staleness import RANGE_END, RANGE_START
 from resources.catalog.build import read_catalog
 from tests.support.pool_factory import picture
 from tests.support.reports import report_page

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,82 @@ def test_two_writers_of_one_process_do_not_share_a_temporary_file(lake: Lake) ->
         first.write_bytes(b"first")
         second.write_bytes(b"second")
     assert Path(path).read_bytes() == b"first"  # whose block ended last
+
+
+def test_a_writer_whose_temporary_name_exists_already_takes_another_one(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = iter(["00", "00", "00", "01"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
+    path = lake.path("clip_score/b32", "00000")
+    with lake.replacing(path) as first:
+        first.write_bytes(b"first")
+        with lake.replacing(path) as second:
+            second.write_bytes(b"second")
+            assert first.read_bytes() == b"first"
+        assert Path(path).read_bytes() == b"second"
+    assert Path(path).read_bytes() == b"first"
+
+
+CONTAINER = """
+import os, sys
+from resources.lake.files import Lake
+lake = Lake(sys.argv[1])
+with lake.replacing(lake.path("clip_score/b32", "00000")) as temporary, open(temporary, "wb") as file:
+    for part in range(3):
+        file.write(sys.argv[2].encode() * 1000)
+        file.flush()
+        print(os.getpid(), temporary.name.split("-")[0], flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_two_containers_whose_writers_have_the_same_process_id_do_not_mix_their_bytes(lake: Lake) -> None:
+    inside = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*inside, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("this machine lets no process start namespaces of process ids")
+    writers = [
+        subprocess.Popen(
+            [*inside, sys.executable, "-c", CONTAINER, lake.root, letter],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for letter in "ab"
+    ]
+    path = Path(lake.path("clip_score/b32", "00000"))
+    for _ in range(3):  # both write a part before either writes the next
+        said = [writer.stdout.readline().split() for writer in writers if writer.stdout is not None]
+        (pid, place), (other_pid, other_place) = said
+        assert pid == other_pid
+        assert place != other_place
+        # A process here, to which both writers' process ids are unknown or another process's, clears neither file.
+        lake.write(pa.table({"x": [1]}), provenance(shard="00001"))
+        assert len(list(path.parent.glob(".*.tmp"))) == 2
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("\n")
+    assert [writer.wait() for writer in writers] == [0, 0]
+    for writer in writers:
+        writer.communicate()
+    assert path.read_bytes() in (b"a" * 3000, b"b" * 3000)
+    assert sorted(name.name for name in path.parent.iterdir()) == ["00000.parquet", "00001.parquet"]
+
+
+def test_the_litter_of_a_killed_writer_is_cleared_by_the_next_write_in_the_folder(lake: Lake) -> None:
+    lake.write(pa.table({"x": [1]}), provenance())
+    folder = Path(lake.path("clip_score/b32", "00000")).parent
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = f".removed.{token().partition('-')[0]}-{ended.pid}-aa.tmp"
+    for stray in (name, f"{name}.wal"):
+        (folder / stray).write_bytes(b"half")
+    lake.write(pa.table({"x": [2]}), provenance())
+    assert [path.name for path in folder.iterdir()] == ["00000.parquet"]
 
 
 def test_the_lake_may_lie_on_another_file_system() -> None:

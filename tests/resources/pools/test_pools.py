@@ -25,6 +25,7 @@ from resources.storage import images
 from tests.support.pool_factory import (
     SHARED,
     caption,
+    cosines,
     datacomp_shard,
     picture,
     sample,
@@ -475,7 +476,7 @@ def test_bad_optional_values_become_null_and_are_counted(tmp_path: Path) -> None
     columns = {
         "original_width": [200.0, float("nan"), 2.0**40, 300.0, 400.0, None],
         "original_height": ["300", "tall", "300", "300", "300", "300"],
-        "clip_b32_similarity_score": ["0.5", "", "high", "0.25", "inf", None],
+        "clip_b32_similarity_score": ["0.5", "", "high", None, "inf", None],
         "url": [["src://list"]] * 6,
     }
     datacomp_shard(tmp_path, columns=columns)
@@ -483,7 +484,7 @@ def test_bad_optional_values_become_null_and_are_counted(tmp_path: Path) -> None
     rows = found.rows
     assert rows["original_width"].to_pylist() == [200, None, None, 300, 400, None]
     assert rows["original_height"].to_pylist() == [300, None, 300, 300, 300, 300]
-    assert rows["clip_b32_similarity_score"].to_pylist() == [0.5, None, None, 0.25, None, None]
+    assert rows["clip_b32_similarity_score"].to_pylist() == [0.5, None, None, None, None, None]
     assert rows["url"].to_pylist() == [None] * 6
     assert found.notes == [
         "6 values of column url are not usable as string and are null",
@@ -591,13 +592,14 @@ def test_dataset2metadata_names_are_known(tmp_path: Path) -> None:
         "oai-clip-vit-b32-text": unit_rows(2, 6).astype(np.float32),
     }
     texts = {"text": None, "caption": [caption(row) for row in range(6)]}
-    scores = {"clip_b32_similarity_score": None, "oai-clip-vit-b32-score": np.full(6, 0.25)}
+    own = cosines(*arrays.values())
+    scores = {"clip_b32_similarity_score": None, "oai-clip-vit-b32-score": own}
     datacomp_shard(tmp_path, columns=texts | scores, arrays=arrays)
     np.savez_compressed(tmp_path / "00000.npz", **arrays)  # type: ignore[arg-type]
     pool = open_pool(PoolSettings(path=str(tmp_path), format="datacomp"), B32)
     rows = pool.read_shard("00000").rows
     assert rows["caption"].to_pylist() == texts["caption"]
-    assert rows["clip_b32_similarity_score"].to_pylist() == [0.25] * 6
+    assert rows["clip_b32_similarity_score"].to_pylist() == own.tolist()
     assert np.array_equal(pool.embeddings("00000", rows, "b32")[1], unit_rows(2, 6))
 
 

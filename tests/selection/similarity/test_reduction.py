@@ -1,6 +1,7 @@
 """The tiles and the operations on them, and the imports of the science."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,30 @@ def test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit(width, arithmetic):
 
     for_each_tile(1, row, task, arithmetic)
     assert [len(sums.unique()) for sums in seen] == [1, 1]
+
+
+def test_a_row_has_the_same_bits_anywhere_on_a_cpu_with_avx2_alone():
+    """Another kind of CPU has other tiles and instructions; these variables make the libraries act as on one."""
+    emulated = {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    }
+    names = [
+        "test_a_tile_of_equal_rows_gives_equal_sums_to_the_bit",
+        "test_a_row_s_sum_has_the_same_bits_beside_any_other",
+    ]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", " or ".join(names)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | emulated,
+        cwd=Path(__file__).resolve().parents[3],
+    )
+    assert child.returncode == 0, child.stdout
+    assert child.stdout.startswith("." * 16)
 
 
 def with_common_part(rows, width, seed):

@@ -1,0 +1,66 @@
+"""Results of checks that ran after their file was written: `checks/<asset>[/<shard>]/<check>.json` in the lake.
+
+Here: writing and reading them. The results of the checks that run before a file is written are in the file's own
+summary (`resources.lake.files`). A record holds the fingerprint of the file that was checked, so that it says nothing
+about another file that took its place.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from resources.lake.files import Lake, LakeError, Stored
+
+
+def write_check(lake: Lake, stored: Stored, check: str, finding: Mapping[str, Any]) -> None:
+    """Write the result of a check of a stored file, in place of an earlier one.
+
+    Args:
+        lake: the lake.
+        stored: the file's record.
+        check: name of the check.
+        finding: its result, JSON values.
+    """
+    record = {"fingerprint": stored.fingerprint, "finding": dict(finding)}
+    folder = _folder(lake, stored.provenance.asset, stored.provenance.shard)
+    with lake.replacing(f"{folder}/{check}.json") as path:
+        path.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_checks(lake: Lake, stored: Stored) -> dict[str, Any]:
+    """Return the results that were written about a stored file as it is now, by the check's name.
+
+    Raises:
+        LakeError: a record can't be read.
+    """
+    folder = _folder(lake, stored.provenance.asset, stored.provenance.shard)
+    if not lake.fs.exists(folder):
+        return {}
+    found = {}
+    for path in sorted(lake.fs.ls(folder, detail=False, refresh=True)):
+        file, _, suffix = path.rsplit("/", 1)[-1].rpartition(".")
+        if suffix != "json" or file.startswith("."):
+            continue
+        try:
+            record = json.loads(lake.fs.cat_file(path))
+            if record["fingerprint"] == stored.fingerprint:
+                found[file] = record["finding"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise LakeError(f"{path}: not the result of a check ({error!r}). Remedy: remove it") from error
+    return found
+
+
+def remove_checks(lake: Lake, asset: str, shard: str) -> None:
+    """Remove the results about a shard's file."""
+    folder = _folder(lake, asset, shard)
+    if lake.fs.exists(folder):
+        lake.fs.rm(folder, recursive=True)
+
+
+def has_checks(lake: Lake, asset: str) -> bool:
+    """Check whether anything was written about an asset, so that its shards need not be asked one by one."""
+    return bool(lake.fs.exists(f"{lake.root}/checks/{asset}"))
+
+
+def _folder(lake: Lake, asset: str, shard: str | None) -> str:
+    return f"{lake.root}/checks/{asset}" if shard is None else f"{lake.root}/checks/{asset}/{shard}"
