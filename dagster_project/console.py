@@ -1,4 +1,4 @@
-"""The terminal: the output of a pass, of `explain` and of `prune`.
+"""The terminal: the output of a pass and of `explain`.
 
 Here: text for people. Not here: arguments (`cli`), the work of a pass (`headless`), progress (`progress`).
 """

@@ -6,7 +6,7 @@ functions of the same names document the results.
 A program handles a block of rows and a span of columns and keeps the similarities in registers. Spans, blocks and the
 order of every sum are fixed, and partial sums are merged without atomics, so a row's result depends only on the row and
 the columns and is the same in every run. Block sizes are constants for the same reason, instead of being autotuned at
-run time; `python -m benchmarks.scores --device cuda --tune` times the alternatives.
+run time; `python -m benchmarks.gpu` times the alternatives.
 """
 
 import math
