@@ -35,7 +35,7 @@ NUMBERED = re.compile(r"^\.?v(\d{4,})(?:\..+\.damaged)?$")
 ROW_GROUP = 1 << 20
 CLAIM_SUFFIX = ".writing"
 RECORD, REPORT_CHECKSUMS = "lineage.json", "report/checksums.json"
-_REQUIRED = {"definition", "fingerprint", "recipe", "rows", "shards", "source", "steps"}
+_REQUIRED = {"recipe", "rows", "shards", "source", "steps"}
 
 
 @dataclass(frozen=True)
