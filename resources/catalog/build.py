@@ -68,6 +68,7 @@ def build_catalog(
         with duckdb.connect(str(temporary)) as con:
             for name, query in catalog_views(place, scores).items():
                 con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
+            con.execute(f"CREATE MACRO catalog_place() AS {sql.text(place.listed)}").fetchall()
             for macro in (score_asset_macro(scores), *history_macros(root), explain_macro(con, place, records, scores)):
                 con.execute(macro).fetchall()
 
@@ -91,7 +92,7 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
     try:
         con = duckdb.connect(str(path), read_only=True)
         try:
-            ((built_as,),) = con.execute("SELECT path FROM catalog_place").fetchall()
+            ((built_as,),) = con.execute("SELECT catalog_place()").fetchall()
         except duckdb.Error:
             con.close()
             raise

@@ -13,7 +13,7 @@ import duckdb
 
 from core import sql
 from resources.catalog.scores import CatalogScore, Scores, by_recipe_name
-from resources.catalog.views import POOL_COLUMNS, Place, placed_rows, renamed
+from resources.catalog.views import POOL_COLUMNS, Place, no_rows, placed_rows, renamed
 
 _EXPLAINED = {
     "recipe": "VARCHAR",
@@ -59,10 +59,9 @@ def explain_macro(con: duckdb.DuckDBPyConnection, place: Place, records: Sequenc
     for number, record in enumerate(records):
         ctes.append(f"judged{number} AS ({_judged(con, place.root, record)})")
         steps += _explained_steps(record, f"judged{number}", by_name)
-    typed = ", ".join(f"NULL::{kind} AS {name}" for name, kind in _EXPLAINED.items())
     ctes.append(
         "found AS MATERIALIZED ("
-        + " UNION ALL BY NAME ".join([f"SELECT {typed} WHERE false", *steps])
+        + " UNION ALL BY NAME ".join([no_rows(place, _EXPLAINED), *steps])
         + " UNION ALL BY NAME SELECT 'rejected: ' || reason AS verdict, detail AS text FROM rejects "
         "WHERE key = (SELECT sample WHERE NOT EXISTS (FROM sample_rows)))"  # in the pool: DuckDB opens few files
     )
@@ -85,7 +84,7 @@ def _sample_ctes(place: Place, scores: Scores) -> list[str]:
     Only f0 is looked up in all files of the pool, and only where their Bloom filters allow it. The places found come
     first and by themselves, so that DuckDB opens one file of every asset and reads one row group.
     """
-    pool, scored = placed_rows(place, scores)
+    pool, scored = placed_rows(place, scores, guarded=False)
     ctes = [
         f"places AS MATERIALIZED (SELECT filename, file_row_number, f0 FROM ({pool}) WHERE f0 = uid_word(sample, 1))",
         f"pool_rows AS MATERIALIZED (SELECT pool.* FROM ({pool}) AS pool JOIN places "

@@ -72,7 +72,6 @@ class Place:
 def catalog_views(place: Place, scores: Scores) -> dict[str, str]:
     """Return the query of each view by its name."""
     views = {
-        "catalog_place": f"SELECT {sql.text(place.listed)} AS path",
         "pool": _files(place, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS),
         "rejects": _files(place, f"rejects/{_VISIBLE}.parquet", _REJECT_COLUMNS),
         "targets": _files(place, "catalog/targets.parquet", _TARGET_COLUMNS),
@@ -94,17 +93,20 @@ def _types(columns: Sequence[CatalogColumn]) -> dict[str, str]:
     return {column.name: column.type for column in columns}
 
 
-def _files(place: Place, pattern: str, columns: Mapping[str, str], *, options: str = "") -> str:
-    """Write a query over files that may not exist yet: typed columns, no rows without files, and the guard."""
+def _files(place: Place, pattern: str, columns: Mapping[str, str], *, options: str = "", guarded: bool = True) -> str:
+    """Write a query over files that may not exist yet: typed columns, no rows without files, and the guard.
+
+    Without the guard DuckDB sees a plain scan, into which it pushes the rows that a join looks for.
+    """
     names = ", ".join(sql.quoted(name) for name in columns)
+    typed = ", ".join(f"NULL::{kind} AS {sql.quoted(name)}" for name, kind in columns.items())
     return (
-        f"SELECT {names} FROM ({_no_rows(place, columns)} UNION ALL BY NAME "
-        f"SELECT * FROM read_parquet({sql.pattern(place.root, pattern)}, allow_empty=true{options})) "
-        f"WHERE (SELECT {_or_error(place, 'true')} FROM {_here(place)})"
+        f"SELECT {names} FROM ({no_rows(place, columns) if guarded else f'SELECT {typed} WHERE false'} "
+        f"UNION ALL BY NAME SELECT * FROM read_parquet({sql.pattern(place.root, pattern)}, allow_empty=true{options}))"
     )
 
 
-def _no_rows(place: Place, columns: Mapping[str, str]) -> str:
+def no_rows(place: Place, columns: Mapping[str, str]) -> str:
     """Write a query without rows, which is an error in a catalog that lies elsewhere.
 
     Every column has the guard, too: DuckDB evaluates a predicate on one of them before it looks at the WHERE, and
@@ -130,15 +132,21 @@ def moved(path: str) -> str:
     )
 
 
-def placed_rows(place: Place, scores: Scores) -> tuple[str, list[str]]:
+def placed_rows(place: Place, scores: Scores, *, guarded: bool) -> tuple[str, list[str]]:
     """Write the queries of the pool and of each score asset with every row's place: filename and file_row_number.
 
-    Joining by place and uid gives each copy of a repeated uid its own score.
+    Joining by place and uid gives each copy of a repeated uid its own score. The pool's query may have the guard.
     """
     rows, options = {"filename": "VARCHAR", "file_row_number": "BIGINT"}, ", filename=true, file_row_number=true"
-    pool = _files(place, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | rows, options=options)
+    pool = _files(place, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS | rows, options=options, guarded=guarded)
     scored = [
-        _files(place, f"{score.asset}/{_VISIBLE}.parquet", _ROW | rows | _types(score.columns), options=options)
+        _files(
+            place,
+            f"{score.asset}/{_VISIBLE}.parquet",
+            _ROW | rows | _types(score.columns),
+            options=options,
+            guarded=False,
+        )
         for score in scores
     ]
     return pool, scored
@@ -151,7 +159,7 @@ def renamed(alias: str, columns: Sequence[CatalogColumn]) -> list[str]:
 
 def _pool_scores(place: Place, scores: Scores) -> str:
     """Join the scores to the pool."""
-    pool, scored = placed_rows(place, scores)
+    pool, scored = placed_rows(place, scores, guarded=True)
     selected, joins = [f"pool.{sql.quoted(column)}" for column in POOL_COLUMNS], []
     for number, (score, query) in enumerate(zip(scores, scored, strict=True)):
         joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
@@ -194,9 +202,8 @@ def _subset_views(place: Place) -> dict[str, str]:
         "lineage_records": f"""
             SELECT {parts}, CASE WHEN (TRY_CAST(content AS JSON)->'steps') IS NOT NULL
                 THEN content::JSON ELSE error(concat(filename, {sql.text(_NO_RECORD)})) END AS record FROM (
-                {_no_rows(place, {"filename": "VARCHAR", "content": "VARCHAR"})} UNION ALL BY NAME
-                SELECT * FROM read_text({record}, allow_empty=true))
-            WHERE (SELECT {_or_error(place, "true")} FROM {_here(place)})""",
+                {no_rows(place, {"filename": "VARCHAR", "content": "VARCHAR"})} UNION ALL BY NAME
+                SELECT * FROM read_text({record}, allow_empty=true))""",
         "subsets": """
             SELECT recipe, version, (record->>'created')::TIMESTAMP AS created,
                 (record->>'rows')::BIGINT AS rows,
