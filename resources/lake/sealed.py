@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from resources.storage.checksums import BLOCK, Checked, ChecksumError
 
 METADATA_KEY = b"clip_data_selection"
-SEALED = {"checksums": "crc32"}
+SEALED = {"checksums": "xxh3_64"}
 """Part of the record of a file that has checksums, so that one whose checksums can't be found counts as damaged."""
 
 

@@ -1,21 +1,21 @@
-"""Checksums inside Parquet and Arrow files: a CRC-32 of every block of bytes, verified when the block is read.
+"""Checksums inside Parquet and Arrow files: an XXH3 of every block of bytes, verified when the block is read.
 
 A sealed file is `body | table | trailer | footer`. Body and footer are the file as its writer left it. The table holds
-the CRC-32 of each 64 KiB of the body, as little-endian uint32. The trailer holds a CRC-32 of itself and the table, and
-one of the footer, so that every byte of the file is covered. Readers of Parquet and Arrow start at the footer and
-follow its offsets into the body, so they never look at what lies between. `docs/decisions/0008-checksums.md` has the
-reasons.
+the XXH3 (64 bits) of each 64 KiB of the body, as little-endian uint64. The trailer holds an XXH3 of itself and the
+table, and one of the footer, so that every byte of the file is covered. Readers of Parquet and Arrow start at the
+footer and follow its offsets into the body, so they never look at what lies between.
+`docs/decisions/0008-checksums.md` has the reasons.
 
 Here: bytes. Not here: the meaning of a damaged file (`resources.lake.files`).
 """
 
 import mmap
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_intdigest as checksum
 
 ReadRange = Callable[[int, int], bytes | memoryview]
 """Returns the bytes of a file from one offset to before another one."""
@@ -23,8 +23,10 @@ ReadRange = Callable[[int, int], bytes | memoryview]
 BLOCK = 1 << 16
 """Bytes that share a checksum; the unit in which a reader verifies."""
 
-_MAGIC = b"CLIPCRC1"
-_TRAILER = struct.Struct("<8s4I")  # magic, bytes of a block, blocks, CRC-32 of table and the fields before, of footer
+_MAGIC = b"CLIPXXH3"
+_TRAILER = struct.Struct(
+    "<8s2I2Q"
+)  # magic, bytes of a block, blocks, checksum of table and the fields before, of footer
 _ENDINGS = {b"PAR1": struct.Struct("<I4s"), b"ARROW1": struct.Struct("<i6s")}  # length of the footer, magic
 
 
@@ -56,19 +58,19 @@ class Checked:
         if footer < _TRAILER.size:
             return
         trailer = bytes(read(footer - _TRAILER.size, footer))
-        magic, block, count, table_crc, footer_crc = _TRAILER.unpack(trailer)
+        magic, block, count, of_table, of_footer = _TRAILER.unpack(trailer)
         if magic != _MAGIC:
             return
-        self._body = footer - _TRAILER.size - _padded(count)
+        self._body = footer - _TRAILER.size - 8 * count
         if block != BLOCK or self._body < 0 or count != -(-self._body // BLOCK):
             raise ChecksumError("its table of checksums is damaged")
         table = bytes(read(self._body, footer - _TRAILER.size))
-        if zlib.crc32(table + trailer[:16]) != table_crc:
+        if checksum(table + trailer[:16]) != of_table:
             raise ChecksumError("its table of checksums is damaged")
-        if zlib.crc32(read(footer, size)) != footer_crc:
+        if checksum(read(footer, size)) != of_footer:
             raise ChecksumError("its footer does not have its checksum")
         self.sealed = True
-        self._wanted = np.frombuffer(table, "<u4", count)
+        self._wanted = np.frombuffer(table, "<u8", count)
         self._verified = np.zeros(count, bool)
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
@@ -93,7 +95,7 @@ class Checked:
             return
         for block in blocks[~self._verified[blocks]].tolist():
             start, stop = block * BLOCK, min((block + 1) * BLOCK, self._body)
-            if zlib.crc32(self._read(start, stop)) != self._wanted[block]:
+            if checksum(self._read(start, stop)) != self._wanted[block]:
                 raise ChecksumError(f"bytes {start:,} to {stop - 1:,} do not have their checksum")
             self._verified[block] = True
 
@@ -107,18 +109,13 @@ def seal(path: Path) -> None:
     with open(path, "r+b") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
             body = _footer_start(lambda start, stop: view[start:stop], len(view))
-            blocks = [zlib.crc32(view[start : min(start + BLOCK, body)]) for start in range(0, body, BLOCK)]
+            blocks = [checksum(view[start : min(start + BLOCK, body)]) for start in range(0, body, BLOCK)]
             footer = bytes(view[body:])
-        table = np.array(blocks, "<u4").tobytes().ljust(_padded(len(blocks)), b"\0")
+        table = np.array(blocks, "<u8").tobytes()
         head = struct.pack("<8s2I", _MAGIC, BLOCK, len(blocks))
-        trailer = head + struct.pack("<2I", zlib.crc32(table + head), zlib.crc32(footer))
+        trailer = head + struct.pack("<2Q", checksum(table + head), checksum(footer))
         file.seek(body)
         file.write(table + trailer + footer)
-
-
-def _padded(count: int) -> int:
-    """Return the bytes of a table: the footer behind it stays aligned to 8 bytes, as Arrow's has to be."""
-    return -(-4 * count // 8) * 8
 
 
 def _footer_start(read: ReadRange, size: int) -> int:
