@@ -30,7 +30,8 @@ Arithmetic = Literal["float32", "bfloat16"]
 # its products fit the caches from one pass to the next; AVX2 has fewer registers, and wider tiles make up for them. On
 # CUDA launches are the cost, so tiles are large. A table and not a measurement at run time, because another shape may
 # round differently (docs/decisions/0004-engine.md).
-_TILES = {"AVX512": (960, 512), "AVX2": (960, 1024), "cuda": (4096, 8192)}
+_TILES = {"AVX512": (480, 512), "AVX2": (960, 1024), "cuda": (4096, 8192)}
+_BFLOAT16_TILE = (960, 512)  # tall, because converting the columns costs more relative to the product
 
 _GROUP = 16  # tiles of rows whose partial column sums are in memory
 
@@ -101,7 +102,7 @@ def log_sum_exp_both(
         by_row, by_column = (_by_running_maximum(*side, temperature, arithmetic) for side in sides)
         return by_row, by_column
     by_row, by_column = (torch.zeros(len(side[0]), dtype=torch.float64, device=rows.device) for side in sides)
-    height, _ = tile_shape(rows)
+    height, _ = tile_shape(rows, arithmetic)
     for some in spans(len(rows), _GROUP * height):
         # Tiles of rows finish in any order, so their partial column sums are kept and then added in a fixed order.
         parts = by_column.new_zeros(_GROUP, len(columns))
@@ -264,10 +265,12 @@ def processor(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {library}"
 
 
-def tile_shape(like: Tensor) -> tuple[int, int]:
+def tile_shape(like: Tensor, arithmetic: Arithmetic = "float32") -> tuple[int, int]:
     """Return rows and columns of a tile on the device of an operand."""
     if like.device.type != "cpu":
         return _TILES["cuda"]
+    if arithmetic == "bfloat16":
+        return _BFLOAT16_TILE
     return _TILES.get(torch.backends.cpu.get_cpu_capability(), _TILES["AVX2"])
 
 
@@ -287,7 +290,7 @@ class Tiles:
     def __init__(self, like: Tensor, arithmetic: Arithmetic = "float32") -> None:
         on_cpu = like.device.type == "cpu"
         self.rounds = on_cpu and arithmetic == "bfloat16"
-        self.height, self.width = tile_shape(like)
+        self.height, self.width = tile_shape(like, arithmetic)
         dtype = torch.float32 if on_cpu else like.dtype
         self._columns = like.new_empty(self.width, like.shape[-1], dtype=dtype)
         # Scratch of a tile's size, which operations may overwrite.
@@ -367,7 +370,7 @@ def for_each_tile(
         task: handles the rows `at`; may use `tiles` freely, and writes results for those rows only.
         arithmetic: arithmetic of the tiles.
     """
-    height, _ = tile_shape(like)
+    height, _ = tile_shape(like, arithmetic)
     todo = iter(spans(count, height))
 
     def work() -> None:
