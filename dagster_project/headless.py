@@ -27,6 +27,7 @@ from core.errors import UserError
 from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
+from dagster_project.outcome import Outcome, joined
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.catalog.build import CatalogError, read_catalog
 from resources.lake.files import LakeError
@@ -45,45 +46,8 @@ _OWN_ERRORS = {*_error_names(UserError), ValueError.__name__}
 """Errors whose message has all that a person needs."""
 
 
-@dataclass
-class Outcome:
-    """What a pass over the graph did.
-
-    Attributes:
-        added: new shards.
-        removed: shards that are gone from the pool.
-        computed: for each asset that ran, its shards (none for an unpartitioned one).
-        failures: for each asset that failed, the message.
-        unfinished: for each asset whose run ended early, the number of shards that it did not come to.
-        failed_shards: for each asset of which shards failed, those; they are among `computed` too.
-        not_attempted: for each asset that could not be computed because another one failed, the key of that one. After
-            the key, the reason in brackets, if the failed asset has a file.
-        seconds: for each asset that ran or failed, how long it took.
-        damaged: files that were found damaged, with the reason. They were set aside, and computed again where no
-            failure says otherwise.
-    """
-
-    added: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
-    computed: dict[str, list[str]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    unfinished: dict[str, int] = field(default_factory=dict)
-    failed_shards: dict[str, list[str]] = field(default_factory=dict)
-    not_attempted: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict, compare=False)
-    damaged: dict[str, str] = field(default_factory=dict)
-
-    def follow(self, later: "Outcome") -> None:
-        """Add what a later round over the same assets did; its failures replace those of this one."""
-        self.added += [shard for shard in later.added if shard not in self.added]
-        self.removed += [shard for shard in later.removed if shard not in self.removed]
-        for key, shards in later.computed.items():
-            self.computed[key] = sorted({*self.computed.get(key, []), *shards})
-        for key, taken in later.seconds.items():
-            self.seconds[key] = self.seconds.get(key, 0.0) + taken
-        self.failures, self.not_attempted = later.failures, later.not_attempted
-        self.unfinished, self.failed_shards = later.unfinished, later.failed_shards
-
+ROUNDS = 3
+"""How often a pass goes over the assets at most: damage that a step finds in its inputs needs another round."""
 
 State = Literal["up to date", "begins", "computed", "failed", "not attempted"]
 
@@ -118,9 +82,6 @@ class Stage:
 Notice = Callable[[Stage], None]
 """Called when an asset begins, again when its rows become known, and when it has ended; not for one up to date."""
 
-ROUNDS = 3
-"""How often a pass goes over the assets at most: damage that a step finds in its inputs needs another round."""
-
 
 def materialize(
     context: Context,
@@ -154,8 +115,7 @@ def materialize(
     for _ in range(ROUNDS):
         before = set(context.lake.damaged)
         found = _Pass(context, graph, instance, notice, progress, redraw, interrupts).run(only)
-        outcome.follow(found)
-        outcome.damaged = dict(context.lake.damaged)
+        outcome = joined(outcome, found, context.lake.damaged)
         if outcome.damaged.keys() <= before:
             break
         redraw = False
@@ -261,8 +221,7 @@ class _Pass:
         """Select a subset that is out of date; of one that is up to date, write a missing report and run due checks."""
         now = self._now()
         is_fresh = subset.is_fresh(now)
-        is_reported = subset.has_report(now.context.lake) and subset.is_sound(now)
-        if is_fresh and is_reported and not subset.has_due_checks(now):
+        if is_fresh and subset.has_report(now.context.lake) and not subset.has_due_checks(now):
             return
         self._begin()
         self._launch(subset.key, None)

@@ -1,14 +1,60 @@
 """The outcome of a pass as data: the JSON document of `run --json`, and the figures that the terminal prints too."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from assets.base.context import Context
     from assets.graph import Graph
     from assets.subsets.subset import SubsetAsset
-    from dagster_project.headless import Outcome
+
+
+@dataclass
+class Outcome:
+    """What a pass over the graph did.
+
+    Attributes:
+        added: new shards.
+        removed: shards that are gone from the pool.
+        computed: for each asset that ran, its shards (none for an unpartitioned one).
+        failures: for each asset that failed, the message.
+        unfinished: for each asset whose run ended early, the number of shards that it did not come to.
+        failed_shards: for each asset of which shards failed, those; they are among `computed` too.
+        not_attempted: for each asset that could not be computed because another one failed, the key of that one. After
+            the key, the reason in brackets, if the failed asset has a file.
+        seconds: for each asset that ran or failed, how long it took.
+        damaged: files that were found damaged, with the reason. They were set aside, and computed again where no
+            failure says otherwise.
+    """
+
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    computed: dict[str, list[str]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
+    failed_shards: dict[str, list[str]] = field(default_factory=dict)
+    not_attempted: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def joined(earlier: Outcome, later: Outcome, damaged: Mapping[str, str]) -> Outcome:
+    """Return the outcome of a pass of several rounds: what all of them did, and what is wrong after the last one."""
+    computed = {
+        key: sorted({*earlier.computed.get(key, []), *later.computed.get(key, [])})
+        for key in {**earlier.computed, **later.computed}
+    }
+    return replace(
+        later,
+        added=[*earlier.added, *(shard for shard in later.added if shard not in earlier.added)],
+        removed=[*earlier.removed, *(shard for shard in later.removed if shard not in earlier.removed)],
+        computed=computed,
+        seconds={
+            key: earlier.seconds.get(key, 0) + later.seconds.get(key, 0) for key in {**earlier.seconds, **later.seconds}
+        },
+        damaged=dict(damaged),
+    )
 
 
 @dataclass(frozen=True)
@@ -60,7 +106,7 @@ def subset_warnings(lineage: Mapping[str, Any]) -> list[str]:
 
 
 def document(
-    project: "Context", graph: "Graph", outcome: "Outcome", seconds: float, only: Collection[str] | None = None
+    project: "Context", graph: "Graph", outcome: Outcome, seconds: float, only: Collection[str] | None = None
 ) -> dict[str, Any]:
     """Return the document that `run --json` prints; `docs/operations.md` describes its fields.
 
@@ -91,6 +137,7 @@ def document(
             for key, reason in outcome.failures.items()
         ],
         "not_attempted": [{"asset": key, "needs": needed} for key, needed in outcome.not_attempted.items()],
+        "damaged": [{"file": path, "reason": reason} for path, reason in outcome.damaged.items()],
         "pool": {"samples": pool.samples, "rows": pool.rows, "rejects": dict(pool.rejects)},
         "subsets": [found for subset in subsets if (found := _subset(project, subset, outcome)) is not None],
         "warnings": [*pool.notes, *(warning_text(entry) for entry in checks if entry["result"] == FAILED)],
@@ -98,7 +145,7 @@ def document(
     }
 
 
-def _computed(project: "Context", outcome: "Outcome") -> list[dict[str, Any]]:
+def _computed(project: "Context", outcome: Outcome) -> list[dict[str, Any]]:
     found = []
     for key, tried in outcome.computed.items():
         failed = outcome.failed_shards.get(key, [])
@@ -119,7 +166,7 @@ def _computed(project: "Context", outcome: "Outcome") -> list[dict[str, Any]]:
     return found
 
 
-def _subset(project: "Context", subset: "SubsetAsset", outcome: "Outcome") -> dict[str, Any] | None:
+def _subset(project: "Context", subset: "SubsetAsset", outcome: Outcome) -> dict[str, Any] | None:
     from resources.lake.versions import Versions
 
     version = Versions(project.lake, subset.recipe).current()

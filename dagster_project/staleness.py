@@ -231,12 +231,11 @@ def _mark(snapshot: Snapshot, node: Node, shard: str | None) -> str:
     Raises:
         NotReady: an input is missing or out of date.
     """
+    wanted = _wanted(snapshot, node, shard)
     if isinstance(node, PartitionedAsset):
         assert shard is not None
-        is_fresh = node.is_fresh(snapshot, shard)
-    else:
-        is_fresh = node.is_fresh(snapshot)
-    return "" if is_fresh else _wanted(snapshot, node, shard)[:16]
+        return "" if node.is_fresh(snapshot, shard) else wanted[:16]
+    return "" if node.is_fresh(snapshot) else wanted[:16]
 
 
 def _wanted(snapshot: Snapshot, node: Node, shard: str | None) -> str:

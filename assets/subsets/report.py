@@ -53,8 +53,9 @@ def write_report(project: Context, version: Version, selection: Selection) -> No
 
 
 def is_reported(lake: Lake, version: Version) -> bool:
-    """Check whether a version's report is complete: its page is written last."""
-    return bool(lake.fs.exists(f"{_folder(version)}/{PAGE_FILE}"))
+    """Check, by reading it, whether a version's report is complete: its page and checksums are written last."""
+    is_there = bool(lake.fs.exists(f"{_folder(version)}/{PAGE_FILE}"))
+    return is_there and not Versions(lake, version.recipe).report_damage(version)
 
 
 def report_metadata(project: Context, version: Version) -> dict[str, Any]:

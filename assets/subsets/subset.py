@@ -150,14 +150,6 @@ class SubsetAsset:
             raise NotReady(f"{path}: no such uid list. Remedy: correct the recipe, or put the file there")
         return {"kind": "uids", "name": name, "fingerprint": sha256(path)}
 
-    def is_sound(self, snapshot: Snapshot) -> bool:
-        """Check, by reading them, whether the files of the newest version's report are as they were written."""
-        versions = Versions(snapshot.context.lake, self.recipe)
-        current = versions.current()
-        wrong = {} if current is None else versions.report_damage(current)
-        snapshot.context.lake.damaged.update(wrong)
-        return not wrong
-
     def is_fresh(self, snapshot: Snapshot) -> bool:
         """Check whether the newest version is the one that a run would write; False also when inputs are missing.
 
@@ -224,10 +216,10 @@ def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any
             inputs = asset.inputs(snapshot)
         except NotReady as error:
             raise dg.Failure(f"{key}: {error}", allow_retries=False) from error
-        versions = Versions(snapshot.context.lake, name)
+        lake = snapshot.context.lake
+        versions = Versions(lake, name)
         versions.set_damaged_aside()
         run_due_checks(context, snapshot, assets, asset.upstream)
-        lake = snapshot.context.lake
         current = versions.current()
         if current is None or current.lineage["fingerprint"] != inputs.fingerprint(recipe):
             try:
@@ -236,8 +228,10 @@ def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any
                 log_checks(context, key, None, error.findings)
                 raise dg.Failure(str(error), allow_retries=False) from error
             context.resources.run.written[key] += 1
-        elif not (is_reported(lake, current) and asset.is_sound(snapshot)):
-            _write_report_again(snapshot.context, asset, inputs, cached, current)
+        elif not is_reported(lake, current):
+            sets = {other: _uids(snapshot.context, read) for other, read in inputs.sets.items()}
+            with open_selection(lake, name, recipe, places, inputs.shards, sets, cached) as (selection, _):
+                write_report(snapshot.context, current, selection)
         return dg.MaterializeResult(
             metadata=_metadata(current)
             | _check_metadata(lake, asset, current)
@@ -283,16 +277,6 @@ def _select(context: Context, asset: SubsetAsset, inputs: Inputs, cached: Cached
         )
         write_report(context, version, selection)
         return version
-
-
-def _write_report_again(
-    context: Context, asset: SubsetAsset, inputs: Inputs, cached: CachedTable, version: Version
-) -> None:
-    """Run the recipe again for a version whose report is damaged."""
-    sets = {other: _uids(context, read) for other, read in inputs.sets.items()}
-    read = (context.lake, asset.recipe, asset.model, asset.scores, inputs.shards, sets, cached)
-    with open_selection(*read) as (selection, _):
-        write_report(context, version, selection)
 
 
 def _uids(context: Context, read: Mapping[str, str]) -> pa.Table:

@@ -38,7 +38,8 @@ def test_other_readers_see_the_table(sealed: Path) -> None:
     if sealed.suffix == ".parquet":
         assert pq.read_table(sealed).equals(TABLE)
         assert pl.read_parquet(sealed).to_arrow().equals(TABLE)
-        assert duckdb.read_parquet(str(sealed)).to_arrow_table().equals(TABLE)
+        with duckdb.connect() as con:
+            assert con.sql("FROM read_parquet($path)", params={"path": str(sealed)}).to_arrow_table().equals(TABLE)
     else:
         with pa.memory_map(str(sealed)) as source:
             assert pa.ipc.open_file(source).read_all().equals(TABLE)
