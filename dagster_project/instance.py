@@ -68,9 +68,17 @@ def prepare_home(project: "Context") -> Path:
         raise LakeError(f"{home}: this folder is not writable. Remedy: set DAGSTER_HOME to one that is")
     if given:
         _refuse_another_lake(home / "lake.txt", project.settings.lake)
-    if not (home / "dagster.yaml").exists() or not (home / "dagster.yaml").read_bytes().strip():
+    if not _has_settings(home / "dagster.yaml"):
         shutil.copy(SETTINGS, home / "dagster.yaml")
     return home
+
+
+def _has_settings(path: Path) -> bool:
+    """Check whether a `dagster.yaml` has settings: without any, Dagster would send telemetry and limit no pool."""
+    try:
+        return path.exists() and yaml.safe_load(path.read_bytes()) not in (None, {})
+    except yaml.YAMLError:
+        return True  # opening the instance reports it
 
 
 def _refuse_another_lake(owner: Path, lake: str) -> None:

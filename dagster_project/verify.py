@@ -20,7 +20,7 @@ from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
 from assets.graph import Graph, build_graph
 from dagster_project.instance import REMEDY_RECORDS, damaged_records, home_of, only_pass
 from dagster_project.tables import print_json
-from resources.catalog.build import CatalogError, read_catalog
+from resources.catalog.build import CatalogError, read_catalog, targets_path, verify_targets
 from resources.lake.files import DAMAGED_SUFFIX, DamagedError, Lake
 from resources.lake.sealed import mapped, read_arrow, read_parquet
 from resources.lake.versions import CLAIM_SUFFIX, RECORD, Version, Versions
@@ -91,6 +91,11 @@ def verify(project: Context, console: Console, *, repair: bool = False, as_json:
 def verified_files(project: Context, graph: Graph, *, repair: bool = False) -> Iterator[Verified]:
     """Yield the state of every file of a lake; see `verify`."""
     lake, root = project.lake, project.lake.local_root()
+    if not root.is_dir():
+        yield Verified(
+            str(root), MISSING, "there is no lake", "correct `lake` in the YAML, or clip-select run makes it"
+        )
+        return
     yield from _asset_files(lake, root, repair=repair)
     yield from _missing_inputs(lake, graph)
     for recipe in sorted({path.name for path in root.glob("subset/[!.]*") if path.is_dir()}):
@@ -202,6 +207,14 @@ def _why(error: Exception, path: str) -> str:
 
 
 def _catalog(path: Path) -> Iterator[Verified]:
+    labels = targets_path(path)
+    try:
+        if labels.parent.is_dir():
+            verify_targets(labels)
+    except CatalogError as error:
+        state = DAMAGED if labels.exists() else MISSING
+        yield Verified(str(labels), state, _why(error, str(labels)), "clip-select run builds the catalog again")
+        return
     try:
         read_catalog(path).close()
     except FileNotFoundError:

@@ -11,6 +11,7 @@ subsets, subset_members, subset_shards, lineage_records, funnel, step_reports. M
 versions, lineage, diff and overlap (`history.py`); score_asset and uid_word, which these use.
 """
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from resources.catalog.scores import Scores, score_asset_macro
 from resources.catalog.views import Place, catalog_views, moved
 from resources.lake.files import Lake
 from resources.lake.versions import Versions
+from resources.storage.checksums import Checked, seal
 
 _TARGETS = pa.schema(
     [
@@ -36,6 +38,10 @@ _TARGETS = pa.schema(
         ("asset", pa.string()),
     ]
 )
+
+
+TARGETS_FILE = "targets.parquet"
+"""The labels of targets, in the folder `catalog`."""
 
 
 def build_catalog(
@@ -88,7 +94,9 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
         CatalogError: it is damaged, or its lake was moved or copied.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no catalog. Remedy: materialize the asset catalog.")
+        raise FileNotFoundError(
+            f"{path}: there is no catalog. Remedy: clip-select run, or materialize the asset catalog."
+        )
     try:
         con = duckdb.connect(str(path), read_only=True)
         try:
@@ -104,7 +112,31 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
     if not os.path.exists(built_as) or not os.path.samefile(built_as, path):
         con.close()
         raise CatalogError(f"{path}: {moved(built_as)}")
+    try:
+        verify_targets(targets_path(path))
+    except CatalogError:
+        con.close()
+        raise
     return con
+
+
+def targets_path(catalog: Path) -> Path:
+    """Return the path of the targets' labels that belong to a catalog."""
+    return catalog.with_suffix("") / TARGETS_FILE
+
+
+def verify_targets(path: Path) -> None:
+    """Verify the targets' labels.
+
+    Raises:
+        CatalogError: they are missing or damaged.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            Checked(lambda start, stop: data[start:stop], len(data)).verify()
+    except (OSError, ValueError) as error:  # mmap refuses an empty file
+        why = "it is missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
+        raise CatalogError(f"{path}: {why}. Remedy: clip-select run builds the catalog again") from error
 
 
 def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
@@ -114,5 +146,6 @@ def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
             labels = lake.read(asset, columns=["target_index", "label", "name"])
             labels = labels.append_column("asset", pa.array([asset] * len(labels), pa.string()))
             tables.append(labels.cast(_TARGETS))
-    with lake.replacing(str(root / "catalog" / "targets.parquet")) as temporary:
+    with lake.replacing(str(root / "catalog" / TARGETS_FILE)) as temporary:
         pq.write_table(pa.concat_tables(tables), temporary)
+        seal(Path(temporary))

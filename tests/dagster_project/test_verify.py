@@ -75,6 +75,11 @@ def test_a_sound_lake_has_no_file_that_is_not_verified(verify: Verify) -> None:
     assert verify(status=0) == {}
 
 
+def test_a_lake_that_is_not_there_is_missing(verify: Verify) -> None:
+    verify.lake.rename(verify.lake.with_name("away"))
+    assert verify(status=1)["."]["state"] == "missing"
+
+
 def test_each_damage_of_each_file_is_reported_and_the_others_are_not(verify: Verify) -> None:
     """Reading changes nothing, so one lake serves all cases."""
     project, graph = verify.scenario.open_graph()
@@ -144,11 +149,14 @@ def test_damage_that_a_step_finds_in_its_inputs_is_repaired_in_the_same_pass(ver
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_a_damaged_catalog_is_reported_and_built_again(verify: Verify, capfd: pytest.CaptureFixture[str]) -> None:
-    config, path = str(verify.scenario.folder / "project.yaml"), verify.lake / "catalog.duckdb"
+@pytest.mark.parametrize("file", ["catalog.duckdb", "catalog/targets.parquet"])
+def test_a_damaged_catalog_is_reported_and_built_again(
+    file: str, verify: Verify, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, path = str(verify.scenario.folder / "project.yaml"), verify.lake / file
     for damage in ("flipped bit", "truncated", "emptied", "deleted"):
         DAMAGES[damage](path)
-        assert set(verify(status=1)) == {"catalog.duckdb"}
+        assert set(verify(status=1)) == {file}
         assert cli.main(["versions", config]) == 2
         message = capfd.readouterr().err
         assert str(path) in message.replace("\n", "")
@@ -248,8 +256,10 @@ def test_settings_of_dagster_are_written_again_where_they_are_gone(
 ) -> None:
     config, path = str(verify.scenario.folder / "project.yaml"), instance / "dagster.yaml"
     content = path.read_bytes()
-    for damage in ("emptied", "deleted"):
-        DAMAGES[damage](path)
+    for left in (b"", b"# only a comment", b"{}", None):
+        replace_content(path, left or b"")
+        if left is None:
+            path.unlink()
         assert verify(status=1)[".dagster/dagster.yaml"]["state"] in ("damaged", "missing")
         assert cli.main(["run", config]) == 0
         assert path.read_bytes() == content

@@ -664,7 +664,7 @@ def in_a_child(config: Path, key: str, *, method: str = "", call: int = 0, limit
     Args:
         config: the project's YAML.
         key: the asset key.
-        method: a method of the lake for embeddings or work files.
+        method: a method of the lake for work files, or of the vectors that it reads.
         call: kill the process at this call of the method, from 1.
         limit: largest file that it may write, in bytes.
     """
@@ -679,19 +679,21 @@ import selection.scores.near_duplicates
 from assets.scores import near_duplicates
 from assets.settings import open_project
 from resources.lake.files import Lake
+from resources.lake.sealed import Vectors
 from tests.support.steps import begin, node_of
 
 near_duplicates.WINDOW_BYTES = 40 * 16
 selection.scores.near_duplicates._BLOCK["cpu"] = 20
 config, key, method, call, limit = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 if method:
-    real, calls = getattr(Lake, method), []
-    def deadly(lake, what, *rest):
-        calls.extend([what] if what.startswith("embeddings") or what.endswith("state.json") else [])
+    owner = Lake if hasattr(Lake, method) else Vectors
+    real, calls = getattr(owner, method), []
+    def deadly(self, what, *rest):
+        calls.extend([what] if owner is Vectors or what.endswith("state.json") else [])
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(lake, what, *rest)
-    setattr(Lake, method, deadly)
+        return real(self, what, *rest)
+    setattr(owner, method, deadly)
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 node = node_of(open_project(Path(config)), key)
@@ -713,7 +715,7 @@ def test_killed_while_gathering_and_before_a_state_is_written_a_search_ends_as_a
         state = folder / "state.json"
         for method, call, left in (
             ("replacing", 1, None),  # all is in order, which no state tells
-            ("read", 6, (40, 0)),  # in the second window of 40 rows, after one look at the width
+            ("__getitem__", 5, (40, 0)),  # in the second window of 40 rows
             ("replacing", 1, (40, 0)),  # the second window is gathered, which no state tells
             ("replacing", 3, (90, 0)),  # so is the third; the first block of 20 rows is done, which no state tells
             ("replacing", 2, (90, 20)),

@@ -4,7 +4,6 @@ import tarfile
 from pathlib import Path
 
 import dagster as dg
-import numpy as np
 import polars as pl
 import pytest
 
@@ -91,22 +90,6 @@ def test_the_same_version_gives_the_same_bytes_and_is_not_written_twice(scenario
     again = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder(scenario).glob("*")}
     assert {n: data for n, (data, _) in again.items()} == {n: data for n, (data, _) in before.items()}
     assert [n for n in before if again[n][1] != before[n][1] and n.endswith(".tar")] == [name]
-
-
-@pytest.mark.usefixtures("finished")
-def test_a_uid_that_the_array_repeats_is_written_as_often_under_keys_of_its_own(scenario: Scenario) -> None:
-    scenario.run()
-    version = scenario.subset("clip_third")
-    array = scenario.array("clip_third")
-    np.save(version.uids, np.sort(np.concatenate([array, array[:1], array[:1]])))
-    assert export(scenario).success
-    row = scenario.manifest("clip_third").sort("f0", "f1").to_dicts()[0]
-    found = members(folder(scenario) / f"{row['shard']}.tar")
-    for suffix in ("jpg", "json", "txt"):
-        assert found[f"{row['key']}_1.{suffix}"] == found[f"{row['key']}.{suffix}"]
-        assert found[f"{row['key']}_2.{suffix}"] == found[f"{row['key']}.{suffix}"]
-    total = sum(len(members(path)) for path in folder(scenario).glob("*.tar"))
-    assert total == 3 * (len(array) + 2)
 
 
 def test_a_version_that_was_not_chosen_from_the_shard_as_it_is_is_refused(scenario: Scenario) -> None:

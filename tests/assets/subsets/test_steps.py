@@ -93,11 +93,16 @@ def test_what_was_drawn_several_times_is_so_in_the_array_and_in_the_export(scena
     assert (array == np.sort(array)).all()
     result = scenario.execute("export/drawn", tags={RANGE_START: SHARDS[0], RANGE_END: SHARDS[-1]})
     assert result.success
-    written = 0
+    written: dict[str, bytes] = {}
     for path in (scenario.folder / "lake/export/drawn" / version.name).glob("*.tar"):
         with tarfile.open(path) as tar:
-            written += sum(name.endswith(".jpg") for name in tar.getnames())
-    assert written == len(array)
+            written |= {member.name: tar.extractfile(member).read() for member in tar}
+    assert len(written) == 3 * len(array)
+    for row in manifest.to_dicts():  # the copies have keys of their own
+        for copy in range(1, row["copies"]):
+            for suffix in ("jpg", "json", "txt"):
+                assert written[f"{row['key']}_{copy}.{suffix}"] == written[f"{row['key']}.{suffix}"]
+    assert manifest["copies"].max() > 2
     event = scenario.instance.get_latest_materialization_event(dg.AssetKey(["subset", "drawn"]))
     assert event.asset_materialization.metadata["samples"].value == len(array)
 
