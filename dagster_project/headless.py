@@ -12,7 +12,6 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
@@ -22,6 +21,7 @@ from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
 from assets.base.results import NotReady
 from assets.graph import Graph, Node
+from assets.subsets.catalog import catalog_is_newest
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
 from dagster_project.definitions import build_defs
@@ -29,7 +29,6 @@ from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
 from dagster_project.outcome import Outcome, joined
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
-from resources.catalog.build import CatalogError, read_catalog
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
@@ -197,7 +196,7 @@ class _Pass:
                 except UserError as error:
                     self.outcome.failures[node.key] = str(error)
             self._end()
-        if self.outcome.computed or not _catalog_is_newest(self.snapshot.context, self.graph):
+        if self.outcome.computed or not catalog_is_newest(self.snapshot.context):
             self.stage = Stage("catalog", len(nodes) + 1, len(nodes) + 1)
             self._begin()
             self._launch("catalog", None)
@@ -382,18 +381,6 @@ def _is_fresh(node: PartitionedAsset, snapshot: Snapshot, shard: str) -> bool:
         return node.is_fresh(snapshot, shard)
     except NotReady:
         return False
-
-
-def _catalog_is_newest(context: Context, graph: Graph) -> bool:
-    """Check whether the catalog can be read, and was built after the YAML and every subset's newest version."""
-    catalog = context.catalog_path()
-    try:
-        read_catalog(catalog).close()
-    except (CatalogError, FileNotFoundError):
-        return False
-    versions = (Versions(context.lake, subset.recipe).current() for subset in graph.subsets)
-    records = [Path(version.folder) / "lineage.json" for version in versions if version is not None]
-    return all(path.stat().st_mtime <= catalog.stat().st_mtime for path in [context.config, *records])
 
 
 def _was_interrupted(result: dg.JobExecutionResult) -> bool:

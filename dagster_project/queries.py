@@ -228,9 +228,12 @@ def status(project: "Context", console: Console, *, as_json: bool) -> int:
     """Print, for each asset, how many shards are up to date and how many a run would compute now."""
     from assets.base.context import Snapshot
     from assets.graph import build_graph
+    from assets.subsets.catalog import catalog_is_newest
 
     snapshot = Snapshot(project)
     rows = [_status(node, snapshot) for node in build_graph(project).in_order]
+    newest = catalog_is_newest(project)
+    rows.append({"asset": "catalog", "state": UP_TO_DATE if newest else DUE, "up_to_date": int(newest), "of": 1})
     if as_json:
         print_json(rows, console)
         return 0

@@ -11,8 +11,9 @@ from assets.base.freshness import ShardState, shard_states
 from assets.base.keys import asset_key
 from assets.base.runtime import REQUIRED_RESOURCES, run_context
 from assets.base.score_kind import Scores
-from resources.catalog.build import build_catalog
+from resources.catalog.build import CatalogError, build_catalog, read_catalog
 from resources.catalog.scores import CatalogColumn, CatalogScore
+from resources.lake.versions import Versions
 
 CODE_VERSION = "3"
 SHOWN = 200
@@ -99,3 +100,15 @@ def catalog_scores(scores: Scores) -> list[CatalogScore]:
 def _targets(scores: Scores) -> list[str]:
     """List the target embeddings whose rows a score points to."""
     return [s.targets for s in catalog_scores(scores) if s.nearest_target is not None and s.targets is not None]
+
+
+def catalog_is_newest(project: Context) -> bool:
+    """Check whether the catalog can be read, and was built after the YAML and every subset's newest version."""
+    catalog = project.catalog_path()
+    try:
+        read_catalog(catalog).close()
+    except (CatalogError, FileNotFoundError):
+        return False
+    versions = (Versions(project.lake, recipe).current() for recipe in project.settings.recipes)
+    records = [Path(version.folder) / "lineage.json" for version in versions if version is not None]
+    return all(path.stat().st_mtime <= catalog.stat().st_mtime for path in [project.config, *records])

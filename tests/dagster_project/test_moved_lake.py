@@ -1,5 +1,6 @@
 """A lake that was moved or copied: no query answers from another lake, and a run builds the catalog again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def test_a_copied_or_moved_lake_is_an_error_until_a_run_and_then_answers_for_its
         printed = capsys.readouterr()
         assert printed.out == ""
         assert "the lake was moved or copied since. Remedy: clip-select run" in printed.err.replace("\n", " ")
+    assert cli.main(["status", config, "--json"]) == 0
+    assert {row["asset"] for row in json.loads(capsys.readouterr().out) if row["state"] != "up to date"} == {"catalog"}
     project = notebook.open_project(config)
     for ask in (lambda: project.pool(), lambda: project.explain(uid), lambda: project.sql("FROM subsets")):
         with pytest.raises(CatalogError, match="moved or copied"):
