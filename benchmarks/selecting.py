@@ -85,7 +85,7 @@ def _many(lake: Path, out: Path) -> None:
     shared.close()
 
 
-def _version(lake: Path, out: Path) -> None:
+def _version(lake: Path, _: Path) -> None:
     """Write the selection as a version of a subset, and the catalog."""
     with open_selection(Lake(str(lake)), "two_stages", RECIPE, SCORES, _shards(lake), {}) as (selection, duplicates):
         record = {
@@ -102,16 +102,16 @@ def _version(lake: Path, out: Path) -> None:
         }
         Versions(Lake(str(lake)), "two_stages").write(manifest(selection), record, lambda _: None)
     scores = [CatalogScore(asset, (CatalogColumn(column, name),)) for name, (asset, column) in SCORES.items()]
-    build_catalog(lake, out / "catalog.duckdb", scores=scores, targets=[], recipes=["two_stages"])
+    build_catalog(lake, lake / "catalog.duckdb", scores=scores, targets=[], recipes=["two_stages"])
 
 
-def _explain(lake: Path, out: Path) -> None:
+def _explain(lake: Path, _: Path) -> None:
     """Explain EXPLAINED samples, opening the catalog for each, as the command line does."""
     shards = list(_shards(lake))
     for number in range(EXPLAINED):
         file = lake / "raw_pool" / f"{shards[number * len(shards) // EXPLAINED]}.parquet"
         row = pq.ParquetFile(file).read_row_group(0, columns=["f0", "f1"]).slice(17, 1).to_pylist()[0]
-        with read_catalog(out.with_name("version") / "catalog.duckdb") as con:
+        with read_catalog(lake / "catalog.duckdb") as con:
             explained = con.execute("FROM explain(?)", [f"{row['f0']:016x}{row['f1']:016x}"]).fetchall()
         if len(explained) != len(RECIPE.steps) + 1:
             raise AssertionError(explained)
