@@ -35,6 +35,7 @@ from assets.scores.external_uids import external_uids
 from assets.subsets.catalog import catalog
 from assets.subsets.export import export
 from assets.subsets.subset import SubsetAsset, subset
+from core.ordering import dependencies_first
 from resources.pools.formats import pool_format
 
 Node = PartitionedAsset | UnpartitionedAsset
@@ -120,29 +121,9 @@ def _declared(context: Context, scores: Scores) -> Iterator[Declared]:
 def _recipes_in_order(context: Context) -> Iterable[str]:
     """List the recipes, each after those it reads (`check_recipes` has refused cycles)."""
     recipes = context.settings.recipes
-    ordered: dict[str, None] = {}
-
-    def place(name: str) -> None:
-        if name not in ordered:
-            for other in recipes[name].recipes:
-                place(other)
-            ordered[name] = None
-
-    for name in recipes:
-        place(name)
-    return ordered
+    return dependencies_first(recipes, lambda name: recipes[name].recipes)
 
 
 def _upstream_first(assets: Mapping[str, Any]) -> list[str]:
     """List keys, each after the deps that are among them."""
-    placed: dict[str, None] = {}
-
-    def place(key: str) -> None:
-        if key in assets and key not in placed:
-            for dep in assets[key].deps:
-                place(dep)
-            placed[key] = None
-
-    for key in assets:
-        place(key)
-    return list(placed)
+    return dependencies_first(assets, lambda key: [dep for dep in assets[key].deps if dep in assets])

@@ -19,7 +19,7 @@ from assets.graph import Graph, Node
 from core.errors import UserError
 from core.hashing import digest
 from resources.lake.check_records import remove_checks
-from resources.lake.files import Lake
+from resources.lake.files import Lake, Provenance
 from selection.recipes.recipe import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
@@ -232,17 +232,14 @@ def _mark(snapshot: Snapshot, node: Node, shard: str | None) -> str:
         NotReady: an input is missing or out of date.
     """
     wanted = _wanted(snapshot, node, shard)
-    if isinstance(node, PartitionedAsset):
-        assert shard is not None
-        return "" if node.is_fresh(snapshot, shard) else wanted[:16]
-    return "" if node.is_fresh(snapshot) else wanted[:16]
+    return "" if node.written(snapshot, wanted) is not None else wanted.digest()[:16]
 
 
-def _wanted(snapshot: Snapshot, node: Node, shard: str | None) -> str:
+def _wanted(snapshot: Snapshot, node: Node, shard: str | None) -> Provenance:
     if isinstance(node, PartitionedAsset):
         assert shard is not None
-        return node.provenance(snapshot, shard).digest()
-    return node.provenance(snapshot).digest()
+        return node.provenance(snapshot, shard)
+    return node.provenance(snapshot)
 
 
 def change_token(snapshot: Snapshot, graph: Graph, shards: Sequence[str]) -> str:
@@ -260,7 +257,8 @@ def change_token(snapshot: Snapshot, graph: Graph, shards: Sequence[str]) -> str
     for node in graph.nodes:
         try:
             whole = isinstance(node, UnpartitionedAsset)
-            wanted.append(_wanted(snapshot, node, shards[0] if shards else None) if shards or whole else "")
+            some = shards[0] if shards else None
+            wanted.append(_wanted(snapshot, node, some).digest() if shards or whole else "")
         except (NotReady, UserError) as error:
             wanted.append(str(error))
     folder = snapshot.context.config.resolve().parent

@@ -121,8 +121,12 @@ class UnpartitionedAsset(FileAsset):
             wanted = self.provenance(snapshot)
         except NotReady:
             return False
+        return self.written(snapshot, wanted) is not None
+
+    def written(self, snapshot: Snapshot, wanted: Provenance) -> Stored | None:
+        """Return the record of the asset's file if it has this provenance, else None."""
         stored = snapshot.context.lake.stored(self.key)
-        return stored is not None and stored.is_from(wanted)
+        return stored if stored is not None and stored.is_from(wanted) else None
 
     def stays(self, snapshot: Snapshot) -> bool:
         """Check whether the stored file, which is up to date, is certain to stay when only shards arrive or change."""

@@ -25,6 +25,7 @@ from assets.base.checks import (
 from assets.base.context import Snapshot
 from assets.base.partitioned import PROCESSOR_KEY, PartitionedAsset
 from assets.base.unpartitioned import UnpartitionedAsset
+from core.ordering import dependencies_first
 from resources.lake.check_records import has_checks, read_checks
 from resources.lake.files import Lake, Stored
 
@@ -35,17 +36,11 @@ ONE_PROCESSOR = "one_kind_of_processor"
 
 def upstream(key: str, assets: Mapping[str, Any]) -> list[str]:
     """List the keys of everything that an asset depends on, each after what it depends on itself."""
-    found: dict[str, None] = {}
 
-    def place(other: str) -> None:
-        if other in assets and other not in found:
-            for dep in assets[other].deps:
-                place(dep)
-            found[other] = None
+    def deps(other: str) -> list[str]:
+        return [dep for dep in assets[other].deps if dep in assets]
 
-    for dep in assets[key].deps:
-        place(dep)
-    return list(found)
+    return dependencies_first(deps(key), deps)
 
 
 def warnings_of(
@@ -70,7 +65,8 @@ def warnings_of(
             found |= {(key, entry["check"], entry["result"]): entry for entry in assets[key].warnings(lake)}
             continue
         for shard, stored, findings in _findings(lake, assets[key], shards):
-            processors.update(str(stored.summary[name]) for name in (PROCESSOR_KEY,) if name in stored.summary)
+            if PROCESSOR_KEY in stored.summary:
+                processors[stored.summary[PROCESSOR_KEY]] += 1
             for check, finding in findings.items():
                 result = FAILED if is_compared(finding) else NOT_COMPARED
                 if finding["passed"] or (result == NOT_COMPARED and finding["blocking"]):

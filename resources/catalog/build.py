@@ -11,7 +11,6 @@ subsets, subset_members, subset_shards, lineage_records, funnel, step_reports. M
 versions, lineage, diff and overlap (`history.py`); score_asset and uid_word, which these use.
 """
 
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from core import sql
 from core.errors import UserError
@@ -27,8 +27,9 @@ from resources.catalog.history import history_macros
 from resources.catalog.scores import Scores, score_asset_macro
 from resources.catalog.views import Place, catalog_views, moved
 from resources.lake.files import Lake
+from resources.lake.sealed import mapped
 from resources.lake.versions import Versions
-from resources.storage.checksums import Checked, seal
+from resources.storage.checksums import ChecksumError, seal
 
 _TARGETS = pa.schema(
     [
@@ -132,9 +133,8 @@ def verify_targets(path: Path) -> None:
         CatalogError: they are missing or damaged.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            Checked(lambda start, stop: data[start:stop], len(data)).verify()
-    except (OSError, ValueError) as error:  # mmap refuses an empty file
+        mapped(LocalFileSystem(), str(path), local=True)[1].verify()
+    except (OSError, ChecksumError) as error:
         why = "it is missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
         raise CatalogError(f"{path}: {why}. Remedy: clip-select run builds the catalog again") from error
 

@@ -24,9 +24,8 @@ BLOCK = 1 << 16
 """Bytes that share a checksum; the unit in which a reader verifies."""
 
 _MAGIC = b"CLIPXXH3"
-_TRAILER = struct.Struct(
-    "<8s2I2Q"
-)  # magic, bytes of a block, blocks, checksum of table and the fields before, of footer
+# magic, bytes of a block, number of blocks, checksum of the table and the fields before, checksum of the footer
+_TRAILER = struct.Struct("<8s2I2Q")
 _ENDINGS = {b"PAR1": struct.Struct("<I4s"), b"ARROW1": struct.Struct("<i6s")}  # length of the footer, magic
 
 
