@@ -102,7 +102,7 @@ def _version(lake: Path, _: Path) -> None:
         }
         Versions(Lake(str(lake)), "two_stages").write(manifest(selection), record, lambda _: None)
     scores = [CatalogScore(asset, (CatalogColumn(column, name),)) for name, (asset, column) in SCORES.items()]
-    build_catalog(lake, lake / "catalog.duckdb", scores=scores, targets=[], recipes=["two_stages"])
+    build_catalog(Lake(str(lake)), lake / "catalog.duckdb", scores=scores, targets=[], recipes=["two_stages"])
 
 
 def _explain(lake: Path, _: Path) -> None:

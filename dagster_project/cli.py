@@ -18,7 +18,7 @@ import click
 from core.errors import UserError
 from core.names import suggestion
 from dagster_project.interrupts import run_interruptible
-from dagster_project.location import DEMO_CONFIG, lake_folder
+from dagster_project.location import DEMO_CONFIG, lake_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,7 +162,7 @@ def explain(config: Path, uid: str, as_json: bool) -> int:
     """Show what every recipe did with a sample. Exits with 1 if there is no such sample."""
     from dagster_project import console
 
-    return console.explain(lake_folder(config) / "catalog.duckdb", uid, _console(), as_json=as_json)
+    return console.explain(lake_of(config).home / "catalog.duckdb", uid, _console(), as_json=as_json)
 
 
 @commands.command()
@@ -227,7 +227,7 @@ def versions(config: Path, recipe: str | None, as_json: bool) -> int:
     """List the versions of the subsets, oldest first."""
     from dagster_project import queries
 
-    return queries.versions(lake_folder(config) / "catalog.duckdb", recipe, _console(), as_json=as_json)
+    return queries.versions(lake_of(config).home / "catalog.duckdb", recipe, _console(), as_json=as_json)
 
 
 @commands.command()
@@ -241,7 +241,7 @@ def diff(config: Path, recipe: str, a: str | None, b: str | None, limit: int | N
     """Show which rows entered or left between two versions of a subset, and why."""
     from dagster_project import queries
 
-    catalog = lake_folder(config) / "catalog.duckdb"
+    catalog = lake_of(config).home / "catalog.duckdb"
     return queries.diff(catalog, recipe, a, b, _console(), limit=limit, as_json=as_json)
 
 
@@ -254,7 +254,7 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
     """Show everything that a version of a subset was made from."""
     from dagster_project import queries
 
-    return queries.lineage(lake_folder(config) / "catalog.duckdb", recipe, version_name, _console(), as_json=as_json)
+    return queries.lineage(lake_of(config).home / "catalog.duckdb", recipe, version_name, _console(), as_json=as_json)
 
 
 @commands.command()

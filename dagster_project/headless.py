@@ -182,6 +182,7 @@ class _Pass:
 
     def run(self, only: Collection[str] | None = None) -> Outcome:
         self.only = only
+        self.snapshot.context.lake.refresh()
         for subset in self.graph.subsets:
             Versions(self.snapshot.context.lake, subset.recipe).set_damaged_aside()
         shards = self._discover()
@@ -280,7 +281,7 @@ class _Pass:
         lake = self.snapshot.context.lake
         if isinstance(node, SubsetAsset):
             return bool(Versions(lake, node.recipe).names())
-        return bool(lake.shards(node.key)) if node.partitioned else lake.fs.exists(lake.path(node.key))
+        return bool(lake.shards(node.key)) if node.partitioned else lake.exists(lake.path(node.key))
 
     def export(self, recipe: str) -> Outcome:
         node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,6 +20,7 @@ import yaml
 
 from dagster_project.location import CONFIG_VARIABLE, MODULE
 from resources.lake.files import LakeError
+from resources.lake.locks import held_lock
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -43,9 +44,9 @@ then finds no file and uses its own settings, with telemetry, without an error.
 
 
 def home_of(project: "Context") -> Path:
-    """Return the folder of the Dagster instance: `DAGSTER_HOME`, else `.dagster` in the lake."""
+    """Return the folder of the Dagster instance: `DAGSTER_HOME`, else `.dagster` in the lake's home."""
     given = os.environ.get("DAGSTER_HOME")
-    return Path(given).resolve() if given else project.lake.local_root() / ".dagster"
+    return Path(given).resolve() if given else project.lake.home / ".dagster"
 
 
 def prepare_home(project: "Context") -> Path:
@@ -155,15 +156,18 @@ def only_pass(project: "Context") -> Iterator[None]:
     Raises:
         LakeError: another process holds it.
     """
-    root = project.lake.local_root()
+    root = project.lake.home
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".pass.lock", "w") as lock:
+    with ExitStack() as held:
+        lock = held.enter_context(open(root / ".pass.lock", "w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LakeError(
                 f"{lock.name}: another `clip-select` is working on this lake. Remedy: wait for it to end"
             ) from error
+        if not project.lake.is_local:
+            held.enter_context(held_lock(project.lake.store, f"{project.lake.root}/.pass.lock"))
         yield
 
 

@@ -15,9 +15,8 @@ import polars as pl
 
 from core import sql
 from core.errors import UserError
-from dagster_project.location import config_path, lake_folder
+from dagster_project.location import config_path, lake_of
 from resources.catalog.build import read_catalog
-from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
 
 MAX_ROWS = 5_000_000
@@ -59,9 +58,8 @@ class Project:
     """
 
     def __init__(self, config: Path, max_rows: int | None = MAX_ROWS) -> None:
-        folder = lake_folder(config)
-        self.lake = Lake(str(folder))
-        self.catalog = folder / "catalog.duckdb"
+        self.lake = lake_of(config)
+        self.catalog = self.lake.home / "catalog.duckdb"
         self.max_rows = max_rows
 
     # Rows

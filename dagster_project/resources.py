@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class LakeResource(dg.ConfigurableResource[Lake]):
     """The lake: the folder of files that assets read and write."""
 
-    root: str = Field(description="Path of the folder, or any fsspec URL.")
+    root: str = Field(description="Path of the folder, or a URL: s3://, gs://, az://.")
 
     def open(self) -> Lake:
         """Return the lake; its folder is created by the first write."""
@@ -119,10 +119,10 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
         ConfigError: a URL contains a password, which the UI would show.
     """
     for field, location in (("lake", settings.lake), ("pool.path", settings.pool.path)):
-        if "://" in location and urlsplit(location).password is not None:
+        if "://" in location and (urlsplit(location).password is not None or urlsplit(location).query):
             raise ConfigError(
-                f"{field}: the URL contains a password, which Dagster's UI would show. Remedy: leave it out, and give "
-                "it by the file system's environment variables or its fsspec configuration file"
+                f"{field}: the URL contains a password or a query, which Dagster's UI would show. Remedy: leave it "
+                "out, and set the store's environment variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
     encoders = _dumped(settings.encoders)
     return {
@@ -133,7 +133,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
             captioners=_dumped(settings.captioners),
             text_encoders=_dumped(settings.text_encoders),
         ),
-        "catalog": CatalogResource(path=f"{settings.lake}/catalog.duckdb"),
+        "catalog": CatalogResource(path=str(Lake(settings.lake).home / "catalog.duckdb")),
         "run": run_state,
     }
 

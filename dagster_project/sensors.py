@@ -226,8 +226,8 @@ def _with_what_follows(graph: Graph, wanted: Mapping[str, str]) -> list[str]:
 def _catalog_is_behind(context: Context, graph: Graph) -> bool:
     """Check whether the lake was written to since the catalog was built."""
     path = context.catalog_path()
-    times = [folder.stat().st_mtime_ns for folder in lake_folders(context.lake, graph) if folder.exists()]
-    return bool(times) and (not path.exists() or path.stat().st_mtime_ns < max(times))
+    changed = max((context.lake.folder_changed(folder) for folder in lake_folders(context.lake, graph)), default=0.0)
+    return changed > 0 and (not path.exists() or path.stat().st_mtime < changed)
 
 
 def _present(snapshot: Snapshot, partitions: Sequence[str]) -> list[str]:

@@ -246,12 +246,11 @@ def change_token(snapshot: Snapshot, graph: Graph, shards: Sequence[str]) -> str
     """Return a digest that changes whenever something may have become due; few assets need a look at every shard.
 
     It covers the pool's listing, settings and code (through the provenance wanted of one shard), targets, uid lists,
-    and the times of the lake's folders, which change with every file that is written or removed. Assets that are
-    computed from all shards, such as a search of near duplicates, look at each of them.
+    and the listing of the lake's folders. Assets that are computed from all shards, such as a search of near
+    duplicates, look at each of them.
 
     Raises:
         PoolError: the pool's folder can't be listed.
-        LakeError: the lake is not in a local folder.
     """
     wanted: list[str] = []
     for node in graph.nodes:
@@ -268,18 +267,27 @@ def change_token(snapshot: Snapshot, graph: Graph, shards: Sequence[str]) -> str
             "pool": {shard: snapshot.listing[shard] for shard in shards},
             "wanted": wanted,
             "recipes": {subset.key: subset.model.definition() for subset in graph.subsets},
-            "times": [_time(path) for path in (*lake_folders(snapshot.context.lake, graph), *lists)],
+            "lake": lake_token(snapshot.context.lake, graph),
+            "times": [_time(path) for path in lists],
         }
     )
 
 
-def lake_folders(lake: Lake, graph: Graph) -> list[Path]:
-    """List the folders of the lake in which a file is renamed whenever an asset is materialized."""
-    root = lake.local_root()
-    folders = {
-        root / (node.key if isinstance(node, PartitionedAsset) else node.key.rsplit("/", 1)[0]) for node in graph.nodes
-    }
-    return sorted(folders | {root / subset.key for subset in graph.subsets})
+def lake_token(lake: Lake, graph: Graph) -> str:
+    """Return a digest of the lake's listing, which changes whenever an asset is materialized or its file removed."""
+    listed = [
+        (entry.location, entry.tag)
+        for folder in lake_folders(lake, graph)
+        for entry in lake.store.files(folder)
+        if not entry.name.startswith(".")
+    ]
+    return digest([*listed, *(lake.store.folders(f"{lake.root}/{subset.key}") for subset in graph.subsets)])
+
+
+def lake_folders(lake: Lake, graph: Graph) -> list[str]:
+    """List the folders of the lake in which a file is written whenever an asset is materialized."""
+    keys = {node.key if isinstance(node, PartitionedAsset) else node.key.rsplit("/", 1)[0] for node in graph.nodes}
+    return sorted(f"{lake.root}/{key}" for key in keys | {subset.key for subset in graph.subsets})
 
 
 def _time(path: Path) -> int:

@@ -20,10 +20,10 @@ from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
 from assets.graph import Graph, build_graph
 from dagster_project.instance import REMEDY_RECORDS, damaged_records, home_of, only_pass
 from dagster_project.tables import print_json
-from resources.catalog.build import CatalogError, read_catalog, targets_path, verify_targets
+from resources.catalog.build import TARGETS_FILE, CatalogError, read_catalog, verify_targets
 from resources.lake.files import DAMAGED_SUFFIX, DamagedError, Lake
 from resources.lake.sealed import mapped, read_arrow, read_parquet
-from resources.lake.versions import CLAIM_SUFFIX, RECORD, Version, Versions
+from resources.lake.versions import CLAIM_SUFFIX, RECORD, REMOTE_CLAIM, Version, Versions
 from resources.storage.checksums import ChecksumError
 
 DAMAGED, MISSING, UNVERIFIED, SET_ASIDE, OK = "damaged", "missing", "unverified", "set aside", "ok"
@@ -90,39 +90,38 @@ def verify(project: Context, console: Console, *, repair: bool = False, as_json:
 
 def verified_files(project: Context, graph: Graph, *, repair: bool = False) -> Iterator[Verified]:
     """Yield the state of every file of a lake; see `verify`."""
-    lake, root = project.lake, project.lake.local_root()
-    if not root.is_dir():
-        yield Verified(
-            str(root), MISSING, "there is no lake", "correct `lake` in the YAML, or clip-select run makes it"
-        )
+    lake, root = project.lake, project.lake.root
+    recipes = [name for name in lake.store.folders(f"{root}/subset") if not name.startswith(".")]
+    if not lake.store.folders(root):
+        yield Verified(root, MISSING, "there is no lake", "correct `lake` in the YAML, or clip-select run makes it")
         return
-    yield from _asset_files(lake, root, repair=repair)
+    yield from _asset_files(lake, repair=repair)
     yield from _missing_inputs(lake, graph)
-    for recipe in sorted({path.name for path in root.glob("subset/[!.]*") if path.is_dir()}):
+    for recipe in recipes:
         yield from _versions(Versions(lake, recipe), repair=repair)
-    yield from _catalog(project.catalog_path())
+    yield from _catalog(lake, project.catalog_path())
     yield from _dagster(home_of(project))
 
 
-def _asset_files(lake: Lake, root: Path, *, repair: bool) -> Iterator[Verified]:
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if any(part.startswith(".") for part in parts[:-1]) or parts[0] in _WITHOUT_RECORD or not path.is_file():
+def _asset_files(lake: Lake, *, repair: bool) -> Iterator[Verified]:
+    for entry in lake.store.files(lake.root, deep=True):
+        *folders, name = entry.location.removeprefix(f"{lake.root}/").split("/")
+        if not folders or any(part.startswith(".") for part in folders) or folders[0] in _WITHOUT_RECORD:
             continue
-        if path.name.startswith("."):
-            if path.name.endswith(DAMAGED_SUFFIX):
-                yield Verified(str(path), SET_ASIDE, "it was damaged", "remove it when you have no more use for it")
-        elif path.suffix in (".parquet", ".arrow"):
-            yield _asset_file(lake, str(path), repair=repair)
+        if name.startswith("."):
+            if name.endswith(DAMAGED_SUFFIX):
+                yield Verified(entry.location, SET_ASIDE, "it was damaged", "remove it when you no longer need it")
+        elif name.endswith((".parquet", ".arrow")):
+            yield _asset_file(lake, entry.location, repair=repair)
 
 
 def _asset_file(lake: Lake, path: str, *, repair: bool) -> Verified:
     try:
         _, sealed = lake.read_stored(path)
         if path.endswith(".parquet"):
-            read_parquet(lake.fs, path, None)
+            read_parquet(lake.store.local(path), None)
         else:
-            read_arrow(*mapped(lake.fs, path, local=True), None)
+            read_arrow(*mapped(lake.store.local(path)), None)
     except (ChecksumError, pa.ArrowInvalid, OSError) as error:
         if repair:
             lake.set_aside(path, str(error))
@@ -138,7 +137,7 @@ def _missing_inputs(lake: Lake, graph: Graph) -> Iterator[Verified]:
         template = node.declared.template
         beside = template.beside if isinstance(template, PartitionedTemplate) else ()
         for shard in lake.shards(node.key) if isinstance(node, PartitionedAsset) else [None]:
-            if not lake.fs.exists(lake.path(node.key, shard)):
+            if not lake.exists(lake.path(node.key, shard)):
                 continue
             for dep in (*node.deps, *beside):
                 if dep not in nodes and dep not in beside:
@@ -152,7 +151,7 @@ def _missing_inputs(lake: Lake, graph: Graph) -> Iterator[Verified]:
             for asset in read:
                 missing.setdefault(lake.path(asset, shard), f"the newest version of {subset.key}")
     for path, needed_by in sorted(missing.items()):
-        if not lake.fs.exists(path):
+        if not lake.exists(path):
             yield Verified(path, MISSING, f"{needed_by} was made from it or beside it", _RUN)
 
 
@@ -165,13 +164,15 @@ def _newest_shards(versions: Versions) -> dict[str, dict[str, str]]:
 
 
 def _versions(versions: Versions, *, repair: bool) -> Iterator[Verified]:
-    complete = versions.names()
-    for folder in sorted(Path(versions.folder).iterdir()):
-        if folder.name.endswith(DAMAGED_SUFFIX):
-            yield Verified(str(folder), SET_ASIDE, "it was damaged", "remove it when you have no more use for it")
-        no_record = folder.name[0] != "." and folder.name not in complete and (folder / "subset.npy").exists()
-        if no_record and not any(folder.glob(f".*{CLAIM_SUFFIX}")):  # else it is being written
-            yield Verified(str(folder / RECORD), MISSING, "a version without a record", _RUN)
+    complete, lake = versions.names(), versions.lake
+    for name in lake.store.folders(versions.folder):
+        folder = f"{versions.folder}/{name}"
+        if name.endswith(DAMAGED_SUFFIX):
+            yield Verified(folder, SET_ASIDE, "it was damaged", "remove it when you no longer need it")
+        no_record = not name.startswith(".") and name not in complete and lake.exists(f"{folder}/subset.npy")
+        claims = (CLAIM_SUFFIX, REMOTE_CLAIM)
+        if no_record and not any(entry.name.endswith(claims) for entry in lake.store.files(folder)):
+            yield Verified(f"{folder}/{RECORD}", MISSING, "a version without a record", _RUN)
     for name in complete:
         try:
             version = versions.read(name)
@@ -180,7 +181,7 @@ def _versions(versions: Versions, *, repair: bool) -> Iterator[Verified]:
             report: dict[str, str] = {}
         else:
             wrong, report = versions.damage(version), versions.report_damage(version)
-            yield from _sound_files(version, wrong)
+            yield from _sound_files(lake, version, wrong)
         newest = name == complete[-1]
         remedy = "clip-select run selects it again" if newest else "clip-select verify --repair sets the version aside"
         if wrong and repair and not newest:
@@ -193,12 +194,12 @@ def _versions(versions: Versions, *, repair: bool) -> Iterator[Verified]:
             yield Verified(path, MISSING if why == "missing" else DAMAGED, why, remedy)
 
 
-def _sound_files(version: Version, wrong: dict[str, str]) -> Iterator[Verified]:
+def _sound_files(lake: Lake, version: Version, wrong: dict[str, str]) -> Iterator[Verified]:
     yield Verified(f"{version.folder}/{RECORD}", OK if version.sealed else UNVERIFIED)
-    for path in sorted(Path(version.folder).rglob("*.*")):
-        name = str(path.relative_to(version.folder))
-        if path.is_file() and name != RECORD and not name.startswith("report/") and str(path) not in wrong:
-            yield Verified(str(path), OK if name in version.checksums else UNVERIFIED)
+    for entry in lake.store.files(version.folder, deep=True):
+        name = entry.location.removeprefix(f"{version.folder}/")
+        if name not in (RECORD, REMOTE_CLAIM) and not name.startswith("report/") and entry.location not in wrong:
+            yield Verified(entry.location, OK if name in version.checksums else UNVERIFIED)
 
 
 def _why(error: Exception, path: str) -> str:
@@ -206,19 +207,21 @@ def _why(error: Exception, path: str) -> str:
     return str(error).partition(". Remedy")[0].removeprefix(f"{path}: ").removeprefix("damaged: ")
 
 
-def _catalog(path: Path) -> Iterator[Verified]:
-    labels = targets_path(path)
+def _catalog(lake: Lake, path: Path) -> Iterator[Verified]:
+    labels = f"{lake.root}/catalog/{TARGETS_FILE}"
+    was_built = lake.exists(labels) or path.exists()
     try:
-        if labels.parent.is_dir():
-            verify_targets(labels)
-    except CatalogError as error:
-        state = DAMAGED if labels.exists() else MISSING
-        yield Verified(str(labels), state, _why(error, str(labels)), "clip-select run builds the catalog again")
+        if was_built:
+            verify_targets(lake.store.local(labels))
+    except (CatalogError, FileNotFoundError) as error:
+        state = DAMAGED if lake.exists(labels) else MISSING
+        why = _why(error, labels) if state == DAMAGED else "it is missing"
+        yield Verified(labels, state, why, "clip-select run builds the catalog again")
         return
     try:
         read_catalog(path).close()
     except FileNotFoundError:
-        if path.with_suffix("").is_dir():  # its labels of targets
+        if was_built:
             yield Verified(str(path), MISSING, "the catalog was built before", "clip-select run builds it again")
     except CatalogError as error:
         yield Verified(str(path), DAMAGED, _why(error, str(path)), "clip-select run builds it again")

@@ -13,9 +13,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 from tests.support.automation import automation
 from tests.support.captioning import tiny_coca
 from tests.support.pool_factory import tiny_clip
+from tests.support.s3 import bucket, s3_address
 from tests.support.scenario import finished, finished_pass, scenario
 
-__all__ = ["automation", "finished", "finished_pass", "scenario", "tiny_clip", "tiny_coca"]
+__all__ = ["automation", "bucket", "finished", "finished_pass", "s3_address", "scenario", "tiny_clip", "tiny_coca"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

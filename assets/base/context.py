@@ -47,8 +47,8 @@ class Context:
         return open_target(name, self.settings.targets[name])
 
     def catalog_path(self) -> Path:
-        """Return the path of the catalog, which needs a lake in a local folder."""
-        return self.lake.local_root() / "catalog.duckdb"
+        """Return the path of the catalog, in the lake; that of a remote lake is on this machine (`Lake.home`)."""
+        return self.lake.home / "catalog.duckdb"
 
 
 class Snapshot:

@@ -19,6 +19,7 @@ def run_context(context: dg.AssetExecutionContext, project: Context) -> Context:
 
 def begin_step(context: dg.AssetExecutionContext, asset: FileAsset) -> Step:
     """Return the step of a run that computes an asset, with a fresh snapshot of the inputs."""
+    context.resources.lake.refresh()
     layer = context.op_execution_context.job_def.asset_layer
     requested = frozenset("/".join(key.path) for key in layer.selected_asset_keys)
     meter = progress.Meter(lambda line: context.log.info(f"{asset.key}: {line}"), interval=progress.INTERVAL)

@@ -231,8 +231,8 @@ class _Work(Mapping[str, pa.Table]):
             if digest([old.code_version, captioner]) == self._maker and old.inputs["raw_pool"] == pool:
                 tables.append(self.step.read(self.step.asset.key, shard, _PART.names))
         for path in self._folder(shard).parts(self._prefix(shard)):
-            with self.lake.fs.open(path) as file:
-                tables.append(pq.ParquetFile(file).read())
+            with pq.ParquetFile(self.lake.store.local(path)) as file:
+                tables.append(file.read())
         kept: dict[tuple[int, int], list[str]] = {}
         for table in tables:
             for uid, generated in zip(_uids(table), table["captions"].to_pylist(), strict=True):

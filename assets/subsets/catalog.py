@@ -73,7 +73,7 @@ def write_catalog(context: Context, path: Path) -> Path:
     """Build the project's catalog from the lake's files, and return its path."""
     scores = Scores(context.settings)
     build_catalog(
-        context.lake.local_root(),
+        context.lake,
         path,
         scores=catalog_scores(scores),
         targets=_targets(scores),
@@ -110,5 +110,6 @@ def catalog_is_newest(project: Context) -> bool:
     except (CatalogError, FileNotFoundError):
         return False
     versions = (Versions(project.lake, recipe).current() for recipe in project.settings.recipes)
-    records = [Path(version.folder) / "lineage.json" for version in versions if version is not None]
-    return all(path.stat().st_mtime <= catalog.stat().st_mtime for path in [project.config, *records])
+    records = [f"{version.folder}/lineage.json" for version in versions if version is not None]
+    times = [project.config.stat().st_mtime, *(project.lake.changed(record) for record in records)]
+    return all(time <= catalog.stat().st_mtime for time in times)

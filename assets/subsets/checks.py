@@ -86,15 +86,15 @@ def examine_before_the_record(lake: Lake, version: Version) -> None:
 
 def examine_stored(lake: Lake, version: Version) -> dict[str, dict[str, Any]]:
     """Run the checks of a version's files."""
-    with lake.fs.open(version.uids) as file:
+    with open(lake.store.local(version.uids), "rb") as file:
         uids = np.lib.format.read_array(file, allow_pickle=False)
     columns = ("f0", "f1", "copies") if _drawn(version.lineage) else ("f0", "f1")
     manifest = Versions(lake, version.recipe).read_uids(version, columns=columns)
     strata = {}
     for step in version.lineage["steps"]:
         if step["kind"] == "stratify":
-            with lake.fs.open(f"{version.folder}/{step['file']}") as file:
-                strata[step["step"]] = pq.ParquetFile(file).read(columns=["basis", "entered"])
+            with pq.ParquetFile(lake.store.local(f"{version.folder}/{step['file']}")) as file:
+                strata[step["step"]] = file.read(columns=["basis", "entered"])
     return examine_subset(version.lineage, manifest, uids, strata)
 
 

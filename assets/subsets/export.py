@@ -62,7 +62,7 @@ def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
             f"materialize subset/{recipe} first"
         )
     written = lake.stored(asset.key, shard)
-    if written is not None and written.rows and not lake.fs.exists(_tar(snapshot.context, recipe, version.name, shard)):
+    if written is not None and written.rows and not lake.exists(_tar(snapshot.context, recipe, version.name, shard)):
         lake.remove(asset.key, shard)  # a list of a tar that was removed
     return {
         "raw_pool": stored.fingerprint,
@@ -106,10 +106,9 @@ def export(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
 def _selected(context: Context, version: Version, shards: Sequence[str]) -> pl.DataFrame:
     """Read the version's rows of some shards (shard, key, f0, f1), and how often its `.npy` lists each (times)."""
     versions = Versions(context.lake, version.recipe)
-    with context.lake.fs.open(versions.verified_path(version)) as file:
-        rows = pl.read_parquet(file, columns=["shard", "key", "f0", "f1"]).filter(pl.col("shard").is_in(shards))
-    with context.lake.fs.open(versions.verified_path(version, "subset.npy")) as file:
-        uids = np.load(file, allow_pickle=False)
+    rows = pl.read_parquet(versions.verified_path(version), columns=["shard", "key", "f0", "f1"])
+    rows = rows.filter(pl.col("shard").is_in(shards))
+    uids = np.load(versions.verified_path(version, "subset.npy"), allow_pickle=False)
     wanted = np.empty(len(rows), UID_DTYPE)
     wanted["f0"], wanted["f1"] = rows["f0"], rows["f1"]
     times = np.searchsorted(uids, wanted, side="right") - np.searchsorted(uids, wanted, side="left")

@@ -54,13 +54,13 @@ def write_report(project: Context, version: Version, selection: Selection) -> No
 
 def is_reported(lake: Lake, version: Version) -> bool:
     """Check, by reading it, whether a version's report is complete: its page and checksums are written last."""
-    is_there = bool(lake.fs.exists(f"{_folder(version)}/{PAGE_FILE}"))
+    is_there = lake.exists(f"{_folder(version)}/{PAGE_FILE}")
     return is_there and not Versions(lake, version.recipe).report_damage(version)
 
 
 def report_metadata(project: Context, version: Version) -> dict[str, Any]:
     """Return a version's metadata for Dagster's UI: thresholds, summaries, distributions, contact sheets, the page."""
-    fs, folder = project.lake.fs, _folder(version)
+    store, folder = project.lake.store, _folder(version)
     metadata: dict[str, Any] = {
         f"threshold/step{step['step']} {step['score']}": step["threshold"]
         for step in version.lineage["steps"]
@@ -69,10 +69,10 @@ def report_metadata(project: Context, version: Version) -> dict[str, Any]:
     for title, (head, *rows) in _summaries(version.lineage).items():
         lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
         metadata[title] = dg.MetadataValue.md("\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines))
-    if fs.exists(f"{folder}/{PAGE_FILE}"):
-        chart = data_url(fs.cat_file(f"{folder}/{CHART_FILE}"), "png")
+    if project.lake.exists(f"{folder}/{PAGE_FILE}"):
+        chart = data_url(store.read(f"{folder}/{CHART_FILE}"), "png")
         metadata["score_distributions"] = dg.MetadataValue.md(f"![Scores before and after]({chart})")
-        metadata["contact_sheet"] = dg.MetadataValue.md(fs.cat_file(f"{folder}/{SHEET_FILE}").decode())
+        metadata["contact_sheet"] = dg.MetadataValue.md(store.read(f"{folder}/{SHEET_FILE}").decode())
         metadata["report"] = _page_link(version)
     return metadata
 
@@ -97,27 +97,30 @@ class _Group:
 
 
 def _write_report(project: Context, version: Version, selection: Selection) -> None:
-    fs, folder = project.lake.fs, _folder(version)
+    folder = _folder(version)
     sheets, samples = _sheets(project, selection)
     for sample in samples:
         if sample.problem:
             dg.get_dagster_logger().warning(f"{folder}: {sample.problem}")
-    fs.makedirs(f"{folder}/images", exist_ok=True)
     for sample in samples:
         if sample.image is not None:
-            fs.pipe_file(f"{folder}/{sample.path}", sample.image)
-    fs.pipe_file(f"{folder}/{CHART_FILE}", _chart(selection))
+            _write(project.lake, f"{folder}/{sample.path}", sample.image)
+    _write(project.lake, f"{folder}/{CHART_FILE}", _chart(selection))
     window = "\n\n".join(markdown(_small(sheet)) for sheet in sheets[:5])
-    fs.pipe_file(f"{folder}/{SHEET_FILE}", window.encode())
+    _write(project.lake, f"{folder}/{SHEET_FILE}", window.encode())
     tables: dict[str, Sequence[Sequence[str]]] = {
         "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
         **_warnings(version.lineage),
         **_summaries(version.lineage),
     }
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
-    with project.lake.replacing(f"{folder}/{PAGE_FILE}") as path:
-        path.write_text(page, encoding="utf-8")
+    _write(project.lake, f"{folder}/{PAGE_FILE}", page.encode())
     Versions(project.lake, version.recipe).write_report_checksums(version)
+
+
+def _write(lake: Lake, path: str, content: bytes) -> None:
+    with lake.replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _about(version: Version) -> dict[str, str]:

@@ -18,7 +18,6 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from core import sql
 from core.errors import UserError
@@ -30,6 +29,7 @@ from resources.lake.files import Lake
 from resources.lake.sealed import mapped
 from resources.lake.versions import Versions
 from resources.storage.checksums import ChecksumError, seal
+from resources.storage.objects import filesystem
 
 _TARGETS = pa.schema(
     [
@@ -41,12 +41,14 @@ _TARGETS = pa.schema(
 )
 
 
+_REMOTE_ROOT = "catalog_remote_root"
+"""Macro of the catalog of a remote lake."""
 TARGETS_FILE = "targets.parquet"
 """The labels of targets, in the folder `catalog`."""
 
 
 def build_catalog(
-    lake_root: Path,
+    lake: Lake,
     path: Path,
     *,
     scores: Scores,
@@ -58,25 +60,31 @@ def build_catalog(
     Writes the targets' labels to `<lake>/catalog/` as well, because DuckDB cannot read Arrow files.
 
     Args:
-        lake_root: folder of the lake; files may be missing, and may arrive later.
+        lake: the lake; files may be missing, and may arrive later.
         path: where to write the catalog, ending in .duckdb.
         scores: the score assets.
         targets: keys of the target embeddings, such as `target_embeddings/b32/imagenet`.
         recipes: recipes that `explain` covers, as far as they have a version.
     """
-    root = lake_root.absolute()
-    lake = Lake(str(root))
-    _write_targets(lake, root, targets)
+    _write_targets(lake, targets)
     newest = [Versions(lake, recipe).current() for recipe in recipes]
     records = [version.lineage for version in newest if version is not None]
-    place = Place(root, path)
-    with lake.replacing(str(path.absolute())) as temporary:
+    place = Place(lake.root, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Lake(str(path.parent)).replacing(str(path.absolute())) as temporary:
         temporary.unlink()  # DuckDB refuses an empty file
         with duckdb.connect(str(temporary)) as con:
+            if not lake.is_local:
+                con.register_filesystem(filesystem(lake.root))
+                con.execute(f"CREATE MACRO {_REMOTE_ROOT}() AS {sql.text(lake.root)}").fetchall()
             for name, query in catalog_views(place, scores).items():
                 con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
             con.execute(f"CREATE MACRO catalog_place() AS {sql.text(place.listed)}").fetchall()
-            for macro in (score_asset_macro(scores), *history_macros(root), explain_macro(con, place, records, scores)):
+            for macro in (
+                score_asset_macro(scores),
+                *history_macros(lake.root),
+                explain_macro(con, place, records, scores),
+            ):
                 con.execute(macro).fetchall()
 
 
@@ -105,6 +113,9 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
         except duckdb.Error:
             con.close()
             raise
+        remote = _remote_root(con)
+        if remote is not None:
+            con.register_filesystem(filesystem(remote))
     except duckdb.CatalogException as error:
         raise CatalogError(f"{path}: an earlier version built this catalog. Remedy: clip-select run") from error
     except duckdb.Error as error:
@@ -114,11 +125,27 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
         con.close()
         raise CatalogError(f"{path}: {moved(built_as)}")
     try:
-        verify_targets(targets_path(path))
+        verify_targets(targets_path(path) if remote is None else _remote_targets(remote))
     except CatalogError:
         con.close()
         raise
     return con
+
+
+def _remote_root(con: duckdb.DuckDBPyConnection) -> str | None:
+    """Return the URL of the lake that a catalog reads; None for a local one."""
+    query = f"SELECT count(*) FROM duckdb_functions() WHERE function_name = '{_REMOTE_ROOT}'"
+    if sql.one(con, query) == (0,):
+        return None
+    return str(sql.one(con, f"SELECT {_REMOTE_ROOT}()")[0])
+
+
+def _remote_targets(root: str) -> Path:
+    location = f"{root}/catalog/{TARGETS_FILE}"
+    try:
+        return Lake(root).store.local(location)
+    except FileNotFoundError as error:
+        raise CatalogError(f"{location}: it is missing. Remedy: clip-select run builds the catalog again") from error
 
 
 def targets_path(catalog: Path) -> Path:
@@ -133,19 +160,19 @@ def verify_targets(path: Path) -> None:
         CatalogError: they are missing or damaged.
     """
     try:
-        mapped(LocalFileSystem(), str(path), local=True)[1].verify()
+        mapped(path)[1].verify()
     except (OSError, ChecksumError) as error:
         why = "it is missing" if isinstance(error, FileNotFoundError) else f"damaged: {error}"
         raise CatalogError(f"{path}: {why}. Remedy: clip-select run builds the catalog again") from error
 
 
-def _write_targets(lake: Lake, root: Path, targets: Sequence[str]) -> None:
+def _write_targets(lake: Lake, targets: Sequence[str]) -> None:
     tables = [_TARGETS.empty_table()]
     for asset in targets:
-        if Path(lake.path(asset)).exists():
+        if lake.exists(lake.path(asset)):
             labels = lake.read(asset, columns=["target_index", "label", "name"])
             labels = labels.append_column("asset", pa.array([asset] * len(labels), pa.string()))
             tables.append(labels.cast(_TARGETS))
-    with lake.replacing(str(root / "catalog" / TARGETS_FILE)) as temporary:
+    with lake.replacing(f"{lake.root}/catalog/{TARGETS_FILE}") as temporary:
         pq.write_table(pa.concat_tables(tables), temporary)
-        seal(Path(temporary))
+        seal(temporary)

@@ -6,7 +6,6 @@ on other rows, it reads what the version stored about them.
 
 import glob
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -107,7 +106,7 @@ def _sample_ctes(place: Place, scores: Scores) -> list[str]:
 # What each step decides
 
 
-def _judged(con: duckdb.DuckDBPyConnection, root: Path, record: Record) -> str:
+def _judged(con: duckdb.DuckDBPyConnection, root: str, record: Record) -> str:
     """Write the query of one row: the sample, its place in the version, and what each step decides.
 
     "pass n" is what step n decides by itself, "in n" whether the row is in after the step; NULL is unknown.

@@ -5,14 +5,13 @@ They read lineage records and manifests, which never change once written. `expla
 """
 
 from importlib import resources
-from pathlib import Path
 
 from core import sql
 
 _MACROS = ("uid_word", "overlap", "versions", "lineage", "diff")
 
 
-def history_macros(root: Path) -> list[str]:
+def history_macros(root: str) -> list[str]:
     """Return the statements that create the macros; diff uses `score_asset`.
 
     Args:

@@ -58,9 +58,9 @@ _VISIBLE = "[!.]*"
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of a lake, and the path of its catalog."""
+    """The path or URL of a lake, and the path of its catalog."""
 
-    root: Path
+    root: str
     catalog: Path
 
     @property

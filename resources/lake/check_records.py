@@ -34,15 +34,13 @@ def read_checks(lake: Lake, stored: Stored) -> dict[str, Any]:
         LakeError: a record can't be read.
     """
     folder = _folder(lake, stored.provenance.asset, stored.provenance.shard)
-    if not lake.fs.exists(folder):
-        return {}
     found = {}
-    for path in sorted(lake.fs.ls(folder, detail=False, refresh=True)):
+    for path in (entry.location for entry in lake.store.files(folder)):
         file, _, suffix = path.rsplit("/", 1)[-1].rpartition(".")
         if suffix != "json" or file.startswith("."):
             continue
         try:
-            record = json.loads(lake.fs.cat_file(path))
+            record = json.loads(lake.store.read(path))
             if record["fingerprint"] == stored.fingerprint:
                 found[file] = record["finding"]
         except (KeyError, TypeError, ValueError) as error:
@@ -52,14 +50,13 @@ def read_checks(lake: Lake, stored: Stored) -> dict[str, Any]:
 
 def remove_checks(lake: Lake, asset: str, shard: str) -> None:
     """Remove the results about a shard's file."""
-    folder = _folder(lake, asset, shard)
-    if lake.fs.exists(folder):
-        lake.fs.rm(folder, recursive=True)
+    lake.store.delete_folder(_folder(lake, asset, shard))
 
 
 def has_checks(lake: Lake, asset: str) -> bool:
     """Check whether anything was written about an asset, so that its shards need not be asked one by one."""
-    return bool(lake.fs.exists(f"{lake.root}/checks/{asset}"))
+    folder = f"{lake.root}/checks/{asset}"
+    return bool(lake.store.folders(folder) or lake.store.files(folder))
 
 
 def _folder(lake: Lake, asset: str, shard: str | None) -> str:

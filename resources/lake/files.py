@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,9 +30,12 @@ import pyarrow.parquet as pq
 from core.errors import UserError
 from core.hashing import digest
 from resources.lake.owners import create_temporary, is_abandoned
+from resources.lake.record_cache import RecordCache
 from resources.lake.sealed import METADATA_KEY, SEALED, Vectors, mapped, opened, read_arrow, read_parquet, read_record
 from resources.lake.sealed import verify_columns as verify_parquet
 from resources.storage.checksums import ChecksumError, seal
+from resources.storage.objects import credential_free
+from resources.storage.stores import Entry, cache_folder, open_store, state_folder
 
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
@@ -155,23 +157,58 @@ def write_parquet(table: pa.Table, path: Path, *, looked_up: str | None = None) 
 
 
 class Lake:
-    """A folder of files, local or on any fsspec file system.
+    """A folder of files, local or in an object store.
 
     Args:
-        root: path or URL of the folder; the first write creates it.
+        root: path or URL (`s3://`, `gs://`, `az://`) of the folder; the first write creates it.
 
     Attributes:
+        root: the absolute path, or the URL.
+        store: the storage.
+        is_local: whether it is on local disks.
         damaged: paths of files that were found damaged and set aside, with the reason.
+
+    Raises:
+        StorageError: a URL of another kind.
     """
 
     def __init__(self, root: str) -> None:
-        if "://" in root:
-            self.fs, self.root = fsspec.core.url_to_fs(root)
-        else:  # fsspec would read "::" in a path as a chain of file systems, and write to another place
-            self.fs, self.root = fsspec.filesystem("file"), os.path.abspath(root)
-        self.is_local = "file" in _protocols(self.fs)
+        self.is_local = "://" not in root
+        self.root = os.path.abspath(root) if self.is_local else credential_free(root)
+        self.store = open_store(self.root)
         self.damaged: dict[str, str] = {}
-        self._known: dict[str, tuple[tuple[int, ...], Stored]] = {}
+        self._known: dict[str, tuple[str, Stored]] = {}
+        self._listed: dict[str, dict[str, Entry]] = {}
+        self._records = None if self.is_local else RecordCache(self.scratch_folder / "records.sqlite")
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Local folder of copies of remote files; it can be deleted at any time."""
+        return Path(self.root) if self.is_local else cache_folder(self.root)
+
+    @property
+    def home(self) -> Path:
+        """Local folder of what belongs to the lake and stays on this machine, such as Dagster's records."""
+        return Path(self.root) if self.is_local else state_folder(self.root)
+
+    def refresh(self) -> None:
+        """Forget the listings of a remote lake, so that files which other processes wrote are seen."""
+        self._listed.clear()
+
+    def changed(self, path: str) -> float:
+        """Return when a file was written, in seconds since 1970; 0 if there is none."""
+        entry = self.store.stat(path)
+        return 0.0 if entry is None else entry.modified
+
+    def folder_changed(self, folder: str) -> float:
+        """Return when a file was last written in a folder, in seconds since 1970; 0 without files."""
+        if self.is_local:
+            return os.stat(folder).st_mtime if os.path.isdir(folder) else 0.0
+        return max((entry.modified for entry in self.store.files(folder)), default=0.0)
+
+    def exists(self, path: str) -> bool:
+        """Check whether there is a file."""
+        return self.store.stat(path) is not None
 
     def path(self, asset: str, shard: str | None = None) -> str:
         """Return the path of an asset's file."""
@@ -179,23 +216,33 @@ class Lake:
         name = asset if shard is None else f"{asset}/{shard}"
         return f"{self.root}/{name}{suffix}"
 
-    def local_root(self) -> Path:
-        """Return the root as a local path.
-
-        Raises:
-            LakeError: the lake is on another file system.
-        """
-        if not self.is_local:
-            raise LakeError(f"{self.root}: this needs a lake in a local folder. Remedy: a path as `lake`, not a URL")
-        return Path(self.root)
-
     def shards(self, asset: str) -> list[str]:
         """List the shards for which an asset has a file, sorted."""
         folder = f"{self.root}/{asset}"
-        if not self.fs.exists(folder):
-            return []
-        names = (Path(path).name for path in self.fs.ls(folder, detail=False, refresh=True))
+        found = self.store.files(folder)
+        if not self.is_local:
+            self._listed[folder] = {entry.location: entry for entry in found}
+        names = (entry.name for entry in found)
         return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
+
+    def _entry(self, path: str) -> Entry | None:
+        """Return a file as it is now; of a remote lake, as its folder was listed last."""
+        if self.is_local:
+            return self.store.stat(path)
+        folder = path.rpartition("/")[0]
+        if folder not in self._listed:
+            self._listed[folder] = {entry.location: entry for entry in self.store.files(folder)}
+        return self._listed[folder].get(path)
+
+    def _changed(self, path: str) -> None:
+        """Look again at a remote file that this process wrote, moved or removed."""
+        folder = path.rpartition("/")[0]
+        if folder in self._listed:
+            entry = self.store.stat(path)
+            if entry is None:
+                self._listed[folder].pop(path, None)
+            else:
+                self._listed[folder][path] = entry
 
     def stored(self, asset: str, shard: str | None = None) -> Stored | None:
         """Return the record of an asset's file, None if there is no file. Records of unchanged files are cached.
@@ -206,31 +253,37 @@ class Lake:
             DamagedError: it can't be set aside.
         """
         path = self.path(asset, shard)
-        if not self.is_local:
-            return self._stored_or_none(path) if self.fs.exists(path) else None
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
+        entry = self._entry(path)
+        if entry is None:
             self._known.pop(path, None)
             return None
-        version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         known = self._known.get(path)
-        if known is None or known[0] != version:
+        if known is None or known[0] != entry.tag:
             if len(self._known) >= KNOWN_FILES:
                 self._known.clear()
-            stored = self._stored_or_none(path)
+            stored = self._cached(path, entry.tag) or self._stored_or_none(path)
             if stored is None:
                 return None
-            known = self._known[path] = (version, stored)
+            known = self._known[path] = (entry.tag, stored)
+            if self._records is not None:
+                self._records.put(path, entry.tag, _as_record(stored))
         return known[1]
+
+    def _cached(self, path: str, tag: str) -> Stored | None:
+        """Return a remote file's record as an earlier process read it."""
+        record = None if self._records is None else self._records.get(path, tag)
+        return None if record is None else _from_record(record)
 
     def _stored_or_none(self, path: str) -> Stored | None:
         try:
             with self._reading(path):
                 return self.read_stored(path)[0]
         except DamagedError:
-            if self.fs.exists(path):
+            if self.exists(path):
                 raise
+            return None
+        except FileNotFoundError:  # removed since it was listed
+            self._changed(path)
             return None
 
     def read_stored(self, path: str) -> tuple[Stored, bool]:
@@ -240,13 +293,8 @@ class Lake:
             ChecksumError: the record is damaged, or it is not a file of this lake.
         """
         try:
-            record, sealed = read_record(self.fs, path)
-            return Stored(
-                provenance=Provenance(**record["provenance"]),
-                fingerprint=record["fingerprint"],
-                rows=record["rows"],
-                summary=record["summary"],
-            ), sealed
+            record, sealed = read_record(self.store, path)
+            return _from_record(record), sealed
         except ChecksumError:
             raise
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -260,9 +308,10 @@ class Lake:
         """
         path = self._existing(asset, shard)
         with self._reading(path):
+            local = self.store.local(path)
             if path.endswith(".parquet"):
-                return read_parquet(self.fs, path, columns)
-            table = read_arrow(*mapped(self.fs, path, local=self.is_local), columns)
+                return read_parquet(local, columns)
+            table = read_arrow(*mapped(local), columns)
         return table.select(columns) if columns else table
 
     def vectors(self, asset: str, shard: str | None = None, *, columns: Collection[str]) -> list[Vectors]:
@@ -281,7 +330,7 @@ class Lake:
         """
         path = self._existing(asset, shard)
         with self._reading(path):
-            buffer, checked = mapped(self.fs, path, local=self.is_local)
+            buffer, checked = mapped(self.store.local(path))
             table = read_arrow(buffer, checked, set(pa.ipc.open_file(buffer).schema.names) - set(columns))
 
         def verify(blocks: np.ndarray) -> None:
@@ -305,13 +354,14 @@ class Lake:
             LakeError: there is no such file, or it is damaged.
         """
         path = self._existing(asset, shard)
-        with self._reading(path), opened(self.fs, path) as (file, checked):
+        local = self.store.local(path)
+        with self._reading(path), opened(local) as (file, checked):
             verify_parquet(pq.ParquetFile(file).metadata, checked, columns)
-        return Path(path)
+        return local
 
     def _existing(self, asset: str, shard: str | None) -> str:
         path = self.path(asset, shard)
-        if not self.fs.exists(path):
+        if not self.exists(path):
             where = f" of shard {shard}" if shard else ""
             raise LakeError(f"{path}: {asset}{where} is not there yet. Remedy: materialize it first.")
         return path
@@ -328,7 +378,7 @@ class Lake:
         except (ChecksumError, pa.ArrowInvalid) as error:
             raise self.set_aside(path, str(error)) from error
         except OSError as error:
-            if error.errno is not None:  # Arrow's own errors about the format have none
+            if error.errno is not None or isinstance(error, UserError):  # Arrow's own about the format have none
                 raise
             raise self.set_aside(path, str(error)) from error
 
@@ -337,14 +387,12 @@ class Lake:
         folder, name = path.rsplit("/", 1)
         aside = f"{folder}/.{name}{DAMAGED_SUFFIX}"
         try:
-            if self.is_local:
-                os.replace(path, aside)
-            else:
-                self.fs.mv(path, aside)
+            self.store.move(path, aside)
         except FileNotFoundError:
             pass  # another process was first
         except OSError as error:
             return DamagedError(f"{path}: damaged: {why}. Remedy: remove it; a run computes it again ({error})")
+        self._changed(path)
         self.damaged[path] = why
         return DamagedError(f"{path}: damaged: {why}. Set aside as {aside}. Remedy: clip-select run computes it again")
 
@@ -373,13 +421,7 @@ class Lake:
             rows=table.num_rows,
             summary=dict(summary or {}),
         )
-        record = {
-            "provenance": provenance.as_dict(),
-            "fingerprint": stored.fingerprint,
-            "rows": stored.rows,
-            "summary": stored.summary,
-            **SEALED,
-        }
+        record = {**_as_record(stored), **SEALED}
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(record, sort_keys=True)})
         path = self.path(provenance.asset, provenance.shard)
         with self.replacing(path) as temporary:
@@ -394,36 +436,46 @@ class Lake:
     def remove(self, asset: str, shard: str | None = None) -> bool:
         """Remove an asset's file, and return whether there was one."""
         path = self.path(asset, shard)
-        if not self.fs.exists(path):
-            return False
-        self.fs.rm_file(path)
-        return True
+        was_there = self.store.delete(path)
+        self._changed(path)
+        return was_there
 
     @contextmanager
     def replacing(self, path: str) -> Iterator[Path]:
         """Yield a local temporary path whose file becomes `path` when the block ends without an error."""
         folder, name = path.rsplit("/", 1)
         if not self.is_local:
-            self.fs.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="lake-") as local:
                 yield Path(local) / name
-                self.fs.put_file(f"{local}/{name}", path)
+                self.store.put(path, Path(local) / name)
+            self._changed(path)
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         _clear_strays(Path(folder))
         temporary = create_temporary(Path(folder), f".{name}.", TEMPORARY_SUFFIX)
         try:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(folder)
+            self.store.put(path, temporary)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+def _as_record(stored: Stored) -> dict[str, Any]:
+    return {
+        "provenance": stored.provenance.as_dict(),
+        "fingerprint": stored.fingerprint,
+        "rows": stored.rows,
+        "summary": stored.summary,
+    }
+
+
+def _from_record(record: Mapping[str, Any]) -> Stored:
+    return Stored(
+        provenance=Provenance(**record["provenance"]),
+        fingerprint=record["fingerprint"],
+        rows=record["rows"],
+        summary=record["summary"],
+    )
 
 
 def _clear_strays(folder: Path) -> None:
@@ -432,11 +484,3 @@ def _clear_strays(folder: Path) -> None:
         written_by = stray.name.rpartition(TEMPORARY_SUFFIX)[0].rsplit(".", 1)[-1]
         if stray.is_file() and is_abandoned(stray, written_by):
             stray.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -51,6 +51,13 @@ def token() -> str:
     return f"{_place()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
+def is_ended(written_by: str) -> bool:
+    """Check whether a token's process was one of this machine, and has ended."""
+    place, _, rest = written_by.partition("-")
+    pid = rest.partition("-")[0]
+    return place == _place() and pid.isdigit() and not _is_running(int(pid))
+
+
 def is_abandoned(path: Path, written_by: str) -> bool:
     """Check whether a temporary file has no writer any more.
 
@@ -58,9 +65,7 @@ def is_abandoned(path: Path, written_by: str) -> bool:
         path: the file; its time of modification counts where the writer is unknown.
         written_by: the token in its name.
     """
-    place, _, rest = written_by.partition("-")
-    pid = rest.partition("-")[0]
-    if place == _place() and pid.isdigit() and not _is_running(int(pid)):
+    if is_ended(written_by):
         return True
     try:
         return time.time() - path.stat().st_mtime > STRAY_AFTER_SECONDS

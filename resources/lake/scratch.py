@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from resources.lake.files import Lake, LakeError
+from resources.lake.owners import create_temporary, token
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ZEROS = bytes(1 << 20)
 _STATE = "state.json"
+_ARRAYS = "arrays"  # of a remote lake: the folder of the arrays' copies
+CHECKPOINT_SECONDS = 60
 
 Arrays = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
 """Dtype and shape of each array, by the name of its file."""
@@ -32,6 +36,9 @@ class WorkFolder:
 
     The state is one JSON object in `state.json`. It is replaced atomically and after the arrays are flushed, so it
     never claims more than the arrays hold. A folder without a state has not begun.
+
+    Of a remote lake, state and arrays are in a local scratch folder. A `save` copies them to the lake when the last
+    copy is older than `CHECKPOINT_SECONDS`, the state last; another machine goes on from there.
 
     Args:
         lake: the lake.
@@ -44,8 +51,12 @@ class WorkFolder:
     def __init__(self, lake: Lake, name: str) -> None:
         self.lake = lake
         self.name = name
-        self.state: dict[str, Any] = self.read_state()
         self._open: dict[str, np.memmap] = {}
+        self._copied = -math.inf
+        self._work, self._saves = "", 0
+        if not lake.is_local:
+            self._restore()
+        self.state: dict[str, Any] = self.read_state()
 
     @property
     def url(self) -> str:
@@ -54,19 +65,32 @@ class WorkFolder:
 
     @property
     def path(self) -> Path:
-        """The folder as a local path, which arrays need.
-
-        Raises:
-            LakeError: the lake is not in a local folder.
-        """
-        return self.lake.local_root() / self.name
+        """The folder of the arrays, a local path."""
+        return self.lake.scratch_folder / self.name
 
     # State
 
     def read_state(self) -> dict[str, Any]:
         """Read the state that is stored now, `{}` if there is none; `state` is not changed."""
+        place = self.path / _STATE
+        found = json.loads(place.read_bytes()) if place.exists() else {}
+        if self.lake.is_local or not found:
+            return dict(found)
+        self._work, self._saves = found["work"], found["saves"]
+        return dict(found["state"])
+
+    def _restore(self) -> None:
+        """Make the scratch folder hold what the lake has, unless it goes on from that."""
         place = f"{self.url}/{_STATE}"
-        return json.loads(self.lake.fs.cat_file(place)) if self.lake.fs.exists(place) else {}
+        kept = json.loads(self.lake.store.read(place)) if self.lake.exists(place) else None
+        mine = json.loads((self.path / _STATE).read_bytes()) if (self.path / _STATE).exists() else None
+        if kept is None or (mine is not None and mine["work"] == kept["work"] and mine["saves"] >= kept["saves"]):
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        for entry in self.lake.store.files(f"{self.url}/{_ARRAYS}"):
+            shutil.copyfile(self.lake.store.local(entry.location), self.path / entry.name)
+        (self.path / _STATE).write_text(json.dumps(kept), encoding="utf-8")
 
     def is_of(self, provenance: str) -> bool:
         """Return whether the state holds this digest of a provenance."""
@@ -74,7 +98,7 @@ class WorkFolder:
 
     def is_complete(self, names: Collection[str]) -> bool:
         """Return whether the work has begun and all of these files are there."""
-        return bool(self.state) and all(self.lake.fs.exists(f"{self.url}/{name}") for name in names)
+        return bool(self.state) and all((self.path / name).exists() for name in names)
 
     def begin(self, state: Mapping[str, Any], arrays: Arrays) -> None:
         """Start over: remove the stored state, set a new one, and make arrays of zeros.
@@ -88,7 +112,9 @@ class WorkFolder:
         Raises:
             LakeError: there is no room for the arrays.
         """
+        self.lake.store.delete(f"{self.url}/{_STATE}")
         (self.path / _STATE).unlink(missing_ok=True)
+        self._work, self._saves = token(), 0
         self._open = {}
         self.state = dict(state)
         reserve(self.path, {name: math.prod(shape) * np.dtype(kind).itemsize for name, (kind, shape) in arrays.items()})
@@ -97,8 +123,30 @@ class WorkFolder:
         """Flush all arrays, then store the state with some fields changed."""
         self.state |= changes
         self.flush()
+        if self.lake.is_local:
+            self._write_state(json.dumps(self.state))
+        else:
+            self._save_remote()
+
+    def _write_state(self, text: str) -> None:
         with self.lake.replacing(f"{self.url}/{_STATE}") as temporary:
-            temporary.write_text(json.dumps(self.state), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
+
+    def _save_remote(self) -> None:
+        place = self.path / _STATE
+        self._saves += 1
+        text = json.dumps({"work": self._work, "saves": self._saves, "state": self.state})
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = create_temporary(self.path, f".{_STATE}.", ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(place)
+        if time.monotonic() - self._copied < CHECKPOINT_SECONDS:
+            return
+        for path in sorted(self.path.iterdir()):
+            if path.name != _STATE and not path.name.startswith("."):
+                self.lake.store.put(f"{self.url}/{_ARRAYS}/{path.name}", path)
+        self._write_state(text)
+        self._copied = time.monotonic()
 
     # Arrays
 
@@ -143,10 +191,8 @@ class WorkFolder:
             yield temporary
 
     def parts(self, prefix: str = "") -> list[str]:
-        """Return the paths of the parts whose names start with `prefix`, sorted, for `lake.fs`."""
-        if not self.lake.fs.exists(self.url):
-            return []
-        listed = sorted(self.lake.fs.ls(self.url, detail=False, refresh=True))
+        """Return the locations of the parts whose names start with `prefix`, sorted, for `lake.store`."""
+        listed = [entry.location for entry in self.lake.store.files(self.url)]
         names = {path: path.rsplit("/", 1)[-1] for path in listed}
         return [path for path, name in names.items() if name != _STATE and name[0] != "." and name.startswith(prefix)]
 
@@ -154,8 +200,9 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Remove the folder, if there is one."""
-        if self.lake.fs.exists(self.url):
-            self.lake.fs.rm(self.url, recursive=True)
+        self.lake.store.delete_folder(self.url)
+        if not self.lake.is_local and self.path.exists():
+            shutil.rmtree(self.path)
         self.state, self._open = {}, {}
 
     def remove_siblings(self, keep: Collection[str]) -> None:
@@ -163,6 +210,11 @@ class WorkFolder:
         for folder in self.path.parent.glob("*/"):
             if folder.name != self.path.name and folder.name not in keep:
                 shutil.rmtree(folder)
+        if not self.lake.is_local:
+            parent = self.url.rpartition("/")[0]
+            for name in self.lake.store.folders(parent):
+                if name != self.path.name and name not in keep:
+                    self.lake.store.delete_folder(f"{parent}/{name}")
 
 
 def reserve(folder: Path, sizes: Mapping[str, int]) -> None:

@@ -8,14 +8,15 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resources.storage.checksums import BLOCK, Checked, ChecksumError
+from resources.storage.stores import Store
 
 METADATA_KEY = b"clip_data_selection"
 SEALED = {"checksums": "xxh3_64"}
@@ -23,8 +24,8 @@ SEALED = {"checksums": "xxh3_64"}
 
 
 @contextlib.contextmanager
-def opened(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[Any, Checked]]:
-    """Open a file for reading in ranges.
+def opened(path: Path) -> Iterator[tuple[BinaryIO, Checked]]:
+    """Open a local file for reading in ranges.
 
     Yields:
         The file, and its checksums.
@@ -32,26 +33,26 @@ def opened(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[Any, Chec
     Raises:
         ChecksumError: its footer is damaged.
     """
-    with fs.open(path) as file:
-
-        def read(start: int, stop: int) -> bytes:
-            file.seek(start)
-            found: bytes = file.read(stop - start)
-            return found
-
-        yield file, Checked(read, file.seek(0, os.SEEK_END))
+    with open(path, "rb") as file:
+        yield file, _checked(file)
 
 
-def mapped(fs: fsspec.AbstractFileSystem, path: str, *, local: bool) -> tuple[pa.Buffer, Checked]:
-    """Return the bytes of a file, mapped into memory where it is local, and its checksums.
+def _checked(file: BinaryIO) -> Checked:
+    def read(start: int, stop: int) -> bytes:
+        file.seek(start)
+        return file.read(stop - start)
+
+    return Checked(read, file.seek(0, os.SEEK_END))
+
+
+def mapped(path: Path) -> tuple[pa.Buffer, Checked]:
+    """Return the bytes of a local file, mapped into memory, and its checksums.
 
     Raises:
         ChecksumError: its footer is damaged.
     """
-    if not local:
-        buffer = pa.py_buffer(fs.cat_file(path))
-    elif os.path.getsize(path):
-        with pa.memory_map(path) as source:
+    if os.path.getsize(path):
+        with pa.memory_map(str(path)) as source:
             buffer = source.read_buffer()
     else:
         buffer = pa.py_buffer(b"")
@@ -59,8 +60,8 @@ def mapped(fs: fsspec.AbstractFileSystem, path: str, *, local: bool) -> tuple[pa
     return buffer, Checked(lambda start, stop: view[start:stop], len(view))
 
 
-def read_record(fs: fsspec.AbstractFileSystem, path: str) -> tuple[dict[str, Any], bool]:
-    """Read the record of a file from its footer.
+def read_record(store: Store, location: str) -> tuple[dict[str, Any], bool]:
+    """Read the record of a file from its footer; of a remote file, only the end.
 
     Returns:
         The record, whose `rows` are the number of rows; and whether the file has checksums.
@@ -69,8 +70,9 @@ def read_record(fs: fsspec.AbstractFileSystem, path: str) -> tuple[dict[str, Any
         ChecksumError: the footer is damaged.
         ArrowInvalid, OSError, KeyError, TypeError, ValueError: it is not a file with a record.
     """
-    with opened(fs, path) as (file, checked):
-        if path.endswith(".parquet"):
+    with store.open(location) as file:
+        checked = _checked(file)
+        if location.endswith(".parquet"):
             parquet = pq.ParquetFile(file)
             schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
         else:
@@ -81,13 +83,13 @@ def read_record(fs: fsspec.AbstractFileSystem, path: str) -> tuple[dict[str, Any
     return {**record, "rows": record["rows"] if rows is None else rows}, checked.sealed
 
 
-def read_parquet(fs: fsspec.AbstractFileSystem, path: str, columns: list[str] | None) -> pa.Table:
-    """Read columns of a Parquet file, by default all, and verify them.
+def read_parquet(path: Path, columns: list[str] | None) -> pa.Table:
+    """Read columns of a local Parquet file, by default all, and verify them.
 
     Raises:
         ChecksumError: a block of them is damaged.
     """
-    with opened(fs, path) as (file, checked):
+    with opened(path) as (file, checked):
         parquet = pq.ParquetFile(file)
         verify_columns(parquet.metadata, checked, columns)
         return parquet.read(columns=columns)

@@ -4,7 +4,8 @@ Here: paths of versions, writing and reading them. `lineage.json` is written las
 written, or was left by a killed run; then its number is used again.
 
 A writer claims a number by renaming a folder to it, which the file system does for one writer only. The folder holds
-the claim, an empty file that identifies the writer, until the version is complete.
+the claim, an empty file that identifies the writer, until the version is complete. An object store has no rename: there
+the claim is an object that is written only if there is none, and stays; the number of a killed run is not used again.
 
 The record has the SHA-256 of every file and a checksum of itself; the report's are in `report/checksums.json`.
 """
@@ -24,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from core.hashing import digest, sha256, sha256_of
+from core.hashing import digest, sha256
 from core.uids import UID_DTYPE
 from resources.lake.files import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, DamagedError, Lake, LakeError
 from resources.lake.owners import create_temporary, is_abandoned, token
@@ -34,6 +35,8 @@ NUMBERED = re.compile(r"^\.?v(\d{4,})(?:\..+\.damaged)?$")
 """Folders whose numbers are taken: those of versions, and of versions that were set aside."""
 ROW_GROUP = 1 << 20
 CLAIM_SUFFIX = ".writing"
+REMOTE_CLAIM = ".claim"
+"""Object of a version in an object store that holds its number."""
 RECORD, REPORT_CHECKSUMS = "lineage.json", "report/checksums.json"
 _REQUIRED = {"recipe", "rows", "shards", "source", "steps"}
 
@@ -116,10 +119,8 @@ class Versions:
 
     def names(self) -> list[str]:
         """List the complete versions, oldest first."""
-        if not self.lake.fs.exists(self.folder):
-            return []
-        found = {path.rsplit("/", 1)[-1] for path in self.lake.fs.ls(self.folder, detail=False)}
-        complete = [n for n in found if NAME.match(n) and self.lake.fs.exists(self._lineage_path(n))]
+        found = self.lake.store.folders(self.folder)
+        complete = [n for n in found if NAME.match(n) and self.lake.exists(self._lineage_path(n))]
         return sorted(complete, key=lambda name: int(name[1:]))
 
     def read(self, name: str) -> Version:
@@ -130,11 +131,11 @@ class Versions:
             DamagedError: its record is damaged.
         """
         path = self._lineage_path(name)
-        if not self.lake.fs.exists(path):
+        if not self.lake.exists(path):
             known = ", ".join(self.names()) or "none"
             raise LakeError(f"{path}: recipe {self.recipe} has no version {name}. Known: {known}")
         try:
-            lineage = json.loads(self.lake.fs.cat_file(path))
+            lineage = json.loads(self.lake.store.read(path))
         except ValueError as error:
             raise _damaged(path, f"not a lineage record ({error})") from error
         if not isinstance(lineage, dict) or not ("checksum" in lineage or lineage.keys() >= _REQUIRED):
@@ -157,10 +158,10 @@ class Versions:
         A version from before checksums may have no report, or one without checksums.
         """
         path = f"{version.folder}/{REPORT_CHECKSUMS}"
-        if not self.lake.fs.exists(path):
+        if not self.lake.exists(path):
             return {path: "missing"} if version.sealed else {}
         try:
-            files = dict(json.loads(self.lake.fs.cat_file(path)))
+            files = dict(json.loads(self.lake.store.read(path)))
         except (ValueError, TypeError):
             files = {}
         if not files:
@@ -172,31 +173,34 @@ class Versions:
         return {path: why for path, why in found.items() if why is not None}
 
     def _wrong(self, path: str, sha: str) -> str | None:
-        if not self.lake.fs.exists(path):
+        if not self.lake.exists(path):
             return "missing"
         return None if self._sha256(path) == sha else "it does not have its SHA-256"
 
     def write_report_checksums(self, version: Version) -> None:
         """Write the SHA-256 of the files of a version's report, which is complete then."""
         folder = f"{version.folder}/report"
-        prefix = len(self.lake.fs._strip_protocol(folder)) + 1
-        paths = sorted(self.lake.fs.find(folder))
-        found = {path[prefix:]: self._sha256(path) for path in paths if not path.endswith(f"/{REPORT_CHECKSUMS}")}
+        paths = [entry.location for entry in self.lake.store.files(folder, deep=True)]
+        found = {
+            path.removeprefix(f"{folder}/"): self._sha256(path)
+            for path in paths
+            if not path.endswith(f"/{REPORT_CHECKSUMS}")
+        }
         with self.lake.replacing(f"{version.folder}/{REPORT_CHECKSUMS}") as path:
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     def verified_path(self, version: Version, file: str = "manifest.parquet") -> str:
-        """Verify one of a version's files, and return its path.
+        """Verify one of a version's files, and return its local path.
 
         Raises:
             DamagedError: it is missing or damaged.
         """
         path = f"{version.folder}/{file}"
         sha = version.checksums.get(file)
-        why = "missing" if not self.lake.fs.exists(path) else None if sha is None else self._wrong(path, sha)
+        why = "missing" if not self.lake.exists(path) else None if sha is None else self._wrong(path, sha)
         if why is not None:
             raise _damaged(path, why)
-        return path
+        return str(self.lake.store.local(path))
 
     def set_damaged_aside(self) -> dict[str, str]:
         """Set the newest versions aside as far as they are damaged: rename `v0003` to `.v0003.<random>.damaged`.
@@ -220,7 +224,7 @@ class Versions:
     def set_aside(self, name: str) -> None:
         """Rename a version's folder, so that it is no version any more."""
         aside = f"{self.folder}/.{name}.{token()}{DAMAGED_SUFFIX}"
-        self.lake.fs.mv(f"{self.folder}/{name}", aside, recursive=True)
+        self.lake.store.move(f"{self.folder}/{name}", aside)
 
     def current(self) -> Version | None:
         """Read the newest version, or None before the first."""
@@ -284,11 +288,10 @@ class Versions:
         return version
 
     def _claim(self) -> str:
-        """Return the next free number, now taken by this writer; on a remote file system, others may take it too."""
+        """Return the next free number, now taken by this writer."""
         folder = Path(self.folder)
         if not self.lake.is_local:
-            newest = self.names()
-            return f"v{int(newest[-1][1:]) + 1 if newest else 1:04d}"
+            return self._claim_remote()
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".claims.lock", "w") as lock:
             # Only against clearing a folder that another writer has just claimed again; the rename decides on numbers.
@@ -306,6 +309,16 @@ class Versions:
                 if not mine.exists() or not (folder / f"v{number:04d}").exists():
                     raise LakeError(f"{folder}: no version can be written here. Remedy: make the folder writable")
 
+    def _claim_remote(self) -> str:
+        """Take the next number by writing its claim if there is none; the claim stays, so that it is taken once."""
+        taken = (NUMBERED.match(name) for name in self.lake.store.folders(self.folder))
+        number = max((int(found[1]) for found in taken if found is not None), default=0)
+        while True:
+            number += 1
+            name = f"v{number:04d}"
+            if self.lake.store.put_if_absent(f"{self.folder}/{name}/{REMOTE_CLAIM}", token().encode()):
+                return name
+
     def _clear_abandoned(self, folder: Path) -> None:
         """Remove folders whose writer was killed; one without a claim is from before claims, and stays for a day."""
         for path in folder.iterdir():
@@ -320,8 +333,7 @@ class Versions:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _remove_folder(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
+        self.lake.store.delete_folder(f"{self.folder}/{name}")
 
     def remove(self, name: str) -> None:
         """Remove a version that is not the newest. Its record goes first, so an interrupted removal leaves no version.
@@ -331,8 +343,8 @@ class Versions:
         """
         if name == self.names()[-1]:
             raise LakeError(f"{self.folder}/{name}: the newest version stays. Remedy: choose an older one")
-        self.lake.fs.rm_file(self._lineage_path(name))
-        self.lake.fs.rm(f"{self.folder}/{name}", recursive=True)
+        self.lake.store.delete(self._lineage_path(name))
+        self.lake.store.delete_folder(f"{self.folder}/{name}")
 
     def read_uids(
         self, version: Version, file: str = "manifest.parquet", *, columns: Sequence[str] = ("f0", "f1")
@@ -342,12 +354,11 @@ class Versions:
         Raises:
             DamagedError: the file is missing or damaged.
         """
-        with self.lake.fs.open(self.verified_path(version, file)) as opened:
-            return pq.ParquetFile(opened).read(columns=list(columns))
+        with pq.ParquetFile(self.verified_path(version, file)) as opened:
+            return opened.read(columns=list(columns))
 
     def _sha256(self, path: str) -> str:
-        with self.lake.fs.open(path) as file:
-            return sha256_of(file)
+        return sha256(self.lake.store.local(path))
 
     def _lineage_path(self, name: str) -> str:
         return f"{self.folder}/{name}/{RECORD}"

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from core.hashing import sha256_of
+from resources.storage.objects import filesystem
+from resources.storage.stores import is_object_store
 
 _GAP = 64 * 1024  # bytes: smaller holes are read, which is faster than a seek or another request
-_STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime", "created")
+_STAMPS = ("ETag", "etag", "e_tag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime", "created")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ def fingerprint(files: Sequence[Listed]) -> str:
 def _filesystem(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
+    if is_object_store(url):
+        return filesystem(url), url.partition("://")[2]
     return url_to_fs(url)
 
 

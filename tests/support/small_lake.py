@@ -244,7 +244,7 @@ class SmallLake:
 
     def build(self, recipes=tuple(RECIPES)):
         """Build the catalog and return a read-only connection to it."""
-        build_catalog(self.root, self.catalog, scores=SCORES, targets=TARGETS, recipes=recipes)
+        build_catalog(Lake(str(self.root)), self.catalog, scores=SCORES, targets=TARGETS, recipes=recipes)
         return read_catalog(self.catalog)
 
 

@@ -124,7 +124,7 @@ def test_no_address_in_a_caption_becomes_a_link(address: str) -> None:
 def test_the_report_is_a_link_where_a_web_server_has_it(made: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_SELECTION_REPORTS", "https://clip.example.org/subset/")
     project = made.open()
-    page = (report_folder(made, "paper") / "index.html").relative_to(project.lake.local_root())
+    page = (report_folder(made, "paper") / "index.html").relative_to(project.lake.root)
     found = report_metadata(project, made.subset("paper"))
     assert found["report"] == dg.MetadataValue.url(f"https://clip.example.org/{page.as_posix()}")
 

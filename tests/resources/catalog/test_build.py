@@ -14,7 +14,7 @@ import pytest
 
 from core.uids import format_uids, subset_array
 from resources.catalog.build import build_catalog, read_catalog
-from resources.lake.files import LakeError
+from resources.lake.files import Lake, LakeError
 from tests.support.small_lake import CLIP, CLIP_SCORE, LABELS, NEAR, RECIPES, SCORES, TARGETS, SmallLake, fetch
 
 
@@ -159,7 +159,7 @@ def test_scores_that_changed_since_a_version_are_told_from_a_verdict(lake):
 
 def test_a_score_that_left_the_project_leaves_the_other_recipes_explained(lake):
     build_catalog(
-        lake.root,
+        Lake(str(lake.root)),
         lake.catalog,
         scores=[CLIP_SCORE],
         targets=[],
@@ -388,7 +388,7 @@ def test_explain_opens_no_file_of_another_shard(lake):
 def test_explain_finds_the_scores_however_the_lakes_path_is_written(lake):
     row = lake.rows["00001"][0]
     root = lake.root / ".." / lake.root.name
-    build_catalog(root, lake.catalog, scores=SCORES, targets=TARGETS, recipes=["wide"])
+    build_catalog(Lake(str(root)), lake.catalog, scores=SCORES, targets=TARGETS, recipes=["wide"])
     with read_catalog(lake.catalog) as con:
         assert fetch(con, "FROM explain(?)", f"{row['f0']:016x}{row['f1']:016x}")[2]["value"] == row[CLIP]
 

@@ -313,16 +313,3 @@ def test_the_litter_of_a_killed_writer_is_cleared_by_the_next_write_in_the_folde
         (folder / stray).write_bytes(b"half")
     lake.write(pa.table({"x": [2]}), provenance())
     assert [path.name for path in folder.iterdir()] == ["00000.parquet"]
-
-
-def test_the_lake_may_lie_on_another_file_system() -> None:
-    lake = Lake("memory://lake-test")
-    lake.write(pa.table({"x": [1, 2]}), provenance())
-    lake.write(pa.table({"image": vectors_to_column(np.ones((2, 3), np.float16))}), provenance(asset="embeddings/b32"))
-    assert lake.shards("clip_score/b32") == ["00000"]
-    assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1, 2]
-    assert column_to_vectors(lake.read("embeddings/b32", "00000")["image"]).shape == (2, 3)
-    assert lake.remove("clip_score/b32", "00000")
-    assert lake.stored("clip_score/b32", "00000") is None
-    with pytest.raises(LakeError, match=r"local folder\. Remedy: a path"):
-        lake.local_root()

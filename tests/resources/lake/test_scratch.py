@@ -57,7 +57,7 @@ def test_work_is_resumed_from_the_last_saved_state(lake: Lake) -> None:
     assert not again.is_of("q")
     assert again.array("rank", np.int64).tolist() == [0, 1, 2, 3, 4]
     assert again.array("vectors", np.float16, (5, 3)).sum() == 3
-    assert json.loads((lake.local_root() / "search/b32/state.json").read_text()) == again.state
+    assert json.loads((Path(lake.root) / "search/b32/state.json").read_text()) == again.state
 
 
 def test_an_array_for_reading_cannot_be_written(lake: Lake) -> None:
@@ -107,12 +107,14 @@ def test_folders_of_other_searches_are_removed_but_for_those_that_are_kept(lake:
     for name in ("a", "b", "c"):
         WorkFolder(lake, f"search/{name}").begin({}, ARRAYS)
     WorkFolder(lake, "search/a").remove_siblings(["c"])
-    assert sorted(path.name for path in (lake.local_root() / "search").iterdir()) == ["a", "c"]
+    assert sorted(path.name for path in (Path(lake.root) / "search").iterdir()) == ["a", "c"]
 
 
-@pytest.mark.parametrize("root", ["lake", "memory://scratch/lake"])
-def test_parts_are_whole_or_absent_and_go_with_their_folder(tmp_path: Path, root: str) -> None:
-    lake = Lake(root if "://" in root else str(tmp_path / root))
+@pytest.mark.parametrize("root", ["lake", "s3"])
+def test_parts_are_whole_or_absent_and_go_with_their_folder(
+    tmp_path: Path, root: str, request: pytest.FixtureRequest
+) -> None:
+    lake = Lake(f"{request.getfixturevalue('bucket')}/lake" if root == "s3" else str(tmp_path / root))
     work = WorkFolder(lake, "captioning/blip/00000")
     assert work.parts() == []
     for name in ("a-2", "a-1", "b-1"):
@@ -122,9 +124,9 @@ def test_parts_are_whole_or_absent_and_go_with_their_folder(tmp_path: Path, root
         temporary.write_text("half")
         raise RuntimeError("killed")
     work.save(done=1)
-    assert [lake.fs.cat_file(path) for path in work.parts("a-")] == [b"a-1", b"a-2"]
+    assert [lake.store.read(path) for path in work.parts("a-")] == [b"a-1", b"a-2"]
     assert [path.rsplit("/", 1)[-1] for path in work.parts()] == ["a-1", "a-2", "b-1"]
     work.clear()
     assert work.parts() == []
-    assert not lake.fs.exists(work.url)
+    assert not lake.store.files(work.url)
     assert WorkFolder(lake, "captioning/blip/00000").state == {}
