@@ -88,6 +88,7 @@ def build_sensors(context: Context, graph: Graph) -> list[dg.SensorDefinition]:
         def evaluate(sensor: dg.SensorEvaluationContext) -> TickResult:
             with turn:
                 try:
+                    context.lake.refresh()
                     return tick(Snapshot(context), graph, sensor)
                 except UserError as error:
                     return dg.SkipReason(f"{type(error).__name__}: {error}")
