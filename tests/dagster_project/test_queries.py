@@ -240,9 +240,10 @@ def test_a_command_that_fails_prints_one_json_document_and_the_message_without_a
 
 def test_check_and_export_print_json(terminal: Terminal) -> None:
     assert terminal.json("check")["shards"] == len(SHARDS)
-    found = terminal.json("export", "--recipe", "clip_third")
+    found = terminal.json("export", "--recipe", "paper")
     assert (found["exit_status"], found["version"], found["failed"]) == (0, "v0001", [])
-    assert list(Path(found["folder"]).rglob("*.tar"))
+    assert Path(found["folder"]) == terminal.scenario.folder / "lake" / "export" / "paper" / "v0001"
+    assert any(path.is_file() for path in Path(found["folder"]).rglob("*"))
 
 
 def test_a_count_above_the_number_of_rows_is_a_warning_in_the_terminal_the_record_and_the_report(
