@@ -6,4 +6,9 @@ class UserError(Exception):
 
     The message names the file or field and the remedy. The command line prints it without a traceback, and sensors
     skip their tick with it.
+
+    Attributes:
+        exit_status: of a command that it ends.
     """
+
+    exit_status = 2

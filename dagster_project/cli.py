@@ -7,6 +7,7 @@ second. Not here: the work of a pass (`headless`), and the printing (`console`).
 import functools
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.metadata import version
@@ -76,6 +77,9 @@ def _config(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _recipe = click.option("--recipe", required=True, help="Name of the recipe.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+_document = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress is on stderr."
+)
 _only = click.option(
     "--only", metavar="RECIPE", multiple=True, help="Only what this recipe needs; may be given several times."
 )
@@ -94,18 +98,19 @@ def commands() -> None:
 @commands.command()
 @_config
 @_only
-def check(config: Path, only: tuple[str, ...]) -> int:
+@_json
+def check(config: Path, only: tuple[str, ...], as_json: bool) -> int:
     """Check the YAML and all paths, models and features in it; compute nothing."""
     from dagster_project import console
 
-    return console.check(_open(config), _console(), only=only)
+    return console.check(_open(config), _console(), only=only, as_json=as_json)
 
 
 @commands.command()
 @_config
 @_only
 @click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress is on stderr.")
+@_document
 def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bool) -> int:
     """Compute whatever is missing or out of date, and select the subsets.
 
@@ -260,7 +265,8 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
 @commands.command()
 @_config
 @_recipe
-def export(config: Path, recipe: str) -> int:
+@_document
+def export(config: Path, recipe: str, as_json: bool) -> int:
     """Copy the samples of a subset's newest version into new tars.
 
     The tars are in <lake>/export/<recipe>/<version>. Exits with 1 if a shard failed. SIGINT and SIGTERM end it like
@@ -270,9 +276,12 @@ def export(config: Path, recipe: str) -> int:
     def command(interrupts: "Interrupts") -> int:
         from dagster_project import console
 
-        return console.export(_open(config), recipe, _console(), interrupts=interrupts)
+        if not as_json:
+            return console.export(_open(config), recipe, _console(), interrupts=interrupts)
+        with console.json_document() as document:
+            return console.export(_open(config), recipe, document, as_json=True, interrupts=interrupts)
 
-    return run_interruptible(command, _again(config, "--recipe", recipe))
+    return run_interruptible(command, _again(config, "--recipe", recipe, *["--json"] * as_json))
 
 
 @commands.command()
@@ -359,18 +368,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 if all went well, 1 if something failed, 2 for an error that the user can fix, 130 or 143
         if it was interrupted.
     """
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        return commands.main(arguments, prog_name="clip-select", standalone_mode=False) or 0
+        status = commands.main(arguments, prog_name="clip-select", standalone_mode=False) or 0
+        kind, message = "Interrupted", "the command was interrupted"
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        kind, message, status = type(error).__name__, error.format_message(), error.exit_code
     except click.Abort:
-        return 130  # interrupted by Ctrl-C, as a shell reports it
+        kind, message, status = "Interrupted", "the command was interrupted", 130  # as a shell reports Ctrl-C
     except (UserError, OSError) as error:
         from dagster_project.console import print_error
 
         print_error(error)
-        return 2
+        kind, message, status = type(error).__name__, str(error), getattr(error, "exit_status", 2)
+    else:
+        if status < 128:
+            return status  # the command has printed its document
+    if as_json:
+        from dagster_project.console import print_json_error
+
+        print_json_error(kind, message, status)
+    return status
 
 
 def entry() -> NoReturn:

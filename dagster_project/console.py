@@ -20,7 +20,7 @@ from rich.text import Text
 
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.errors import UserError
-from dagster_project.outcome import document, pool_counts, subset_warnings
+from dagster_project.outcome import document, failures, pool_counts, subset_warnings
 from dagster_project.tables import print_json
 
 if TYPE_CHECKING:
@@ -103,13 +103,14 @@ def _graph(project: "Context", only: Collection[str]) -> "tuple[Graph, set[str] 
     return graph, graph.needed_by(only) if only else None
 
 
-def check(project: "Context", console: Console, *, only: Collection[str] = ()) -> int:
+def check(project: "Context", console: Console, *, only: Collection[str] = (), as_json: bool = False) -> int:
     """Check everything that a YAML refers to, compute nothing, and print that all is well.
 
     Args:
         project: the opened project.
         console: where to print.
         only: names of the recipes; check only what they need.
+        as_json: print JSON.
 
     Raises:
         ConfigError: something is missing or wrong.
@@ -119,19 +120,31 @@ def check(project: "Context", console: Console, *, only: Collection[str] = ()) -
 
     graph, needed = _graph(project, only)
     require_inputs(project, graph, needed)
-    assets = len(graph.in_order if needed is None else needed)
-    text = f"{project.config}: no problems. Shards: {len(project.pool.list_shards())}; assets: {assets}"
+    assets, shards = len(graph.in_order if needed is None else needed), len(project.pool.list_shards())
+    if as_json:
+        config = str(project.config)
+        print_json({"exit_status": 0, "error": None, "config": config, "shards": shards, "assets": assets}, console)
+        return 0
+    text = f"{project.config}: no problems. Shards: {shards}; assets: {assets}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def export(project: "Context", recipe: str, console: Console, *, interrupts: "Interrupts | None" = None) -> int:
+def export(
+    project: "Context",
+    recipe: str,
+    console: Console,
+    *,
+    as_json: bool = False,
+    interrupts: "Interrupts | None" = None,
+) -> int:
     """Write the tars of a subset's newest version, and print their folder.
 
     Args:
         project: the opened project.
         recipe: name of the recipe.
         console: where to print.
+        as_json: print one JSON document.
         interrupts: the signals that end it.
 
     Returns:
@@ -153,12 +166,17 @@ def export(project: "Context", recipe: str, console: Console, *, interrupts: "In
             outcome = write_export(
                 project, graph, instance, recipe, notice=shown.notice, progress=shown.advance, interrupts=interrupts
             )
+    status = 1 if outcome.failures else 0
+    version = None if status else Versions(project.lake, recipe).names()[-1]
+    folder = f"{project.lake.root}/export/{recipe}/{version}" if version else None
+    if as_json:
+        found = {"recipe": recipe, "version": version, "folder": folder, **failures(outcome)}
+        print_json({"exit_status": status, "error": None, **found}, console)
+        return status
     print_failures(outcome, console)
-    if not outcome.failures:
-        version = Versions(project.lake, recipe).names()[-1]
-        folder = f"{project.lake.root}/export/{recipe}/{version}"
+    if folder:
         console.print(f"Exported: {folder}", soft_wrap=True, highlight=False, markup=False)
-    return 1 if outcome.failures else 0
+    return status
 
 
 # The outcome of a pass
@@ -270,6 +288,19 @@ def _print_checks(project: "Context", graph: "Graph", console: Console, only: Co
 # The other commands
 
 
+class UnknownUidError(UserError):
+    """No sample has a uid, and no rejected sample has it as its key."""
+
+    exit_status = 1
+
+    def __init__(self, uid: str) -> None:
+        known = re.fullmatch(r"[0-9a-fA-F]{32}", uid, re.ASCII)
+        why = (
+            "no sample in the pool has this uid" if known else "this is not a uid, which has 32 hexadecimal characters"
+        )
+        super().__init__(f"{uid}: {why}; and no rejected sample has it as its key")
+
+
 def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False) -> int:
     """Print what every step of every recipe did with a sample.
 
@@ -280,17 +311,17 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
         as_json: print the rows as JSON.
 
     Returns:
-        The exit status: 1 if there is no such sample, else 0.
+        The exit status, 0.
 
     Raises:
         FileNotFoundError: there is no catalog yet.
+        UnknownUidError: there is no such sample.
     """
     from dagster_project.queries import ask
 
     rows = ask(catalog, "FROM explain($uid)", uid=uid)
     if any(row["verdict"] == "unknown uid" for row in rows):
-        print_unknown_uid(uid)
-        return 1
+        raise UnknownUidError(uid)
     if as_json:
         print_json(rows, console)
         return 0
@@ -318,34 +349,29 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
     return 0
 
 
-def print_unknown_uid(uid: str) -> None:
-    """Print to stderr that no sample has a uid, and whether it is a uid at all."""
-    known = re.fullmatch(r"[0-9a-fA-F]{32}", uid, re.ASCII)
-    why = "no sample in the pool has this uid" if known else "this is not a uid, which has 32 hexadecimal characters"
-    text = f"{uid}: {why}; and no rejected sample has it as its key"
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 @contextmanager
 def json_document() -> Iterator[Console]:
-    """Yield a console for one JSON document, which is all of stdout; an error that a user can fix becomes one, too."""
+    """Yield a console for one JSON document, which is all of stdout."""
     from dagster_project.progress import only_document
 
     with only_document() as file:
-        console = Console(file=file)
-        try:
-            yield console
-        except (UserError, OSError) as error:
-            found = {"type": type(error).__name__, "message": str(error)}
-            print_json({"exit_status": 2, "error": found}, console)
-            raise
+        yield Console(file=file)
 
 
 def print_error(error: Exception) -> None:
-    """Print an error that a user can fix to stderr, without a traceback."""
-    console = Console(stderr=True)
-    console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    """Print the message of an error that a user can fix to stderr, without a traceback."""
+    Console(stderr=True).print(Text(str(error), style="red"), highlight=False, soft_wrap=True)
+
+
+def print_json_error(kind: str, message: str, status: int) -> None:
+    """Print the JSON document of a command that failed to stdout.
+
+    Args:
+        kind: name of the error's class.
+        message: its message.
+        status: the exit status.
+    """
+    print_json({"exit_status": status, "error": {"type": kind, "message": message}}, Console())
 
 
 def leave(status: int) -> NoReturn:

@@ -8,7 +8,9 @@ do without it should start at once.
 import fcntl
 import os
 import shutil
+import socket
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -194,6 +196,35 @@ def graph_address(graph: "Graph", port: int) -> str:
     return f"http://127.0.0.1:{port}/asset-groups?expanded={','.join(f'global@global:{group}' for group in groups)}"
 
 
+def start_report_server(subsets: Path, port: int) -> str:
+    """Start a web server of a lake's reports on 127.0.0.1, which ends with this process, and return its address.
+
+    Args:
+        subsets: the folder `<lake>/subset`.
+        port: the port to listen on; where it is taken, any free one.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except (OSError, OverflowError):
+        listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    ended, alive = os.pipe()
+    os.set_inheritable(alive, True)  # stays open in the program that replaces this process, until that ends
+    descriptor = listener.fileno()
+    subprocess.Popen(
+        [sys.executable, "-m", "dagster_project.report_server", str(subsets), str(descriptor)],
+        stdin=ended,
+        pass_fds=[descriptor],
+        start_new_session=True,
+    )
+    os.close(ended)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+    return address
+
+
 def serve(project: "Context", port: int) -> NoReturn:
     """Replace this process by Dagster's web server and daemon, on 127.0.0.1.
 
@@ -202,6 +233,7 @@ def serve(project: "Context", port: int) -> NoReturn:
         port: of the web server.
     """
     from assets.graph import build_graph
+    from assets.subsets.report import REPORTS_VARIABLE
     from dagster_project.dead_runs import close_dead_runs
 
     home = prepare_home(project)
@@ -213,6 +245,9 @@ def serve(project: "Context", port: int) -> NoReturn:
         "DAGSTER_DISABLE_TELEMETRY": "yes",  # `dg` sends its first event before it reads dagster.yaml
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
+    if not environment.get(REPORTS_VARIABLE):
+        environment[REPORTS_VARIABLE] = start_report_server(project.lake.local_root() / "subset", port + 1)
+        click.echo(f"Reports: {environment[REPORTS_VARIABLE]}")
     click.echo(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}")
     sys.stdout.flush()  # before this process is replaced
     workspace = write_workspace(home, project.settings.name)

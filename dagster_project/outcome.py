@@ -101,8 +101,9 @@ def pool_counts(project: "Context") -> PoolCounts:
 
 
 def subset_warnings(lineage: Mapping[str, Any]) -> list[str]:
-    """List the shards that a version of a subset is without, each with the reason."""
-    return [f"without shard {shard}: {reason}" for shard, reason in lineage["shards_missing"].items()]
+    """List the shards that a version of a subset is without, with the reason, and the steps with a note."""
+    missing = [f"without shard {shard}: {reason}" for shard, reason in lineage["shards_missing"].items()]
+    return missing + [f"step {step['step']}: {step['note']}" for step in lineage["steps"] if step.get("note")]
 
 
 def document(
@@ -132,16 +133,23 @@ def document(
         "shards_added": outcome.added,
         "shards_removed": outcome.removed,
         "computed": _computed(project, outcome),
-        "failed": [
-            {"asset": key, "shards": outcome.failed_shards.get(key, []), "reason": reason}
-            for key, reason in outcome.failures.items()
-        ],
-        "not_attempted": [{"asset": key, "needs": needed} for key, needed in outcome.not_attempted.items()],
+        **failures(outcome),
         "damaged": [{"file": path, "reason": reason} for path, reason in outcome.damaged.items()],
         "pool": {"samples": pool.samples, "rows": pool.rows, "rejects": dict(pool.rejects)},
         "subsets": [found for subset in subsets if (found := _subset(project, subset, outcome)) is not None],
         "warnings": [*pool.notes, *(warning_text(entry) for entry in checks if entry["result"] == FAILED)],
         "catalog": str(project.catalog_path()),
+    }
+
+
+def failures(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
+    """Return the assets that failed or were not attempted, as JSON values."""
+    return {
+        "failed": [
+            {"asset": key, "shards": outcome.failed_shards.get(key, []), "reason": reason}
+            for key, reason in outcome.failures.items()
+        ],
+        "not_attempted": [{"asset": key, "needs": needed} for key, needed in outcome.not_attempted.items()],
     }
 
 

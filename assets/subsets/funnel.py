@@ -40,13 +40,16 @@ def funnel_rows(lineage: Mapping[str, Any], threshold_format: str = ".6g") -> li
 
 
 def funnel_markdown(lineage: Mapping[str, Any]) -> str:
-    """Return the funnel as a Markdown list in short lines: Dagster's page wraps nothing, and cuts at the right."""
+    """Return the funnel as a Markdown list in short lines, each with the kept rows' share of the source.
+
+    Dagster's page wraps nothing, and cuts at the right.
+    """
     return "\n".join(_listed(row) for row in funnel_rows(lineage))
 
 
 def _listed(row: FunnelRow) -> str:
     lines = textwrap.wrap(row.step, LINE, break_long_words=False, break_on_hyphens=False)
-    lines.append(f"{row.kept} of {row.entered}, {row.of_source} of the source")
+    lines.append(f"{row.kept} of {row.entered}, {row.of_source}")
     if row.threshold:
         lines.append(f"threshold {row.threshold}")
     return "1. " + "  \n   ".join(map(escaped, lines))

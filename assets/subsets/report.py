@@ -141,13 +141,15 @@ def _about(version: Version) -> dict[str, str]:
 
 
 def _warnings(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """Return the warnings and the drift of the negatives as rows of tables by their title; nothing without any."""
+    """Return the warnings, notes on steps and drift of the negatives as rows of tables by title, empty without any."""
     tables = {}
     if found := lineage.get("warnings"):
         rows = [
             [e["asset"], e["check"], e["result"], textwrap.shorten(", ".join(e["shards"]), 80), e["why"]] for e in found
         ]
         tables["Warnings"] = [["asset", "check", "result", "shards", "why"], *rows]
+    if notes := [[str(step["step"]), step["note"]] for step in lineage["steps"] if step.get("note")]:
+        tables["Notes on steps"] = [["step", "note"], *notes]
     if drift := lineage.get("drift"):
         rows = [[asset, finding["figures"].get("verdict", finding["why"])] for asset, finding in drift.items()]
         tables["Drift of the negatives"] = [["negatives", "verdict"], *rows]

@@ -33,9 +33,10 @@ from resources.lake.owners import create_temporary, is_abandoned
 from resources.lake.record_cache import RecordCache
 from resources.lake.sealed import METADATA_KEY, SEALED, Vectors, mapped, opened, read_arrow, read_parquet, read_record
 from resources.lake.sealed import verify_columns as verify_parquet
+from resources.storage.by_location import open_store
 from resources.storage.checksums import ChecksumError, seal
 from resources.storage.objects import credential_free
-from resources.storage.stores import Entry, cache_folder, open_store, state_folder
+from resources.storage.stores import Entry, cache_folder, state_folder
 
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}

@@ -3,8 +3,7 @@
 A location is an absolute path, or a URL such as `s3://bucket/lake/raw_pool/00000.parquet`. A reader sees a complete
 file or none: local files are written under another name, flushed and renamed; object stores replace a whole object.
 
-Here: local disks, and which store a location has. Not here: object stores (`resources.storage.objects`), and the
-meaning of files.
+Here: local disks. Not here: object stores (`resources.storage.objects`), and the meaning of files.
 """
 
 import contextlib
@@ -90,21 +89,6 @@ class Store(Protocol):
 def is_object_store(location: str) -> bool:
     """Return whether a location is a URL of an object store."""
     return location.partition("://")[0] in OBJECT_STORES and "://" in location
-
-
-def open_store(root: str) -> Store:
-    """Return the store of a location.
-
-    Raises:
-        StorageError: it is a URL of another kind, or the store's settings in the environment are wrong.
-    """
-    if "://" not in root:
-        return LocalStore()
-    if not is_object_store(root):
-        raise StorageError(f"{root}: a lake is a path, or a URL that starts with s3://, gs:// or az://")
-    from resources.storage.objects import ObjectStore
-
-    return ObjectStore(root)
 
 
 def cache_folder(root: str) -> Path:

@@ -214,3 +214,59 @@ def test_failed_downloads_become_a_parquet_file_for_img2dataset(rejected: Termin
     counts = rejected.json("rejects", "--retry", str(retry), "--reason", "missing_from_tar")
     assert counts == {"file": str(retry), "samples": 1, "without_url": 0}
     assert pl.read_parquet(retry)["url"].to_list() == ["https://a.example/3.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "kind", "status"),
+    [
+        ("explain", ["--uid", "0" * 32], "UnknownUidError", 1),
+        ("versions", ["--recipe", "clip_thrid"], "QueryError", 2),
+        ("rejects", ["--reason", "too_big"], "QueryError", 2),
+        ("export", ["--recipe", "clip_thrid"], "QueryError", 2),
+        ("check", ["--only", "clip_thrid"], "QueryError", 2),
+        ("status", ["--limti", "3"], "NoSuchOption", 2),
+    ],
+)
+def test_a_command_that_fails_prints_one_json_document_and_the_message_without_a_class(
+    terminal: Terminal, command: str, options: list[str], kind: str, status: int
+) -> None:
+    assert cli.main([command, str(terminal.scenario.folder / "project.yaml"), *options, "--json"]) == status
+    printed = terminal.capsys.readouterr()
+    document = json.loads(printed.out)
+    assert (document["exit_status"], document["error"]["type"]) == (status, kind)
+    assert document["error"]["message"] in printed.err
+    assert kind not in printed.err
+
+
+def test_check_and_export_print_json(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    assert terminal.json("run")["failed"] == []  # the project's own instance learns the shards
+    assert terminal.json("check")["shards"] == len(SHARDS)
+    found = terminal.json("export", "--recipe", "paper")
+    assert (found["exit_status"], found["version"], found["failed"]) == (0, "v0001", [])
+    assert Path(found["folder"]) == terminal.scenario.folder / "lake" / "export" / "paper" / "v0001"
+    assert list(Path(found["folder"]).glob("*.tar"))
+
+
+def test_a_count_above_the_number_of_rows_is_a_warning_in_the_terminal_the_record_and_the_report(
+    terminal: Terminal,
+) -> None:
+    terminal.scenario.set("recipes", "clip_third", value={"steps": [keep("clip_score/tiny", count=10**20)]})
+    found = terminal.json("run")
+    note = f"{3 * ROWS} rows entered, fewer than the {10**20} wanted: all stay"
+    (subset,) = (subset for subset in found["subsets"] if subset["recipe"] == "clip_third")
+    assert subset["warnings"] == [f"step 1: {note}"]
+    assert json.loads((Path(subset["folder"]) / "lineage.json").read_text())["steps"][0]["note"] == note
+    assert note in (Path(subset["folder"]) / "report" / "index.html").read_text()
+    assert note in terminal.text("run")
+
+
+def test_a_narrow_terminal_breaks_no_name_and_no_uid(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal.scenario.set("recipes", "clip_third", value={"steps": [keep("clip_score/tiny", count=5)]})
+    assert terminal.scenario.run().failures == {}
+    uids = [row["uid"] for row in terminal.json("diff", "--recipe", "clip_third", "--limit", "3")]
+    for width in ("80", "20"):
+        monkeypatch.setenv("COLUMNS", width)
+        assert terminal.text("versions").count("clip_third") == 2
+        text = terminal.text("diff", "--recipe", "clip_third", "--limit", "3")
+        assert all(uid in text for uid in uids)

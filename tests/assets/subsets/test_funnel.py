@@ -22,8 +22,8 @@ def test_a_row_has_the_share_of_the_source_and_the_threshold() -> None:
 def test_markdown_is_a_list_in_short_lines_in_which_nothing_of_the_steps_is_markup() -> None:
     assert funnel_markdown(LINEAGE).splitlines() == [
         "1. where a \\| b  ",
-        "   2,400 of 2,400, 100.0% of the source",
+        "   2,400 of 2,400, 100.0%",
         "1. keep the top 0.3 of the pool by s  ",
-        "   720 of 2,400, 30.0% of the source  ",
+        "   720 of 2,400, 30.0%  ",
         "   threshold -0.210672",
     ]

@@ -9,14 +9,17 @@ import pytest
 from resources.lake.files import LakeError
 from resources.lake.locks import held_lock
 from resources.lake.owners import token
-from resources.storage.stores import open_store
+from resources.storage.by_location import open_store
 
 
 def test_a_lock_is_held_by_one_and_free_afterwards(bucket: str) -> None:
     store, location = open_store(bucket), f"{bucket}/lake/.pass.lock"
-    with held_lock(store, location):
-        with pytest.raises(LakeError, match=r"\.pass\.lock: another `clip-select`"), held_lock(store, location):
-            pass
+    with (
+        held_lock(store, location),
+        pytest.raises(LakeError, match=r"\.pass\.lock: another `clip-select`"),
+        held_lock(store, location),
+    ):
+        pass
     assert store.stat(location) is None
     with held_lock(store, location):
         pass

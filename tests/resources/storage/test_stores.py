@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from resources.storage.by_location import open_store
 from resources.storage.objects import CACHE_VARIABLE, IN_USE_SECONDS, credential_free
-from resources.storage.stores import StorageError, Store, cache_folder, open_store
+from resources.storage.stores import StorageError, Store, cache_folder
 
 
 @pytest.fixture(params=["local", "s3"])
