@@ -196,11 +196,11 @@ def graph_address(graph: "Graph", port: int) -> str:
     return f"http://127.0.0.1:{port}/asset-groups?expanded={','.join(f'global@global:{group}' for group in groups)}"
 
 
-def start_report_server(subsets: Path, port: int) -> str:
+def start_report_server(subsets: str, port: int) -> str:
     """Start a web server of a lake's reports on 127.0.0.1, which ends with this process, and return its address.
 
     Args:
-        subsets: the folder `<lake>/subset`.
+        subsets: path or URL of the folder `<lake>/subset`.
         port: the port to listen on; where it is taken, any free one.
     """
     listener = socket.socket()
@@ -214,7 +214,7 @@ def start_report_server(subsets: Path, port: int) -> str:
     os.set_inheritable(alive, True)  # stays open in the program that replaces this process, until that ends
     descriptor = listener.fileno()
     subprocess.Popen(
-        [sys.executable, "-m", "dagster_project.report_server", str(subsets), str(descriptor)],
+        [sys.executable, "-m", "dagster_project.report_server", subsets, str(descriptor)],
         stdin=ended,
         pass_fds=[descriptor],
         start_new_session=True,
@@ -246,7 +246,7 @@ def serve(project: "Context", port: int) -> NoReturn:
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
     if not environment.get(REPORTS_VARIABLE):
-        environment[REPORTS_VARIABLE] = start_report_server(project.lake.local_root() / "subset", port + 1)
+        environment[REPORTS_VARIABLE] = start_report_server(f"{project.lake.root}/subset", port + 1)
         click.echo(f"Reports: {environment[REPORTS_VARIABLE]}")
     click.echo(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}")
     sys.stdout.flush()  # before this process is replaced

@@ -20,6 +20,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 from starlette.routing import Route
 
+from resources.storage.by_location import open_store
+from resources.storage.stores import Store, is_object_store
+
 _VERSION = re.compile(r"v[0-9]+", re.ASCII)
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' data: 'unsafe-inline'; form-action 'none'; frame-ancestors 'none'",
@@ -28,17 +31,18 @@ HEADERS = {
 }
 
 
-def report_server(subsets: Path) -> Starlette:
+def report_server(subsets: str) -> Starlette:
     """Return a server of the files below `<recipe>/v*/report` in a folder, for this machine's own host names.
 
     Args:
-        subsets: the folder `<lake>/subset`.
+        subsets: path or URL of the folder `<lake>/subset`.
     """
+    store = open_store(subsets)
 
-    async def serve_file(request: Request) -> FileResponse:
+    def serve_file(request: Request) -> FileResponse:
         version = request.path_params["version"]
-        report = subsets / request.path_params["recipe"] / version / "report"
-        found = _file_below(report, request.path_params["name"]) if _VERSION.fullmatch(version) else None
+        report = f"{subsets}/{request.path_params['recipe']}/{version}/report"
+        found = _file_below(store, report, request.path_params["name"]) if _VERSION.fullmatch(version) else None
         if found is None:
             raise HTTPException(404)
         return FileResponse(found, headers=HEADERS)
@@ -49,10 +53,14 @@ def report_server(subsets: Path) -> Starlette:
     )
 
 
-def _file_below(report: Path, name: str) -> Path | None:
-    """Return a report's file; None if there is none, or if it is hidden or outside the report's folder."""
-    if any(part.startswith(".") for part in (*Path(name).parts, *report.parts[-3:])) or "\0" in name + str(report):
+def _file_below(store: Store, folder: str, name: str) -> Path | None:
+    """Return a local path of a report's file; None if there is none, or if it is hidden or outside its folder."""
+    report = Path(folder)
+    if any(part.startswith(".") for part in (*Path(name).parts, *report.parts[-3:])) or "\0" in name + folder:
         return None
+    if is_object_store(folder):
+        location = f"{folder}/{name}"
+        return None if store.stat(location) is None else store.local(location)
     real = os.path.realpath(report / name)
     below = os.path.join(os.path.realpath(report.parents[2]), *report.parts[-3:])
     return Path(real) if os.path.isfile(real) and os.path.commonpath([real, below]) == below else None
@@ -61,7 +69,7 @@ def _file_below(report: Path, name: str) -> Path | None:
 def main() -> None:
     """Serve `<lake>/subset`, the first argument, on the listening socket whose descriptor is the second one."""
     subsets, descriptor = sys.argv[1:]
-    settings = uvicorn.Config(report_server(Path(subsets)), log_level="warning", access_log=False)
+    settings = uvicorn.Config(report_server(subsets), log_level="warning", access_log=False)
     server = uvicorn.Server(settings)
 
     def end_with_the_ui() -> None:

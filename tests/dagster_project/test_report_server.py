@@ -11,7 +11,7 @@ START = """
 import sys
 from pathlib import Path
 from dagster_project.instance import start_report_server
-print(start_report_server(Path(sys.argv[1]), 0), flush=True)
+print(start_report_server(sys.argv[1], 0), flush=True)
 sys.stdin.read()
 """
 
