@@ -79,6 +79,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in plac
 _only = click.option(
     "--only", metavar="RECIPE", multiple=True, help="Only what this recipe needs; may be given several times."
 )
+_engine = click.option(
+    "--engine",
+    type=click.Choice(["in_process", "processes", "ray"]),
+    help="Where shards are computed. [default: CLIP_SELECTION_ENGINE, else in_process; with --workers processes]",
+)
+_workers = click.option("--workers", type=click.IntRange(1), help="Number of the engine's workers.")
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
@@ -105,8 +111,17 @@ def check(config: Path, only: tuple[str, ...]) -> int:
 @_config
 @_only
 @click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
+@_engine
+@_workers
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress is on stderr.")
-def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bool) -> int:
+def run(
+    config: Path,
+    only: tuple[str, ...],
+    redraw_negatives: bool,
+    engine: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> int:
     """Compute whatever is missing or out of date, and select the subsets.
 
     Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
@@ -120,12 +135,15 @@ def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bo
         from dagster_project import console
 
         settings: dict[str, Any] = {"redraw": redraw_negatives, "only": only, "interrupts": interrupts}
+        settings |= {"engine": engine, "workers": workers}
         if not as_json:
             return console.run(_open(config), _console(), **settings)
         with console.json_document() as document:
             return console.run(_open(config), document, **settings, as_json=True)
 
     options = [part for recipe in only for part in ("--only", recipe)]
+    options += ["--engine", engine] if engine else []
+    options += ["--workers", str(workers)] if workers else []
     options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
     return run_interruptible(command, _again(config, *options))
 
