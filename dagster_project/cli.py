@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dagster_project.interrupts import Interrupts
 
 SECTIONS = {
-    "Compute": ("check", "run", "status", "ui"),
+    "Compute": ("check", "run", "compute", "status", "ui"),
     "Understand": ("explain", "rejects", "study", "verify"),
     "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
 }
@@ -146,6 +146,32 @@ def run(
     options += ["--workers", str(workers)] if workers else []
     options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
     return run_interruptible(command, _again(config, *options))
+
+
+@commands.command()
+@_config
+@click.option("--asset", required=True, help="Key of an asset that has shards, such as embeddings/b32.")
+@click.option("--part", default="1/1", show_default=True, help="Part of the sorted shards: 3/64 is the third of 64.")
+@_engine
+@_workers
+def compute(config: Path, asset: str, part: str, engine: str | None, workers: int | None) -> int:
+    """Compute some shards of one asset, without Dagster: for Slurm and other schedulers.
+
+    Skips shards that are up to date. Several such commands may run at once. Exits with 1 if a shard failed or lacks an
+    input; the others are computed. SIGINT and SIGTERM end it like `run`.
+    """
+    from dagster_project.compute import Part
+
+    chosen = Part.parse(part)
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project.compute import compute as compute_part
+        from dagster_project.engines.choice import opened_engine
+
+        with opened_engine(engine, workers) as opened:
+            return compute_part(_open(config), asset, chosen, opened, _console(), interrupts)
+
+    return run_interruptible(command, _again(config, "--asset", asset, "--part", part))
 
 
 @commands.command()

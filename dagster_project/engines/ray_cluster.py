@@ -1,7 +1,7 @@
 """The engine `ray`: workers are actors of a Ray cluster, which RAY_ADDRESS names; otherwise a local Ray is started.
 
-Even a local Ray listens on all network interfaces. Its token authentication stays on, and nothing starts it unasked.
-Ray is imported when the first shard is computed.
+Even a local Ray listens on all network interfaces. Its token authentication, on by default, is left on, and
+nothing starts it unasked. Ray is imported when the first shard is computed.
 """
 
 import contextlib
@@ -38,8 +38,6 @@ class RayCluster(Crew):
         del busy
         ray = _ray()
         if not ray.is_initialized():
-            # AUTH_MODE has to be set before Ray starts; Ray makes the token.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
             options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
             if os.environ.get("RAY_ADDRESS"):
                 options = {"address": os.environ["RAY_ADDRESS"], "log_to_driver": False}

@@ -136,7 +136,7 @@ class Worker:
 
 def describe(context: Context, *, decode: bool = False) -> Opening:
     """Return a project as a worker opens it."""
-    settings = context.settings.model_dump(mode="json", by_alias=True, exclude_none=True)
+    settings = context.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return Opening(context.config, settings, decode)
 
 
