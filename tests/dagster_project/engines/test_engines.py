@@ -28,8 +28,9 @@ def again(finished: Scenario) -> dict[str, bytes]:
     return before
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two() -> Iterator[Processes]:
+    """Yield two processes that the tests share, and check that they end."""
     engine = Processes(2)
     yield engine
     engine.close()
