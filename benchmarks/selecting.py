@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from assets.base.selection_table import MEMORY, CachedTable, open_selection
+from assets.base.selection_table import CachedTable, open_selection
 from assets.subsets.lineage import recorded_steps
 from assets.subsets.subset import manifest
 from resources.catalog.build import build_catalog, read_catalog
@@ -131,7 +131,7 @@ def _by_hand(lake: Path, out: Path) -> None:
     }
     with duckdb.connect() as con:
         con.execute("SET temp_directory = ?", [str(out)])
-        con.execute("SET memory_limit = ?", [MEMORY])
+        con.execute("SET memory_limit = ?", ["2GB"])
         con.execute("SET enable_progress_bar = false")
         ((rows,),) = con.execute(f"SELECT count(*) FROM {files['pool']}").fetchall()
         con.execute(

@@ -18,7 +18,6 @@ from typing import Any
 
 import duckdb
 
-from assets.base.selection_table import MEMORY
 from selection.recipes.execute import select
 from selection.recipes.recipe import Recipe
 
@@ -56,7 +55,7 @@ def measure(rows: int) -> dict[str, Any]:
 def _timed(name: str, rows: int, told: Any) -> None:
     with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
         con.execute("SET temp_directory = ?", [spill])
-        con.execute("SET memory_limit = ?", [MEMORY])
+        con.execute("SET memory_limit = ?", ["2GB"])
         con.execute("SET enable_progress_bar = false")
         con.execute(
             f"""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dagster_project.interrupts import Interrupts
 
 SECTIONS = {
-    "Compute": ("check", "run", "status", "ui"),
+    "Compute": ("check", "run", "compute", "status", "ui"),
     "Understand": ("explain", "rejects", "study", "verify"),
     "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
 }
@@ -83,6 +83,12 @@ _document = click.option(
 _only = click.option(
     "--only", metavar="RECIPE", multiple=True, help="Only what this recipe needs; may be given several times."
 )
+_engine = click.option(
+    "--engine",
+    type=click.Choice(["in_process", "processes", "ray"]),
+    help="Where shards are computed. [default: CLIP_SELECTION_ENGINE, else in_process; with --workers processes]",
+)
+_workers = click.option("--workers", type=click.IntRange(1), help="Number of the engine's workers.")
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
@@ -110,8 +116,17 @@ def check(config: Path, only: tuple[str, ...], as_json: bool) -> int:
 @_config
 @_only
 @click.option("--redraw-negatives", is_flag=True, help="Draw the negatives again first.")
+@_engine
+@_workers
 @_document
-def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bool) -> int:
+def run(
+    config: Path,
+    only: tuple[str, ...],
+    redraw_negatives: bool,
+    engine: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> int:
     """Compute whatever is missing or out of date, and select the subsets.
 
     Finds new, changed and removed shards; computes embeddings and scores; selects a subset for every recipe; prints
@@ -125,14 +140,43 @@ def run(config: Path, only: tuple[str, ...], redraw_negatives: bool, as_json: bo
         from dagster_project import console
 
         settings: dict[str, Any] = {"redraw": redraw_negatives, "only": only, "interrupts": interrupts}
+        settings |= {"engine": engine, "workers": workers}
         if not as_json:
             return console.run(_open(config), _console(), **settings)
         with console.json_document() as document:
             return console.run(_open(config), document, **settings, as_json=True)
 
     options = [part for recipe in only for part in ("--only", recipe)]
+    options += ["--engine", engine] if engine else []
+    options += ["--workers", str(workers)] if workers else []
     options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
     return run_interruptible(command, _again(config, *options))
+
+
+@commands.command()
+@_config
+@click.option("--asset", required=True, help="Key of an asset that has shards, such as embeddings/b32.")
+@click.option("--part", default="1/1", show_default=True, help="Part of the sorted shards: 3/64 is the third of 64.")
+@_engine
+@_workers
+def compute(config: Path, asset: str, part: str, engine: str | None, workers: int | None) -> int:
+    """Compute some shards of one asset, without Dagster: for Slurm and other schedulers.
+
+    Skips shards that are up to date. Several such commands may run at once. Exits with 1 if a shard failed or lacks an
+    input; the others are computed. SIGINT and SIGTERM end it like `run`.
+    """
+    from dagster_project.compute import Part
+
+    chosen = Part.parse(part)
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project.compute import compute as compute_part
+        from dagster_project.engines.choice import opened_engine
+
+        with opened_engine(engine, workers) as opened:
+            return compute_part(_open(config), asset, chosen, opened, _console(), interrupts)
+
+    return run_interruptible(command, _again(config, "--asset", asset, "--part", part))
 
 
 @commands.command()

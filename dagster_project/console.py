@@ -41,6 +41,8 @@ def run(
     only: Collection[str] = (),
     as_json: bool = False,
     interrupts: "Interrupts | None" = None,
+    engine: str | None = None,
+    workers: int | None = None,
 ) -> int:
     """Bring a project up to date, with progress on stderr, and print the outcome.
 
@@ -51,6 +53,8 @@ def run(
         only: names of the recipes; compute only what they need. By default all recipes and scores.
         as_json: print one JSON document.
         interrupts: the signals that end the pass.
+        engine: where shards are computed; by default as the environment says.
+        workers: number of the engine's workers.
 
     Returns:
         The exit status: 1 if an asset failed, else 0.
@@ -61,6 +65,7 @@ def run(
     """
     from dagster_project.dead_runs import close_dead_runs
     from dagster_project.early_checks import require_inputs
+    from dagster_project.engines.choice import opened_engine
     from dagster_project.headless import materialize
     from dagster_project.instance import only_pass, open_instance
     from dagster_project.progress import shown_progress
@@ -68,7 +73,7 @@ def run(
     began = time.monotonic()
     graph, needed = _graph(project, only)
     require_inputs(project, graph, needed)
-    with open_instance(project) as instance, only_pass(project):
+    with open_instance(project) as instance, only_pass(project), opened_engine(engine, workers) as opened:
         close_dead_runs(instance)
         with shown_progress() as shown:
             outcome = materialize(
@@ -80,6 +85,7 @@ def run(
                 redraw=redraw,
                 only=needed,
                 interrupts=interrupts,
+                engine=opened,
             )
     if as_json:
         print_json(document(project, graph, outcome, time.monotonic() - began, needed), console)

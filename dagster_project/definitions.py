@@ -30,7 +30,7 @@ def build_defs(
         context: the project.
         graph: its assets, where the caller has built them already.
         resource_overrides: resources that replace the project's own, by name: `lake`, `pool`, `models`, `catalog`,
-            `run`. Each is a resource, or the object that a step gets. Sensors use the same lake and pool.
+            `run`, `engine`. Each is a resource, or the object that a step gets. Sensors use the same lake and pool.
     """
     overrides = dict(resource_overrides or {})
     opened = {

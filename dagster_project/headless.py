@@ -17,6 +17,7 @@ from typing import Any, Literal
 import dagster as dg
 
 from assets.base.context import Context, Progress, RunState, Snapshot
+from assets.base.engines import Engine, InProcess
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
 from assets.base.results import NotReady
@@ -92,6 +93,7 @@ def materialize(
     redraw: bool = False,
     only: Collection[str] | None = None,
     interrupts: Interrupts | None = None,
+    engine: Engine | None = None,
 ) -> Outcome:
     """Bring assets up to date, and the catalog.
 
@@ -106,6 +108,7 @@ def materialize(
         redraw: draw the negatives again.
         only: keys of the assets, with everything that they are computed from; by default all.
         interrupts: signals that end the pass.
+        engine: where shards are computed; by default in this process.
 
     Raises:
         KeyboardInterrupt: the pass was interrupted.
@@ -113,7 +116,7 @@ def materialize(
     outcome = Outcome()
     for _ in range(ROUNDS):
         before = set(context.lake.damaged)
-        found = _Pass(context, graph, instance, notice, progress, redraw, interrupts).run(only)
+        found = _Pass(context, graph, instance, notice, progress, redraw, interrupts, engine).run(only)
         outcome = joined(outcome, found, context.lake.damaged)
         if outcome.damaged.keys() <= before:
             break
@@ -161,6 +164,7 @@ class _Pass:
         progress: Progress | None,
         redraw: bool,
         interrupts: Interrupts | None,
+        engine: Engine | None = None,
     ) -> None:
         self.graph = graph
         self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports)}
@@ -176,7 +180,8 @@ class _Pass:
         if interrupts is not None:
             state = replace(state, written=interrupts.kept)
         # The opened objects, so that a model is loaded once for all runs of this process.
-        opened = {"lake": context.lake, "pool": context.pool, "models": context.models, "run": state}
+        opened: dict[str, Any] = {"lake": context.lake, "pool": context.pool, "models": context.models, "run": state}
+        opened["engine"] = engine or InProcess()
         defs = build_defs(context, graph, resource_overrides=opened)
         self.job = defs.resolve_implicit_global_asset_job_def()
 

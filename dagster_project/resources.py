@@ -1,11 +1,11 @@
-"""The project's Dagster resources, which the UI lists under Resources: lake, pool, models, catalog and run.
+"""The project's Dagster resources, which the UI lists under Resources: lake, pool, models, catalog, run and engine.
 
 Their fields are plain settings, which the UI shows. Of lake, pool, models and run, a step gets the object that
 `open()` returns. To run on others, as tests and deployments do, pass `resource_overrides` to
 `build_defs`. Not here: assets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,8 +15,10 @@ import polars as pl
 from pydantic import BaseModel, Field
 
 from assets.base.context import RunState
+from assets.base.engines import Engine
 from assets.base.settings import ProjectSettings
 from assets.settings import ConfigError
+from dagster_project.engines.choice import opened_engine
 from resources.catalog.build import read_catalog
 from resources.lake.files import Lake
 from resources.models.by_name import Models
@@ -91,6 +93,17 @@ def run_state(context: dg.InitResourceContext) -> RunState:
     return RunState()
 
 
+@dg.resource(
+    description="Where shards are computed: the environment variables CLIP_SELECTION_ENGINE (in_process, processes, "
+    "ray) and CLIP_SELECTION_WORKERS choose it."
+)
+def engine(context: dg.InitResourceContext) -> Iterator[Engine]:
+    """Return the engine that the deployment's environment names to a run, and end its workers with the run."""
+    del context
+    with opened_engine() as opened:
+        yield opened
+
+
 class CatalogResource(dg.ConfigurableResource):
     """The catalog: one DuckDB file of views and macros over the lake, opened read-only."""
 
@@ -113,7 +126,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
         settings: the checked YAML.
 
     Returns:
-        The resources by key: lake, pool, models, catalog, run.
+        The resources by key: lake, pool, models, catalog, run, engine.
 
     Raises:
         ConfigError: a URL contains a password, which the UI would show.
@@ -135,6 +148,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
         ),
         "catalog": CatalogResource(path=str(Lake(settings.lake).home / "catalog.duckdb")),
         "run": run_state,
+        "engine": engine,
     }
 
 

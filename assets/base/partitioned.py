@@ -29,6 +29,7 @@ from assets.base.checks import (
     log_checks,
 )
 from assets.base.context import Context, Snapshot
+from assets.base.engines import Computed, Engine
 from assets.base.keys import SHARDS, asset_key
 from assets.base.results import NotAttempted, NotReady, Outcome, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
@@ -78,12 +79,14 @@ class PartitionedTemplate(Template):
         streams: the function computes many shards together.
         every_row: it reports each row of `raw_pool` as done. Otherwise shards are counted: the rows are not known
             before, or only some are computed.
+        spread: shards may be computed by several workers, each by itself. Otherwise the step's process computes them.
         beside: keys of the assets whose files the function's `Result` has beside its own, such as `rejects`.
     """
 
     prepare: Callable[[Step], Any] | None = None
     streams: bool = False
     every_row: bool = True
+    spread: bool = True
     beside: Sequence[str] = ()
 
     def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
@@ -92,7 +95,7 @@ class PartitionedTemplate(Template):
             yield from self.function(step, shards)
             return
         try:
-            prepared = () if self.prepare is None else (self.prepare(step),)
+            prepared = () if self.prepare is None else (self._prepared(step, self.prepare),)
         except UserError as error:
             yield from ((name, error) for name in shards)
             return
@@ -101,6 +104,10 @@ class PartitionedTemplate(Template):
                 yield name, self.function(Shard(step, name), *prepared)
             except Exception as error:  # noqa: BLE001 - raised with all others when the shards are through
                 yield name, error
+
+    def _prepared(self, step: Step, prepare: Callable[[Step], Any]) -> Any:
+        """Return the value that the step's shards share; a worker gets them one by one, and prepares it once."""
+        return step.snapshot.memoized(f"{step.asset.key}: prepared", lambda: prepare(step))
 
     def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "PartitionedAsset":
         """Return a project's asset."""
@@ -184,6 +191,13 @@ class PartitionedAsset(FileAsset):
         assert isinstance(template, PartitionedTemplate)
         return template.compute(step, shards)
 
+    def computed(self, step: Step, shards: Sequence[str]) -> Computed:
+        """Compute and write shards in order, and yield each with its record or its error."""
+        # Closed here, so that decoding processes end with the step, also when it is interrupted.
+        with contextlib.closing(self.compute(step, shards)) as outcomes:
+            for shard, outcome in outcomes:
+                yield shard, _write(self, step, shard, outcome)
+
     def write(self, snapshot: Snapshot, provenance: Provenance, result: Result) -> Stored:
         """Write one shard's tables.
 
@@ -236,7 +250,7 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
     log = _EventLog(context, asset)
     if not is_followed:
         log.write(records)
-    for record in _compute(asset, replace(step, wanted=wanted), errors):
+    for record in _compute(asset, replace(step, wanted=wanted), errors, context.resources.engine):
         records.append(record)
         if not is_followed:
             log.write([record])
@@ -250,8 +264,8 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
         log.write(records)
 
 
-def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception]) -> Iterator[_Record]:
-    """Compute and write shards; `errors` gets an error for every other shard."""
+def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception], engine: Engine) -> Iterator[_Record]:
+    """Let the engine compute and write shards; `errors` gets an error for every other shard."""
     left = dict.fromkeys(shard for shard in step.wanted if shard is not None)
     if not left:
         return
@@ -260,12 +274,11 @@ def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception]) 
     step.meter.expect(asset.rows_due(step.snapshot, list(left)), len(left))
     try:
         # Closed here, so that worker processes end with the step, also when it is interrupted.
-        with contextlib.closing(asset.compute(step, list(left))) as outcomes:
-            for shard, outcome in outcomes:
+        with contextlib.closing(engine.compute(asset, step, list(left))) as outcomes:
+            for shard, written in outcomes:
                 if shard not in left:
                     raise ValueError(f"yielded shard {shard}, which was not to be computed, or a second time")
                 del left[shard]
-                written = _write(asset, step, shard, outcome)
                 if isinstance(written, Exception):
                     errors[shard] = written
                     continue

@@ -8,7 +8,7 @@ from assets.base import progress
 from assets.base.asset import FileAsset, Step
 from assets.base.context import Context, Snapshot
 
-REQUIRED_RESOURCES = {"lake", "pool", "models", "run"}
+REQUIRED_RESOURCES = {"lake", "pool", "models", "run", "engine"}
 
 
 def run_context(context: dg.AssetExecutionContext, project: Context) -> Context:

@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from core.machine import duckdb_memory
 from core.sql import quoted
 from resources.lake.files import Lake
 from resources.lake.pool_scores import Source, mark_sets, source_relation
@@ -22,7 +23,6 @@ from selection.recipes.execute import Selection, select, set_column
 from selection.recipes.recipe import Recipe
 
 IDENTITY = ("f0", "f1")
-MEMORY = "2GB"  # of DuckDB while it selects; larger data spills to temporary files
 
 _Mark = tuple[str, str, tuple[str, ...]]
 """A score's asset, its column there, and the fingerprint of each shard's file."""
@@ -197,7 +197,7 @@ def _files(
 def _connect(spill: str) -> duckdb.DuckDBPyConnection:
     con = duckdb.connect()
     con.execute("SET temp_directory = ?", [spill])
-    con.execute("SET memory_limit = ?", [MEMORY])
+    con.execute("SET memory_limit = ?", [duckdb_memory()])
     con.execute("SET enable_progress_bar = false")
     return con
 

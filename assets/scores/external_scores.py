@@ -114,6 +114,7 @@ def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     ),
     parameters=_parameters,
     streams=True,
+    spread=False,
 )
 def external_scores(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
     """Look up the shards' uids in the files."""

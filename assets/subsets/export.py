@@ -85,6 +85,7 @@ def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     parameters=lambda context, asset: {"version": Versions(context.lake, asset.names["recipe"]).names()[-1]},
     inputs=_inputs,
     streams=True,
+    spread=False,
     every_row=False,
 )
 def export(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:

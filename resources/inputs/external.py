@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 
 from core import sql
 from core.errors import UserError
+from core.machine import duckdb_memory
 from resources.storage import files
 from resources.storage.arrays import ArrayError, open_array
 
 SUFFIXES = (".parquet", ".csv", ".npy", ".txt")
-MEMORY = "2GB"  # of DuckDB, before it uses temporary files
 _WORDS = ("f0", "f1")
 _NO_UID = "is no uid"
 _BATCH_ROWS = 1 << 17
@@ -109,7 +109,7 @@ def opened(
     names = dict(columns or {})
     with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
         con.execute("SET temp_directory = ?", [spill])
-        con.execute("SET memory_limit = ?", [MEMORY])
+        con.execute("SET memory_limit = ?", [duckdb_memory()])
         con.execute("SET enable_progress_bar = false")
         typed = ["f0 UBIGINT", "f1 UBIGINT", *(f"{sql.quoted(name)} DOUBLE" for name in names)]
         con.execute(f"CREATE TEMP TABLE listed ({', '.join(typed)})")

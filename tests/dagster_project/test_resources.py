@@ -36,7 +36,7 @@ def test_the_ui_lists_the_resources_with_their_settings(scenario: Scenario) -> N
         resource.name: {key: json.loads(value) for key, value in resource.configured_values.items()}
         for resource in snap.resources or []
     }
-    assert set(shown) == {"lake", "pool", "models", "catalog", "run"}
+    assert set(shown) == {"lake", "pool", "models", "catalog", "run", "engine"}
     assert shown["lake"] == {"root": str(scenario.folder / "lake")}
     assert shown["catalog"] == {"path": str(scenario.folder / "lake" / "catalog.duckdb")}
     assert shown["pool"]["settings"]["path"] == str(scenario.folder / "pool")

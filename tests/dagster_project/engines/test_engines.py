@@ -1,0 +1,143 @@
+"""Engines: the same files from one process, from worker processes and after their deaths; a bad shard fails alone."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from assets.settings import settings_model
+from dagster_project.cli import main
+from dagster_project.engines.choice import EngineError, opened_engine
+from dagster_project.engines.processes import Processes
+from dagster_project.engines.work import describe
+from dagster_project.headless import Outcome, materialize
+from tests.support.dying_worker import Mortal, running_workers
+from tests.support.interrupting import data_files, stray_files
+from tests.support.scenario import SHARDS, Scenario
+
+
+def run(scenario: Scenario, engine) -> Outcome:
+    project, graph = scenario.open_graph()
+    return materialize(project, graph, scenario.instance, notice=lambda *_: None, engine=engine)
+
+
+def again(finished: Scenario) -> dict[str, bytes]:
+    """Remove the lake of a finished pass, and return the files that it had."""
+    before = data_files(finished.folder / "lake")
+    shutil.rmtree(finished.folder / "lake")
+    return before
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    """Yield two processes that the tests share, and check that they end."""
+    engine = Processes(2)
+    yield engine
+    engine.close()
+    assert running_workers() == []
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_files(finished: Scenario, two: Processes) -> None:
+    before = again(finished)
+    assert run(finished, two).failures == {}
+    assert data_files(finished.folder / "lake") == before
+
+
+@pytest.mark.slow
+def test_the_files_are_the_same_after_20_kills(scenario: Scenario) -> None:
+    for number in range(3, 10):
+        scenario.write_shard(f"{number:05d}")
+    assert run(scenario, None).failures == {}
+    before = again(scenario)
+    engine = Mortal(2, {f"{number:05d}": 2 for number in range(10)})
+    try:
+        assert run(scenario, engine).failures == {}
+    finally:
+        engine.close()
+    assert engine.killed == 20
+    assert data_files(scenario.folder / "lake") == before
+    assert stray_files(scenario.folder / "lake") == []
+
+
+@pytest.mark.slow
+def test_a_local_ray_writes_the_same_files(finished: Scenario) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'clip-data-selection[ray]'")
+    from dagster_project.engines.ray_cluster import RayCluster
+
+    before = again(finished)
+    engine = RayCluster(2)
+    try:
+        assert run(finished, engine).failures == {}
+    finally:
+        engine.close()
+    assert data_files(finished.folder / "lake") == before
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_its_workers_fails_alone(scenario: Scenario) -> None:
+    engine = Mortal(2, {SHARDS[1]: 3})
+    try:
+        outcome = run(scenario, engine)
+    finally:
+        engine.close()
+    assert outcome.failed_shards["raw_pool"] == [SHARDS[1]]
+    assert "3 workers died" in outcome.failures["raw_pool"]
+    assert scenario.open().lake.shards("clip_score/tiny") == [SHARDS[0], SHARDS[2]]
+
+
+@pytest.mark.slow
+def test_a_bad_shard_fails_alone_with_its_own_error(scenario: Scenario, two: Processes) -> None:
+    (scenario.folder / "pool" / f"{SHARDS[1]}.tar").write_bytes(b"not a tar" * 200)
+    outcome = run(scenario, two)
+    assert outcome.failed_shards["raw_pool"] == [SHARDS[1]]
+    assert f"{SHARDS[1]}.tar" in outcome.failures["raw_pool"]
+    assert scenario.open().lake.shards("raw_pool") == [SHARDS[0], SHARDS[2]]
+
+
+def test_a_worker_opens_the_same_settings(scenario: Scenario) -> None:
+    project = scenario.open()
+    opening = describe(project)
+    found = settings_model().model_validate(opening.settings, context={"base": project.config.parent})
+    assert found.model_dump() == project.settings.model_dump()
+
+
+def test_the_environment_chooses_the_engine() -> None:
+    environment = {"CLIP_SELECTION_ENGINE": "processes", "CLIP_SELECTION_WORKERS": "3"}
+    with opened_engine(environment=environment) as engine:
+        assert isinstance(engine, Processes)
+        assert engine.workers == 3
+    with (
+        pytest.raises(EngineError, match="no engine 'threads'"),
+        opened_engine(environment={**environment, "CLIP_SELECTION_ENGINE": "threads"}),
+    ):
+        pass
+    with (
+        pytest.raises(EngineError, match="not a number of workers"),
+        opened_engine(environment={"CLIP_SELECTION_WORKERS": "0"}),
+    ):
+        pass
+
+
+def test_parts_together_compute_what_a_pass_does(finished: Scenario, capsys: pytest.CaptureFixture[str]) -> None:
+    before = again(finished)
+    config = str(finished.folder / "project.yaml")
+    finished.open()
+    assert main(["compute", config, "--asset", "embeddings/tiny", "--part", "1/2"]) == 1
+    assert "raw_pool of shard 00000 is not there yet" in capsys.readouterr().err
+    for asset in ("raw_pool", "embeddings/tiny", "clip_score/tiny"):
+        for part in ("1/2", "2/2"):
+            assert main(["compute", config, "--asset", asset, "--part", part]) == 0
+    found = data_files(finished.folder / "lake")
+    assert found == {name: before[name] for name in found}
+    assert {f"clip_score/tiny/{shard}.parquet" for shard in SHARDS} <= found.keys()
+    capsys.readouterr()
+    assert main(["compute", config, "--asset", "raw_pool", "--part", "1/2"]) == 0
+    assert "0 shards computed, 2 were up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "a/b"])
+def test_a_wrong_part_is_refused(scenario: Scenario, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario.open()
+    assert main(["compute", str(scenario.folder / "project.yaml"), "--asset", "raw_pool", "--part", part]) == 2
+    assert "is not a part" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Workers that die: with a shard's first task, or with every task of one shard."""
+
+import os
+import signal
+from pathlib import Path
+
+from dagster_project.engines.processes import Processes
+
+
+class Mortal(Processes):
+    """Processes whose worker is killed when it is sent a task.
+
+    Args:
+        workers: their number.
+        kills: how often, by shard, a worker is killed with its task.
+    """
+
+    def __init__(self, workers: int, kills: dict[str, int]) -> None:
+        super().__init__(workers)
+        self.kills, self.killed = dict(kills), 0
+
+    def send(self, worker, task):
+        """Send a task, and kill the worker if its shard is one of those."""
+        super().send(worker, task)
+        if self.kills.get(task.shard, 0) > 0:
+            self.kills[task.shard] -= 1
+            self.killed += 1
+            os.kill(worker.popen.pid, signal.SIGKILL)
+
+
+def running_workers() -> list[int]:
+    """List the worker processes that this process has started and that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().split(b"\0")
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if b"dagster_project.engines.processes" in command and parent == os.getpid():
+            found.append(int(path.name))
+    return found
