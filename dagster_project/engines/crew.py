@@ -91,6 +91,7 @@ class Crew(ABC):
         finally:
             for worker in busy:
                 self.end(worker)
+            step.context.lake.refresh()  # workers wrote
 
     def close(self) -> None:
         """End all workers."""

@@ -128,6 +128,7 @@ class Worker:
         assert self._graph is not None
         assert self._context is not None
         if self._step is None or self._step[0] != task.step:
+            self._context.lake.refresh()
             self._step = (task.step, Snapshot(self._context))
         asset = next(node for node in self._graph.nodes if node.key == task.asset)
         assert isinstance(asset, PartitionedAsset)
