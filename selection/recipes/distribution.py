@@ -67,7 +67,7 @@ def concept_distribution(features: Features, concepts: int) -> Floats:
         ValueError: No row has a concept, or the features are not as `Features` describes.
     """
     _check_features(features, concepts)
-    mass = _mass(features, np.arange(len(features.index)), concepts)
+    mass = _mass(features, np.arange(len(features.index), dtype=np.int64), concepts)
     if not mass.sum():
         raise ValueError(
             "no row of the target has a concept. Remedy: use a larger target, or train the features longer"
@@ -179,7 +179,7 @@ def _hashes(seed: int, first: int, steps: int, draws: int) -> NDArray[np.uint64]
     return keyed_hash(seed, _APART, step, draw).reshape(steps, draws)
 
 
-def _mass(features: Features, rows: NDArray[np.int64], concepts: int) -> Floats:
+def _mass(features: Features, rows: Indices, concepts: int) -> Floats:
     """Return m_i of some rows, float64 [d]."""
     mass = np.zeros(concepts)
     for start in range(0, len(rows), _ROWS):
