@@ -68,7 +68,7 @@ def ranked_value(con: duckdb.DuckDBPyConnection, top: Ranking, column: str, rela
         return Ranked(score_value(top.score), relation, *ranges[top.score])
     flat = [score for score, (least, most) in ranges.items() if least == most]
     note = f"{' and '.join(flat)}: the same for every row that entered, so without effect" if flat else None
-    if top.normalise in ("min_max", "z_score"):
+    if top.normalise in ("min_max", "z_score", "none"):
         value = _weighted(con, top, rows, ranges)
     else:
         value, relation = _by_ranks(con, top, column, relation, inside)
@@ -198,10 +198,13 @@ def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) ->
 
 
 def _weighted(con: duckdb.DuckDBPyConnection, top: Ranking, rows: str, ranges: dict[str, tuple[float, float]]) -> str:
-    """Return SQL for the weighted sum of normalised scores; a constant score adds nothing."""
+    """Return SQL for the weighted sum of scores; a constant score that is normalised adds nothing."""
     assert top.weighted is not None
     terms = []
     for score, weight in top.weighted.items():
+        if top.normalise == "none":
+            terms.append(f"{literal(weight)} * {score_value(score)}")
+            continue
         least, most = ranges[score]
         if least == most:
             continue

@@ -33,7 +33,7 @@ class Ranking(Model):
         weighted: Names of scores with their weights. Each score is normalised over the rows that entered the step,
             multiplied by its weight, and added.
         normalise: `rank` (n - rank) / (n - 1), `min_max` (x - min) / (max - min), or `z_score` (x - mean) / standard
-            deviation (of the population).
+            deviation (of the population), or `none`, the score itself.
     """
 
     yaml_name: ClassVar[str] = "a ranking"
@@ -41,7 +41,7 @@ class Ranking(Model):
     score: str | None = Field(default=None, min_length=1)
     rank_sum: tuple[str, ...] | None = None
     weighted: dict[str, float] | None = None
-    normalise: Literal["rank", "min_max", "z_score"] | None = None
+    normalise: Literal["rank", "min_max", "z_score", "none"] | None = None
 
     @model_validator(mode="after")
     def _one_value(self) -> Self:
@@ -51,7 +51,7 @@ class Ranking(Model):
         if self.weighted is not None and not all(weight and isfinite(weight) for weight in self.weighted.values()):
             raise ValueError("weighted: a weight is a finite number other than 0")
         if (self.weighted is None) != (self.normalise is None):
-            raise ValueError("weighted and normalise (rank, min_max or z_score) are given together or not at all")
+            raise ValueError("weighted and normalise (rank, min_max, z_score or none) are given together or not at all")
         return self
 
     def _only_one(self, *names: str) -> str:

@@ -75,6 +75,10 @@ class Rows:
         copies = draw_row_by_row(values, *uids, int(self.of * Fraction(share)), 100_000, 0.15, 1.0, 0)
         return Rows([row for row, times in zip(self.rows, copies, strict=True) for _ in range(times)], self.of)
 
+    def difference(self, one: str, other: str) -> Callable[[Row], float]:
+        """Return the difference of two scores in units of a temperature of 0.01."""
+        return lambda row: 100.0 * row[one] + -100.0 * row[other]
+
     def halves(self, one: str, other: str) -> Callable[[Row], float]:
         """Return the mean of two scores, each scaled to [0, 1] over these rows."""
         ends = {name: [end(row[name] for row in self.rows) for end in (min, max)] for name in (one, other)}
@@ -151,6 +155,11 @@ CASES = {
         {**ALL, "uids": "hype"},
         lambda pool: pool.begin_with(listed("hype")).top(LOSS, "0.9").top(NEAR_ALL, "0.8"),
     ),
+    "learnability": Case(
+        "learnability_20",
+        {"reference": "tiny", "learner": "weak"},
+        lambda pool: pool.top(pool.difference(LOSS, "neg_clip_loss/weak"), "0.2"),
+    ),
     "soft_cap_sample": Case("soft_cap_sample_weighted", ONE, lambda pool: pool.drawn(LOSS, NEAR, "1.0")),
     "sieve_clip_score_20": Case(
         "sieve_clip_score_20",
@@ -210,14 +219,17 @@ def document() -> dict[str, Any]:
         "name": "published",
         "lake": "lake",
         "pool": {"path": "pool"},
-        "encoders": {"tiny": {"model": f"{models}/encoder", "workers": 0}},
+        "encoders": {name: {"model": f"{models}/encoder", "workers": 0} for name in ("tiny", "weak")},
         "targets": {"imagenet": {"path": "imagenet"}, "tasks": {"path": "tasks"}},
         "captioners": {
             "tiny": {"model": f"{models}/captioner", "workers": 0, "captions": 1, "min_tokens": 2, "max_tokens": 6}
         },
         "text_encoders": {"tower": {"encoder": "tiny"}},
         "scores": {
-            "neg_clip_loss": {"tiny": {"batch_size": 64, "draws": 2}},
+            "neg_clip_loss": {
+                "tiny": {"batch_size": 64, "draws": 2},
+                "weak": {"batch_size": 64, "draws": 2, "temperature": 0.5},
+            },
             "norm_sim_dynamic": {"tiny": {"of": "subset/neg_clip_loss_30", "keep": 0.20, "rounds": 5}},
             "captions": {"wordnet": "dict", "synsets": "synsets.txt"},
             "clusters": {"tiny": {"targets": ["imagenet"], "clusters": 12}},

@@ -316,6 +316,7 @@ def combined(left, top):
             "rank": lambda name=name: (n - rank[name]) / max(n - 1, 1),
             "min_max": lambda v=values: (v - v.min()) / (v.max() - v.min()),
             "z_score": lambda v=values: (v - v.mean()) / v.std(),
+            "none": lambda v=values: v,
         }[top["normalise"]]()
         total += weight * scaled
     return total.tolist()
@@ -421,7 +422,7 @@ def random_scores(con, rows=3000, dtype="FLOAT"):
     return con.execute("FROM source ORDER BY f0, f1").fetchnumpy()
 
 
-@pytest.mark.parametrize("normalise", ["rank", "min_max", "z_score"])
+@pytest.mark.parametrize("normalise", ["rank", "min_max", "z_score", "none"])
 def test_weighted_values_are_those_of_float64_numpy(con, normalise):
     table = random_scores(con)
     weighted = {A: 0.3, B: -1.7}
@@ -456,7 +457,7 @@ def test_equal_values_have_equal_ranks(con):
 
 def test_a_score_that_is_the_same_everywhere_is_without_effect_and_the_report_says_so(con):
     make_source(con, [{"f0": i, "f1": 0, A: float(i), B: 5.0} for i in range(10)])
-    for normalise in ("min_max", "z_score"):
+    for normalise in ("min_max", "z_score", "none"):
         step = {"keep_top": {"weighted": {A: 1, B: 100}, "normalise": normalise, "count": 3}}
         selection = choose(con, step)
         assert selection.subset()["f0"].tolist() == [7, 8, 9]

@@ -1,0 +1,232 @@
+"""Target distribution matching (SDM, openreview cgmo3v18sx): select a set whose concepts are distributed as a target's.
+
+NumPy only. Here: the objective F and its stochastic greedy maximisation. Not here: the sparse features themselves, and
+the cut of a quality score into bins.
+"""
+
+from dataclasses import dataclass
+from math import ceil, log
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selection.scores.negatives import keyed_hash
+
+QUALITY_WEIGHTS = (0.0, 0.01, 0.99)
+"""u_l of low, middle and high quality, as published."""
+
+_ROWS = 1 << 16  # checked or summed at once
+_STEPS = 1 << 10  # whose candidates are drawn at once
+# Draw number in the keyed hash. Draws of negatives count from 0, those of soft cap sampling from 2⁶³.
+_APART = 1 << 62
+
+Indices = NDArray[np.integer]
+Values = NDArray[np.floating]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Sparse features of n rows; arrays may be memory-mapped.
+
+    Attributes:
+        index: Concepts of a row, integers of shape [n, k] from 0 to d − 1. The concepts of a row with values above 0
+            are distinct.
+        value: z of these concepts, float16 or wider of shape [n, k], finite and not negative. An entry of 0 has no
+            effect.
+    """
+
+    index: Indices
+    value: Values
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A selection in the order in which its rows were taken.
+
+    Attributes:
+        rows: Positions of the selected rows, int64 of shape [count].
+        gain: What each row added to F when it was taken, float64 of shape [count].
+    """
+
+    rows: NDArray[np.int64]
+    gain: Floats
+
+
+def concept_distribution(features: Features, concepts: int) -> Floats:
+    """Compute p_i = Σ_t z_ti / Σ_i Σ_t z_ti over all rows.
+
+    Args:
+        features: Sparse features of the target set.
+        concepts: d.
+
+    Returns:
+        float64 [d]; the sum is 1.
+
+    Raises:
+        ValueError: No row has a concept, or the features are not as `Features` describes.
+    """
+    _check_features(features, concepts)
+    mass = _mass(features, np.arange(len(features.index), dtype=np.int64), concepts)
+    if not mass.sum():
+        raise ValueError(
+            "no row of the target has a concept. Remedy: use a larger target, or train the features longer"
+        )
+    return mass / mass.sum()
+
+
+def objective(features: Features, target: Floats, quality: Indices, rows: Indices, *, trade_off: float) -> float:
+    """Compute F(A) = λ Σ_i p_i log(1 + m_i(A)) + (1 − λ) Σ_l u_l log(1 + c_l(A)) in float64.
+
+    Args:
+        features: Sparse features of n rows.
+        target: p, float64 [d].
+        quality: Quality bin of each row, 0 (low), 1 or 2 (high), of shape [n].
+        rows: A, positions without repeats.
+        trade_off: λ, from 0 to 1.
+
+    Returns:
+        F, where m_i sums the features of concept i over A, and c_l counts the rows of A in bin l.
+    """
+    rows = np.asarray(rows, np.int64)
+    counts = np.bincount(quality[rows], minlength=len(QUALITY_WEIGHTS))
+    concepts = float(target @ np.log1p(_mass(features, rows, len(target))))
+    return trade_off * concepts + (1 - trade_off) * float(np.asarray(QUALITY_WEIGHTS) @ np.log1p(counts))
+
+
+def kl_divergence(target: Floats, features: Features, rows: Indices) -> float:
+    """Compute KL(p ‖ m(A) / Σ m(A)) in nats; infinite if the target has a concept that A lacks."""
+    mass = _mass(features, np.asarray(rows, np.int64), len(target))
+    present = target > 0
+    if not mass[present].all():
+        return float("inf")
+    return float(target[present] @ (np.log(target[present]) - np.log(mass[present] / mass.sum())))
+
+
+def match_distribution(
+    features: Features,
+    target: Floats,
+    quality: Indices,
+    f0: NDArray[np.uint64],
+    f1: NDArray[np.uint64],
+    *,
+    count: int,
+    trade_off: float = 0.5,
+    epsilon: float = 0.1,
+    seed: int = 0,
+) -> Matched:
+    """Select `count` rows by stochastic greedy maximisation of F, `objective`.
+
+    Each step takes the candidate with the largest gain; the smaller uid wins ties. Candidates are
+    r = ⌈(n / count) ln(1 / ε)⌉ draws from the rows that are left, or all of them if they are no more than r. Draws are
+    a keyed hash of (seed, step, number of the draw) into the rows in the order of their uids, so the selected uids do
+    not depend on the order of rows. The expected F is at least 1 − 1/e − ε of the optimum.
+
+    Memory beyond the features: d + 3 counters, and 16 bytes per row.
+
+    Args:
+        features: Sparse features of n rows.
+        target: p, float64 [d], finite and not negative.
+        quality: Quality bin of each row, 0 (low), 1 or 2 (high), of shape [n].
+        f0: First halves of the uids, uint64 of shape [n].
+        f1: Second halves.
+        count: Rows to select, from 1 to n.
+        trade_off: λ, from 0 (quality alone) to 1 (concepts alone).
+        epsilon: ε, above 0 and below 1.
+        seed: Any integer.
+
+    Returns:
+        The selected rows in order, with their gains.
+
+    Raises:
+        ValueError: An argument is out of its range, or shapes differ.
+    """
+    n = len(f0)
+    _check_features(features, len(target))
+    _check_arguments(features, target, quality, f0, f1, count=count, trade_off=trade_off, epsilon=epsilon)
+    draws = ceil(n / count * log(1 / epsilon))
+    by_uid = np.lexsort((f1, f0))
+    left = np.arange(n)  # ranks by uid; the first n − step are not selected yet
+    mass, counts = np.zeros(len(target)), np.zeros(len(QUALITY_WEIGHTS))
+    weights = np.asarray(QUALITY_WEIGHTS) * (1 - trade_off)
+    scaled = target * trade_off
+    rows, gains = np.empty(count, np.int64), np.empty(count)
+    for step in range(count):
+        if step % _STEPS == 0:
+            hashes = _hashes(seed, step, min(_STEPS, count - step), draws)
+        remaining = n - step
+        at = np.arange(remaining) if remaining <= draws else (hashes[step % _STEPS] % np.uint64(remaining)).astype(int)
+        ranks = left[at]
+        candidates = by_uid[ranks]
+        index, value = features.index[candidates], features.value[candidates].astype(np.float64)
+        # log(1 + m + z) − log(1 + m), without the cancellation of a difference
+        gain = (scaled[index] * np.log1p(value / (1 + mass[index]))).sum(axis=1)
+        gain += (weights * np.log1p(1 / (1 + counts)))[quality[candidates]]
+        best = np.flatnonzero(gain == gain.max())
+        chosen = best[np.argmin(ranks[best])]
+        rows[step], gains[step] = candidates[chosen], gain[chosen]
+        active = value[chosen] > 0  # an entry of 0 may repeat another's concept
+        mass[index[chosen][active]] += value[chosen][active]
+        counts[quality[candidates[chosen]]] += 1
+        left[at[chosen]] = left[remaining - 1]
+    return Matched(rows, gains)
+
+
+def _hashes(seed: int, first: int, steps: int, draws: int) -> NDArray[np.uint64]:
+    """Return the keyed hashes of the candidates of some steps, uint64 [steps, draws]."""
+    step = np.repeat(np.arange(first, first + steps, dtype=np.uint64), draws)
+    draw = np.tile(np.arange(draws, dtype=np.uint64), steps)
+    return keyed_hash(seed, _APART, step, draw).reshape(steps, draws)
+
+
+def _mass(features: Features, rows: Indices, concepts: int) -> Floats:
+    """Return m_i of some rows, float64 [d]."""
+    mass = np.zeros(concepts)
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        value = features.value[some].astype(np.float64)
+        mass += np.bincount(features.index[some].ravel(), value.ravel(), minlength=concepts)
+    return mass
+
+
+def _check_features(features: Features, concepts: int) -> None:
+    if features.index.ndim != 2 or features.index.shape != features.value.shape:
+        raise ValueError(
+            f"index and value have one shape [n, k], not {features.index.shape} and {features.value.shape}"
+        )
+    for start in range(0, len(features.index), _ROWS):
+        index, value = features.index[start : start + _ROWS], features.value[start : start + _ROWS]
+        if index.size and (index.min() < 0 or index.max() >= concepts):
+            raise ValueError(f"index holds concepts from 0 to {concepts - 1}; rows from {start} hold others")
+        if not (np.isfinite(value).all() and (value >= 0).all()):
+            raise ValueError(f"value is finite and not negative; rows from {start} hold other values")
+        # Entries of 0 become distinct numbers below 0, so that only concepts with values can repeat.
+        named = np.sort(np.where(value > 0, index.astype(np.int64), -1 - np.arange(index.shape[1])), axis=1)
+        if (named[:, 1:] == named[:, :-1]).any():
+            raise ValueError(f"the concepts of a row are distinct; a row from {start} repeats one")
+
+
+def _check_arguments(
+    features: Features,
+    target: Floats,
+    quality: Indices,
+    f0: NDArray[np.uint64],
+    f1: NDArray[np.uint64],
+    *,
+    count: int,
+    trade_off: float,
+    epsilon: float,
+) -> None:
+    n = len(f0)
+    if not (len(features.index) == len(f1) == n and quality.shape == (n,)):
+        raise ValueError(
+            f"features, quality, f0 and f1 have one length, not {len(features.index)}, {len(quality)}, {n}, {len(f1)}"
+        )
+    if not (target.ndim == 1 and np.isfinite(target).all() and (target >= 0).all() and target.any()):
+        raise ValueError("target is a vector of finite numbers, none below 0 and one above it")
+    if not 1 <= count <= n:
+        raise ValueError(f"count is from 1 to the {n} rows, not {count}")
+    if quality.min() < 0 or quality.max() >= len(QUALITY_WEIGHTS):
+        raise ValueError(f"quality is from 0 to {len(QUALITY_WEIGHTS) - 1}, not {quality.min()} to {quality.max()}")
+    if not 0 <= trade_off <= 1 or not 0 < epsilon < 1:
+        raise ValueError(f"trade_off is from 0 to 1 and epsilon between 0 and 1, not {trade_off} and {epsilon}")
