@@ -4,9 +4,10 @@ Here: which rows, in which order. A query reads only the columns that it filters
 rows that are returned. Not here: pages (`app`), recipes tried out (`trials`), embeddings (`search`).
 """
 
+import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -53,18 +54,17 @@ class Table:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.scores = Scores(context.settings)
-        self._spill = tempfile.TemporaryDirectory(prefix="browse-")
-        config: dict[str, Any] = {"temp_directory": self._spill.name, "memory_limit": MEMORY, "threads": str(THREADS)}
+        spill = tempfile.mkdtemp(prefix="browse-")
+        config: dict[str, Any] = {"temp_directory": spill, "memory_limit": MEMORY, "threads": str(THREADS)}
         self._con = duckdb.connect(config=config)
         self._verified: dict[tuple[str, str, frozenset[str]], tuple[str, Path]] = {}
+        self._aligned: dict[tuple[str, str], tuple[str, ...]] = {}
         self._lock = Lock()
-        self._marks: dict[str, Callable[[], pa.Table]] = {}
-        self._close = weakref.finalize(self, self._con.close)
+        self._close = weakref.finalize(self, _close, self._con, spill)
 
     def close(self) -> None:
         """Close the connection and remove its temporary files."""
         self._close()
-        self._spill.cleanup()
 
     @property
     def columns(self) -> list[str]:
@@ -148,20 +148,38 @@ class Table:
         if not shards:
             where = "no shard" if shard is None else f"shard {shard!r} does not exist or"
             raise BrowseError(f"{where} has {', '.join(wanted)}. Remedy: clip-select run computes what is missing")
-        parts, selected, same = [], [], ["true"]
+        parts, selected = [], []
         for number, (asset, columns) in enumerate(wanted.items()):
-            read = frozenset(columns.values()) | ({"f0", "f1"} if uids or len(wanted) > 1 else set())
+            read = frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
             files = ", ".join(self.file(asset, name, read) for name in shards)
             parts.append(f"read_parquet([{files}], file_row_number=true, filename=true) AS t{number}")
             selected += [f"t{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for name, column in columns.items()]
-            if number:
-                equal = " AND ".join(f"t0.{c} = t{number}.{c}" for c in ("f0", "f1", "file_row_number"))
-                wrong = sql.text(f"{asset} has other rows than {next(iter(wanted))}. Remedy: clip-select run")
-                same.append(f"CASE WHEN {equal} THEN true ELSE error({wrong}) END")
+        self._check_aligned(list(wanted), shards)
         identity = ['t0.filename AS "the file"', 't0.file_row_number AS "the row"']
         identity += ["t0.f0 AS f0", "t0.f1 AS f1"] if uids else []
-        listed, joined = ", ".join([*identity, *selected]), " POSITIONAL JOIN ".join(parts)
-        return f"SELECT {listed} FROM {joined} WHERE {' AND '.join(same)}"
+        return f"SELECT {', '.join([*identity, *selected])} FROM {' POSITIONAL JOIN '.join(parts)}"
+
+    def _check_aligned(self, assets: Sequence[str], shards: Sequence[str]) -> None:
+        """Check once that the files of several assets have the same rows; unchanged files are not read again.
+
+        Raises:
+            BrowseError: they have not.
+        """
+        first, uids = assets[0], frozenset({"f0", "f1"})
+        for other in assets[1:]:
+            key = [self.context.lake.stored(asset, shard) for asset in (first, other) for shard in shards]
+            prints = tuple("" if stored is None else stored.fingerprint for stored in key)
+            if self._aligned.get((first, other)) == prints:
+                continue
+            left, right = (
+                f"read_parquet([{', '.join(self.file(asset, shard, uids) for shard in shards)}], file_row_number=true)"
+                for asset in (first, other)
+            )
+            same = " AND ".join(f"a.{c} IS NOT DISTINCT FROM b.{c}" for c in ("f0", "f1", "file_row_number"))
+            found = self.run(f"SELECT count(*) AS n FROM {left} AS a POSITIONAL JOIN {right} AS b WHERE NOT ({same})")
+            if found["n"][0].as_py():
+                raise BrowseError(f"{other} has other rows than {first}. Remedy: clip-select run")
+            self._aligned[first, other] = prints
 
     def read(self, places: Sequence[Place], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return columns of some rows, in their order; a score without a file is None."""
@@ -296,3 +314,8 @@ def find(table: Table, uid: str) -> Place:
     if not found:
         raise BrowseError(f"there is no sample {uid} in the pool")
     return found[0]
+
+
+def _close(con: duckdb.DuckDBPyConnection, spill: str) -> None:
+    con.close()
+    shutil.rmtree(spill, ignore_errors=True)

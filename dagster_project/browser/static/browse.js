@@ -94,6 +94,7 @@ async function more() {
   const mine = round;
   const asked = new URLSearchParams(location.search);
   asked.set("offset", offset);
+  if (!offset) byId("status").textContent = "Searching …";
   const found = await ask(`/api/rows?${asked}`);
   if (mine !== round) return;
   loading = false;
@@ -175,7 +176,7 @@ function stepBox(step) {
   const fraction = make("input");
   Object.assign(fraction, { type: "number", min: 0.001, max: 1, step: 0.01 });
   fraction.addEventListener("change", () => { limits[step.step] = `fraction:${fraction.value}`; tryOut(); });
-  const label = make("label", "Fraction of the pool");
+  const label = make("label", "Fraction of the pool (shown: of what entered)");
   label.append(fraction);
   box.append(range, label);
   return box;
@@ -187,6 +188,8 @@ function showStep(box, step) {
   box.children[1].textContent = `${step.entered.toLocaleString("en")} entered, ${step.kept.toLocaleString("en")} remain` +
     (step.threshold === null ? "" : `; threshold ${step.threshold.toFixed(5)}`);
   if (!step.histogram) return;
+  const field = box.querySelector("input[type=number]");
+  if (field && document.activeElement !== field) field.placeholder = (step.kept / step.entered).toFixed(3);
   const { low, high, counts } = step.histogram;
   const most = Math.max(...counts), chart = box.querySelector("svg");
   const shape = (name, values) => {
