@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "Compute": ("check", "run", "compute", "status", "ui"),
-    "Understand": ("explain", "rejects", "study", "verify"),
+    "Understand": ("browse", "explain", "rejects", "study", "verify"),
     "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
 }
 """Headings of the help, with their commands."""
@@ -201,6 +201,16 @@ def ui(config: Path, port: int) -> int:
     from dagster_project.instance import serve
 
     serve(_open(config), port)
+
+
+@commands.command()
+@_config
+@click.option("--port", type=click.IntRange(0, 65535), default=3001, show_default=True, help="On 127.0.0.1; 0: any.")
+def browse(config: Path, port: int) -> int:
+    """Search the pool in a browser, compare subsets, and try thresholds."""
+    from dagster_project.browser.app import serve
+
+    return serve(_open(config), port)
 
 
 @commands.command()

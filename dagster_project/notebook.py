@@ -9,7 +9,9 @@
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -18,6 +20,9 @@ from core.errors import UserError
 from dagster_project.location import config_path, lake_of
 from resources.catalog.build import read_catalog
 from resources.lake.versions import Version, Versions
+
+if TYPE_CHECKING:
+    from dagster_project.browser.queries import Query
 
 MAX_ROWS = 5_000_000
 """Rows that a method returns at most, unless it is asked for more."""
@@ -58,9 +63,18 @@ class Project:
     """
 
     def __init__(self, config: Path, max_rows: int | None = MAX_ROWS) -> None:
+        self.config = config
         self.lake = lake_of(config)
         self.catalog = self.lake.home / "catalog.duckdb"
         self.max_rows = max_rows
+
+    @cached_property
+    def browse(self) -> "Query":
+        """All rows of the pool, to be filtered and sorted: `browse.where(...).order_by(...).to_polars()`."""
+        from assets.settings import open_project as open_context
+        from dagster_project.browser.queries import Query, Table
+
+        return Query(Table(open_context(self.config)))
 
     # Rows
 

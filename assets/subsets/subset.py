@@ -229,7 +229,7 @@ def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any
                 raise dg.Failure(str(error), allow_retries=False) from error
             context.resources.run.written[key] += 1
         elif not is_reported(lake, current):
-            sets = {other: _uids(snapshot.context, read) for other, read in inputs.sets.items()}
+            sets = {other: set_uids(snapshot.context, read) for other, read in inputs.sets.items()}
             with open_selection(lake, name, recipe, places, inputs.shards, sets, cached) as (selection, _):
                 write_report(snapshot.context, current, selection)
         return dg.MaterializeResult(
@@ -251,7 +251,7 @@ def _uid_list(context: Context, name: str) -> Path:
 def _select(context: Context, asset: SubsetAsset, inputs: Inputs, cached: CachedTable) -> Version:
     """Run the recipe and write a new version."""
     name, recipe, lake = asset.recipe, asset.model, context.lake
-    sets = {other: _uids(context, read) for other, read in inputs.sets.items()}
+    sets = {other: set_uids(context, read) for other, read in inputs.sets.items()}
     with open_selection(lake, name, recipe, asset.scores, inputs.shards, sets, cached) as (selection, duplicates):
         recorded = {other: _recorded(context, read, sets[other], selection) for other, read in inputs.sets.items()}
         lineage = lineage_record(
@@ -279,7 +279,8 @@ def _select(context: Context, asset: SubsetAsset, inputs: Inputs, cached: Cached
         return version
 
 
-def _uids(context: Context, read: Mapping[str, str]) -> pa.Table:
+def set_uids(context: Context, read: Mapping[str, str]) -> pa.Table:
+    """Return f0 and f1 of a set that a recipe reads, as `Inputs.sets` describes it."""
     if read["kind"] == "recipe":
         versions = Versions(context.lake, read["name"])
         return versions.read_uids(versions.read(read["version"]))

@@ -1,0 +1,103 @@
+"""Search by text or by example: exact cosines over the stored embeddings, within a budget of rows and seconds."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from core import hashing
+from dagster_project.browser.queries import BrowseError, Place, Table
+from resources.lake.files import LakeError
+from resources.models.decoding import EncoderError
+from resources.models.text_encoders import TextEncoder
+from resources.settings import TextEncoderSettings
+
+ROWS, SECONDS = 2_000_000, 5.0
+BLOCK = 16_384
+
+
+@dataclass(frozen=True)
+class Found:
+    """The nearest rows, nearest first, with their cosines; and how much of the pool was searched."""
+
+    places: list[Place]
+    cosines: list[float]
+    searched: int
+    total: int
+
+    @property
+    def note(self) -> str:
+        """One sentence about the part that was searched."""
+        if self.searched == self.total:
+            return f"Searched all {self.total:,} rows."
+        return f"Searched {self.searched:,} of {self.total:,} rows: whole shards, in the order of a keyed hash."
+
+
+def encoders(table: Table) -> list[str]:
+    """List the encoders that have embeddings in the lake."""
+    return [name for name in table.context.settings.encoders if table.context.lake.shards(f"embeddings/{name}")]
+
+
+def of_text(table: Table, encoder: str, text: str) -> np.ndarray:
+    """Return the embedding of a text by an encoder's text tower, float32 [d].
+
+    Raises:
+        BrowseError: the encoder has no model here.
+    """
+    try:
+        settings = TextEncoderSettings(encoder=encoder)
+        return TextEncoder(encoder, settings, table.context.models.encoder(encoder)).encode([text])[0]
+    except (EncoderError, ValueError) as error:
+        raise BrowseError(str(error)) from error
+
+
+def of_row(table: Table, encoder: str, place: Place, side: str) -> np.ndarray:
+    """Return the embedding of a row's image or caption (`side`: image or text), float32 [d]."""
+    try:
+        (vectors,) = table.context.lake.vectors(f"embeddings/{encoder}", place.shard, columns=[side])
+    except LakeError as error:
+        raise BrowseError(str(error)) from error
+    return np.asarray(vectors[place.row : place.row + 1], np.float32)[0]
+
+
+def nearest(
+    table: Table,
+    encoder: str,
+    query: np.ndarray,
+    side: str,
+    *,
+    count: int = 120,
+    rows: int = ROWS,
+    seconds: float = SECONDS,
+) -> Found:
+    """Find the rows whose image or caption is nearest to a vector.
+
+    Args:
+        table: the project's rows.
+        encoder: whose embeddings are searched.
+        query: float32 [d], unit norm.
+        side: `image` or `text`.
+        count: rows to return at most.
+        rows: rows to search at most; at least one shard is searched.
+        seconds: after which no further shard is started.
+    """
+    lake, asset = table.context.lake, f"embeddings/{encoder}"
+    shards = sorted(lake.shards(asset), key=lambda shard: hashing.digest({"browse": shard}))
+    sizes = {shard: stored.rows for shard in shards if (stored := lake.stored(asset, shard)) is not None}
+    best: list[tuple[float, str, int]] = []
+    searched, start = 0, time.monotonic()
+    for shard, size in sizes.items():
+        if searched and (searched + size > rows or time.monotonic() - start > seconds):
+            break
+        try:
+            (vectors,) = lake.vectors(asset, shard, columns=[side])
+            for first in range(0, size, BLOCK):
+                cosines = np.asarray(vectors[first : first + BLOCK], np.float32) @ query
+                top = np.argsort(-cosines, kind="stable")[:count]
+                best += [(-float(cosines[row]), shard, first + int(row)) for row in top]
+        except LakeError as error:
+            raise BrowseError(str(error)) from error
+        best = sorted(best)[:count]
+        searched += size
+    places = [Place(shard, row) for _, shard, row in best]
+    return Found(places, [-cosine for cosine, _, _ in best], searched, sum(sizes.values()))
