@@ -296,7 +296,11 @@ class _Pass:
         if not subset.is_fresh(self._now()):
             raise LakeError(f"{subset.key} has no version, or is out of date. Remedy: clip-select run")
         self.stage = Stage(node.key)
-        self._compute_shards(node, self.instance.get_dynamic_partitions(SHARDS_NAME))
+        known = self.instance.get_dynamic_partitions(SHARDS_NAME)
+        unknown = sorted(self.snapshot.listing.keys() - set(known))  # as on another machine's Dagster instance
+        if unknown:
+            self.instance.add_dynamic_partitions(SHARDS_NAME, unknown)
+        self._compute_shards(node, [*known, *unknown])
         self._end()
         return self.outcome
 

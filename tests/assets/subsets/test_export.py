@@ -9,6 +9,7 @@ import pytest
 
 from assets.graph import build_graph
 from assets.settings import open_project
+from dagster_project.headless import write_export
 from dagster_project.staleness import RANGE_END, RANGE_START
 from resources.pools.formats import open_pool
 from resources.settings import PoolSettings
@@ -60,6 +61,18 @@ def test_an_export_holds_the_selected_samples_byte_for_byte(scenario: Scenario) 
         assert list(found.items()) == list(kept.items())
         written |= found
     assert len(written) == 3 * len(scenario.array("clip_third"))
+
+
+@pytest.mark.usefixtures("finished")
+def test_another_machines_dagster_instance_exports_every_shard(scenario: Scenario) -> None:
+    scenario.run()
+    project, graph = scenario.open_graph()
+    with dg.DagsterInstance.ephemeral() as instance:
+        outcome = write_export(project, graph, instance, "clip_third", notice=lambda _: None)
+    assert outcome.failures == {}
+    assert outcome.computed[EXPORT] == list(SHARDS)
+    exported = {member.split(".")[0] for tar in folder(scenario).glob("*.tar") for member in members(tar)}
+    assert exported == set(scenario.manifest("clip_third")["key"])
 
 
 @pytest.mark.usefixtures("finished")
