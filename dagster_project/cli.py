@@ -221,7 +221,7 @@ def explain(config: Path, uid: str, as_json: bool) -> int:
     """Show what every recipe did with a sample. Exits with 1 if there is no such sample."""
     from dagster_project import console
 
-    return console.explain(lake_of(config).home / "catalog.duckdb", uid, _console(), as_json=as_json)
+    return console.explain(lake_of(config).catalog, uid, _console(), as_json=as_json)
 
 
 @commands.command()
@@ -286,7 +286,7 @@ def versions(config: Path, recipe: str | None, as_json: bool) -> int:
     """List the versions of the subsets, oldest first."""
     from dagster_project import queries
 
-    return queries.versions(lake_of(config).home / "catalog.duckdb", recipe, _console(), as_json=as_json)
+    return queries.versions(lake_of(config).catalog, recipe, _console(), as_json=as_json)
 
 
 @commands.command()
@@ -300,7 +300,7 @@ def diff(config: Path, recipe: str, a: str | None, b: str | None, limit: int | N
     """Show which rows entered or left between two versions of a subset, and why."""
     from dagster_project import queries
 
-    catalog = lake_of(config).home / "catalog.duckdb"
+    catalog = lake_of(config).catalog
     return queries.diff(catalog, recipe, a, b, _console(), limit=limit, as_json=as_json)
 
 
@@ -313,7 +313,7 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
     """Show everything that a version of a subset was made from."""
     from dagster_project import queries
 
-    return queries.lineage(lake_of(config).home / "catalog.duckdb", recipe, version_name, _console(), as_json=as_json)
+    return queries.lineage(lake_of(config).catalog, recipe, version_name, _console(), as_json=as_json)
 
 
 @commands.command()

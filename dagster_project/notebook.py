@@ -65,7 +65,7 @@ class Project:
     def __init__(self, config: Path, max_rows: int | None = MAX_ROWS) -> None:
         self.config = config
         self.lake = lake_of(config)
-        self.catalog = self.lake.home / "catalog.duckdb"
+        self.catalog = self.lake.catalog
         self.max_rows = max_rows
 
     @cached_property

@@ -146,7 +146,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
             captioners=_dumped(settings.captioners),
             text_encoders=_dumped(settings.text_encoders),
         ),
-        "catalog": CatalogResource(path=str(Lake(settings.lake).home / "catalog.duckdb")),
+        "catalog": CatalogResource(path=str(Lake(settings.lake).catalog)),
         "run": run_state,
         "engine": engine,
     }

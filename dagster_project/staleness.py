@@ -278,7 +278,7 @@ def lake_token(lake: Lake, graph: Graph) -> str:
     listed = [
         (entry.location, entry.tag)
         for folder in lake_folders(lake, graph)
-        for entry in lake.store.files(folder)
+        for entry in lake.listing(folder)
         if not entry.name.startswith(".")
     ]
     return digest([*listed, *(lake.store.folders(f"{lake.root}/{subset.key}") for subset in graph.subsets)])

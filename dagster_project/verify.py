@@ -63,7 +63,7 @@ def verify(project: Context, console: Console, *, repair: bool = False, as_json:
         The exit status: 1 if a file is damaged or missing, else 0.
 
     Raises:
-        LakeError: the lake is not in a local folder; or `repair`, and another process works on it.
+        LakeError: `repair`, and another process works on the lake.
     """
     with only_pass(project) if repair else nullcontext():
         found = list(verified_files(project, build_graph(project), repair=repair))

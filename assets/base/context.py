@@ -48,7 +48,7 @@ class Context:
 
     def catalog_path(self) -> Path:
         """Return the path of the catalog, in the lake; that of a remote lake is on this machine (`Lake.home`)."""
-        return self.lake.home / "catalog.duckdb"
+        return self.lake.catalog
 
 
 class Snapshot:

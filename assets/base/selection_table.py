@@ -5,7 +5,6 @@ Here: which files become that table, and when it can be reused. Not here: how fi
 (`assets.subsets.subset`).
 """
 
-import shutil
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from core.machine import duckdb_memory
+from core.machine import close_duckdb, open_duckdb
 from core.sql import quoted
 from resources.lake.files import Lake
 from resources.lake.pool_scores import Source, mark_sets, source_relation
@@ -75,8 +74,8 @@ class CachedTable:
 
     def _make(self, lake: Lake, scores: Mapping[str, _Mark], columns: set[str], shards: list[str]) -> None:
         spill = tempfile.mkdtemp(prefix="selection-")
-        self._con = _connect(spill)
-        self._finalizer = weakref.finalize(self, _close, self._con, spill)
+        self._con = open_duckdb(spill)
+        self._finalizer = weakref.finalize(self, close_duckdb, self._con, spill)
         self._source = source_relation(
             self._con,
             "source",
@@ -159,7 +158,7 @@ def rows_of(
         The connection, valid within the block, with a view `wanted` of the rows, each uid once, and a view `copies` of
         the rows left out because an earlier row has their uid; and the numbers of both.
     """
-    with tempfile.TemporaryDirectory() as spill, _connect(spill) as con:
+    with tempfile.TemporaryDirectory() as spill, open_duckdb(spill) as con:
         if manifest is not None:
             con.execute("CREATE TEMP TABLE listed AS SELECT f0, f1 FROM read_parquet(?)", [manifest])
         found = source_relation(
@@ -194,14 +193,6 @@ def _files(
     }
 
 
-def _connect(spill: str) -> duckdb.DuckDBPyConnection:
-    con = duckdb.connect()
-    con.execute("SET temp_directory = ?", [spill])
-    con.execute("SET memory_limit = ?", [duckdb_memory()])
-    con.execute("SET enable_progress_bar = false")
-    return con
-
-
 def _is_there(lake: Lake, mark: _Mark, shards: Collection[str]) -> bool:
     asset, _, fingerprints = mark
     stored = (lake.stored(asset, shard) for shard in shards)
@@ -209,8 +200,3 @@ def _is_there(lake: Lake, mark: _Mark, shards: Collection[str]) -> bool:
         found is not None and found.fingerprint == fingerprint
         for found, fingerprint in zip(stored, fingerprints, strict=True)
     )
-
-
-def _close(con: duckdb.DuckDBPyConnection, spill: str) -> None:
-    con.close()
-    shutil.rmtree(spill, ignore_errors=True)

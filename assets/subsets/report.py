@@ -104,23 +104,18 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
             dg.get_dagster_logger().warning(f"{folder}: {sample.problem}")
     for sample in samples:
         if sample.image is not None:
-            _write(project.lake, f"{folder}/{sample.path}", sample.image)
-    _write(project.lake, f"{folder}/{CHART_FILE}", _chart(selection))
+            project.lake.put(f"{folder}/{sample.path}", sample.image)
+    project.lake.put(f"{folder}/{CHART_FILE}", _chart(selection))
     window = "\n\n".join(markdown(_small(sheet)) for sheet in sheets[:5])
-    _write(project.lake, f"{folder}/{SHEET_FILE}", window.encode())
+    project.lake.put(f"{folder}/{SHEET_FILE}", window.encode())
     tables: dict[str, Sequence[Sequence[str]]] = {
         "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
         **_warnings(version.lineage),
         **_summaries(version.lineage),
     }
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
-    _write(project.lake, f"{folder}/{PAGE_FILE}", page.encode())
+    project.lake.put(f"{folder}/{PAGE_FILE}", page.encode())
     Versions(project.lake, version.recipe).write_report_checksums(version)
-
-
-def _write(lake: Lake, path: str, content: bytes) -> None:
-    with lake.replacing(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def _about(version: Version) -> dict[str, str]:

@@ -26,9 +26,9 @@ from starlette.staticfiles import StaticFiles
 
 from assets.base.context import Context
 from core.errors import UserError
-from core.uids import parse_uids, subset_array
+from core.uids import subset_array
 from dagster_project.browser import samples, search
-from dagster_project.browser.queries import BrowseError, Place, Query, Table, find
+from dagster_project.browser.queries import BrowseError, Place, Query, Table, find, uid_table
 from dagster_project.browser.trials import Trial, Trials, as_yaml
 from resources.lake.versions import Versions
 from resources.pools.errors import PoolError
@@ -260,14 +260,13 @@ class Browser:
 
     def _tagged(self, uids: list[str], kind: str) -> Response:
         try:
-            words = parse_uids(uids)
+            listed = uid_table(uids)
         except ValueError as error:
             raise BrowseError(str(error)) from error
         out = io.BytesIO()
         if kind == "npy":
-            np.save(out, np.unique(subset_array(*words)), allow_pickle=False)
+            np.save(out, np.unique(subset_array(listed["f0"].to_numpy(), listed["f1"].to_numpy())), allow_pickle=False)
         elif kind in ("csv", "parquet"):
-            listed = pa.table(dict(zip(("f0", "f1"), map(pa.array, words), strict=True)))
             rows = Query(self.table).among(listed).to_polars() if uids else pl.DataFrame({"uid": []})
             rows.write_csv(out) if kind == "csv" else rows.write_parquet(out)
         else:

@@ -4,7 +4,6 @@ Here: which rows, in which order. A query reads only the columns that it filters
 rows that are returned. Not here: pages (`app`), recipes tried out (`trials`), embeddings (`search`).
 """
 
-import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,9 @@ from assets.base.context import Context
 from assets.base.score_kind import Scores
 from core import sql
 from core.errors import UserError
+from core.machine import close_duckdb, open_duckdb
 from core.names import suggestion
+from core.uids import parse_uids
 from resources.pools.base import RAW_POOL_SCHEMA
 from selection.recipes.predicates import predicate_columns
 
@@ -55,12 +56,11 @@ class Table:
         self.context = context
         self.scores = Scores(context.settings)
         spill = tempfile.mkdtemp(prefix="browse-")
-        config: dict[str, Any] = {"temp_directory": spill, "memory_limit": MEMORY, "threads": str(THREADS)}
-        self._con = duckdb.connect(config=config)
+        self._con = open_duckdb(spill, memory=MEMORY, threads=THREADS)
         self._verified: dict[tuple[str, str, frozenset[str]], tuple[str, Path]] = {}
         self._aligned: dict[tuple[str, str], tuple[str, ...]] = {}
         self._lock = Lock()
-        self._close = weakref.finalize(self, _close, self._con, spill)
+        self._close = weakref.finalize(self, close_duckdb, self._con, spill)
 
     def close(self) -> None:
         """Close the connection and remove its temporary files."""
@@ -299,6 +299,15 @@ class Query:
         return query + (f" WHERE {' AND '.join(tests)}" if tests else "")
 
 
+def uid_table(uids: Sequence[str]) -> pa.Table:
+    """Return uids as a table with columns f0 and f1.
+
+    Raises:
+        ValueError: a text is no uid.
+    """
+    return pa.table(dict(zip(("f0", "f1"), map(pa.array, parse_uids(uids)), strict=True)))
+
+
 def find(table: Table, uid: str) -> Place:
     """Return the first row with a uid.
 
@@ -307,15 +316,7 @@ def find(table: Table, uid: str) -> Place:
     """
     if len(uid) != 32 or not set(uid) <= set("0123456789abcdef"):
         raise BrowseError("a uid is 32 hexadecimal digits in lower case")
-    words = pa.table(
-        {"f0": [int(uid[:16], 16)], "f1": [int(uid[16:], 16)]}, pa.schema([("f0", pa.uint64()), ("f1", pa.uint64())])
-    )
-    found = Query(table).among(words).places(1)
+    found = Query(table).among(uid_table([uid])).places(1)
     if not found:
         raise BrowseError(f"there is no sample {uid} in the pool")
     return found[0]
-
-
-def _close(con: duckdb.DuckDBPyConnection, spill: str) -> None:
-    con.close()
-    shutil.rmtree(spill, ignore_errors=True)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from core import sql
 from core.errors import UserError
-from core.machine import duckdb_memory
+from core.machine import open_duckdb
 from resources.storage import files
 from resources.storage.arrays import ArrayError, open_array
 
@@ -107,10 +107,7 @@ def opened(
         ExternalError: a column is missing or not numeric, a uid is invalid, or a file cannot be read.
     """
     names = dict(columns or {})
-    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as con:
-        con.execute("SET temp_directory = ?", [spill])
-        con.execute("SET memory_limit = ?", [duckdb_memory()])
-        con.execute("SET enable_progress_bar = false")
+    with tempfile.TemporaryDirectory() as spill, open_duckdb(spill) as con:
         typed = ["f0 UBIGINT", "f1 UBIGINT", *(f"{sql.quoted(name)} DOUBLE" for name in names)]
         con.execute(f"CREATE TEMP TABLE listed ({', '.join(typed)})")
         values = [f"CASE WHEN isfinite({sql.quoted(name)}) THEN {sql.quoted(name)} END" for name in names]

@@ -23,8 +23,7 @@ def write_check(lake: Lake, stored: Stored, check: str, finding: Mapping[str, An
     """
     record = {"fingerprint": stored.fingerprint, "finding": dict(finding)}
     folder = _folder(lake, stored.provenance.asset, stored.provenance.shard)
-    with lake.replacing(f"{folder}/{check}.json") as path:
-        path.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+    lake.put(f"{folder}/{check}.json", json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def read_checks(lake: Lake, stored: Stored) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +192,11 @@ class Lake:
         """Local folder of what belongs to the lake and stays on this machine, such as Dagster's records."""
         return Path(self.root) if self.is_local else state_folder(self.root)
 
+    @property
+    def catalog(self) -> Path:
+        """Local path of the catalog."""
+        return self.home / "catalog.duckdb"
+
     def refresh(self) -> None:
         """Forget the listings of a remote lake, so that files which other processes wrote are seen."""
         self._listed.clear()
@@ -205,7 +210,16 @@ class Lake:
         """Return when a file was last written in a folder, in seconds since 1970; 0 without files."""
         if self.is_local:
             return os.stat(folder).st_mtime if os.path.isdir(folder) else 0.0
-        return max((entry.modified for entry in self.store.files(folder)), default=0.0)
+        return max((entry.modified for entry in self.listing(folder)), default=0.0)
+
+    def listing(self, folder: str) -> Iterable[Entry]:
+        """List the files of a folder, by location; those of a remote lake as they were at the last `refresh`."""
+        return self.store.files(folder) if self.is_local else self._remote(folder).values()
+
+    def _remote(self, folder: str) -> dict[str, Entry]:
+        if folder not in self._listed:
+            self._listed[folder] = {entry.location: entry for entry in self.store.files(folder)}
+        return self._listed[folder]
 
     def exists(self, path: str) -> bool:
         """Check whether there is a file."""
@@ -220,20 +234,15 @@ class Lake:
     def shards(self, asset: str) -> list[str]:
         """List the shards for which an asset has a file, sorted."""
         folder = f"{self.root}/{asset}"
-        found = self.store.files(folder)
-        if not self.is_local:
-            self._listed[folder] = {entry.location: entry for entry in found}
-        names = (entry.name for entry in found)
+        self._listed.pop(folder, None)
+        names = (entry.name for entry in self.listing(folder))
         return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
 
     def _entry(self, path: str) -> Entry | None:
         """Return a file as it is now; of a remote lake, as its folder was listed last."""
         if self.is_local:
             return self.store.stat(path)
-        folder = path.rpartition("/")[0]
-        if folder not in self._listed:
-            self._listed[folder] = {entry.location: entry for entry in self.store.files(folder)}
-        return self._listed[folder].get(path)
+        return self._remote(path.rpartition("/")[0]).get(path)
 
     def _changed(self, path: str) -> None:
         """Look again at a remote file that this process wrote, moved or removed."""
@@ -440,6 +449,11 @@ class Lake:
         was_there = self.store.delete(path)
         self._changed(path)
         return was_there
+
+    def put(self, path: str, content: bytes) -> None:
+        """Write a small file, completely or not at all."""
+        with self.replacing(path) as temporary:
+            temporary.write_bytes(content)
 
     @contextmanager
     def replacing(self, path: str) -> Iterator[Path]:

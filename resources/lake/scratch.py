@@ -124,13 +124,9 @@ class WorkFolder:
         self.state |= changes
         self.flush()
         if self.lake.is_local:
-            self._write_state(json.dumps(self.state))
+            self.lake.put(f"{self.url}/{_STATE}", json.dumps(self.state).encode())
         else:
             self._save_remote()
-
-    def _write_state(self, text: str) -> None:
-        with self.lake.replacing(f"{self.url}/{_STATE}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
     def _save_remote(self) -> None:
         place = self.path / _STATE
@@ -145,7 +141,7 @@ class WorkFolder:
         for path in sorted(self.path.iterdir()):
             if path.name != _STATE and not path.name.startswith("."):
                 self.lake.store.put(f"{self.url}/{_ARRAYS}/{path.name}", path)
-        self._write_state(text)
+        self.lake.put(f"{self.url}/{_STATE}", text.encode())
         self._copied = time.monotonic()
 
     # Arrays

@@ -186,8 +186,7 @@ class Versions:
             for path in paths
             if not path.endswith(f"/{REPORT_CHECKSUMS}")
         }
-        with self.lake.replacing(f"{version.folder}/{REPORT_CHECKSUMS}") as path:
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        self.lake.put(f"{version.folder}/{REPORT_CHECKSUMS}", json.dumps(found, indent=1).encode())
 
     def verified_path(self, version: Version, file: str = "manifest.parquet") -> str:
         """Verify one of a version's files, and return its local path.
@@ -280,8 +279,7 @@ class Versions:
         }
         version.lineage["checksum"] = checksum(version.lineage)
         examine(version)
-        with self.lake.replacing(self._lineage_path(name)) as path:
-            path.write_text(json.dumps(version.lineage, indent=1, sort_keys=True), encoding="utf-8")
+        self.lake.put(self._lineage_path(name), json.dumps(version.lineage, indent=1, sort_keys=True).encode())
         if self.lake.is_local:
             for claim in Path(version.folder).glob(f".*{CLAIM_SUFFIX}"):
                 claim.unlink(missing_ok=True)

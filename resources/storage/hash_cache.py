@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.hashing import sha256
+from resources.storage.user_folders import user_cache
 
 SMALLEST = 64 << 20
 """Bytes. Hashing a smaller file takes less than a tenth of a second."""
@@ -22,8 +23,7 @@ SETTLED = 2.0
 
 def cache_file() -> Path:
     """Return the path of the cache."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "clip-data-selection" / "sha256.json"
+    return user_cache() / "sha256.json"
 
 
 def cached_sha256(path: Path, *, cache: Path | None = None, smallest: int = SMALLEST, settled: float = SETTLED) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from core.errors import UserError
+from resources.storage.user_folders import user_cache, user_state
 
 OBJECT_STORES = ("s3", "gs", "az")
 """Schemes of object stores."""
@@ -92,21 +93,17 @@ def is_object_store(location: str) -> bool:
 
 
 def cache_folder(root: str) -> Path:
-    """Return the local folder for copies and records about a remote root. It can be deleted at any time.
-
-    It is `$XDG_CACHE_HOME/clip-data-selection/<hash of the URL>`; `~/.cache` without the variable.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "clip-data-selection" / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:16]
+    """Return the local folder for copies and records about a remote root, `<hash of the URL>` in `user_cache`."""
+    return user_cache() / _hashed(root)
 
 
 def state_folder(root: str) -> Path:
-    """Return the local folder of what belongs to a remote root and must not be lost: Dagster's records.
+    """Return the local folder of Dagster's records of a remote root, `<hash of the URL>` in `user_state`."""
+    return user_state() / _hashed(root)
 
-    It is `$XDG_STATE_HOME/clip-data-selection/<hash of the URL>`; `~/.local/state` without the variable.
-    """
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return base / "clip-data-selection" / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:16]
+
+def _hashed(root: str) -> str:
+    return hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:16]
 
 
 class LocalStore:
