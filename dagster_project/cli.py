@@ -205,7 +205,7 @@ def ui(config: Path, port: int) -> int:
 
 @commands.command()
 @_config
-@click.option("--port", type=click.IntRange(0, 65535), default=3001, show_default=True, help="On 127.0.0.1; 0: any.")
+@click.option("--port", type=click.IntRange(0, 65535), default=3002, show_default=True, help="On 127.0.0.1; 0: any.")
 def browse(config: Path, port: int) -> int:
     """Search the pool in a browser, compare subsets, and try thresholds."""
     from dagster_project.browser.app import serve
