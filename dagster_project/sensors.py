@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 import dagster as dg
 
 from assets.base.context import Context, Snapshot
+from assets.base.events import record_files
 from assets.base.keys import SHARDS, SHARDS_NAME, asset_key
+from assets.base.partitioned import PartitionedAsset
 from assets.base.results import NotReady
 from assets.graph import Graph
 from assets.subsets.subset import SubsetAsset
@@ -22,6 +24,7 @@ from core.hashing import digest
 from dagster_project.active_runs import ActiveRuns, active_runs
 from dagster_project.early_checks import problems
 from dagster_project.jobs import job_assets
+from dagster_project.sqlite_event_log import kept_open
 from dagster_project.staleness import (
     ATTEMPTS,
     change_token,
@@ -36,6 +39,9 @@ from dagster_project.staleness import (
 SHOWN = 10
 INTERVAL = 10
 """Seconds from one tick of a sensor to the next. A tick without news takes 0.4 s for 10,000 shards."""
+
+RECORDED = 1_000
+"""Files that a tick records at most, so that it ends in time."""
 
 TickResult = dg.SensorResult | dg.SkipReason
 Tick = Callable[[Snapshot, Graph, dg.SensorEvaluationContext], TickResult]
@@ -156,6 +162,7 @@ def _follow(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext
     if memory.quiet and memory.seen == seen:
         return dg.SkipReason(_wait(active.ids) if active.ids else _rest(memory.tried))
     memory.seen = seen
+    recorded = _record(snapshot, graph, sensor.instance, shards, active)
     due = find_due(snapshot, graph, shards, memory.tried, active.hold)
     memory.keep([*due.marks, *due.held, *due.given_up])
     runs = due.runs(partitions, shards_per_run())
@@ -168,7 +175,10 @@ def _follow(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext
             reasons.append(_left(list(due.given_up.values())))
         if due.held:
             reasons.append(_wait(active.ids))
-        return memory.result("\n".join(reasons) or _rest({}), quiet=not due.problems and not stopped)
+        if recorded:
+            reasons.append(f"Recorded {recorded} files that were written without Dagster.")
+        quiet = not due.problems and not stopped and recorded < RECORDED
+        return memory.result("\n".join(reasons) or _rest({}), quiet=quiet)
     memory.request(due.marks)
     return memory.result(runs=[_request(keys, group) for keys, group in runs])
 
@@ -239,6 +249,22 @@ def _present(snapshot: Snapshot, partitions: Sequence[str]) -> list[str]:
 
 def _active(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> ActiveRuns:
     return active_runs(sensor.instance, graph, snapshot.context.lake, job_assets(graph))
+
+
+def _record(
+    snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstance, shards: Sequence[str], active: ActiveRuns
+) -> int:
+    """Record files that were written without Dagster; a run in progress records its own."""
+    nodes = [node for node in graph.nodes if isinstance(node, PartitionedAsset)]
+    with kept_open(instance):
+        return record_files(
+            instance,
+            nodes,
+            snapshot.context.lake,
+            shards,
+            wanted=lambda key, shard: not active.hold(key, shard),
+            most=RECORDED,
+        )
 
 
 def _wait(runs: Sequence[str]) -> str:

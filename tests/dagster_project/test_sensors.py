@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from assets.base.keys import SHARDS_NAME
+from dagster_project.cli import main
 from dagster_project.staleness import ATTEMPTS, RANGE_END, RANGE_START, ShardsPerRunError
 from tests.support.automation import ROWS, SENSORS, Automation
 from tests.support.pool_factory import datacomp_shard
@@ -151,6 +152,16 @@ def test_a_changed_shard_waits_for_a_run_that_reads_it_and_a_new_one_does_not(au
     redraw = dg.RunRequest(asset_selection=[dg.AssetKey(["negatives", "b32"])])
     assert automation.execute(redraw, meanwhile=land)
     assert seen == [("raw_pool embeddings/b32 clip_score/b32", "00002")]
+
+
+def test_a_tick_records_what_compute_wrote_and_requests_only_the_rest(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.tick("discover_shards")
+    assert main(["compute", str(automation.folder / "project.yaml"), "--asset", "raw_pool"]) == 0
+    (request,) = automation.tick("follow_shards")
+    assert named(request) == ("embeddings/b32 clip_score/b32", "00000–00001")
+    known = automation.instance.fetch_materializations(dg.AssetKey("raw_pool"), limit=10).records
+    assert {(record.partition_key, record.run_id) for record in known} == {("00000", ""), ("00001", "")}
 
 
 def test_a_sensor_and_a_backfill_give_a_run_as_many_shards_as_the_environment_says(

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 
+import dagster as dg
 import pytest
 
 from assets.settings import settings_model
@@ -134,6 +135,43 @@ def test_parts_together_compute_what_a_pass_does(finished: Scenario, capsys: pyt
     capsys.readouterr()
     assert main(["compute", config, "--asset", "raw_pool", "--part", "1/2"]) == 0
     assert "0 shards computed, 2 were up to date" in capsys.readouterr().out
+
+
+def recorded(instance: dg.DagsterInstance, key: str) -> dict[str, dg.EventLogRecord]:
+    """Return the latest materialization of each shard."""
+    found = instance.fetch_materializations(dg.AssetKey(key.split("/")), limit=100).records
+    return {record.partition_key: record for record in reversed(found) if record.partition_key}
+
+
+def test_a_pass_records_what_compute_wrote_with_its_exact_version_and_computes_nothing_again(
+    scenario: Scenario,
+) -> None:
+    project, graph = scenario.open_graph()
+    config = str(scenario.folder / "project.yaml")
+    for asset in ("raw_pool", "embeddings/tiny"):
+        assert main(["compute", config, "--asset", asset]) == 0
+    instance = scenario.instance
+    outcome = materialize(project, graph, instance, notice=lambda *_: None, only=["raw_pool", "embeddings/tiny"])
+    assert set(outcome.computed) == {"catalog"}
+    pool, embeddings = recorded(instance, "raw_pool"), recorded(instance, "embeddings/tiny")
+    for key, found in (("raw_pool", pool), ("embeddings/tiny", embeddings)):
+        assert tuple(sorted(found)) == SHARDS
+        for shard, record in found.items():
+            event, stored = record.asset_materialization, project.lake.stored(key, shard)
+            assert event.tags["dagster/data_version"] == stored.fingerprint
+            assert event.metadata["dagster/partition_row_count"].value == stored.rows
+            assert event.metadata["computed"].value is False
+    for shard, record in embeddings.items():
+        tags = record.asset_materialization.tags
+        assert tags["dagster/input_data_version/raw_pool"] == project.lake.stored("raw_pool", shard).fingerprint
+        assert tags["dagster/input_event_pointer/raw_pool"] == str(pool[shard].storage_id)
+    checks = instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(dg.AssetKey(["embeddings", "tiny"]), "rows_aligned"), limit=10
+    )
+    assert {check.event.dagster_event.asset_check_evaluation_data.partition for check in checks} == set(SHARDS)
+    before = len(instance.fetch_materializations(dg.AssetKey("raw_pool"), limit=100).records)
+    materialize(project, graph, instance, notice=lambda *_: None, only=["raw_pool"])
+    assert len(instance.fetch_materializations(dg.AssetKey("raw_pool"), limit=100).records) == before
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "a/b"])
