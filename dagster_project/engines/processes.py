@@ -6,6 +6,7 @@ also when that one is killed.
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from dagster_project.engines.crew import Crew
-from dagster_project.engines.work import Done, Task
+from dagster_project.engines.work import Done, Job
 
 MODULE = "dagster_project.engines.processes"
 
@@ -69,10 +70,10 @@ class Processes(Crew):
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.workers))
         return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
-    def send(self, worker: _Process, task: Task) -> None:
-        """Send a task; a worker that is gone is noticed by `wait`."""
+    def send(self, worker: _Process, job: Job) -> None:
+        """Send a job; a worker that is gone is noticed by `wait`."""
         with contextlib.suppress(OSError):
-            worker.connection.send(task)
+            _send(worker.connection, job)
 
     def wait(self, busy: Sequence[_Process]) -> list[tuple[_Process, Done | None]]:
         """Wait for answers and deaths."""
@@ -81,7 +82,7 @@ class Processes(Crew):
         for connection in wait(list(by_connection)):
             assert isinstance(connection, Connection)
             try:
-                found.append((by_connection[connection], connection.recv()))
+                found.append((by_connection[connection], pickle.loads(connection.recv_bytes())))
             except (EOFError, OSError):
                 found.append((by_connection[connection], None))
         return found
@@ -95,6 +96,11 @@ class Processes(Crew):
         os.close(worker.lifeline)
 
 
+def _send(connection: Connection, message: object) -> None:
+    """Send a message as plain pickle: `Connection.send` would pass tensors by descriptors, which end with a worker."""
+    connection.send_bytes(pickle.dumps(message))
+
+
 def _end_with(lifeline: int) -> None:
     """End this process and its children when the main process has ended, which closes the pipe."""
     os.read(lifeline, 1)
@@ -102,14 +108,14 @@ def _end_with(lifeline: int) -> None:
 
 
 def main(connection: Connection, lifeline: int) -> None:
-    """Answer tasks until the main process closes the connection."""
+    """Answer jobs until the main process closes the connection."""
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     from dagster_project.engines.work import Worker
 
     worker = Worker()
     with contextlib.suppress(EOFError):
         while True:
-            connection.send(worker.compute(connection.recv()))
+            _send(connection, worker.compute(pickle.loads(connection.recv_bytes())))
 
 
 if __name__ == "__main__":

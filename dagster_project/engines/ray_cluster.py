@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from assets.base.context import Context
 from core.errors import UserError
 from dagster_project.engines.crew import Crew
-from dagster_project.engines.work import Done, Task, Worker
+from dagster_project.engines.work import Done, Job, Worker
 
 
 class RayMissingError(UserError):
@@ -47,9 +48,13 @@ class RayCluster(Crew):
             self._started = True
         return ray.remote(Worker).options(num_cpus=1, num_gpus=1 if self.gpus else 0).remote()
 
-    def send(self, worker: Any, task: Task) -> None:
-        """Send a task."""
-        self._answers[worker] = worker.compute.remote(task)
+    def has_files(self, context: Context) -> bool:
+        """Check whether the lake is a folder, which nodes share, or Ray is on this machine."""
+        return context.lake.is_local or not os.environ.get("RAY_ADDRESS")
+
+    def send(self, worker: Any, job: Job) -> None:
+        """Send a job."""
+        self._answers[worker] = worker.compute.remote(job)
 
     def wait(self, busy: Sequence[Any]) -> list[tuple[Any, Done | None]]:
         """Wait for answers and deaths."""

@@ -12,18 +12,19 @@ class Mortal(Processes):
 
     Args:
         workers: their number.
-        kills: how often, by shard, a worker is killed with its task.
+        kills: how often, by shard or by the number of a part, a worker is killed with its task.
     """
 
     def __init__(self, workers: int, kills: dict[str, int]) -> None:
         super().__init__(workers)
         self.kills, self.killed = dict(kills), 0
 
-    def send(self, worker, task):
-        """Send a task, and kill the worker if its shard is one of those."""
-        super().send(worker, task)
-        if self.kills.get(task.shard, 0) > 0:
-            self.kills[task.shard] -= 1
+    def send(self, worker, job):
+        """Send a job, and kill the worker if its shard is one of those."""
+        super().send(worker, job)
+        name = job.name.partition(" ")[2]
+        if self.kills.get(name, 0) > 0:
+            self.kills[name] -= 1
             self.killed += 1
             os.kill(worker.popen.pid, signal.SIGKILL)
 
