@@ -15,6 +15,16 @@ Computed = Generator[tuple[str, Stored | Exception], None, None]
 """Shards in the order in which they end, each with the record of its file or its error."""
 
 
+Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+"""Computes parts: `Step.map`, or `map_here` of a snapshot."""
+
+
+def map_here(snapshot: Any, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    """Yield `function(snapshot, *some)` for `some` in `arguments`, computed one after the other in this process."""
+    for some in arguments:
+        yield function(snapshot, *some)
+
+
 class Engine(Protocol):
     """Computes shards and writes their files to the lake, and computes the parts of unpartitioned assets."""
 
@@ -59,8 +69,7 @@ class InProcess:
     ) -> Iterator[T]:
         """Compute parts in order."""
         del local
-        for some in arguments:
-            yield function(step.snapshot, *some)
+        return map_here(step.snapshot, function, arguments)
 
     def close(self) -> None:
         """Do nothing: there is nothing to end."""
