@@ -6,20 +6,25 @@ from collections.abc import Iterator
 import dagster as dg
 import pytest
 
+from assets.base.asset import Step
+from assets.base.context import Snapshot
+from assets.scores import clusters
 from assets.settings import settings_model
 from dagster_project.cli import main
 from dagster_project.engines.choice import EngineError, opened_engine
 from dagster_project.engines.processes import Processes
 from dagster_project.engines.work import describe
 from dagster_project.headless import Outcome, materialize
-from tests.support.dying_worker import Mortal, running_workers
+from resources.lake.files import LakeError
+from selection.scores import near_duplicates, norm_sim_dynamic
+from tests.support.dying_worker import Mortal, echoed, odd_part, running_workers
 from tests.support.interrupting import data_files, stray_files
 from tests.support.scenario import SHARDS, Scenario
 
 
-def run(scenario: Scenario, engine) -> Outcome:
+def run(scenario: Scenario, engine, only: list[str] | None = None) -> Outcome:
     project, graph = scenario.open_graph()
-    return materialize(project, graph, scenario.instance, notice=lambda *_: None, engine=engine)
+    return materialize(project, graph, scenario.instance, notice=lambda *_: None, engine=engine, only=only)
 
 
 def again(finished: Scenario) -> dict[str, bytes]:
@@ -59,6 +64,52 @@ def test_the_files_are_the_same_after_20_kills(scenario: Scenario) -> None:
     assert engine.killed == 20
     assert data_files(scenario.folder / "lake") == before
     assert stray_files(scenario.folder / "lake") == []
+
+
+@pytest.mark.slow
+def test_parts_of_unpartitioned_assets_have_the_same_bits_from_workers_and_after_kills(
+    finished: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.set("scores", "clusters", value={"tiny": {"clusters": 3, "targets": ["pets"]}})
+    finished.set("scores", "near_duplicates", value={"tiny": {"best": "clip_score/tiny"}})
+    finished.set("scores", "norm_sim_dynamic", value={"tiny": {"keep": 0.5, "rounds": 3}})
+    keys = ["negatives/tiny", "centroids/tiny", "duplicate_search/tiny", "dynamic_rounds/tiny"]
+
+    def of_them() -> dict[str, bytes]:
+        found = data_files(finished.folder / "lake")
+        return {name: found[name] for name in found if any(name.startswith(key) for key in keys)}
+
+    assert run(finished, None, keys).failures == {}
+    before = of_them()
+    for key in keys:
+        shutil.rmtree(finished.folder / "lake" / key.partition("/")[0])
+    # parts of a few rows, so that there are several
+    monkeypatch.setattr(clusters, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(near_duplicates, "_BLOCK", {"cpu": 4})
+    monkeypatch.setattr(norm_sim_dynamic, "GROUP_ROWS", 1)
+    engine = Mortal(2, {"2": 2})
+    try:
+        assert run(finished, engine, keys).failures == {}
+    finally:
+        engine.close()
+    assert engine.killed == 2
+    assert all(engine.parts[key] >= 3 for key in keys)
+    assert len(before) >= 4
+    assert of_them() == before
+    assert running_workers() == []
+
+
+def test_a_part_that_fails_has_the_error_of_its_function_and_the_workers_go_on(scenario: Scenario) -> None:
+    project, graph = scenario.open_graph()
+    step = Step(graph.nodes[0], Snapshot(project), {})
+    engine = Processes(2)
+    try:
+        with pytest.raises(LakeError, match="part 3 is odd"):
+            list(engine.map(step, odd_part, ((number,) for number in range(1_000))))
+        assert list(engine.map(step, echoed, ((number,) for number in (0, 2, 4)))) == [0, 2, 4]
+    finally:
+        engine.close()
+    assert running_workers() == []
 
 
 @pytest.mark.slow
