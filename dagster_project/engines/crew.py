@@ -14,6 +14,7 @@ from assets.base.asset import Step
 from assets.base.context import Context, Snapshot
 from assets.base.engines import Computed, InProcess
 from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
+from assets.scores import KINDS
 from dagster_project.engines.work import Call, Done, Job, Opening, Task, WorkerError, describe
 
 ATTEMPTS = 3
@@ -36,6 +37,9 @@ class Crew(ABC):
         self._busy: dict[Any, Job] = {}
         self._opening: tuple[Any, Opening] | None = None
         self._step: tuple[Snapshot, str] | None = None
+
+    def open(self) -> None:  # noqa: B027 - not every engine has something to open
+        """Open what the workers need, before the first one starts."""
 
     @abstractmethod
     def start(self, busy: Sequence[Any]) -> Any:
@@ -99,8 +103,19 @@ class Crew(ABC):
                 following += 1
 
     def _described(self, step: Step) -> tuple[str, Opening]:
-        """Return a name by which workers recognise the step, and the project as they open it."""
+        """Return a name by which workers recognise the step, and the project as they open it.
+
+        Raises:
+            WorkerError: they can't open it.
+        """
         settings = step.context.settings
+        if settings.kinds != KINDS:
+            own = ", ".join(kind.name for kind in settings.kinds if kind not in KINDS)
+            raise WorkerError(
+                f"Workers know the scores of the package alone, and not {own}. Remedy: add the kind to KINDS in "
+                "assets/scores/__init__.py, or compute in process (--engine in_process)"
+            )
+        self.open()
         if self._opening is None or self._opening[0] is not settings:
             self._opening = (settings, describe(step.context, decode=self.decode))
         if self._step is None or self._step[0] is not step.snapshot:

@@ -64,11 +64,11 @@ class Processes(Crew):
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         if self.gpus:
-            listed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-            devices = listed or [str(number) for number in range(self.gpus)]
-            return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.workers))
-        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+            own = {"CUDA_VISIBLE_DEVICES": visible_gpu(place, self.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))}
+        else:
+            each = str(max(1, len(os.sched_getaffinity(0)) // self.workers))
+            own = {name: os.environ.get(name) or each for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return {**os.environ, "PYTHONPATH": path, **own}
 
     def send(self, worker: _Process, job: Job) -> None:
         """Send a job; a worker that is gone is noticed by `wait`."""
@@ -94,6 +94,19 @@ class Processes(Crew):
         worker.popen.wait()
         worker.connection.close()
         os.close(worker.lifeline)
+
+
+def visible_gpu(place: int, gpus: int, visible: str | None) -> str:
+    """Return the one GPU that a worker sees, as CUDA_VISIBLE_DEVICES names it.
+
+    Args:
+        place: number of the worker, from 0.
+        gpus: number of GPUs that the main process sees; workers beyond it share them.
+        visible: the main process's own CUDA_VISIBLE_DEVICES: numbers, or the ids of GPUs or of parts of one (MIG).
+    """
+    listed = [name.strip() for name in (visible or "").split(",") if name.strip()][:gpus]
+    devices = listed or [str(number) for number in range(gpus)]
+    return devices[place % len(devices)]
 
 
 def _send(connection: Connection, message: object) -> None:

@@ -1,24 +1,30 @@
 """Engines: the same files from one process, from worker processes and after their deaths; a bad shard fails alone."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
 from assets.base.asset import Step
 from assets.base.context import Snapshot
-from assets.scores import clusters
+from assets.base.engines import InProcess
+from assets.scores import KINDS, clusters
 from assets.settings import settings_model
 from dagster_project.cli import main
+from dagster_project.definitions import build_defs
 from dagster_project.engines.choice import EngineError, opened_engine
-from dagster_project.engines.processes import Processes
-from dagster_project.engines.work import describe
+from dagster_project.engines.processes import Processes, visible_gpu
+from dagster_project.engines.work import WorkerError, describe
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError
 from selection.scores import near_duplicates, norm_sim_dynamic
+from tests.support.caption_length import CAPTION_LENGTH
 from tests.support.dying_worker import Mortal, echoed, odd_part, running_workers
 from tests.support.interrupting import data_files, stray_files
+from tests.support.ray_head import ray_head
 from tests.support.scenario import SHARDS, Scenario
 
 
@@ -114,7 +120,7 @@ def test_a_part_that_fails_has_the_error_of_its_function_and_the_workers_go_on(s
 
 @pytest.mark.slow
 def test_a_local_ray_writes_the_same_files(finished: Scenario) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'clip-data-selection[ray]'")
+    pytest.importorskip("dagster_ray", reason="Ray is not installed: pip install 'clip-data-selection[ray]'")
     from dagster_project.engines.ray_cluster import RayCluster
 
     before = again(finished)
@@ -124,6 +130,70 @@ def test_a_local_ray_writes_the_same_files(finished: Scenario) -> None:
     finally:
         engine.close()
     assert data_files(finished.folder / "lake") == before
+
+
+@pytest.mark.slow
+def test_the_cluster_at_ray_address_computes_with_its_token(
+    finished: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'clip-data-selection[ray]'")
+    shutil.rmtree(finished.folder / "lake/clip_score")
+    shutil.rmtree(finished.folder / "lake/negatives")
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, ray_head(Path(folder)) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with opened_engine("ray") as engine:
+            outcome = run(finished, engine, ["clip_score/tiny", "negatives/tiny"])
+            assert engine.workers == 2  # the cores of the cluster
+            assert ray.get_runtime_context().gcs_address.endswith(environment["RAY_ADDRESS"].partition(":")[2])
+        assert not ray.is_initialized()
+    assert outcome.failures == {}
+    assert set(outcome.computed) == {"clip_score/tiny", "negatives/tiny", "catalog"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "share"), [(0, 4, 0.0), (8, 8, 1.0), (8, 3, 1.0), (2, 3, 0.5), (1, 3, 0.3333)]
+)
+def test_workers_of_ray_share_the_gpus_of_the_cluster(gpus: int, workers: int, share: float) -> None:
+    ray_cluster = pytest.importorskip("dagster_project.engines.ray_cluster")
+    assert ray_cluster.gpu_share(gpus, workers) == share
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "wanted"),
+    [
+        (2, None, ["0", "1", "0"]),
+        (2, "", ["0", "1", "0"]),
+        (2, "5, 3", ["5", "3", "5"]),
+        (1, "MIG-ab,MIG-cd", ["MIG-ab", "MIG-ab", "MIG-ab"]),
+    ],
+)
+def test_each_worker_sees_one_of_the_gpus_that_the_main_process_sees(
+    gpus: int, visible: str | None, wanted: list[str]
+) -> None:
+    assert [visible_gpu(place, gpus, visible) for place in range(3)] == wanted
+
+
+def test_kinds_of_score_that_workers_do_not_know_are_refused(scenario: Scenario) -> None:
+    scenario.kinds = (*KINDS, CAPTION_LENGTH)
+    project, graph = scenario.open_graph()
+    step = Step(graph.nodes[0], Snapshot(project), {})
+    with pytest.raises(WorkerError, match="and not caption_length"):
+        next(Processes(2).compute(graph.nodes[0], step, ["00000"]))
+
+
+def test_overridden_resources_that_workers_do_not_have_are_refused(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, graph = scenario.open_graph()
+    defs = build_defs(project, graph, resource_overrides={"lake": project.lake})
+    chosen = defs.resources["engine"]
+    with dg.build_resources({"engine": chosen}) as resources:
+        assert isinstance(resources.engine, InProcess)
+    monkeypatch.setenv("CLIP_SELECTION_ENGINE", "processes")
+    with pytest.raises(dg.DagsterResourceFunctionError) as error, dg.build_resources({"engine": chosen}):
+        pass
+    assert "lake: overridden resources, which workers don't have" in str(error.value.__cause__)
 
 
 @pytest.mark.slow
