@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from assets.base.context import Context
     from assets.graph import Graph
+    from resources.lake.files import Lake
 
 SETTINGS = Path(__file__).with_name("dagster.yaml")
 """Settings that a new instance starts with."""
@@ -196,13 +197,15 @@ def graph_address(graph: "Graph", port: int) -> str:
     return f"http://127.0.0.1:{port}/asset-groups?expanded={','.join(f'global@global:{group}' for group in groups)}"
 
 
-def start_report_server(subsets: str, port: int) -> str:
+def start_report_server(lake: "Lake", port: int) -> str:
     """Start a web server of a lake's reports on 127.0.0.1, which ends with this process, and return its address.
 
     Args:
-        subsets: path or URL of the folder `<lake>/subset`.
+        lake: the lake.
         port: the port to listen on; where it is taken, any free one.
     """
+    from assets.subsets.report import reports_address, reports_digest
+
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -213,14 +216,15 @@ def start_report_server(subsets: str, port: int) -> str:
     ended, alive = os.pipe()
     os.set_inheritable(alive, True)  # stays open in the program that replaces this process, until that ends
     descriptor = listener.fileno()
+    arguments = [f"{lake.root}/subset", reports_digest(lake), str(descriptor)]
     subprocess.Popen(
-        [sys.executable, "-m", "dagster_project.report_server", subsets, str(descriptor)],
+        [sys.executable, "-m", "dagster_project.report_server", *arguments],
         stdin=ended,
         pass_fds=[descriptor],
         start_new_session=True,
     )
     os.close(ended)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    address = reports_address(lake, listener.getsockname()[1])
     listener.close()
     return address
 
@@ -246,7 +250,7 @@ def serve(project: "Context", port: int) -> NoReturn:
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
     if not environment.get(REPORTS_VARIABLE):
-        environment[REPORTS_VARIABLE] = start_report_server(f"{project.lake.root}/subset", port + 1)
+        environment[REPORTS_VARIABLE] = start_report_server(project.lake, port + 1)
         click.echo(f"Reports: {environment[REPORTS_VARIABLE]}")
     click.echo(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}")
     sys.stdout.flush()  # before this process is replaced
