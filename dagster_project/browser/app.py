@@ -1,13 +1,12 @@
 """The server of `clip-select browse`, on 127.0.0.1 and read-only.
 
-Here: which address leads to which page, and starting the server. Not here: the pages (`grid_pages`, `subset_pages`), and
-who may ask for them (`guard`).
+Here: which address leads to which page, and starting the server. Not here: the pages (`grid_pages`, `subset_pages`),
+and who may ask for them (`guard`).
 """
 
 import functools
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -19,13 +18,15 @@ from starlette.staticfiles import StaticFiles
 from assets.base.context import Context
 from core.errors import UserError
 from dagster_project.browser import grid_pages, subset_pages
-from dagster_project.browser.guard import Guard, stored_token
+from dagster_project.browser.guard import Guard
 from dagster_project.browser.queries import BrowseError
 from dagster_project.browser.site import FOLDER, Site
+from dagster_project.browser.token import stored_token
 
 PAGES: dict[str, Callable[[Site, Request], Response]] = {
     "/": grid_pages.grid,
     "/api/rows": grid_pages.rows,
+    "/api/count": grid_pages.count,
     "/api/trial": subset_pages.trial,
     "/image/{shard:str}/{row:int}": grid_pages.image,
     "/target/{encoder:str}/{target:str}/{number:int}": grid_pages.target,
@@ -94,11 +95,12 @@ def serve(context: Context, port: int) -> int:
             raise BrowseError(f"port {port}: {error.strerror}. Remedy: another --port") from error
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
         click.echo(f"Browse the pool: {address}\nCtrl-C ends it.")
-        _run(application(context, token), listening)
+        run(application(context, token), listening)
     return 0
 
 
-def _run(app: Any, listening: socket.socket) -> None:
+def run(app: Starlette, listening: socket.socket) -> None:
+    """Serve an application on a listening socket until SIGINT or SIGTERM."""
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)

@@ -37,7 +37,7 @@ def grid(site: Site, request: Request) -> Response:
 
 
 def rows(site: Site, request: Request) -> Response:
-    """Return a part of the grid as JSON: rows, the number of all, and a note."""
+    """Return a part of the grid as JSON: rows, a note, and the number of all; it is null where `count` takes time."""
     asked, offset = request.query_params, whole(request.query_params.get("offset", "0"))
     shown = [name for name in asked.get("show", "").split(",") if name in site.table.numbers]
     if asked.get("rejected"):
@@ -46,9 +46,14 @@ def rows(site: Site, request: Request) -> Response:
         return JSONResponse(_searched(site, asked, shown))
     query = _query(site, asked)
     places = query.places(PAGE, offset)
-    total = query.count() if offset == 0 else None
+    total = query.count() if query.is_counted else None
     sorted_by = [query.sort] if query.sort in site.table.scores.by_name else []
     return JSONResponse({"rows": site.tiles(places, [*shown, *sorted_by]), "total": total, "note": ""})
+
+
+def count(site: Site, request: Request) -> Response:
+    """Return the number of rows that the filters of the grid leave, as JSON."""
+    return JSONResponse({"total": _query(site, request.query_params).count()})
 
 
 def _rejected(site: Site, asked: Asked, offset: int) -> dict[str, Any]:

@@ -3,12 +3,8 @@
 Here: refusing requests. Not here: what the pages show.
 """
 
-import contextlib
 import hmac
-import os
-import secrets
 from html import escape
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -16,10 +12,6 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 
-from dagster_project.browser.queries import BrowseError
-from resources.storage.user_folders import user_state
-
-TOKEN_FILE = "browse-token"
 COOKIE_SECONDS = 30 * 24 * 3600
 POLICY = (
     "default-src 'none'; img-src 'self'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -32,35 +24,6 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-
-
-def stored_token(folder: Path | None = None) -> str:
-    """Return the user's token, which stays the same between starts; the first start makes it.
-
-    Args:
-        folder: of the file, which only its owner can read; by default the user's state folder.
-
-    Raises:
-        BrowseError: it can't be written or read, or others can read it.
-    """
-    path = (folder or user_state()) / TOKEN_FILE
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            made = path.with_name(f"{TOKEN_FILE}.{secrets.token_hex(8)}")
-            with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-                file.write(secrets.token_urlsafe(32))
-            with contextlib.suppress(FileExistsError):  # another process was first
-                os.link(made, path)
-            made.unlink()
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeError) as error:
-        raise BrowseError(f"{path}: {error}. Remedy: set XDG_STATE_HOME to a folder that is writable") from error
-    if path.stat().st_mode & 0o077:
-        raise BrowseError(f"{path}: other users can read the token. Remedy: delete the file; the next start makes one")
-    if len(token) < 32:
-        raise BrowseError(f"{path}: no token. Remedy: delete the file; the next start makes one")
-    return token
 
 
 class Guard:

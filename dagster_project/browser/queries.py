@@ -7,6 +7,7 @@ rows that are returned. Not here: pages (`app`), recipes tried out (`trials`), e
 import tempfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -31,6 +32,10 @@ from selection.recipes.predicates import predicate_columns
 MEMORY, THREADS = "1GB", 2
 POOL = "raw_pool"
 RANDOM = "random"
+BATCH = 32
+"""Shards that are joined by position in one query."""
+DEEPEST = 10_000
+"""Rows before and on a page, up to which batches are sorted one by one."""
 MOST_ROWS = 1_000_000
 """Rows of `to_polars` at most, unless it is asked for more."""
 
@@ -62,6 +67,7 @@ class Table:
         self._verified: dict[tuple[str, str, frozenset[str]], tuple[str, Path]] = {}
         self._aligned: dict[tuple[str, str, str], tuple[str, ...]] = {}
         self._lock = Lock()
+        self._threads = ThreadPoolExecutor(THREADS)
         self._close = weakref.finalize(self, close_duckdb, self._con, spill)
 
     def close(self) -> None:
@@ -117,21 +123,35 @@ class Table:
         """Run a query; `tables` are its further tables, by name.
 
         Raises:
-            BrowseError: the query does not fit the types of the columns, or two files have different rows.
+            BrowseError: the query does not fit the types of the columns.
         """
-        with self._lock:
+        (found,) = self.run_all([query], tables)
+        return found
+
+    def run_all(self, queries: Sequence[str], tables: Mapping[str, pa.Table] | None = None) -> list[pa.Table]:
+        """Run several queries, some at the same time, because DuckDB joins by position in one thread.
+
+        Raises:
+            BrowseError: as `run` does.
+        """
+
+        def one(query: str) -> pa.Table:
             con = self._con.cursor()
             try:
                 for name, table in (tables or {}).items():
                     con.register(name, table)
                 return con.sql(query).to_arrow_table()
-            except (duckdb.Error, ValueError) as error:
-                raise BrowseError(str(error).split("\n", 1)[0]) from error
             finally:
                 con.close()
 
+        try:
+            with self._lock:
+                return [one(queries[0])] if len(queries) == 1 else list(self._threads.map(one, queries))
+        except (duckdb.Error, ValueError) as error:
+            raise BrowseError(str(error).split("\n", 1)[0]) from error
+
     def scan(self, names: frozenset[str], *, uids: bool, only: Collection[str] | None = None) -> str:
-        """Write a query of some columns, with `the shard` and `the row` of each row.
+        """Write a query of some columns, with `the file` and `the row` of each row.
 
         Args:
             names: columns of the pool and scores.
@@ -139,8 +159,15 @@ class Table:
             only: the shards to read; by default all that have the columns.
 
         Raises:
-            BrowseError: no shard has all that it reads.
+            BrowseError: no shard has all that it reads, or two files of a shard have different rows.
         """
+        (query,) = self.scans(names, uids=uids, only=only, size=None)
+        return query
+
+    def scans(
+        self, names: frozenset[str], *, uids: bool, only: Collection[str] | None = None, size: int | None
+    ) -> list[str]:
+        """Write what `scan` writes as several queries, of `size` shards each."""
         wanted: dict[str, dict[str, str]] = {}
         for name in sorted(names):
             asset, column = self.place(name)
@@ -150,13 +177,18 @@ class Table:
         if not shards:
             where = f"shard {', '.join(only)} has no" if only else "no shard has"
             raise BrowseError(f"{where} {' and '.join(wanted)}. Remedy: clip-select run computes what is missing")
+        self._check_aligned(list(wanted), shards)
+        size = size or len(shards)
+        return [self._joined(wanted, shards[at : at + size], uids) for at in range(0, len(shards), size)]
+
+    def _joined(self, wanted: Mapping[str, Mapping[str, str]], shards: Sequence[str], uids: bool) -> str:
+        """Write the query of these columns by asset, in which files are joined by position."""
         parts, selected = [], []
         for number, (asset, columns) in enumerate(wanted.items()):
             read = frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
             files = ", ".join(self.file(asset, name, read) for name in shards)
             parts.append(f"read_parquet([{files}], file_row_number=true, filename=true) AS t{number}")
             selected += [f"t{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for name, column in columns.items()]
-        self._check_aligned(list(wanted), shards)
         identity = ['t0.filename AS "the file"', 't0.file_row_number AS "the row"']
         identity += ["t0.f0 AS f0", "t0.f1 AS f1"] if uids else []
         return f"SELECT {', '.join([*identity, *selected])} FROM {' POSITIONAL JOIN '.join(parts)}"
@@ -302,13 +334,20 @@ class Query:
 
     def places(self, limit: int, offset: int = 0) -> list[Place]:
         """Return where the rows are, in the query's order; equal values are in the pool's order."""
-        order = ['"the file"', '"the row"']
-        if self.sort == RANDOM:
-            order.insert(0, f"hash(f0, f1, {self.seed:d})")
-        elif self.sort is not None:
-            order.insert(0, f"{sql.quoted(self.sort)} {'DESC' if self.descending else 'ASC'} NULLS LAST")
-        query = f'SELECT "the file", "the row" FROM ({self._rows(sorting=True)}) ORDER BY {", ".join(order)}'
-        found = self.table.run(f"{query} LIMIT {limit:d} OFFSET {offset:d}", self.marks)
+        order, selected = ['"the file"', '"the row"'], ""
+        if self.sort is not None:
+            key = f"hash(f0, f1, {self.seed:d})" if self.sort == RANDOM else sql.quoted(self.sort)
+            selected = f', {key} AS "the key"'
+            falling = "DESC" if self.descending and self.sort != RANDOM else "ASC"
+            order.insert(0, f'"the key" {falling} NULLS LAST')
+        ordered = f"ORDER BY {', '.join(order)} LIMIT"
+        parts = self._rows(sorting=True, size=BATCH if limit + offset <= DEEPEST else None)
+        first = [f'SELECT "the file", "the row"{selected} FROM ({part}) {ordered} {limit + offset:d}' for part in parts]
+        if len(first) == 1:
+            found = self.table.run(f"{first[0]} OFFSET {offset:d}", self.marks)
+        else:
+            listed = pa.concat_tables(self.table.run_all(first, self.marks))
+            found = self.table.run(f"FROM listed {ordered} {limit:d} OFFSET {offset:d}", {"listed": listed})
         return [
             Place(Path(file).stem, row)
             for file, row in zip(found["the file"].to_pylist(), found["the row"].to_pylist(), strict=True)
@@ -326,13 +365,23 @@ class Query:
         within = replace(self, only_shard=shard, sort=None)
         if not self.table.shards([self.table.place(name)[0] for name in within._names(sorting=False)] or [POOL]):
             return np.empty(0, np.int64)
-        found = self.table.run(f'SELECT "the row" FROM ({within._rows(sorting=False)}) ORDER BY ALL', self.marks)
+        (rows,) = within._rows(sorting=False)
+        found = self.table.run(f'SELECT "the row" FROM ({rows}) ORDER BY ALL', self.marks)
         return np.asarray(found["the row"].to_numpy(), np.int64)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `count` reads no rows, because the files state their number."""
+        return not self.predicates and not self.marks
 
     def count(self) -> int:
         """Return the number of rows."""
-        found = self.table.run(f"SELECT count(*) AS n FROM ({self._rows(sorting=False)})", self.marks)
-        return int(found["n"][0].as_py())
+        if self.is_counted:
+            lake = self.table.context.lake
+            shards = [name for name in self.table.shards([POOL]) if self.only_shard in (None, name)]
+            return sum(stored.rows for shard in shards if (stored := lake.stored(POOL, shard)) is not None)
+        queries = [f"SELECT count(*) AS n FROM ({part})" for part in self._rows(sorting=False, size=BATCH)]
+        return sum(found["n"][0].as_py() for found in self.table.run_all(queries, self.marks))
 
     def to_polars(self, *names: str, limit: int = MOST_ROWS) -> pl.DataFrame:
         """Return the rows as a frame: uid, shard, key, caption and these columns, by default all scores."""
@@ -344,14 +393,17 @@ class Query:
         names: frozenset[str] = frozenset().union(*(self.table.checked(predicate) for predicate in self.predicates))
         return names | {str(self.sort)} if sorting and self.sort not in (None, RANDOM) else names
 
-    def _rows(self, *, sorting: bool) -> str:
+    def _rows(self, *, sorting: bool, size: int | None = None) -> list[str]:
+        """Write the queries of the rows, of `size` shards each where that is faster."""
+        names = self._names(sorting=sorting)
         uids = bool(self.marks) or (sorting and self.sort == RANDOM)
         only = None if self.only_shard is None else [self.only_shard]
-        query = f"SELECT * FROM ({self.table.scan(self._names(sorting=sorting), uids=uids, only=only)}) AS rows"
-        for mark in self.marks:
-            query += f" SEMI JOIN {mark} USING (f0, f1)"
+        joins = len({self.table.place(name)[0] for name in names}) > 1
+        parts = self.table.scans(names, uids=uids, only=only, size=size if joins and not self.marks else None)
+        members = "".join(f" SEMI JOIN {mark} USING (f0, f1)" for mark in self.marks)
         tests = [f"({predicate}\n)" for predicate in self.predicates]  # the line break ends a comment
-        return query + (f" WHERE {' AND '.join(tests)}" if tests else "")
+        condition = f" WHERE {' AND '.join(tests)}" if tests else ""
+        return [f"SELECT * FROM ({part}) AS rows{members}{condition}" for part in parts]
 
 
 def shard_order(shard: str) -> str:

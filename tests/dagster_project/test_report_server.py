@@ -10,8 +10,8 @@ from pathlib import Path
 START = """
 import sys
 from pathlib import Path
-from dagster_project.instance import start_report_server
-print(start_report_server(sys.argv[1], 0), flush=True)
+from dagster_project.instance import start_server
+print(start_server("dagster_project.report_server", sys.argv[1], 0), flush=True)
 sys.stdin.read()
 """
 

@@ -87,7 +87,12 @@ document.addEventListener("keydown", (event) => {
 // The grid
 
 const grid = byId("grid");
+const PAGE = 60;
 let offset = 0, total = 0, loading = false, round = 0;
+function showTotal(rows, note) {
+  total = rows;
+  byId("status").textContent = `${rows.toLocaleString("en")} rows. ${note}`;
+}
 async function more() {
   if (loading || (offset && offset >= total)) return;
   loading = true;
@@ -99,8 +104,13 @@ async function more() {
   if (mine !== round) return;
   loading = false;
   if (!found) { byId("status").textContent = ""; return; }
-  if (found.total !== null) total = found.total;
-  byId("status").textContent = `${total.toLocaleString("en")} rows. ${found.note}`;
+  if (found.total !== null) showTotal(found.total, found.note);
+  else if (!offset) {
+    total = Infinity;
+    byId("status").textContent = "Counting …";
+    ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, ""); });
+  }
+  if (found.rows.length < PAGE) total = offset + found.rows.length;
   grid.append(...found.rows.map(tile));
   offset += found.rows.length;
   showTags();
