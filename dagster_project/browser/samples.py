@@ -13,6 +13,7 @@ from assets.base.context import Context
 from assets.subsets.catalog import catalog_scores
 from assets.subsets.contact_sheets import small_jpeg
 from core import sql
+from core.errors import UserError
 from core.names import suggestion
 from core.uids import format_uid
 from dagster_project.browser import search
@@ -86,13 +87,15 @@ def describe(table: Table, uid: str) -> dict[str, Any]:
     place = find(table, uid)
     scores = list(table.scores.by_name)
     percentiles, note = _percentiles(table, place)
+    explained, problem = _explained(table, uid)
     (row,) = table.read([place], [*(n for n in table.columns if "/" not in n and n != "shard"), *scores])
     return {
         "row": row,
         "place": place,
         "scores": [{"name": name, "value": row[name], "percentile": percentiles.get(name)} for name in scores],
         "percentile_note": note,
-        "recipes_of_sample": _explained(table, uid),
+        "recipes_of_sample": explained,
+        "problem": problem,
         "neighbours": _neighbours(table, row),
         "negatives": _negatives(table, place),
         "encoders": search.encoders(table),
@@ -135,18 +138,21 @@ def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
     return found, "" if fewest == most else f"Percentiles are among {fewest:,} of {most:,} rows."
 
 
-def _explained(table: Table, uid: str) -> dict[str, list[dict[str, Any]]]:
+def _explained(table: Table, uid: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Return the rows of `explain` by recipe and version; and why there are none, if the catalog can't be asked."""
     try:
         with read_catalog(table.context.catalog_path()) as con:
             rows = con.sql("FROM explain($uid)", params={"uid": uid}).to_arrow_table().to_pylist()
     except FileNotFoundError:
-        return {}
+        return {}, "There is no catalog yet; clip-select run builds it."
+    except UserError as error:
+        return {}, str(error)
     except duckdb.Error as error:
-        raise BrowseError(str(error).split("\n", 1)[0]) from error
+        return {}, f"The catalog can't be asked: {str(error).split(chr(10), 1)[0]}. Remedy: clip-select run builds it"
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(" ".join(filter(None, [row["recipe"], row["version"]])), []).append(row)
-    return found
+    return found, ""
 
 
 def _neighbours(table: Table, row: dict[str, Any]) -> list[dict[str, Any]]:

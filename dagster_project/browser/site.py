@@ -16,6 +16,7 @@ from dagster_project.browser.queries import BrowseError, Place, Query, Table
 from dagster_project.browser.trials import Trials
 
 FOLDER = Path(__file__).parent
+LONGEST_CAPTION = 500  # characters on a tile
 
 
 class Site:
@@ -58,6 +59,8 @@ class Site:
         """Return rows as the grid shows them, with some scores."""
         rows = self.table.read(places, ["uid", "key", "caption", "url", *dict.fromkeys(shown)])
         identity = ("uid", "key", "caption", "url", "shard", "row")
+        for row in rows:
+            row["caption"] = shortened(row["caption"] or "", LONGEST_CAPTION)
         return [
             {**{name: row[name] for name in identity}, "scores": {name: row[name] for name in dict.fromkeys(shown)}}
             for row in rows
@@ -66,6 +69,11 @@ class Site:
     def some(self, uids: pa.Table, count: int) -> list[dict[str, Any]]:
         """Return tiles of some rows of a table of uids, in random order, the same in every call."""
         return self.tiles(Query(self.table).among(uids).order_by("random").places(count), []) if len(uids) else []
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def whole(text: str) -> int:
