@@ -342,12 +342,13 @@ class Query:
             order.insert(0, f'"the key" {falling} NULLS LAST')
         ordered = f"ORDER BY {', '.join(order)} LIMIT"
         parts = self._rows(sorting=True, size=BATCH if limit + offset <= DEEPEST else None)
-        first = [f'SELECT "the file", "the row"{selected} FROM ({part}) {ordered} {limit + offset:d}' for part in parts]
+        first = [f'SELECT "the file", "the row"{selected} FROM ({part}) {ordered}' for part in parts]
         if len(first) == 1:
-            found = self.table.run(f"{first[0]} OFFSET {offset:d}", self.marks)
+            found = self.table.run(f"{first[0]} {limit:d} OFFSET {offset:d}", self.marks)
         else:
-            listed = pa.concat_tables(self.table.run_all(first, self.marks))
-            found = self.table.run(f"FROM listed {ordered} {limit:d} OFFSET {offset:d}", {"listed": listed})
+            best = self.table.run_all([f"{query} {limit + offset:d}" for query in first], self.marks)
+            listed = {"listed": pa.concat_tables(best)}
+            found = self.table.run(f"FROM listed {ordered} {limit:d} OFFSET {offset:d}", listed)
         return [
             Place(Path(file).stem, row)
             for file, row in zip(found["the file"].to_pylist(), found["the row"].to_pylist(), strict=True)

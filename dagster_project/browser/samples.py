@@ -174,7 +174,7 @@ def _neighbours(table: Table, row: dict[str, Any]) -> list[dict[str, Any]]:
 def _tile(table: Table, place: Place, title: str) -> dict[str, Any]:
     (row,) = table.read([place], ["uid", "caption"])
     image = f"/image/{place.shard}/{place.row}" if table.context.pool.has_images else ""
-    return {"title": title, "image": image, "text": row["caption"], "uid": row["uid"]}
+    return {"title": title, "image": image, "text": row["caption"][:500], "uid": row["uid"]}
 
 
 def _negatives(table: Table, place: Place) -> list[dict[str, Any]]:

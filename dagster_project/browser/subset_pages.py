@@ -135,8 +135,14 @@ def _tagged(site: Site, uids: list[str], kind: str) -> Response:
         np.save(out, np.unique(subset_array(listed["f0"].to_numpy(), listed["f1"].to_numpy())), allow_pickle=False)
     elif kind in ("csv", "parquet"):
         rows = Query(site.table).among(listed).to_polars() if uids else pl.DataFrame({"uid": []})
-        rows.write_csv(out) if kind == "csv" else rows.write_parquet(out)
+        _without_formulas(rows).write_csv(out) if kind == "csv" else rows.write_parquet(out)
     else:
         raise BrowseError(f"format: {kind[:40]!r}; known: npy, txt, csv, parquet")
     headers = {"Content-Disposition": f'attachment; filename="tagged.{kind}"'}
     return Response(out.getvalue(), media_type="application/octet-stream", headers=headers)
+
+
+def _without_formulas(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return rows whose texts a spreadsheet takes for no formula: an apostrophe stands before such a text."""
+    texts = [name for name, kind in rows.schema.items() if kind == pl.String]
+    return rows.with_columns(pl.col(name).str.replace(r"^([=+\-@\t\r])", "'$1") for name in texts)

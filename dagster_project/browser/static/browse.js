@@ -137,6 +137,7 @@ if (grid) {
     const asked = new URLSearchParams(location.search);
     for (const field of form.elements) if (field.name && asked.has(field.name)) field.value = asked.get(field.name);
     ownVersions();
+    if (innerWidth > 700 || ["shard", "recipe", "rejected", "show"].some((name) => asked.has(name))) byId("more").open = true;
     for (const option of form.elements.version.options)
       if (!option.disabled && option.value === (asked.get("version") || "")) option.selected = true;
     if (Number(localStorage.getItem("size"))) byId("size").value = localStorage.getItem("size");
