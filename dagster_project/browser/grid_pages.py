@@ -48,7 +48,8 @@ def rows(site: Site, request: Request) -> Response:
     places = query.places(PAGE, offset)
     total = query.count() if query.is_counted else None
     sorted_by = [query.sort] if query.sort in site.table.scores.by_name else []
-    return JSONResponse({"rows": site.tiles(places, [*shown, *sorted_by]), "total": total, "note": ""})
+    listed = site.tiles(places, [*shown, *sorted_by])
+    return JSONResponse({"rows": listed, "total": total, "note": "", "last": len(places) < PAGE})
 
 
 def count(site: Site, request: Request) -> Response:

@@ -96,7 +96,6 @@ document.addEventListener("keydown", (event) => {
 // The grid
 
 const grid = byId("grid");
-const PAGE = 60;
 let offset = 0, total = 0, loading = false, round = 0;
 function showTotal(rows, note) {
   total = rows;
@@ -119,7 +118,7 @@ async function more() {
     byId("status").textContent = "Counting …";
     ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, ""); });
   }
-  if (found.rows.length < PAGE) total = offset + found.rows.length;
+  if (found.last) total = offset + found.rows.length;
   grid.append(...found.rows.map(tile));
   offset += found.rows.length;
   showTags();
