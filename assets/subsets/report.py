@@ -22,6 +22,7 @@ from assets.base.context import Context
 from assets.base.pages import data_url
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
 from assets.subsets.funnel import COLUMNS, funnel_rows
+from core.links import browse_link
 from core.sql import quoted
 from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
@@ -131,7 +132,8 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
         **_warnings(version.lineage),
         **_summaries(version.lineage),
     }
-    page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
+    browse = browse_link(recipe=version.recipe, version=version.name)
+    page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets, browse)
     project.lake.put(f"{folder}/{PAGE_FILE}", page.encode())
     Versions(project.lake, version.recipe).write_report_checksums(version)
 
