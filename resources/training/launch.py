@@ -15,7 +15,8 @@ from resources.training.decoded import EvaluationError
 from resources.training.settings import TrainSettings
 
 _LOOK = 0.5
-_CORES_EACH = 2
+_MOST_AT_A_TIME = 8
+"""Runs at a time on the CPU. A run on one thread wastes least, and each holds a model and its optimizer in memory."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,7 +31,7 @@ def devices(train: TrainSettings) -> list[str | None]:
     gpus = torch.cuda.device_count() if train.device != "cpu" else 0
     if train.device == "cuda" and not gpus:
         raise EvaluationError("train.device: cuda is not available. Remedy: device: auto, or a machine with a GPU")
-    at_a_time = train.processes or gpus or max(1, available_cores() // _CORES_EACH)
+    at_a_time = train.processes or gpus or min(available_cores(), _MOST_AT_A_TIME)
     return [str(number % gpus) if gpus else None for number in range(at_a_time)]
 
 
@@ -81,6 +82,7 @@ def _start(folder: Path, place: str | None) -> "subprocess.Popen[bytes]":
     """Start a run in a session of its own, so that Ctrl-C reaches only the process that waits for it."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from the other runs
     environment["CUDA_VISIBLE_DEVICES"] = _visible(place)
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(

@@ -60,7 +60,7 @@ class TrainSettings(Settings):
     processes: int | None = Field(
         default=None,
         ge=1,
-        description="Runs at a time. Default: one for each GPU, or for each two cores where there is none.",
+        description="Runs at a time. Default: one for each GPU, or for each core where there is none, at most 8.",
     )
     cache_gib: float = Field(
         default=64,
