@@ -79,34 +79,39 @@ def repeated_log(samples: NDArray[np.float64], seen: NDArray[np.float64], half_l
 
 
 def fit(
-    fraction: NDArray[np.float64], seen: NDArray[np.float64], error: NDArray[np.float64], *, pool: float
-) -> Law | None:
-    """Fit the law by least squares of log(y − d), over the grids of τ and d.
+    fraction: NDArray[np.float64], seen: NDArray[np.float64], errors: NDArray[np.float64], *, pool: float
+) -> list[Law | None]:
+    """Fit the law by least squares of log(y − d), over the grids of τ and d, and keep the fit closest to y.
 
     For a given τ and d the law is linear in log a, b_0 and b_1.
 
     Args:
         fraction: float64 [m], kept by each run.
         seen: float64 [m], samples that it saw.
-        error: float64 [m], its error, above 0.
+        errors: float64 [r, m], r sets of errors above 0, each fitted by itself.
         pool: rows of the pool.
 
     Returns:
-        The best fit; None where none has an error that falls as more samples are seen.
+        The best fit of each set; None where in every fit an error rises as more samples are seen.
     """
-    best: Law | None = None
+    sets, floors = np.arange(len(errors)), FLOORS * errors.min(axis=1, keepdims=True)
+    above = errors[:, None] - floors[:, :, None]
+    best: list[Law | None] = [None] * len(errors)
+    lowest = np.full(len(errors), np.inf)
     for half_life in HALF_LIVES:
         passes = repeated_log(fraction * pool, seen, half_life)
         design = np.stack([np.ones(len(passes)), -passes, -np.log(fraction) * passes], axis=1)
-        for floor in FLOORS * error.min():
-            wanted = np.log(error - floor)
-            (scale, utility, slope), *_ = np.linalg.lstsq(design, wanted, rcond=None)
-            weights = error - floor  # residuals of y itself, to first order
-            left = (design @ np.array([scale, utility, slope]) - wanted) * weights
-            residual = float(np.sqrt((left**2).mean()))
-            falls = (utility + slope * np.log(fraction) > 0).all()
-            if falls and (best is None or residual < best.residual):
-                best = Law(math.exp(scale), utility, slope, float(half_life), float(floor), residual)
+        found = np.log(above) @ np.linalg.pinv(design).T
+        left = (found @ design.T - np.log(above)) * above  # in units of y, to first order
+        residual = np.sqrt((left**2).mean(axis=2))
+        falls = (found[:, :, 1:2] + found[:, :, 2:3] * np.log(fraction) > 0).all(axis=2)
+        residual[~falls] = np.inf
+        at = residual.argmin(axis=1)
+        for r in sets[residual[sets, at] < lowest]:
+            log_scale, utility, slope = (float(value) for value in found[r, at[r]])
+            lowest[r] = residual[r, at[r]]
+            floor = float(floors[r, at[r]])
+            best[r] = Law(math.exp(log_scale), utility, slope, float(half_life), floor, float(lowest[r]))
     return best
 
 
@@ -136,22 +141,19 @@ def best_fraction(
     if lacking:
         return BestFraction(at, None, math.nan, math.nan, lacking)
     mean, seeds = errors.mean(axis=1), errors.shape[1]
-    law = fit(fraction, seen, mean, pool=pool)
+    law = fit(fraction, seen, mean[None], pool=pool)[0]
     if law is None:
         why = "no law fits in which the error falls as more samples are seen"
         return BestFraction(at, None, math.nan, math.nan, why)
     unexplained = law.residual * math.sqrt(len(mean) / max(len(mean) - PARAMETERS, 1))
     noise = math.hypot(math.sqrt(errors.var(axis=1, ddof=1).mean() / seeds), unexplained)
     grid = np.geomspace(fraction.min(), fraction.max(), 101)
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(DRAWS):
-        resampled = np.maximum(mean + generator.normal(0, noise, len(mean)), 1e-6)
-        if (found := fit(fraction, seen, resampled, pool=pool)) is not None:
-            drawn.append(grid[found.error(grid, at, pool).argmin()])
+    resampled = mean + np.random.default_rng(seed).normal(0, noise, (DRAWS, len(mean)))
+    fits = fit(fraction, seen, np.maximum(resampled, 1e-6), pool=pool)
+    drawn = [grid[found.error(grid, at, pool).argmin()] for found in fits if found is not None]
     best = float(grid[law.error(grid, at, pool).argmin()])
-    if not drawn:
-        return BestFraction(at, None, math.nan, math.nan, "no law fits the errors with their noise")
+    if len(drawn) < DRAWS / 2:
+        return BestFraction(at, None, math.nan, math.nan, "the noise of the runs hides that the error falls")
     low, high = (float(end) for end in np.percentile(drawn, [5, 95]))
     if math.log(high / low) > WIDEST * math.log(grid[-1] / grid[0]):
         return BestFraction(at, None, low, high, "the noise of the runs allows fractions far apart")
