@@ -52,15 +52,17 @@ def _check_encoder(settings: ProjectSettings, field: str, evaluation: Evaluation
     name = evaluation.encoder
     if name not in settings.encoders:
         raise ValueError(f"{field}.encoder: there is no encoder {name!r}; {suggestion(str(name), settings.encoders)}")
+    models = {other: (found.model, found.pretrained) for other, found in settings.encoders.items()}
     if settings.encoders[name].model is None:
         raise ValueError(f"{field}.encoder: encoder {name!r} has no model to embed the tasks with. Remedy: another one")
     scores = Scores(settings)
     for recipe in evaluation.recipes:
         for asset in sorted(_read(scores, recipe, settings.recipes)):
-            if scores.assets[asset].names.get("encoder") == name:
+            scored_by = scores.assets[asset].names.get("encoder")
+            if scored_by is not None and models[scored_by] == models[name]:
                 raise ValueError(
-                    f"{field}.encoder: recipe {recipe!r} selects by {asset}, which comes from {name!r} itself: the "
-                    "comparison would favour it. Remedy: an encoder that no arm's scores come from"
+                    f"{field}.encoder: recipe {recipe!r} selects by {asset}, which comes from the model of {name!r}: "
+                    "the comparison would favour it. Remedy: an encoder that no arm's scores come from"
                 )
 
 

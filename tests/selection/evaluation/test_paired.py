@@ -63,5 +63,5 @@ def test_one_seed_has_no_interval() -> None:
 
 @pytest.mark.parametrize("arm", [[], [0.1, 0.2], [math.nan]])
 def test_values_that_cannot_be_paired_are_refused(arm: list[float]) -> None:
-    with pytest.raises(ValueError, match="seed|finite"):
+    with pytest.raises(ValueError, match=r"seed|finite"):
         paired_difference(np.array(arm), np.array([0.1]))

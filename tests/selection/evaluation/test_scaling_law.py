@@ -1,5 +1,6 @@
 """How much to keep: the law of data filtering and the fraction that it recommends."""
 
+import itertools
 import math
 
 import numpy as np
@@ -25,7 +26,7 @@ def test_the_exponent_is_that_of_the_product_over_passes(samples: int, seen: int
     tau, utility = 3.0, 0.2
     ends = [*range(samples, seen, samples), seen] if seen > samples else [seen]
     product = ends[0] ** -utility
-    for k, (before, after) in enumerate(zip(ends, ends[1:], strict=False), start=1):
+    for k, (before, after) in enumerate(itertools.pairwise(ends), start=1):
         product *= (after / before) ** (-utility * 2 ** (-k / tau))
     found = repeated_log(np.array([float(samples)]), np.array([float(seen)]), tau)[0]
     assert math.exp(-utility * found) == pytest.approx(product)
