@@ -122,8 +122,8 @@ def process_with(argument: str) -> int:
 @pytest.mark.slow
 def test_linear_heads_are_trained_on_the_embeddings_of_another_encoder(finished: Scenario) -> None:
     write_pairs(finished.folder / "held_out.tar", {"same": picture(0)})
-    finished.set("recipes", "first", value={"steps": [{"where": "f0 % 2 = 0"}]})
-    finished.set("recipes", "second", value={"steps": [{"where": "f0 % 2 = 1"}]})
+    finished.set("recipes", "first", value={"steps": [{"where": "source_row % 2 = 0"}]})
+    finished.set("recipes", "second", value={"steps": [{"where": "source_row % 2 = 1"}]})
     assert finished.run().failures == {}
     small_evaluation(
         finished,
@@ -134,7 +134,7 @@ def test_linear_heads_are_trained_on_the_embeddings_of_another_encoder(finished:
         how_much={"arms": ["first", "second", "inside"], "samples_seen": 100},
         near_duplicate=1.0,
     )
-    finished.set("recipes", "inside", value={"steps": [{"where": "f0 % 3 = 0"}]})
+    finished.set("recipes", "inside", value={"steps": [{"where": "source_row % 3 = 0"}]})
     assert finished.run().failures == {}
     assert run_evaluation(finished).failures == {}
     rows = table(finished)
