@@ -131,17 +131,17 @@ class Samples:
     """
 
     def __init__(self, run: Run, preprocess: Any, tokenizer: Any) -> None:
-        import polars as pl
+        import pyarrow.parquet as pq
 
         self.run, self.preprocess, self.tokenizer = run, preprocess, tokenizer
-        self.rows = pl.read_parquet(f"{run.work}/samples.parquet")
+        self.rows = pq.read_table(f"{run.work}/samples.parquet")
         self.pictures = np.load(f"{run.work}/pictures.npy", mmap_mode="r") if run.pool is None else None
         self._pool: Any = None
 
     def __getitem__(self, rows: np.ndarray) -> Any:
         import torch
 
-        tokens = self.tokenizer(self.rows["caption"].gather(rows).to_list())
+        tokens = self.tokenizer(self.rows["caption"].take(rows).to_pylist())
         if self.pictures is not None:
             pixels = torch.from_numpy(self.pictures[rows]).float() / 255
             return self.preprocess.transforms[-1](pixels), tokens
@@ -156,11 +156,13 @@ class Samples:
 
         if self._pool is None:
             self._pool = open_pool(PoolSettings.model_validate(self.run.pool), {})
-        batch = self.rows[rows].with_row_index("place")
-        blobs: list[Any] = [None] * len(batch)
-        for (shard,), of_shard in batch.group_by("shard"):
-            found = self._pool.read_images(str(shard), of_shard.select(IMAGE_COLUMNS).to_arrow())
-            for place, blob in zip(of_shard["place"], found, strict=True):
+        batch = self.rows.take(rows)
+        shards = np.array(batch["shard"].to_pylist())
+        blobs: list[Any] = [None] * len(rows)
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            found = self._pool.read_images(str(shard), batch.take(places).select(IMAGE_COLUMNS))
+            for place, blob in zip(places.tolist(), found, strict=True):
                 blobs[place] = blob
         for blob in blobs:
             if isinstance(blob, Exception):
@@ -177,12 +179,18 @@ class Loader:
         self.run, self.batches, self.position = run, batches, position
         self.num_batches = len(batches)
         self.num_samples = len(batches) * run.batch_size
-        workers = 0 if run.pool is None else run.threads
+        options: dict[str, Any] = {}
+        if run.pool is not None:  # a forked process would hang in the threads of a library that this one has used
+            options = {
+                "num_workers": run.threads,
+                "multiprocessing_context": "forkserver",
+                "persistent_workers": True,
+            }
         self._loader: Any = torch.utils.data.DataLoader(
             samples,  # type: ignore[arg-type]
             batch_size=None,
             sampler=batches,
-            num_workers=workers,
+            **options,
         )
 
     def __iter__(self) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 `dagster_project.notebook.Project.training_samples` opens it, and `docs/evaluation.md` shows a pipeline. Here: which
 samples, in which order, for which worker. Not here: decoding and batching, which are webdataset's or torch's.
+
+Polars stops forever in a forked process, and a DataLoader forks its workers by default, so nothing here uses it.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import polars as pl
+import pyarrow as pa
 from torch.utils.data import IterableDataset, get_worker_info
 
 from core.uids import UID_DTYPE
@@ -42,18 +44,17 @@ class SubsetSamples(IterableDataset[dict[str, Any]]):
     def __init__(self, pool: Pool, lake: Lake, version: Version, *, seed: int = 0, shuffle: bool = True) -> None:
         versions = Versions(lake, version.recipe)
         rows = versions.read_uids(version, columns=("f0", "f1", "shard"))
-        uids = np.load(versions.verified_path(version, "subset.npy"), allow_pickle=False)
-        wanted = np.empty(rows.num_rows, UID_DTYPE)
-        wanted["f0"], wanted["f1"] = rows["f0"].to_numpy(), rows["f1"].to_numpy()
-        times = np.searchsorted(uids, wanted, side="right") - np.searchsorted(uids, wanted, side="left")
+        self.uids = np.load(versions.verified_path(version, "subset.npy"), allow_pickle=False)
         self.pool, self.lake, self.version, self.seed, self.shuffle = pool, lake, version, seed, shuffle
         self.epoch = 0
-        self.rows = pl.DataFrame(rows).with_columns(times=pl.Series(times, dtype=pl.Int64))
-        self.shards = self.rows["shard"].unique().sort().to_list()
+        shard, uids = rows["shard"].combine_chunks().dictionary_encode(), _uids(rows)
+        names, codes = shard.dictionary.to_pylist(), shard.indices.to_numpy()
+        self.selected = {name: uids[codes == code] for code, name in enumerate(names)}
+        self.shards = sorted(names)
 
     def __len__(self) -> int:
         """Return the samples of an epoch, over all processes and workers."""
-        return int(self.rows["times"].sum())
+        return len(self.uids)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; each process and worker must choose the same epoch."""
@@ -80,16 +81,13 @@ class SubsetSamples(IterableDataset[dict[str, Any]]):
         if stored is None or stored.fingerprint != self.version.lineage["shards"][shard]["raw_pool"]:
             raise self._changed(shard, "raw_pool has changed")
         columns = ["f0", "f1", "uid", "caption", "url", "image_format", "sha256", *IMAGE_COLUMNS]
-        rows = pl.DataFrame(self.lake.read("raw_pool", shard, columns))
-        of_shard = self.rows.filter(pl.col("shard") == shard).select("f0", "f1", "times")
-        rows = rows.unique(["f0", "f1"], keep="first", maintain_order=True)
-        rows = rows.join(of_shard, on=["f0", "f1"], how="inner", maintain_order="left")
-        each = np.repeat(np.arange(len(rows)), rows["times"])
+        rows = self.lake.read("raw_pool", shard, columns)
+        each = np.repeat(np.arange(rows.num_rows), self._times(shard, _uids(rows)))
         each = each[self._order([self.seed, self.epoch, place], len(each))]
         for start in range(0, len(each), _TOGETHER):
-            part = rows[each[start : start + _TOGETHER]]
-            blobs = self.pool.read_images(shard, part.select(IMAGE_COLUMNS).to_arrow())
-            for row, blob in zip(part.iter_rows(named=True), blobs, strict=True):
+            part = rows.take(each[start : start + _TOGETHER])
+            blobs = self.pool.read_images(shard, part.select(IMAGE_COLUMNS))
+            for row, blob in zip(part.to_pylist(), blobs, strict=True):
                 if isinstance(blob, PoolError):
                     raise self._changed(shard, str(blob)) from blob
                 if row["sha256"] not in (None, hashlib.sha256(blob).hexdigest()):
@@ -103,6 +101,18 @@ class SubsetSamples(IterableDataset[dict[str, Any]]):
                     "json": json.dumps({"uid": row["uid"], "url": row["url"]}).encode(),
                 }
 
+    def _times(self, shard: str, uids: np.ndarray) -> np.ndarray:
+        """Return how often the subset has each row of a shard; another shard may have a row with the same uid."""
+        times = np.searchsorted(self.uids, uids, side="right") - np.searchsorted(self.uids, uids, side="left")
+        return np.where(np.isin(uids, self.selected[shard]), times, 0)
+
     def _changed(self, shard: str, why: str) -> PoolError:
         of = f"subset/{self.version.recipe} {self.version.name}"
         return PoolError(f"shard {shard}: {why} since {of} was selected. Remedy: clip-select run selects a new version")
+
+
+def _uids(rows: pa.Table) -> np.ndarray:
+    """Return the uids of rows, [n] of UID_DTYPE."""
+    uids = np.empty(rows.num_rows, UID_DTYPE)
+    uids["f0"], uids["f1"] = rows["f0"].to_numpy(), rows["f1"].to_numpy()
+    return uids
