@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Compute": ("check", "run", "compute", "status", "ui"),
     "Understand": ("browse", "explain", "rejects", "study", "verify"),
-    "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
+    "Subsets": ("versions", "diff", "lineage", "evaluate", "reproduce", "export", "prune"),
 }
 """Headings of the help, with their commands."""
 
@@ -343,6 +343,28 @@ def export(config: Path, recipe: str, as_json: bool) -> int:
             return console.export(_open(config), recipe, document, as_json=True, interrupts=interrupts)
 
     return run_interruptible(command, _again(config, "--recipe", recipe, *["--json"] * as_json))
+
+
+@commands.command()
+@_config
+@click.option("--name", required=True, help="Name of the evaluation.")
+@_document
+def evaluate(config: Path, name: str, as_json: bool) -> int:
+    """Train models on several subsets under equal conditions, and compare them.
+
+    Prints what the result shows, and the path of its page. Does nothing if the evaluation is up to date. SIGINT and
+    SIGTERM end it like `run`; the same command resumes from the checkpoints.
+    """
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        if not as_json:
+            return console.evaluate(_open(config), name, _console(), interrupts=interrupts)
+        with console.json_document() as document:
+            return console.evaluate(_open(config), name, document, as_json=True, interrupts=interrupts)
+
+    return run_interruptible(command, _again(config, "--name", name, *["--json"] * as_json))
 
 
 @commands.command()

@@ -154,6 +154,34 @@ def write_export(
     return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).export(recipe)
 
 
+def evaluate(
+    context: Context,
+    graph: Graph,
+    instance: dg.DagsterInstance,
+    name: str,
+    *,
+    notice: Notice,
+    progress: Progress | None = None,
+    interrupts: Interrupts | None = None,
+) -> Outcome:
+    """Compute `evaluation/<name>`, unless it is up to date; what an interrupted run of it has trained is kept.
+
+    Args:
+        context: the project.
+        graph: its assets.
+        instance: where runs are recorded.
+        name: name of the evaluation.
+        notice: called at each stage.
+        progress: called when rows are done.
+        interrupts: signals that end it.
+
+    Raises:
+        LakeError: a subset that it compares has no version, or is out of date.
+        KeyboardInterrupt: it was interrupted.
+    """
+    return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).evaluate(name)
+
+
 class _Pass:
     """One pass over the graph."""
 
@@ -169,7 +197,7 @@ class _Pass:
         engine: Engine | None = None,
     ) -> None:
         self.graph = graph
-        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports)}
+        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports, *graph.evaluations)}
         self.instance = instance
         self.notice = notice
         self.redraw = redraw
@@ -308,6 +336,19 @@ class _Pass:
         if unknown:
             self.instance.add_dynamic_partitions(SHARDS_NAME, unknown)
         self._compute_shards(node, [*known, *unknown])
+        self._end()
+        return self.outcome
+
+    def evaluate(self, name: str) -> Outcome:
+        node = next(node for node in self.graph.evaluations if node.declared.names["name"] == name)
+        try:
+            node.provenance(self._now())
+        except NotReady as error:
+            raise LakeError(f"{node.key}: {error}. Or all at once: clip-select run") from error
+        self.stage = Stage(node.key)
+        if not node.is_fresh(self._now()):
+            self._begin()
+            self._launch(node.key, None)
         self._end()
         return self.outcome
 

@@ -29,7 +29,7 @@ from resources.storage.checksums import ChecksumError
 DAMAGED, MISSING, UNVERIFIED, SET_ASIDE, OK = "damaged", "missing", "unverified", "set aside", "ok"
 _RUN = "clip-select run computes it again"
 _REPAIR = f"{_RUN} if a step reads it; clip-select verify --repair sets it aside in any case, for the next run"
-_WITHOUT_RECORD = ("captioning", "catalog", "subset")
+_WITHOUT_RECORD = ("captioning", "catalog", "evaluation_work", "subset")
 """Folders of the lake whose Parquet files are no files of assets."""
 
 
