@@ -186,6 +186,7 @@ Compute = Callable[[PartitionedAsset, Step, list[str]], Iterator[tuple[str, Resu
 
 def _one_row(node: PartitionedAsset, step: Step, shards: list[str]) -> Iterator[tuple[str, Result]]:
     """Yield a table of one row for each shard, with its number as the uid."""
+    del step
     template, schema = node.declared.template, node.declared.schema
     assert isinstance(template, PartitionedTemplate)
     for shard in shards:

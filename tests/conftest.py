@@ -1,6 +1,7 @@
 """Fixtures that every test may use, and the threads that test processes and their subprocesses may use."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -9,6 +10,10 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+# Records of the lakes of tests, which a person's own cache must not fill with.
+_cache = tempfile.TemporaryDirectory(prefix="cache-of-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 from tests.support.automation import automation
 from tests.support.captioning import tiny_coca
