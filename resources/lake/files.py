@@ -184,6 +184,7 @@ class Lake:
         self.damaged: dict[str, str] = {}
         self._known: dict[str, tuple[str, Stored]] = {}
         self._listed: dict[str, dict[str, Entry]] = {}
+        self._cleared: set[str] = set()
         self._records = RecordCache(cache_folder(self.root) / "records.sqlite")
 
     @property
@@ -202,8 +203,9 @@ class Lake:
         return self.home / "catalog.duckdb"
 
     def refresh(self) -> None:
-        """Forget the listings of a remote lake, so that files which other processes wrote are seen."""
+        """Begin anew: list the folders of a remote lake again, and look for killed writers' files again."""
         self._listed.clear()
+        self._cleared.clear()
 
     def changed(self, path: str) -> float:
         """Return when a file was written, in seconds since 1970; 0 if there is none."""
@@ -529,7 +531,9 @@ class Lake:
             self._changed(path)
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _clear_strays(Path(folder))
+        if folder not in self._cleared:  # it lists the folder, which may hold many files
+            _clear_strays(Path(folder))
+            self._cleared.add(folder)
         temporary = create_temporary(Path(folder), f".{name}.", TEMPORARY_SUFFIX)
         try:
             yield temporary
