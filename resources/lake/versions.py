@@ -15,6 +15,7 @@ import fcntl
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 from core.hashing import digest, sha256
 from core.uids import UID_DTYPE
 from resources.lake.files import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, DamagedError, Lake, LakeError
-from resources.lake.owners import create_temporary, is_abandoned, token
+from resources.lake.owners import STRAY_AFTER_SECONDS, create_temporary, is_abandoned, is_ended, token
 from resources.storage.stores import Entry
 
 NAME = re.compile(r"^v\d{4,}$")
@@ -332,6 +333,7 @@ class Versions:
 
     def _claim_remote(self) -> str:
         """Take the next number by writing its claim if there is none; the claim stays, so that it is taken once."""
+        self._clear_abandoned_remote()
         taken = (NUMBERED.match(name) for name in self.lake.store.folders(self.folder))
         number = max((int(found[1]) for found in taken if found is not None), default=0)
         while True:
@@ -339,6 +341,19 @@ class Versions:
             name = f"v{number:04d}"
             if self.lake.store.put_if_absent(f"{self.folder}/{name}/{REMOTE_CLAIM}", token().encode()):
                 return name
+
+    def _clear_abandoned_remote(self) -> None:
+        """Remove the files of versions whose writer was killed, but not their claims."""
+        store = self.lake.store
+        for name in set(self._numbered()) - set(self.names()):
+            there = {entry.name: entry for entry in store.files(f"{self.folder}/{name}", deep=True)}
+            claim = there.pop(REMOTE_CLAIM, None)
+            if claim is None or not there:
+                continue
+            is_old = time.time() - claim.modified > STRAY_AFTER_SECONDS
+            if is_old or is_ended(store.read(claim.location).decode()):
+                for entry in there.values():
+                    store.delete(entry.location)
 
     def _clear_abandoned(self, folder: Path) -> None:
         """Remove folders whose writer was killed; one without a claim is from before claims, and stays for a day."""

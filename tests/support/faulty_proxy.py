@@ -2,16 +2,16 @@
 
 import http.client
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["500", "503", "slow", "truncated", "aborted", "lost"]
+Kind = Literal["500", "503", "slow", "truncated", "aborted", "lost", "called"]
 """500 and 503: the status, and nothing reaches the server. slow: the answer arrives in pieces. truncated: the answer
 ends in its middle. aborted: the connection closes in the middle of the request. lost: the server has done it, and the
-connection closes before the answer."""
+connection closes before the answer. called: as aborted, after a function was called."""
 ALWAYS = 1 << 30
 
 
@@ -25,6 +25,7 @@ class Fault:
         kind: what happens.
         left: how many more requests it happens to.
         seen: how many requests it happened to.
+        call: the function of the kind "called".
     """
 
     method: str
@@ -32,6 +33,7 @@ class Fault:
     kind: Kind
     left: int = ALWAYS
     seen: int = 0
+    call: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -54,7 +56,12 @@ class Proxy:
         self.faults.append(Fault(method, part, kind, times))
         return self.faults[-1]
 
-    def next(self, method: str, path: str) -> Kind | None:
+    def call_at(self, method: str, part: str, call: Callable[[], None]) -> Fault:
+        """Call a function in the middle of the next such request."""
+        self.faults.append(Fault(method, part, "called", 1, call=call))
+        return self.faults[-1]
+
+    def next(self, method: str, path: str) -> Fault | None:
         """Record a request, and return what happens to it."""
         with self._lock:
             self.requests.append((method, path))
@@ -62,7 +69,7 @@ class Proxy:
                 if fault.left and fault.method == method and fault.part in path:
                     fault.left -= 1
                     fault.seen += 1
-                    return fault.kind
+                    return fault
         return None
 
 
@@ -75,10 +82,12 @@ def faulty_proxy(server: str) -> Iterator[Proxy]:
         protocol_version = "HTTP/1.1"
 
         def handle_any(self) -> None:
-            kind = proxy.next(self.command, self.path)
+            fault = proxy.next(self.command, self.path)
+            kind = None if fault is None else fault.kind
             size = int(self.headers.get("Content-Length") or 0)
-            if kind == "aborted":
+            if fault is not None and kind in ("aborted", "called"):
                 self.rfile.read(size // 2)
+                fault.call()
                 self.close_connection = True
                 return
             body = self.rfile.read(size)
