@@ -65,6 +65,7 @@ class Table:
         spill = tempfile.mkdtemp(prefix="browse-")
         self._con = open_duckdb(spill, memory=MEMORY, threads=THREADS)
         self._verified: dict[tuple[str, str, frozenset[str]], tuple[str, Path]] = {}
+        self._shards: dict[str, str] = {}  # by the name of a file, which is a hash for the copy of a remote one
         self._aligned: dict[tuple[str, str, str], tuple[str, ...]] = {}
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(THREADS)
@@ -117,6 +118,7 @@ class Table:
         if known is None or stored is None or known[0] != stored.fingerprint:
             path = self.context.lake.verified_path(asset, shard, columns)
             known = self._verified[key] = ("" if stored is None else stored.fingerprint, path)
+            self._shards[path.name] = shard
         return sql.path(known[1])
 
     def run(self, query: str, tables: Mapping[str, pa.Table] | None = None) -> pa.Table:
@@ -239,9 +241,11 @@ class Table:
             BrowseError: there is none.
         """
         lake = self.context.lake
-        files = ", ".join(sql.path(lake.store.local(lake.path(POOL, shard))) for shard in self.shards([POOL]))
-        if not files:
+        paths = {shard: lake.store.local(lake.path(POOL, shard)) for shard in self.shards([POOL])}
+        if not paths:
             raise BrowseError("the lake has no shard yet. Remedy: clip-select run")
+        self._shards |= {path.name: shard for shard, path in paths.items()}
+        files = ", ".join(map(sql.path, paths.values()))
         found = self.run(
             f'SELECT filename AS "the file", file_row_number AS "the row" FROM '
             f"read_parquet([{files}], file_row_number=true, filename=true) "
@@ -249,7 +253,11 @@ class Table:
         ).to_pylist()
         if not found:
             raise BrowseError(f"there is no sample {f0:016x}{f1:016x} in the pool")
-        return Place(Path(found[0]["the file"]).stem, found[0]["the row"])
+        return self.place_of(found[0]["the file"], found[0]["the row"])
+
+    def place_of(self, file: str, row: int) -> Place:
+        """Return a row's place by the path of a file that a query read."""
+        return Place(self._shards[Path(file).name], row)
 
     def read(self, places: Sequence[Place], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return columns of some rows, in their order; a score without a file is None."""
@@ -333,7 +341,7 @@ class Query:
         return replace(self, marks={**self.marks, f"uids{len(self.marks)}": uids})
 
     def places(self, limit: int, offset: int = 0) -> list[Place]:
-        """Return where the rows are, in the query's order; equal values are in the pool's order."""
+        """Return where the rows are, in the query's order; equal values are in the order of the files."""
         order, selected = ['"the file"', '"the row"'], ""
         if self.sort is not None:
             key = f"hash(f0, f1, {self.seed:d})" if self.sort == RANDOM else sql.quoted(self.sort)
@@ -350,7 +358,7 @@ class Query:
             listed = {"listed": pa.concat_tables(best)}
             found = self.table.run(f"FROM listed {ordered} {limit:d} OFFSET {offset:d}", listed)
         return [
-            Place(Path(file).stem, row)
+            self.table.place_of(file, row)
             for file, row in zip(found["the file"].to_pylist(), found["the row"].to_pylist(), strict=True)
         ]
 
