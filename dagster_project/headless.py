@@ -18,6 +18,7 @@ import dagster as dg
 
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.engines import Engine, InProcess
+from assets.base.events import record_files
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
 from assets.base.results import NotReady
@@ -29,6 +30,7 @@ from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
 from dagster_project.outcome import Outcome, joined
+from dagster_project.sqlite_event_log import kept_open
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
@@ -152,6 +154,34 @@ def write_export(
     return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).export(recipe)
 
 
+def evaluate(
+    context: Context,
+    graph: Graph,
+    instance: dg.DagsterInstance,
+    name: str,
+    *,
+    notice: Notice,
+    progress: Progress | None = None,
+    interrupts: Interrupts | None = None,
+) -> Outcome:
+    """Compute `evaluation/<name>`, unless it is up to date; what an interrupted run of it has trained is kept.
+
+    Args:
+        context: the project.
+        graph: its assets.
+        instance: where runs are recorded.
+        name: name of the evaluation.
+        notice: called at each stage.
+        progress: called when rows are done.
+        interrupts: signals that end it.
+
+    Raises:
+        LakeError: a subset that it compares has no version, or is out of date.
+        KeyboardInterrupt: it was interrupted.
+    """
+    return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).evaluate(name)
+
+
 class _Pass:
     """One pass over the graph."""
 
@@ -167,7 +197,7 @@ class _Pass:
         engine: Engine | None = None,
     ) -> None:
         self.graph = graph
-        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports)}
+        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports, *graph.evaluations)}
         self.instance = instance
         self.notice = notice
         self.redraw = redraw
@@ -191,6 +221,8 @@ class _Pass:
         for subset in self.graph.subsets:
             Versions(self.snapshot.context.lake, subset.recipe).set_damaged_aside()
         shards = self._discover()
+        with kept_open(self.instance):
+            record_files(self.instance, self._partitioned(), self.snapshot.context.lake, shards)
         nodes = [node for node in self.graph.in_order if only is None or node.key in only]
         for number, node in enumerate(nodes, start=1):
             self.stage = Stage(node.key, number, len(nodes) + 1)
@@ -208,6 +240,9 @@ class _Pass:
             self._launch("catalog", None)
             self._end()
         return self.outcome
+
+    def _partitioned(self) -> list[PartitionedAsset]:
+        return [node for node in self.graph.nodes if isinstance(node, PartitionedAsset)]
 
     def _compute(self, node: Node | SubsetAsset, shards: Sequence[str]) -> None:
         """Launch the runs that bring an asset up to date."""
@@ -301,6 +336,19 @@ class _Pass:
         if unknown:
             self.instance.add_dynamic_partitions(SHARDS_NAME, unknown)
         self._compute_shards(node, [*known, *unknown])
+        self._end()
+        return self.outcome
+
+    def evaluate(self, name: str) -> Outcome:
+        node = next(node for node in self.graph.evaluations if node.declared.names["name"] == name)
+        try:
+            node.provenance(self._now())
+        except NotReady as error:
+            raise LakeError(f"{node.key}: {error}. Or all at once: clip-select run") from error
+        self.stage = Stage(node.key)
+        if not node.is_fresh(self._now()):
+            self._begin()
+            self._launch(node.key, None)
         self._end()
         return self.outcome
 

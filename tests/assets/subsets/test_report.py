@@ -19,7 +19,7 @@ from markupsafe import escape
 from PIL import Image
 
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
-from assets.subsets.report import report_metadata
+from assets.subsets.report import report_metadata, reports_address
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash
 from tests.support.pool_factory import datacomp_shard, picture
@@ -137,7 +137,10 @@ def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> No
     event = materialization(made, "paper")
     assert len(serialize_value(event)) < 200 * 1024
     metadata = event.asset_materialization.metadata
-    assert metadata["report"].value == str(report_folder(made, "paper") / "index.html")
+    page = report_folder(made, "paper") / "index.html"
+    assert metadata["report_file"].value == str(page)
+    lake = made.open().lake
+    assert metadata["report"].value == f"{reports_address(lake)}/{page.relative_to(f'{lake.root}/subset').as_posix()}"
     address = "http://127.0.0.1:3002/?recipe=paper&version=v0001"
     assert f"[kept]({address}) · [dropped at step 1]({address}&member=dropped&step=1)" in metadata["browse"].value
     assert (
