@@ -75,7 +75,8 @@ def main(folder: Path, shards: int) -> None:
             busy.append(time.process_time() - cpu)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"{name}: first {seconds[0]:.2f} s, then {min(seconds[1:]):.2f} s ({min(busy[1:]):.2f} s of CPU); "
+            f"{name}: first {seconds[0]:.2f} s ({busy[0]:.2f} s of CPU), then {min(seconds[1:]):.2f} s "
+            f"({min(busy[1:]):.2f} s of CPU); "
             f"peak memory {peak:.2f} GB",
             flush=True,
         )

@@ -180,15 +180,19 @@ class Table:
             where = f"shard {', '.join(only)} has no" if only else "no shard has"
             raise BrowseError(f"{where} {' and '.join(wanted)}. Remedy: clip-select run computes what is missing")
         self._check_aligned(list(wanted), shards)
+        self._verify({(a, n, _read(c, uids)) for a, c in wanted.items() for n in shards} - self._verified.keys())
         size = size or len(shards)
         return [self._joined(wanted, shards[at : at + size], uids) for at in range(0, len(shards), size)]
+
+    def _verify(self, files: Collection[tuple[str, str, frozenset[str]]]) -> None:
+        """Verify files for `file`, several at the same time."""
+        list(self._threads.map(lambda key: self.file(*key), sorted(files, key=str)))
 
     def _joined(self, wanted: Mapping[str, Mapping[str, str]], shards: Sequence[str], uids: bool) -> str:
         """Write the query of these columns by asset, in which files are joined by position."""
         parts, selected = [], []
         for number, (asset, columns) in enumerate(wanted.items()):
-            read = frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
-            files = ", ".join(self.file(asset, name, read) for name in shards)
+            files = ", ".join(self.file(asset, name, _read(columns, uids)) for name in shards)
             parts.append(f"read_parquet([{files}], file_row_number=true, filename=true) AS t{number}")
             selected += [f"t{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for name, column in columns.items()]
         identity = ['t0.filename AS "the file"', 't0.file_row_number AS "the row"']
@@ -293,6 +297,10 @@ class Table:
             if row.setdefault("words", identity) != identity:
                 raise BrowseError(f"{asset} has other rows than shard {shard}. Remedy: clip-select run")
             row.update(values)
+
+
+def _read(columns: Mapping[str, str], uids: bool) -> frozenset[str]:
+    return frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
 
 
 @dataclass(frozen=True)
