@@ -16,7 +16,7 @@ from pydantic import Field
 from assets.base.asset import Declared, Dep, FileAsset, Step
 from assets.base.columns import Column
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import embedded_shards
+from assets.base.freshness import stored_shards
 from assets.base.partitioned import partitioned
 from assets.base.results import NotReady, Result
 from assets.base.score_kind import ScoreKind, recorded_entries, recorded_targets, require_encoders, require_targets
@@ -80,7 +80,7 @@ def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
             raise NotReady(f"{path}: no such file of centroids. Remedy: correct scores.clusters")
         return {GIVEN: sha256(Path(path))}
     source = f"embeddings/{asset.declared.names['encoder']}"
-    found, total = embedded_shards(snapshot, source), len(snapshot.listing)
+    found, total = stored_shards(snapshot, source), len(snapshot.listing)
     if len(found) < total / 2:
         raise NotReady(
             f"{len(found)} of the pool's {total} shards have {source}, too few to represent it. "
@@ -123,7 +123,7 @@ def centroids(step: Step) -> Result:
         found = _given(settings.centroids)
     else:
         source = f"embeddings/{step.names['encoder']}"
-        shards = list(embedded_shards(step.snapshot, source))
+        shards = list(stored_shards(step.snapshot, source))
         rows = to_tensor(_sample(step.context.lake, source, shards, settings.sample, settings.seed))
         means = spherical_k_means(rows, clusters=settings.clusters, iterations=settings.iterations)
         found = means.cpu().numpy()
