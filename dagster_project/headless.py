@@ -18,6 +18,7 @@ import dagster as dg
 
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.engines import Engine, InProcess
+from assets.base.events import record_files
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
 from assets.base.results import NotReady
@@ -29,6 +30,7 @@ from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
 from dagster_project.outcome import Outcome, joined
+from dagster_project.sqlite_event_log import kept_open
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
 from resources.lake.files import LakeError
 from resources.lake.versions import Versions
@@ -219,6 +221,8 @@ class _Pass:
         for subset in self.graph.subsets:
             Versions(self.snapshot.context.lake, subset.recipe).set_damaged_aside()
         shards = self._discover()
+        with kept_open(self.instance):
+            record_files(self.instance, self._partitioned(), self.snapshot.context.lake, shards)
         nodes = [node for node in self.graph.in_order if only is None or node.key in only]
         for number, node in enumerate(nodes, start=1):
             self.stage = Stage(node.key, number, len(nodes) + 1)
@@ -236,6 +240,9 @@ class _Pass:
             self._launch("catalog", None)
             self._end()
         return self.outcome
+
+    def _partitioned(self) -> list[PartitionedAsset]:
+        return [node for node in self.graph.nodes if isinstance(node, PartitionedAsset)]
 
     def _compute(self, node: Node | SubsetAsset, shards: Sequence[str]) -> None:
         """Launch the runs that bring an asset up to date."""

@@ -110,8 +110,8 @@ def shard_states(snapshot: Snapshot, assets: Mapping[str, Any]) -> list[ShardSta
     return sorted(found, key=lambda each: each.is_complete)
 
 
-def stored_shards(snapshot: Snapshot, key: str) -> dict[str, str]:
-    """Return the fingerprints of an asset's files, by shard, of the pool's shards that have one."""
+def embedded_shards(snapshot: Snapshot, key: str) -> dict[str, str]:
+    """Return the fingerprints of the pool's shards that have a file of `key`, such as embeddings, by shard."""
     lake = snapshot.context.lake
     found = {shard: lake.stored(key, shard) for shard in sorted(snapshot.listing)}
     return {shard: stored.fingerprint for shard, stored in found.items() if stored is not None}

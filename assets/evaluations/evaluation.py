@@ -18,7 +18,7 @@ import polars as pl
 
 from assets.base.asset import Declared, Dep, FileAsset, Step
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import stored_shards
+from assets.base.freshness import embedded_shards
 from assets.base.results import Result
 from assets.base.settings import ProjectSettings, json_settings
 from assets.base.unpartitioned import unpartitioned
@@ -83,9 +83,9 @@ def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     if settings.tasks.retrieval is not None:
         found[RETRIEVAL] = files.fingerprint(list_pairs(settings.tasks.retrieval.path))
     if {RANDOM, POOL} & set(settings.arms):
-        found["raw_pool"] = digest(stored_shards(snapshot, "raw_pool"))
+        found["raw_pool"] = digest(embedded_shards(snapshot, "raw_pool"))
     if settings.encoder is not None:
-        found[f"embeddings/{settings.encoder}"] = digest(stored_shards(snapshot, f"embeddings/{settings.encoder}"))
+        found[f"embeddings/{settings.encoder}"] = digest(embedded_shards(snapshot, f"embeddings/{settings.encoder}"))
     return found
 
 
@@ -109,7 +109,7 @@ def evaluation(step: Step) -> Result:
     name, context = step.names["name"], step.context
     settings = configured(context.settings, step.asset.declared)
     read = ["raw_pool", *([f"embeddings/{settings.encoder}"] if settings.encoder is not None else [])]
-    shards = sorted(set.intersection(*(set(stored_shards(step.snapshot, key)) for key in read)))
+    shards = sorted(set.intersection(*(set(embedded_shards(step.snapshot, key)) for key in read)))
     provenance = step.wanted[None]
     work = _work_folder(context, name, provenance.digest())
     arms = find_arms(context, settings, shards)

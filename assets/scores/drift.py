@@ -15,7 +15,7 @@ import pyarrow as pa
 from assets.base.asset import Declared
 from assets.base.checks import Check, Finding, Tables
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import stored_shards
+from assets.base.freshness import embedded_shards
 from assets.base.score_tables import to_tensor
 from assets.scores.draws import draw, read_draws, with_content
 from assets.scores.neg_clip_loss_settings import DriftLimits, configured, temperature
@@ -52,7 +52,7 @@ def growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
     """
     encoder = asset.names["encoder"]
     key = f"embeddings/{encoder}"
-    found = stored_shards(snapshot, key)
+    found = embedded_shards(snapshot, key)
     if len(found) < configured(asset.settings)[encoder].coverage * len(snapshot.listing):
         return 1.0
     rows = {shard: embedded.rows for shard in found if (embedded := snapshot.context.lake.stored(key, shard))}
@@ -93,9 +93,9 @@ def _measure(asset: Declared, tables: Tables) -> Finding:
     assert stored is not None
     kept = tables.read()
     fresh = draw(
-        context.lake,
+        tables.snapshot,
         key,
-        stored_shards(tables.snapshot, key),
+        embedded_shards(tables.snapshot, key),
         draws=settings.draws,
         batch_size=settings.batch_size,
         seed=settings.seed,

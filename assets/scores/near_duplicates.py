@@ -12,7 +12,7 @@ another one runs.
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,9 @@ from resources.lake.files import LakeError, Provenance
 from resources.lake.gather import ShardVectors
 from resources.lake.scratch import Arrays, WorkFolder
 from resources.lake.versions import Version, Versions
+
+if TYPE_CHECKING:
+    from selection.scores.near_duplicates import Nearest, Pair
 
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order
 LIMITS = tuple(percent / 100 for percent in range(100))
@@ -138,7 +141,13 @@ def duplicate_search(step: Step) -> Result:
         work.begin(wanted, None if of is None else newest_version(step.snapshot, step.asset.assets[of]))
     if not work.is_complete():
         step.expect(work.state["rows"] - work.state["done"])
-        for at, value, better in nearest_before(work.vectors(), device=device(), done=work.state["done"]):
+        found = nearest_before(
+            work.vectors(),
+            device=device(),
+            done=work.state["done"],
+            compute=lambda pairs: step.map(_compare, ((work.folder.name, pair) for pair in pairs), local=True),
+        )
+        for at, value, better in found:
             work.add(at, value, better)
             step.progress(len(value))
     rising = np.sort(work.value)
@@ -148,6 +157,18 @@ def duplicate_search(step: Step) -> Result:
     return Result(
         pa.table([pa.array(LIMITS), pa.array(above)], schema=SEARCH), {"rows_compared": len(rising), **counts}
     )
+
+
+def _compare(snapshot: Snapshot, name: str, pair: "Pair") -> "Nearest":
+    """Compare a block of rows of a search, whose folder is `name`, with earlier ones."""
+    from selection.scores.near_duplicates import compare
+
+    def opened() -> np.memmap:
+        folder = WorkFolder(snapshot.context.lake, name)
+        dtype, shape = _arrays(folder.state)["vectors"]
+        return folder.array("vectors", dtype, shape)
+
+    return compare(snapshot.memoized(f"{name}: vectors", opened), pair, device=device())
 
 
 def _search_knows_the_shard(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:

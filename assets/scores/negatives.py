@@ -15,7 +15,7 @@ import numpy as np
 from assets.base.asset import Declared, Dep, FileAsset, Step
 from assets.base.checks import Check, Finding, Tables
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import stored_shards
+from assets.base.freshness import embedded_shards
 from assets.base.results import NotReady, Result
 from assets.base.standard_checks import uid_records, unit_norm
 from assets.base.unpartitioned import unpartitioned
@@ -68,7 +68,7 @@ def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
 
 def _embedded(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
     encoder, settings = asset.declared.names["encoder"], _settings(asset.declared)
-    found = stored_shards(snapshot, f"embeddings/{encoder}")
+    found = embedded_shards(snapshot, f"embeddings/{encoder}")
     total = len(snapshot.listing)
     if not found or len(found) < settings.coverage * total:
         raise NotReady(
@@ -115,10 +115,11 @@ def negatives(step: Step) -> Result:
     settings = _settings(step.asset.declared)
     key = f"embeddings/{step.names['encoder']}"
     return draw(
-        step.context.lake,
+        step.snapshot,
         key,
-        stored_shards(step.snapshot, key),
+        embedded_shards(step.snapshot, key),
         draws=settings.draws,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        spread=step.map,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import stored_shards
+from assets.base.freshness import embedded_shards
 from assets.base.score_tables import to_tensor
 from assets.scores.draws import draw, read_draws, with_content
 from assets.scores.neg_clip_loss_settings import configured
@@ -184,8 +184,9 @@ class _Scorer:
     def _draw(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw negatives from the current pool, as the asset would with another seed."""
         key = f"embeddings/{self.encoder}"
-        shards = stored_shards(Snapshot(self.project), key)
-        drawn = draw(self.project.lake, key, shards, draws=self.draws, batch_size=self.size, seed=self.seed + seed)
+        snapshot = Snapshot(self.project)
+        shards = embedded_shards(snapshot, key)
+        drawn = draw(snapshot, key, shards, draws=self.draws, batch_size=self.size, seed=self.seed + seed)
         return read_draws(drawn.table)
 
 
