@@ -82,7 +82,7 @@ def test_a_killed_evaluation_leaves_no_process_and_resumes_from_its_checkpoint(f
     small_evaluation(
         finished,
         arms=["pool", "clip_third"],
-        train={**TINY, "seeds": 1, "samples_seen": 8 * points, "checkpoints": points, "processes": 1, "cache_gib": 0},
+        train={**TINY, "seeds": 1, "samples_seen": 8 * points, "checkpoints": points, "processes": 1},
         tasks={"zero_shot": ["pets"]},
     )
     finished.open()
