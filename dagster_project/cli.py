@@ -320,7 +320,7 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
     """Show everything that a version of a subset was made from."""
     from dagster_project import queries
 
-    return queries.lineage(lake_of(config).catalog, recipe, version_name, _console(), as_json=as_json)
+    return queries.lineage(lake_of(config), recipe, version_name, _console(), as_json=as_json)
 
 
 @commands.command()
