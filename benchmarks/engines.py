@@ -1,7 +1,6 @@
 """Engines: the speed of two single-threaded workers as a multiple of one, and the overhead per shard.
 
-The overhead is the time that tiny shards take through one or four workers, less the time in this process. Workers are
-started and warmed before. A shared machine slows both, so the speed is the best of several turns.
+Workers are started and warmed before. A shared machine slows both engines, so figures are the best of several turns.
 
 python -m benchmarks.engines [--ray] [--shards N]
 """
@@ -76,25 +75,47 @@ def speed(make: Make) -> dict[str, float]:
 
 
 def overhead(shards: int, make: Make) -> dict[str, float]:
-    """Return the milliseconds per shard that one and four workers add to the time in this process."""
+    """Return what a shard costs beside its computation, in milliseconds.
+
+    With one worker, the time of all shards less the worker's own; with one and four, the processor time of the main
+    process, which limits how many workers it can keep busy.
+    """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         project = open_project(write_project(Path(folder), shards))
-        here = InProcess()
         for key in ("raw_pool", "embeddings/b32"):
-            compute(project, key, here)
-        compute(project, "clip_score/b32", here)
-        alone = min(compute(project, "clip_score/b32", here) for _ in range(TURNS))
-        found["in_process_ms_per_shard"] = 1000 * alone / shards
+            compute(project, key, InProcess())
         for workers in (1, 4):
             engine = make(workers)
             try:
                 compute(project, "clip_score/b32", engine)  # starts the workers, which import torch
-                took = min(compute(project, "clip_score/b32", engine) for _ in range(TURNS))
+                own = _own_seconds(engine)
+                turns = []
+                for _ in range(TURNS):
+                    own.clear()
+                    began = time.process_time()
+                    seconds = compute(project, "clip_score/b32", engine)
+                    turns.append((seconds - sum(own), time.process_time() - began))
             finally:
                 engine.close()
-            found[f"overhead_ms_per_shard_{workers}_workers"] = 1000 * (took - alone) / shards
+            if workers == 1:
+                found["overhead_ms_per_shard"] = 1000 * min(turn[0] for turn in turns) / shards
+            found[f"main_process_ms_per_shard_{workers}_workers"] = 1000 * min(turn[1] for turn in turns) / shards
     return found
+
+
+def _own_seconds(engine: Any) -> list[float]:
+    """Return a list to which the engine adds the seconds that a worker took for each shard."""
+    seconds: list[float] = []
+    wait = engine.wait
+
+    def noted(busy: Any) -> Any:
+        ended = wait(busy)
+        seconds.extend(done.seconds for _, done in ended if done is not None)
+        return ended
+
+    engine.wait = noted
+    return seconds
 
 
 def compute(project: Context, key: str, engine: Engine) -> float:

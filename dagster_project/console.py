@@ -159,8 +159,8 @@ def export(
     """
     from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
-    from dagster_project.headless import write_export
     from dagster_project.instance import only_pass, open_instance
+    from dagster_project.on_demand import write_export
     from dagster_project.progress import shown_progress
     from dagster_project.queries import require
     from resources.lake.versions import Versions
@@ -174,7 +174,7 @@ def export(
                 project, graph, instance, recipe, notice=shown.notice, progress=shown.advance, interrupts=interrupts
             )
     status = 1 if outcome.failures else 0
-    version = None if status else Versions(project.lake, recipe).names()[-1]
+    version = None if status else Versions(project.lake, recipe).newest()
     folder = f"{project.lake.root}/export/{recipe}/{version}" if version else None
     if as_json:
         found = {"recipe": recipe, "version": version, "folder": folder, **failures(outcome)}
@@ -209,8 +209,8 @@ def evaluate(
     from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
     from dagster_project.early_checks import require_inputs
-    from dagster_project.headless import evaluate as compute
     from dagster_project.instance import only_pass, open_instance
+    from dagster_project.on_demand import evaluate as compute
     from dagster_project.progress import shown_progress
     from dagster_project.queries import require
 

@@ -145,7 +145,8 @@ def needed_rows(context: Context, arms: Iterable[Arm], shards: Sequence[str]) ->
     found = pl.concat(parts).unique(_UID, keep="first", maintain_order=True)
     if len(found) < len(uids):
         raise EvaluationError(
-            f"{len(uids) - len(found)} samples of the arms are not in the pool any more. Remedy: clip-select run"
+            f"{len(uids) - len(found)} samples of the arms are not in the pool any more, or not embedded. Remedy: "
+            "clip-select run"
         )
     return found
 

@@ -1,7 +1,7 @@
 """`evaluation/<name>`: models trained on several subsets under equal conditions, and which subset trains a better one.
 
 It trains, so `clip-select run` skips it: `clip-select evaluate` or the UI computes it. What it has decoded and trained
-lies in `<lake>/evaluation_work/<name>` until it is complete, so an interrupted evaluation resumes.
+lies in `<lake>/evaluation_work/<name>`, so an interrupted evaluation resumes.
 """
 
 import json
@@ -19,7 +19,7 @@ import polars as pl
 from assets.base.asset import Declared, Dep, FileAsset, Step
 from assets.base.context import Context, Snapshot
 from assets.base.freshness import embedded_shards
-from assets.base.results import NotReady, Result
+from assets.base.results import Result
 from assets.base.settings import ProjectSettings, json_settings
 from assets.base.unpartitioned import unpartitioned
 from assets.evaluations.arms import Arm, Samples, find_arms, needed_rows, without_evaluation_images
@@ -29,7 +29,7 @@ from assets.subsets.evaluated import show_on_pages
 from core.hashing import digest
 from resources.inputs.pairs import list_pairs, read_pairs
 from resources.storage import files
-from resources.training.decoded import Decoder, EvaluationError, TaskImages, decode_samples, decode_task
+from resources.training.decoded import DECODED, Decoder, EvaluationError, TaskImages, decode_samples, decode_task
 from resources.training.heads import HeadsRun, HeadsTask, train_heads
 from resources.training.launch import devices, run_all, threads_each
 from resources.training.measures import RETRIEVAL
@@ -77,16 +77,13 @@ def _check_model(key: str, model: str) -> None:
 
 def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
     settings = configured(asset.declared.settings, asset.declared)
-    lake, found = snapshot.context.lake, {}
+    found = {}
     for target in settings.tasks.zero_shot:
         found[f"target/{target}"] = snapshot.target_fingerprint(target, "")
     if settings.tasks.retrieval is not None:
         found[RETRIEVAL] = files.fingerprint(list_pairs(settings.tasks.retrieval.path))
-    stored = {name: lake.stored("raw_pool", name) for name in sorted(snapshot.listing)}
-    if missing := [name for name, record in stored.items() if record is None]:
-        raise NotReady(f"raw_pool of shard {missing[0]} is not there yet. Remedy: materialize it first")
     if {RANDOM, POOL} & set(settings.arms):
-        found["raw_pool"] = digest({name: record.fingerprint for name, record in stored.items() if record is not None})
+        found["raw_pool"] = digest(embedded_shards(snapshot, "raw_pool"))
     if settings.encoder is not None:
         found[f"embeddings/{settings.encoder}"] = digest(embedded_shards(snapshot, f"embeddings/{settings.encoder}"))
     return found
@@ -111,7 +108,8 @@ def evaluation(step: Step) -> Result:
     started = time.monotonic()
     name, context = step.names["name"], step.context
     settings = configured(context.settings, step.asset.declared)
-    shards = sorted(step.snapshot.listing)
+    read = ["raw_pool", *([f"embeddings/{settings.encoder}"] if settings.encoder is not None else [])]
+    shards = sorted(set.intersection(*(set(embedded_shards(step.snapshot, key)) for key in read)))
     provenance = step.wanted[None]
     work = _work_folder(context, name, provenance.digest())
     arms = find_arms(context, settings, shards)
@@ -131,7 +129,7 @@ def evaluation(step: Step) -> Result:
     found = Evaluated(name, settings, measures, samples, sizes, pool, law, time.monotonic() - started)
     page = write_page(context.lake, found)
     show_on_pages(context.lake, name, table)
-    shutil.rmtree(work)
+    _clear(work)
     return Result(table, {**found.summary, "report": page})
 
 
@@ -149,6 +147,13 @@ def _work_folder(context: Context, name: str, provenance: str) -> Path:
             shutil.rmtree(other)
     work.mkdir(parents=True, exist_ok=True)
     return work
+
+
+def _clear(work: Path) -> None:
+    """Remove what was decoded; measures and logs stay until the next evaluation, in case the result is not written."""
+    for name in ("pictures.npy", "thumbs.npy", DECODED):
+        (work / name).unlink(missing_ok=True)
+    shutil.rmtree(work / "tasks", ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from assets.evaluations.arms import OWN_SIZE, Samples
 from assets.evaluations.results import MEAN, Measured
 from resources.lake.files import Lake
 from resources.training.measures import COMPARED
-from resources.training.settings import RANDOM, EvaluationSettings
+from resources.training.settings import EvaluationSettings
 from selection.evaluation.paired import Difference
 from selection.evaluation.scaling_law import BestFraction
 
@@ -120,23 +120,43 @@ def _about(found: Evaluated) -> Iterator[tuple[str, str]]:
 
 def shows(found: Evaluated) -> list[str]:
     """Return one sentence for each budget on which arms are better or worse than the baseline."""
-    sentences = []
     baseline = found.settings.compared_with
-    proxy = "As a proxy, with linear heads on frozen embeddings" if found.settings.tier == "heads" else "Trained"
+    proxy = "As a proxy, linear heads on frozen embeddings after" if found.settings.tier == "heads" else "After"
+    sentences = []
     for budget in found.settings.train.samples_seen:
-        of_budget = [row for row in found.final if row.budget == budget and row.difference is not None]
-        parts = []
-        for verdict in ("better", "worse"):
-            named: dict[str, list[str]] = {}
-            for row in of_budget:
-                if row.difference is not None and row.difference.verdict == verdict:
-                    named.setdefault(row.arm, []).append(row.task)
-            parts += [f"{arm} is {verdict} than {baseline} on {' and '.join(tasks)}" for arm, tasks in named.items()]
-        unclear = sum(row.difference is not None and row.difference.verdict == "inconclusive" for row in of_budget)
+        of_budget = [row for row in found.final if row.budget == budget and row.task != MEAN and row.arm != baseline]
+        tasks = list(dict.fromkeys(row.task for row in of_budget))
+        parts = [
+            f"{_joined(arms)} {'is' if len(arms) == 1 else 'are'} {verdict} than {baseline} on "
+            f"{_joined(on) if len(on) < len(tasks) or len(tasks) == 1 else 'every task'}"
+            for verdict in ("better", "worse")
+            for on, arms in _with_verdict(of_budget, verdict).items()
+        ]
+        unclear = len([row for row in of_budget if _verdict(row) == "inconclusive"])
         rest = f"{unclear} of {len(of_budget)} comparisons are inconclusive" if unclear else "none is inconclusive"
         clear = "; ".join(parts) if parts else f"no arm differs clearly from {baseline}"
-        sentences.append(f"{proxy} on {budget:,} samples, {clear}; {rest}.")
+        sentences.append(f"{proxy} {budget:,} samples seen, {clear}; {rest}.")
     return sentences
+
+
+def _verdict(row: Measured) -> str:
+    return "" if row.difference is None else row.difference.verdict
+
+
+def _with_verdict(rows: Sequence[Measured], verdict: str) -> dict[tuple[str, ...], list[str]]:
+    """Return the arms with a verdict, by the tasks on which they have it."""
+    by_arm: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        if _verdict(row) == verdict:
+            by_arm[row.arm] = (*by_arm.get(row.arm, ()), row.task)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for arm, on in by_arm.items():
+        found.setdefault(on, []).append(arm)
+    return found
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def does_not_show(settings: EvaluationSettings) -> str:
@@ -172,36 +192,34 @@ def how_much(best: BestFraction, found: Evaluated) -> str:
 @dataclass(frozen=True)
 class _Cell:
     text: str
-    small: str = ""
+    small: Sequence[str] = ()
     strong: bool = False
 
 
 def _table(found: Evaluated, budget: int) -> dict[str, Any]:
     """Return the means of every arm and task, with the difference to the baseline."""
     rows = [row for row in found.final if row.budget == budget]
-    tasks = list(dict.fromkeys(f"{row.task}, {_measure(row)}" for row in rows))
-    cells = {(row.arm, f"{row.task}, {_measure(row)}"): _cell(row) for row in rows}
+    tasks = list(dict.fromkeys(_heading(row) for row in rows))
+    cells = {(row.arm, _heading(row)): _cell(row) for row in rows}
     body = [(arm, [cells[arm, task] for task in tasks]) for arm in found.settings.arms]
     return {"head": ["arm", *tasks], "rows": body}
 
 
-def _measure(row: Measured) -> str:
-    return (
-        "mean of both directions, recall at 1" if row.measure != "accuracy" else "accuracy" if row.task != MEAN else ""
-    )
+def _heading(row: Measured) -> str:
+    return row.task if row.task == MEAN else f"{row.task}, {row.measure.replace('_', ' ')}"
 
 
 def _cell(row: Measured) -> _Cell:
     if row.difference is None:
-        return _Cell(f"{row.mean:.1%}", "baseline" if row.arm == RANDOM else "")
-    return _Cell(f"{row.mean:.1%}", difference_text(row.difference), row.difference.verdict != "inconclusive")
+        return _Cell(f"{row.mean:.1%}", ["baseline"])
+    is_clear = row.difference.verdict != "inconclusive"
+    return _Cell(f"{row.mean:.1%}", [_difference(row.difference), *([] if is_clear else ["inconclusive"])], is_clear)
 
 
-def difference_text(difference: Difference) -> str:
-    """Return a difference in percentage points with its interval, and whether it is inconclusive."""
+def _difference(difference: Difference) -> str:
+    """Return a difference in percentage points with its interval."""
     interval = "" if math.isnan(difference.low) else f" [{difference.low * 100:+.1f}, {difference.high * 100:+.1f}]"
-    unclear = ", inconclusive" if difference.verdict == "inconclusive" else ""
-    return f"{difference.mean * 100:+.1f}{interval}{unclear}".replace("-", "−")
+    return f"{difference.mean * 100:+.1f}{interval}".replace("-", "−")
 
 
 def _curves(found: Evaluated, budget: int) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from resources.storage.stores import Entry, StorageError, cache_folder
+from resources.storage.stores import Entry, ReplacedError, StorageError, cache_folder
 
 RETRIES = 5
 RETRY_SECONDS = 60
@@ -117,23 +117,32 @@ class ObjectStore:
         with _explained(location):
             return bytes(obstore.get(self._store, self._key(location)).bytes())
 
-    def open(self, location: str) -> BinaryIO:
+    def open(self, location: str, entry: Entry | None = None) -> BinaryIO:
         """Open an object for reading ranges."""
+        found = entry or self._present(location)
+        return cast("BinaryIO", io.BufferedReader(_Ranges(self, found), buffer_size=1 << 16))
+
+    def _present(self, location: str) -> Entry:
         found = self.stat(location)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", location)
-        return cast("BinaryIO", io.BufferedReader(_Ranges(self, found), buffer_size=1 << 16))
+        return found
 
-    def read_range(self, location: str, start: int, stop: int) -> bytes:
-        """Read the bytes of an object from `start` to before `stop`."""
+    def read_range(self, entry: Entry, start: int, stop: int) -> bytes:
+        """Read the bytes of an object from `start` to before `stop`.
+
+        Raises:
+            ReplacedError: the object is another one than `entry`.
+        """
         import obstore
 
         if start >= stop:
             return b""
-        with _explained(location):
-            found = bytes(obstore.get_range(self._store, self._key(location), start=start, end=stop))
+        options: Any = {"range": (start, stop), "if_match": entry.tag}
+        with _explained(entry.location):
+            found = bytes(obstore.get(self._store, self._key(entry.location), options=options).bytes())
         if len(found) != stop - start:
-            raise StorageError(f"{location}: {len(found):,} bytes came of {stop - start:,}. Remedy: try again")
+            raise StorageError(f"{entry.location}: {len(found):,} bytes came of {stop - start:,}. Remedy: try again")
         return found
 
     def put(self, location: str, source: Path) -> None:
@@ -198,11 +207,9 @@ class ObjectStore:
                 obstore.copy(self._store, self._key(entry.location), self._key(target))
             obstore.delete(self._store, [self._key(entry.location) for entry in moved])
 
-    def local(self, location: str) -> Path:
+    def local(self, location: str, entry: Entry | None = None) -> Path:
         """Return a local copy of an object, downloaded unless there is one with the same ETag."""
-        found = self.stat(location)
-        if found is None:
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", location)
+        found = entry or self._present(location)
         folder = cache_folder(self._root) / "objects"
         name = hashlib.sha256(f"{location}\0{found.tag}".encode()).hexdigest()[:40]
         path = folder / f"{name}{Path(location).suffix}"
@@ -216,21 +223,11 @@ class ObjectStore:
 
     def _download(self, entry: Entry, path: Path) -> None:
         """Copy an object to a local file, which is complete or absent."""
-        import obstore
-
         descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
         try:
             with open(descriptor, "wb") as file:
                 for start in range(0, entry.size, _BLOCK):
-                    stop = min(start + _BLOCK, entry.size)
-                    with _explained(entry.location):
-                        options: Any = {"range": (start, stop), "if_match": entry.tag}
-                        block = bytes(obstore.get(self._store, self._key(entry.location), options=options).bytes())
-                    if len(block) != stop - start:
-                        raise StorageError(
-                            f"{entry.location}: {len(block):,} bytes came of {stop - start:,}. Remedy: try again"
-                        )
-                    file.write(block)
+                    file.write(self.read_range(entry, start, min(start + _BLOCK, entry.size)))
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -261,10 +258,10 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         size, stop = self._entry.size, min(self._at + len(buffer), self._entry.size)
         if self._at < size - _TAIL:
-            found = self._store.read_range(self._entry.location, self._at, stop)
+            found = self._store.read_range(self._entry, self._at, stop)
         else:  # footers are read in several small pieces
             start = max(0, size - _TAIL)
-            self._tail = self._tail or self._store.read_range(self._entry.location, start, size)
+            self._tail = self._tail or self._store.read_range(self._entry, start, size)
             found = self._tail[self._at - start : stop - start]
         buffer[: len(found)] = found
         self._at += len(found)
@@ -307,7 +304,13 @@ def _settings(scheme: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _explained(location: str) -> Iterator[None]:
     """Raise `StorageError` for a store's error, and FileNotFoundError for an object that is not there."""
-    from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+    from obstore.exceptions import (
+        BaseError,
+        NotFoundError,
+        PermissionDeniedError,
+        PreconditionError,
+        UnauthenticatedError,
+    )
 
     try:
         yield
@@ -318,6 +321,8 @@ def _explained(location: str) -> Iterator[None]:
             f"{location}: the store refuses access. Remedy: set the credentials in the environment, for S3 "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and allow reading, writing, listing and deleting"
         ) from error
+    except PreconditionError as error:
+        raise ReplacedError(f"{location}: it was replaced while it was read. Remedy: run again") from error
     except BaseError as error:
         raise StorageError(
             f"{location}: the store failed, also after {RETRIES} more attempts: {_first_line(error)}. Remedy: check "

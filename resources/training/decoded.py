@@ -7,6 +7,7 @@ A shard's rows are written and then listed in `decoded.txt`, so a killed run dec
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from resources.storage.images import ImageError, picture
 THUMB = 16
 """Pixels of a side of the pictures that are compared."""
 _TOGETHER = 512
-_DONE = "decoded.txt"
+DECODED = "decoded.txt"
+"""File of a work folder that lists the shards whose rows are decoded."""
 
 
 class EvaluationError(UserError, RuntimeError):
@@ -64,13 +66,16 @@ class Decoder:
 
 
 def small_picture(image: Any) -> np.ndarray:
-    """Return a picture at 16 x 16 pixels, less its mean and of unit norm: float16 [768]; zeros for a single colour."""
+    """Return a picture at 16 x 16 pixels, less its mean colour and of unit norm, float16 [768].
+
+    A picture that deviates from one colour by less than a level is zeros, and like no other.
+    """
     from PIL import Image
 
-    values = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX), np.float32).ravel()
-    values -= values.mean()
+    values = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX), np.float32)
+    values = (values - values.mean(axis=(0, 1))).ravel()
     norm = np.linalg.norm(values)
-    found: np.ndarray = (values / norm if norm > 1 else np.zeros_like(values)).astype(np.float16)
+    found: np.ndarray = (values / norm if norm >= len(values) ** 0.5 else np.zeros_like(values)).astype(np.float16)
     return found
 
 
@@ -92,8 +97,8 @@ def decode_samples(
     n, size = len(rows), decoder.size
     thumbs = _array(folder / "thumbs.npy", np.float16, (n, 3 * THUMB * THUMB))
     pictures = None if size is None else _array(folder / "pictures.npy", np.uint8, (n, 3, size, size))
-    done = set((folder / _DONE).read_text().split("\n")) if (folder / _DONE).exists() else set()
-    with ThreadPoolExecutor(available_cores()) as threads, open(folder / _DONE, "a", encoding="utf-8") as listed:
+    done = set((folder / DECODED).read_text().split("\n")) if (folder / DECODED).exists() else set()
+    with ThreadPoolExecutor(available_cores()) as threads, open(folder / DECODED, "a", encoding="utf-8") as listed:
         start = 0
         for (name,), of_shard in rows.group_by("shard", maintain_order=True):
             shard, end = str(name), start + len(of_shard)
@@ -137,8 +142,11 @@ def _array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
         found = np.lib.format.open_memmap(path, mode="r+")
         if found.shape == shape and found.dtype == dtype:
             return found
-    path.with_name(_DONE).unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    path.with_name(DECODED).unlink(missing_ok=True)
+    made = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "r+b") as file:  # a disk that is full is an error here; later it would end the process
+        os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+    return made
 
 
 @dataclass(frozen=True)

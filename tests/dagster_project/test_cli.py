@@ -86,7 +86,7 @@ def test_a_mistake_in_the_arguments_or_the_yaml_is_one_message_and_exit_status_2
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("name: [")
     for arguments, message in (
-        (["zzz"], "No such command 'zzz'; known: browse, check, compute, diff, explain, "),
+        (["zzz"], "No such command 'zzz'; known: browse, check, compute, diff, evaluate, explain, "),
         (["explian"], "No such command 'explian'; did you mean explain"),
         (["explain", "--demo"], "Missing option '--uid'"),
         (["prune", "--demo", "--keep", "0"], "0 is not in the range x>=1"),

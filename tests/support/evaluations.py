@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from dagster_project.headless import evaluate
+from dagster_project.on_demand import evaluate
 from dagster_project.outcome import Outcome
 from tests.support.pool_factory import caption, picture, write_tar
 from tests.support.scenario import Scenario
