@@ -107,6 +107,7 @@ def _content(found: ShardRead) -> str:
     parameters=_parameters,
     inputs=_source,
     every_row=False,
+    reads_pool=True,
 )
 def raw_pool(shard: Shard) -> Result:
     """Read one shard and check every sample in it."""

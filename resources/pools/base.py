@@ -128,8 +128,15 @@ class Pool(Protocol):
     settings: PoolSettings
     has_images: bool
 
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """Return the files of each shard by name, from the listing alone.
+
+        Raises:
+            PoolError: the folder or its shards are missing.
+        """
+
     def list_shards(self) -> dict[str, str]:
-        """Return the fingerprint of each shard by name, from the listing alone.
+        """Return the fingerprint of each shard by name, which follows from `shard_files`.
 
         Raises:
             PoolError: the folder or its shards are missing.
@@ -220,6 +227,11 @@ def list_folder(settings: PoolSettings) -> list[files.Listed]:
         raise PoolError(
             f"the pool's path {settings.path} is a file. Set pool.path to the folder that holds it."
         ) from error
+
+
+def fingerprints(shards: Mapping[str, Sequence[files.Listed]]) -> dict[str, str]:
+    """Return the fingerprint of each shard's files."""
+    return {name: files.fingerprint(listed) for name, listed in shards.items()}
 
 
 def shard_name(stem: str) -> str:

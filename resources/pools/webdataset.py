@@ -75,9 +75,13 @@ class WebdatasetPool:
             raise PoolError(f"no shards: there is no *.tar in {self.settings.path}. {hint}")
         return shards
 
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """See `pools.Pool`."""
+        return {name: list(parts.values()) for name, parts in self._shards().items()}
+
     def list_shards(self) -> dict[str, str]:
         """See `pools.Pool`."""
-        return {name: files.fingerprint(list(parts.values())) for name, parts in self._shards().items()}
+        return pools.fingerprints(self.shard_files())
 
     def tar_url(self, shard: str) -> str:
         """See `pools.TarPool`."""

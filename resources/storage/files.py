@@ -35,6 +35,12 @@ class Listed:
     url: str
     stamp: str
 
+    @property
+    def size(self) -> int:
+        """The size in bytes; 0 where the store does not list it."""
+        size = self.stamp.partition(" ")[0]
+        return int(size) if size.isdecimal() else 0
+
 
 def is_remote(url: str) -> bool:
     """Return whether `url` is a URL and no local path."""
