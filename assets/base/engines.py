@@ -15,7 +15,15 @@ Computed = Generator[tuple[str, Stored | Exception], None, None]
 
 
 class Engine(Protocol):
-    """Computes shards and writes their files to the lake."""
+    """Computes shards and writes their files to the lake.
+
+    Attributes:
+        name: as a deployment chooses it.
+        workers: how many shards it computes at once, at most.
+    """
+
+    name: str
+    workers: int
 
     def compute(self, asset: Any, step: Step, shards: Sequence[str]) -> Computed:
         """Compute a `PartitionedAsset`'s shards, and yield each when its file is written or it has failed."""
@@ -28,6 +36,9 @@ class Engine(Protocol):
 
 class InProcess:
     """Computes one shard after the other in this process."""
+
+    name = "in_process"
+    workers = 1
 
     def compute(self, asset: Any, step: Step, shards: Sequence[str]) -> Computed:
         """Compute and write shards in order."""

@@ -356,12 +356,17 @@ class _EventLog:
                 dg.AssetMaterialization(
                     asset_key=asset_key(self.asset.key),
                     partition=record.shard,
-                    metadata=event_metadata(record.stored, record.computed, record.seconds),
+                    metadata=event_metadata(record.stored, record.computed, record.seconds) | self._engine(record),
                     tags=self._tags(record),
                 )
             )
             findings = findings_of(self.context.resources.lake, record.stored)
             log_checks(self.context, self.asset.key, record.shard, findings)
+
+    def _engine(self, record: _Record) -> dict[str, Any]:
+        """Return the engine that a record's time was measured with."""
+        engine: Engine = self.context.resources.engine
+        return {"engine": engine.name, "workers": engine.workers} if record.seconds else {}
 
     def _tags(self, record: _Record) -> dict[str, str]:
         tags = {

@@ -27,6 +27,8 @@ class RayCluster(Crew):
         gpus: whether each worker gets a GPU.
     """
 
+    name = "ray"
+
     def __init__(self, workers: int, gpus: int = 0) -> None:
         super().__init__(workers, decode=gpus > 0)
         self.gpus = gpus
