@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from assets.base.asset import Step
-from assets.base.context import Context, Progress, RunState, Snapshot
+from assets.base.context import Context, RunState, Snapshot
 from assets.base.engines import Engine
 from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
 from assets.base.unpartitioned import UnpartitionedAsset
@@ -34,10 +34,10 @@ SHARDS = 4
 """Shards that are read at least, if there are so many."""
 FIRST = 32
 """Rows of each shard in the first measurement."""
+ENOUGH = 16 * FIRST
+"""Rows of each shard in the last measurement, at least: with fewer, what is done once for a shard hides the rate."""
 TARGETS = 4096
 """Random target images that scores are measured with, at most."""
-
-
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Calibrated:
         shards: its shards.
         inputs: rows of its unpartitioned assets, by key.
         bytes_per_row: of the files that were written, by asset.
+        dimensions: d of the encoders that embedded rows.
         failed: the reason, for each asset that could not be measured.
     """
 
@@ -58,6 +59,7 @@ class Calibrated:
     shards: list[str] = field(default_factory=list)
     inputs: dict[str, int] = field(default_factory=dict)
     bytes_per_row: dict[str, float] = field(default_factory=dict)
+    dimensions: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -148,12 +150,12 @@ class _Calibration:
         self,
         node: PartitionedAsset,
         shards: Sequence[str],
-        progress: Progress = lambda asset, shard, rows: None,
+        state: RunState | None = None,
     ) -> Generator[tuple[str, Stored], None, None]:
         """Compute shards as they are in the temporary lake."""
         snapshot = Snapshot(self.context, self.shards)
         wanted: dict[str | None, Provenance] = {shard: node.provenance(snapshot, shard) for shard in shards}
-        step = Step(node, snapshot, wanted, RunState(progress), frozenset([node.key]))
+        step = Step(node, snapshot, wanted, state or RunState(), frozenset([node.key]))
         with contextlib.closing(self.engine.compute(node, step, shards)) as outcomes:
             for shard, outcome in outcomes:
                 if isinstance(outcome, Exception):
@@ -212,7 +214,7 @@ class _Calibration:
 
         began = time.perf_counter()
         with contextlib.suppress(_EnoughError):
-            for _ in self._computed(node, self.shards, report):
+            for _ in self._computed(node, self.shards, RunState(report)):
                 pass
         done = sum(rows for _, rows in reports)
         later = reports[len(reports) // 2 :]  # decoding has run ahead of the first reports
@@ -238,16 +240,18 @@ class _Calibration:
         while True:
             points.append((self._resize(size, random=random, of=shards), self._timed(node, shards)))
             seconds -= points[-1][1]
-            if size >= self.most or (seconds <= 0 and len(points) > 1):
+            if size >= self.most or (seconds <= 0 and size >= ENOUGH):
                 break
-            fit = int(max(seconds, 0.0) / max(points[-1][1] / size, 1e-9))
-            size = min(self.most, 16 * size, max(2 * size, fit))
+            size = min(self.most, 16 * size)
         (few, quick), (many, slow) = points[0], points[-1]
         per_row = (slow - quick) / (many - few) if many > few and slow > quick else slow / max(many, 1)
         each = max(0.0, slow - per_row * many)
         fixed = max(0.0, first - per_row * first_rows)
         if not once:
-            fixed, per_row = max(0.0, fixed - each), per_row + each / max(sum(self.pool[shard].num_rows for shard in shards), 1)
+            fixed, per_row = (
+                max(0.0, fixed - each),
+                per_row + each / max(sum(self.pool[shard].num_rows for shard in shards), 1),
+            )
         return self._rate(RUN_SECONDS + fixed, per_row, many)
 
     def _resize(self, rows: int, *, random: bool, of: Sequence[str] | None = None) -> int:
@@ -266,7 +270,9 @@ class _Calibration:
 
     def _all_rows(self, node: PartitionedAsset) -> None:
         """Have an asset's file of whole shards in the lake, for the assets that read it."""
-        if node.key.startswith("embeddings/"):
+        stored = self.context.lake.stored(node.key, self.shards[0])
+        if node.key.startswith("embeddings/") and stored is not None:
+            self.found.dimensions[node.declared.names["encoder"]] = int(stored.summary["dimensions"])
             self._note_bytes(node)
         if not node.key.startswith("captions/"):  # which would take long
             self._resize(self.most, random=True)
@@ -285,7 +291,7 @@ class _Calibration:
     def _random(self, node: PartitionedAsset | UnpartitionedAsset, rows: int, seed: int) -> pa.FixedSizeListArray:
         """Return random unit vectors with the encoder's dimensions."""
         encoder = node.declared.names["encoder"]
-        dimensions = self.dimensions(encoder)
+        dimensions = self.found.dimensions.get(encoder) or self.dimensions(encoder)
         if dimensions is None:
             raise ValueError(f"the dimensions of encoder {encoder} are not known before it has embedded a shard")
         vectors = np.random.default_rng(seed).standard_normal((rows, dimensions), np.float32)

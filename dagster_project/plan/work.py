@@ -20,6 +20,7 @@ from resources.lake.files import Provenance, Stored
 from resources.lake.versions import Versions
 
 MISSING, SETTINGS, CODE = "missing", "settings changed", "code changed"
+IF_CHANGED = " (stays if its rows are unchanged)"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def _of_shards(snapshot: Snapshot, node: PartitionedAsset, upstream: Sequence[Wo
                 due[shard] = _difference(stored, wanted)
                 continue
         if ahead is not None:
-            due[shard] = MISSING if stored is None else f"{ahead} is computed again"
+            due[shard] = (
+                MISSING if stored is None else f"{ahead} is computed again{IF_CHANGED if ahead == 'raw_pool' else ''}"
+            )
     return Work(node.key, node, due, blocked, len(snapshot.listing))
 
 
