@@ -17,6 +17,7 @@ from assets.settings import open_project
 from dagster_project.early_checks import require_inputs
 from dagster_project.executor import one_process_after
 from dagster_project.location import config_path
+from dagster_project.plan.job import plan_job
 from dagster_project.resources import build_resources
 from dagster_project.sensors import build_sensors
 
@@ -42,7 +43,7 @@ def build_defs(
     graph = graph or build_graph(context)
     return dg.Definitions(
         assets=graph.definitions,
-        jobs=_jobs(graph),
+        jobs=[*_jobs(graph), plan_job(context, graph)],
         sensors=build_sensors(context, graph),
         resources={**build_resources(context.settings), **overrides},
         executor=one_process_after(partial(require_inputs, context, graph)),

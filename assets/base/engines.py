@@ -34,6 +34,11 @@ class Engine(Protocol):
         ...
 
 
+def measured_with(engine: Engine) -> dict[str, Any]:
+    """Return the metadata of an event that holds the engine which its time was measured with."""
+    return {"engine": engine.name, "workers": engine.workers}
+
+
 class InProcess:
     """Computes one shard after the other in this process."""
 

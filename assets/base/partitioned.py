@@ -29,7 +29,7 @@ from assets.base.checks import (
     log_checks,
 )
 from assets.base.context import Context, Snapshot
-from assets.base.engines import Computed, Engine
+from assets.base.engines import Computed, Engine, measured_with
 from assets.base.keys import SHARDS, asset_key
 from assets.base.results import NotAttempted, NotReady, Outcome, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
@@ -356,17 +356,13 @@ class _EventLog:
                 dg.AssetMaterialization(
                     asset_key=asset_key(self.asset.key),
                     partition=record.shard,
-                    metadata=event_metadata(record.stored, record.computed, record.seconds) | self._engine(record),
+                    metadata=event_metadata(record.stored, record.computed, record.seconds)
+                    | (measured_with(self.context.resources.engine) if record.seconds else {}),
                     tags=self._tags(record),
                 )
             )
             findings = findings_of(self.context.resources.lake, record.stored)
             log_checks(self.context, self.asset.key, record.shard, findings)
-
-    def _engine(self, record: _Record) -> dict[str, Any]:
-        """Return the engine that a record's time was measured with."""
-        engine: Engine = self.context.resources.engine
-        return {"engine": engine.name, "workers": engine.workers} if record.seconds else {}
 
     def _tags(self, record: _Record) -> dict[str, str]:
         tags = {

@@ -23,6 +23,7 @@ from assets.graph import build_graph
 from assets.settings import open_context
 from dagster_project.plan.recorded import Rate, fitted
 from resources.lake.files import Provenance, Stored, vectors_to_column
+from resources.pools.base import PoolError
 
 SECONDS = 10.0
 """Time to compute in, without loading models."""
@@ -135,6 +136,9 @@ class _Calibration:
                     self._whole(node)
             except Exception as error:  # noqa: BLE001 - the estimate is without this asset, and shows why
                 self.found.failed[key] = (str(error) or type(error).__name__).splitlines()[0]
+                if key == "raw_pool":
+                    self.found.failed |= dict.fromkeys(needed, self.found.failed[key])
+                    break
         return self.found
 
     def _needed(self, wanted: Collection[str]) -> set[str]:
@@ -152,15 +156,20 @@ class _Calibration:
         shards: Sequence[str],
         state: RunState | None = None,
     ) -> Generator[tuple[str, Stored], None, None]:
-        """Compute shards as they are in the temporary lake."""
+        """Compute shards as they are in the temporary lake.
+
+        Raises:
+            Exception: that of the first shard that failed, unless it is one of the pool's that can't be read.
+        """
         snapshot = Snapshot(self.context, self.shards)
         wanted: dict[str | None, Provenance] = {shard: node.provenance(snapshot, shard) for shard in shards}
         step = Step(node, snapshot, wanted, state or RunState(), frozenset([node.key]))
         with contextlib.closing(self.engine.compute(node, step, shards)) as outcomes:
             for shard, outcome in outcomes:
-                if isinstance(outcome, Exception):
+                if not isinstance(outcome, Exception):
+                    yield shard, outcome
+                elif node.key != "raw_pool":
                     raise outcome
-                yield shard, outcome
 
     def _timed(self, node: PartitionedAsset, shards: Sequence[str]) -> float:
         """Compute shards, and return the seconds."""
@@ -185,6 +194,8 @@ class _Calibration:
                 if self.engine.workers == 1 and len(rows) > 1 and last - began > POOL_SECONDS:
                     break
         self.shards = self.found.shards = list(self.pool)
+        if not any(rows):
+            raise PoolError("no shard that was read has usable rows")
         self.most, self.found.rows = max(rows), sum(rows)
         fixed, per_row = fitted(rows, seconds, self.engine.workers)
         self.found.rates["raw_pool"] = self._rate(RUN_SECONDS + fixed, per_row, sum(rows))

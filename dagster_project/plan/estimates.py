@@ -146,7 +146,7 @@ Cost = tuple[float | None, str, Rate | None]
 def _selecting(sources: Sources, work: Work, rows: int | None) -> Cost:
     """Return the cost of a subset or the catalog: of the last run, and of the rows that have come since."""
     recorded = sources.recorded.get(work.asset, {})
-    rate = max(recorded.items())[1] if recorded else SELECTING if work.node is not None else CATALOG
+    rate = _any(sources, recorded) if recorded else SELECTING if work.node is not None else CATALOG
     if rows is None:
         return None, NO_ROWS, rate
     more = max(0, rows - rate.rows) if work.node is not None else 0
@@ -173,7 +173,7 @@ def _of_one(sources: Sources, node: "Node", amount: Amount | None) -> Cost:
         return None, NO_ROWS, None
     recorded = sources.recorded.get(node.key, {})
     if recorded:
-        last = max(recorded.items())[1]
+        last = _any(sources, recorded)
         then = replace(amount, rows=round(amount.rows * _share_then(sources, node)))
         return last.fixed * _ratio(node, amount, then, amount.rows / max(then.rows, 1)), "recorded", last
     found = sources.calibrated
@@ -183,13 +183,19 @@ def _of_one(sources: Sources, node: "Node", amount: Amount | None) -> Cost:
         if rate is None:
             return None, basis, None
         part = amount.image / (amount.image + (amount.text or 0))
-        return RUN_SECONDS + rate.per_row * part * amount.rows, basis, rate
+        loaded = sources.deployment == Deployment()  # by the embeddings, in the same process
+        return (RUN_SECONDS if loaded else rate.fixed) + rate.per_row * part * amount.rows, basis, rate
     rate = None if found is None else found.rates.get(node.key)
     if found is None or rate is None:
         return None, _why_not(sources, node), None
     then = replace(amount, rows=found.rows, pool=found.rows, inputs=_by_kind(found.inputs, node))
     seconds = rate.per_row * found.rows * _ratio(node, amount, then, amount.rows / max(found.rows, 1))
     return rate.fixed + seconds, "calibrated", rate
+
+
+def _any(sources: Sources, recorded: Mapping[Deployment, Rate]) -> Rate:
+    """Return the rate of an asset without shards: recorded with the planned engine, else with any."""
+    return recorded.get(sources.deployment) or next(iter(recorded.values()))
 
 
 def _why_not(sources: Sources, node: "Node") -> str:

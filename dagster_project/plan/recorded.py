@@ -63,6 +63,17 @@ def fitted(rows: Sequence[int], seconds: Sequence[float], workers: int) -> tuple
     return max(0.0, sum(seconds) - per_row * sum(rows)), per_row
 
 
+def recorded_rows(instance: dg.DagsterInstance) -> dict[str, int]:
+    """Return the rows that `raw_pool` has reported of shards, newest events first."""
+    found: dict[str, int] = {}
+    for record in instance.fetch_materializations(asset_key("raw_pool"), limit=EVENTS).records:
+        event = record.asset_materialization
+        if event is not None and record.partition_key is not None:
+            rows = event.metadata.get("dagster/partition_row_count")
+            found.setdefault(record.partition_key, int(rows.value) if rows is not None else 0)  # type: ignore[arg-type]
+    return found
+
+
 def recorded_rates(instance: dg.DagsterInstance, key: str) -> dict[Deployment, Rate]:
     """Return the rate of an asset's newest run with each engine and number of workers.
 

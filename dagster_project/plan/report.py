@@ -1,9 +1,11 @@
 """`clip-select plan`: the estimate as a table, as JSON, and as the metadata of a job in Dagster's UI."""
 
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,9 @@ from assets.base.context import Context, Snapshot
 from assets.base.engines import Engine
 from assets.graph import Graph
 from assets.subsets.subset import SubsetAsset
-from dagster_project.plan.calibration import Calibrated, calibrate
+from dagster_project.plan.calibration import calibrate
 from dagster_project.plan.estimates import Estimate, Sources, estimates, seconds_by_deployment, usable
-from dagster_project.plan.recorded import Deployment, recorded_rates
+from dagster_project.plan.recorded import Deployment, recorded_rates, recorded_rows
 from dagster_project.plan.sizes import file_sizes, pool_size
 from dagster_project.plan.work import Work, find_work
 from dagster_project.tables import print_json, print_rows
@@ -77,15 +79,19 @@ def make_plan(
     project.lake.refresh()
     snapshot = Snapshot(project)
     work = find_work(snapshot, graph, only)
-    pool = pool_size(snapshot)
+    pool = pool_size(snapshot).with_reported(recorded_rows(instance))
     recorded = usable(work, {each.asset: recorded_rates(instance, each.asset) for each in work if each.due})
     deployment = Deployment(engine.name, engine.workers)
-    measured = _measured(project, engine, work, recorded, pool.bytes) if calibration else None
+    measured = None
+    if calibration and any(each.due for each in work):
+        lacking = _lacking(deployment, work, recorded)
+        lacking += ["raw_pool"] if pool.rows_per_byte is None and not lacking else []
+        dimensions = partial(_dimensions, project)
+        measured = calibrate(project, engine, lacking, pool.bytes, dimensions) if lacking else None
     if measured is not None and measured.shards:
         pool = pool.with_sample(measured.rows, measured.shards)
     models = _model_sizes(project, work, {} if measured is None else measured.dimensions)
-    dimensions = {name: size.dimensions for name, size in models.items()}
-    files = file_sizes(snapshot, graph, dimensions)
+    files = file_sizes(snapshot, graph, {name: size.dimensions for name, size in models.items()})
     sources = Sources(snapshot, graph, work, pool, files, models, recorded, deployment, measured)
     folder = Path(project.lake.root)
     while project.lake.is_local and not folder.exists():
@@ -94,24 +100,16 @@ def make_plan(
     return Plan(sources, estimates(sources), seconds_by_deployment(sources), free)
 
 
-def _measured(
-    project: Context,
-    engine: Engine,
-    work: Sequence[Work],
-    recorded: Mapping[str, Mapping[Deployment, Any]],
-    sizes: Mapping[str, int],
-) -> Calibrated | None:
-    """Measure the assets that are due and have no rate on the engine; None where all have one."""
-    deployment = Deployment(engine.name, engine.workers)
-    lacking = [
+def _lacking(
+    deployment: Deployment, work: Sequence[Work], recorded: Mapping[str, Mapping[Deployment, Any]]
+) -> list[str]:
+    """List the assets that are due and have no rate on the engine; for one without shards, any engine's will do."""
+    return [
         each.asset
         for each in work
-        if each.due
-        and each.node is not None
-        and not isinstance(each.node, SubsetAsset)
-        and not (deployment in recorded[each.asset] or (recorded[each.asset] and not each.node.partitioned))
+        if each.due and each.node is not None and not isinstance(each.node, SubsetAsset)
+        if deployment not in recorded[each.asset] and (each.node.partitioned or not recorded[each.asset])
     ]
-    return calibrate(project, engine, lacking, sizes, lambda name: _dimensions(project, name)) if lacking else None
 
 
 def _dimensions(project: Context, encoder: str) -> int | None:
@@ -239,38 +237,38 @@ def _asset(estimate: Estimate) -> dict[str, Any]:
 
 def print_plan(found: Plan, console: "Console") -> None:
     """Print a plan as a table, with the totals below."""
+    if found.due:
+        print_rows(rows(found), COLUMNS, console)
+    for line in totals(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def say(text: str, style: str = "") -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    for estimate in found.assets:
-        for reason, shards in _blocked(estimate.work).items():
-            say(f"{estimate.work.asset}: can't be computed ({shards} of {estimate.work.of}): {reason}", "yellow")
+def totals(found: Plan) -> list[str]:
+    """Return lines about the whole: blocked assets, the pool, bytes, and the time on each engine."""
+    lines = [
+        f"{estimate.work.asset}: can't be computed ({shards} of {estimate.work.of}): {reason}"
+        for estimate in found.assets
+        for reason, shards in Counter(estimate.work.blocked.values()).items()
+    ]
     if not found.due:
-        say("Everything is up to date.")
-        return
-    print_rows([_row(estimate) for estimate in found.due], COLUMNS, console)
-    pool, deployment = found.sources.pool, found.sources.deployment
-    rows = "unknown" if pool.total is None else f"{pool.total:,}"
-    rows += "" if pool.is_counted else " (estimated from bytes)"
-    say(f"Pool: {len(pool.bytes):,} shards, {size_text(sum(pool.bytes.values()))}, rows: {rows}")
+        return [*lines, "Nothing is to be computed." if lines else "Everything is up to date."]
+    pool, planned = found.sources.pool, found.sources.deployment
+    count = "unknown" if pool.total is None else f"{pool.total:,}{'' if pool.is_counted else ' (estimated from bytes)'}"
+    lines.append(f"Pool: {len(pool.bytes):,} shards, {size_text(sum(pool.bytes.values()))}, rows: {count}")
     written = found.total("bytes_written")
-    free = "" if found.free is None else f", of {size_text(found.free)} free"
-    say(f"Reads {size_text(found.total('bytes_read'))}, writes {size_text(written)}{free}")
+    free = "" if found.free is None else f"; {size_text(found.free)} are free"
+    lines.append(f"Reads {size_text(found.total('bytes_read'))}, writes {size_text(written)}{free}")
     if found.free is not None and written > found.free:
-        say("The lake's disk is too small. Remedy: free space, or another folder for `lake`", "bold red")
-    if deployment not in found.seconds:
-        unknown = [estimate.work.asset for estimate in found.due if estimate.seconds is None]
-        say(f"Time with {deployment}: at least {time_text(found.total('seconds'))}, without {', '.join(unknown)}")
-    for each, seconds in found.seconds.items():
-        say(f"Time with {each}: {time_text(seconds)}{'' if each == deployment else ' (recorded)'}")
+        lines.append("The lake's disk is too small. Remedy: free space, or another folder for `lake`")
+    if planned not in found.seconds:
+        unknown = ", ".join(estimate.work.asset for estimate in found.due if estimate.seconds is None)
+        lines.append(f"Time with {planned}: at least {time_text(found.total('seconds'))}, without {unknown}")
+    return lines + [f"Time with {each}: {time_text(seconds)}" for each, seconds in found.seconds.items()]
 
 
-def _blocked(work: Work) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for reason in work.blocked.values():
-        found[reason] = found.get(reason, 0) + 1
-    return found
+def rows(found: Plan) -> list[dict[str, Any]]:
+    """Return the assets that are due as rows of a table with `COLUMNS`."""
+    return [_row(estimate) for estimate in found.due]
 
 
 def _row(estimate: Estimate) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class PoolSize:
         """The rows of the pool."""
         return self.rows_of(self.bytes)
 
+    def with_reported(self, rows: Mapping[str, int]) -> "PoolSize":
+        """Return the size with an estimate from rows that were reported of shards, where none are counted."""
+        known = [shard for shard in rows if shard in self.bytes]
+        return self.with_sample(sum(rows[shard] for shard in known), known)
+
     @property
     def is_counted(self) -> bool:
         """Whether no shard's rows are estimated."""

@@ -33,6 +33,7 @@ class Work:
         due: the reason by shard; that of an asset without shards is under None.
         blocked: the reason why a shard (or None) can't be computed.
         of: number of its shards; 1 for an asset without.
+        fingerprints: those that new files will have, where they follow from the inputs as they are.
     """
 
     asset: str
@@ -40,6 +41,7 @@ class Work:
     due: Mapping[str | None, str] = field(default_factory=dict)
     blocked: Mapping[str | None, str] = field(default_factory=dict)
     of: int = 1
+    fingerprints: Mapping[str | None, str] = field(default_factory=dict)
 
     @property
     def shards(self) -> list[str]:
@@ -50,6 +52,18 @@ class Work:
     def why(self) -> dict[str, int]:
         """How many files are due for each reason, most first."""
         return dict(Counter(self.due.values()).most_common())
+
+    def makes_stale(self, shard: str, stored: Stored | None) -> bool:
+        """Check whether a shard's file that reads this asset is stale once the asset is computed.
+
+        Args:
+            shard: the shard.
+            stored: the record of the file. A file that was lost is written again with the fingerprint that it had.
+        """
+        place = None if None in self.due else shard
+        if place not in self.due:
+            return False
+        return stored is None or stored.provenance.inputs.get(self.asset) != self.fingerprints.get(place, "")
 
     @property
     def changed(self) -> bool:
@@ -75,8 +89,12 @@ def find_work(snapshot: Snapshot, graph: Graph, only: Collection[str] | None = N
         upstream = [found[dep] for dep in node.deps if dep in found and found[dep].due]
         if isinstance(node, PartitionedAsset):
             found[node.key] = _of_shards(snapshot, node, upstream)
-        else:
+        elif (
+            upstream or not isinstance(node, SubsetAsset) or not any(found[k].due for k in node.upstream if k in found)
+        ):
             found[node.key] = _of_one(snapshot, node, upstream)
+        else:  # files further up were lost, and are written again as they were
+            found[node.key] = Work(node.key, node)
     ahead = next((f"{work.asset} is computed" for work in found.values() if work.due), "")
     if not ahead and not catalog_is_newest(snapshot.context):
         ahead = MISSING if not snapshot.context.catalog_path().exists() else "older than the YAML or a subset"
@@ -86,24 +104,27 @@ def find_work(snapshot: Snapshot, graph: Graph, only: Collection[str] | None = N
 def _of_shards(snapshot: Snapshot, node: PartitionedAsset, upstream: Sequence[Work]) -> Work:
     due: dict[str | None, str] = {}
     blocked: dict[str | None, str] = {}
+    fingerprints: dict[str | None, str] = {}
     for shard in sorted(snapshot.listing):
-        ahead = next((work.asset for work in upstream if None in work.due or shard in work.due), None)
         stored = snapshot.context.lake.stored(node.key, shard)
+        ahead = next((work.asset for work in upstream if work.makes_stale(shard, stored)), None)
         try:
             wanted = node.provenance(snapshot, shard)
         except (NotReady, UserError) as error:
             if ahead is None:
-                blocked[shard] = str(error)
+                if not any(shard in work.due or None in work.due for work in upstream):
+                    blocked[shard] = str(error)
                 continue
         else:
             if node.written(snapshot, wanted) is None:
                 due[shard] = _difference(stored, wanted)
+                fingerprints[shard] = wanted.digest()
                 continue
         if ahead is not None:
             due[shard] = (
                 MISSING if stored is None else f"{ahead} is computed again{IF_CHANGED if ahead == 'raw_pool' else ''}"
             )
-    return Work(node.key, node, due, blocked, len(snapshot.listing))
+    return Work(node.key, node, due, blocked, len(snapshot.listing), fingerprints)
 
 
 def _of_one(snapshot: Snapshot, node: UnpartitionedAsset | SubsetAsset, upstream: Sequence[Work]) -> Work:
@@ -113,9 +134,12 @@ def _of_one(snapshot: Snapshot, node: UnpartitionedAsset | SubsetAsset, upstream
         if not upstream:
             return Work(node.key, node, blocked={None: str(error)})
         why = MISSING
+    fingerprints: dict[str | None, str] = {}
+    if why and not upstream and isinstance(node, UnpartitionedAsset):
+        fingerprints[None] = node.provenance(snapshot).digest()
     if not why and upstream and not _keeps(snapshot, node):
         why = f"{upstream[0].asset} is computed"
-    return Work(node.key, node, {None: why} if why else {})
+    return Work(node.key, node, {None: why} if why else {}, fingerprints=fingerprints)
 
 
 def _why(snapshot: Snapshot, node: UnpartitionedAsset) -> str:
