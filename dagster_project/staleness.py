@@ -20,6 +20,7 @@ from core.errors import UserError
 from core.hashing import digest
 from resources.lake.check_records import remove_checks
 from resources.lake.files import Lake, Provenance
+from resources.pools.base import TarPool
 from selection.recipes.recipe import set_kind
 
 RANGE_START = "dagster/asset_partition_range_start"
@@ -52,6 +53,7 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
     Raises:
         PoolError: the pool's folder is missing or holds no shard, so that it is unknown which shards are gone.
     """
+    record_groups(snapshot)
     listed = snapshot.listing
     partitions = set(instance.get_dynamic_partitions(SHARDS_NAME))
     lake = snapshot.context.lake
@@ -59,6 +61,13 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
     return PartitionChanges(
         added=sorted(listed.keys() - partitions), gone=sorted((partitions | stored) - listed.keys())
     )
+
+
+def record_groups(snapshot: Snapshot) -> None:
+    """Record the groups of new tars (`tars_per_shard`), before the snapshot lists the pool."""
+    pool = snapshot.context.pool
+    if isinstance(pool, TarPool):
+        pool.record_groups()
 
 
 def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from dagster_project.browser import search
 from dagster_project.browser.queries import BrowseError, Place, Table, find
 from resources.catalog.build import read_catalog
 from resources.lake.files import LakeError
-from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool
+from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool, place_in_tar
 
 NEGATIVES = 4
 _decoding = threading.Semaphore(4)
@@ -92,9 +92,18 @@ def describe(table: Table, uid: str) -> dict[str, Any]:
         "neighbours": _neighbours(table, row),
         "negatives": _negatives(table, place),
         "encoders": search.encoders(table),
-        "tar": table.context.pool.tar_url(place.shard) if isinstance(table.context.pool, TarPool) else None,
+        "tar": _tar(table, place, row["image_offset"]),
         "raw_pool": table.context.lake.path("raw_pool", place.shard),
     }
+
+
+def _tar(table: Table, place: Place, image_offset: int | None) -> tuple[str, int] | None:
+    """Return the tar that a sample is in, and the byte where its image begins; None for pools of other files."""
+    pool = table.context.pool
+    if image_offset is None or not isinstance(pool, TarPool):
+        return None
+    number, byte = place_in_tar(image_offset)
+    return pool.tars(place.shard)[number], byte
 
 
 def _percentile(table: Table, name: str, value: Any) -> float | None:
