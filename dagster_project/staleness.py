@@ -64,10 +64,13 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
 
 
 def record_groups(snapshot: Snapshot) -> None:
-    """Record the groups of new tars (`tars_per_shard`), before the snapshot lists the pool."""
+    """Record the groups of new tars (`tars_per_shard`), and let the snapshot list the pool as they are."""
     pool = snapshot.context.pool
-    if isinstance(pool, TarPool):
+    if not isinstance(pool, TarPool) or pool.groups is None or (pool.settings.tars_per_shard or 1) == 1:
+        return
+    if snapshot.listing.keys() - pool.groups.recorded().keys():
         pool.record_groups()
+        snapshot.refresh_listing()
 
 
 def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:

@@ -101,7 +101,7 @@ def catalog_views(place: Place, scores: Scores, *, grouped: bool = False) -> dic
 def _group_views(place: Place) -> dict[str, str]:
     """Return views of the tars of shards that are groups, and of the place of each image in its tar."""
     records = sql.pattern(place.root, f"{FOLDER}/{_VISIBLE}.json")
-    stride = sql.literal(TAR_STRIDE)
+    stride = f"{TAR_STRIDE}::BIGINT"
     return {
         "shard_tars": f"""
             SELECT member.key AS shard, tar.key::BIGINT AS number, tar.value->>'$' AS tar

@@ -11,7 +11,6 @@ and noted.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,7 +63,8 @@ class WebdatasetPool:
         found: dict[str, _Parts] = {}
         compressed = []
         for file in pools.list_folder(self.settings):
-            stem, suffix = os.path.splitext(file.name)
+            stem, dot, suffix = file.name.rpartition(".")
+            stem, suffix = stem or file.name, dot + suffix
             stem = pools.shard_name(stem)
             if suffix == ".tar":
                 found.setdefault(stem, {})["tar"] = file
