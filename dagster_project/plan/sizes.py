@@ -101,14 +101,14 @@ def _file_size(
     snapshot: Snapshot, node: PartitionedAsset | UnpartitionedAsset, dimensions: Mapping[str, int]
 ) -> FileSize:
     lake = snapshot.context.lake
-    shards = list(snapshot.listing) if node.partitioned else [None]
+    folder = lake.path(node.key).rpartition("/")[0] if not node.partitioned else f"{lake.root}/{node.key}"
+    listed = {entry.location: entry.size for entry in lake.listing(folder)}
     sizes, rows = {}, 0
-    for shard in shards:
-        path = lake.path(node.key, shard)
+    for shard in list(snapshot.listing) if node.partitioned else [None]:
         stored = lake.stored(node.key, shard)
-        entry = None if stored is None else lake.store.stat(path)
-        if stored is not None and entry is not None:
-            sizes[shard or ""] = entry.size
+        path = lake.path(node.key, shard)
+        if stored is not None and path in listed:
+            sizes[shard or ""] = listed[path]
             rows += stored.rows
     total = sum(sizes.values())
     if rows:
