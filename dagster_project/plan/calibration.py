@@ -214,7 +214,7 @@ class _Calibration:
 
     def _by_progress(self, node: PartitionedAsset, seconds: float) -> Rate:
         """Measure an asset that reports its batches, from the first report for some seconds."""
-        self._resize(self.most, random=False)
+        self._resize(node, self.most, random=False)
         reports: list[tuple[float, int]] = []
 
         def report(asset: str, shard: str, rows: int) -> None:
@@ -245,11 +245,11 @@ class _Calibration:
         random = not node.declared.template.reads_pool
         shards = self.shards[: self.engine.workers]
         size = min(FIRST, self.most)
-        first_rows = self._resize(size, random=random, of=shards)
+        first_rows = self._resize(node, size, random=random, of=shards)
         first = self._timed(node, shards)  # loads models and starts workers
         points: list[tuple[int, float]] = []
         while True:
-            points.append((self._resize(size, random=random, of=shards), self._timed(node, shards)))
+            points.append((self._resize(node, size, random=random, of=shards), self._timed(node, shards)))
             seconds -= points[-1][1]
             if size >= self.most or (seconds <= 0 and size >= ENOUGH):
                 break
@@ -265,16 +265,16 @@ class _Calibration:
             )
         return self._rate(RUN_SECONDS + fixed, per_row, many)
 
-    def _resize(self, rows: int, *, random: bool, of: Sequence[str] | None = None) -> int:
-        """Write the first rows of shards to `raw_pool`, and random embeddings of them; return their number."""
-        shards = self.shards if of is None else of
+    def _resize(self, reader: PartitionedAsset, rows: int, *, random: bool, of: Sequence[str] | None = None) -> int:
+        """Write the first rows of shards to `raw_pool`, and random embeddings for their reader; return their number."""
+        shards, needed = self.shards if of is None else of, self._needed([reader.key])
         snapshot = Snapshot(self.context, self.shards)
         for shard in shards:
             table = self.pool[shard]
             provenance = self.nodes["raw_pool"].provenance(snapshot, shard)  # type: ignore[call-arg, arg-type]
             self.context.lake.write(table.slice(0, rows), provenance, content=shard)
         for key, node in self.nodes.items():
-            if random and key.startswith("embeddings/"):
+            if random and key in needed and key.startswith("embeddings/"):
                 assert isinstance(node, PartitionedAsset)
                 self._random_embeddings(node, shards, rows)
         return sum(min(rows, self.pool[shard].num_rows) for shard in shards)
@@ -286,7 +286,7 @@ class _Calibration:
             self.found.dimensions[node.declared.names["encoder"]] = int(stored.summary["dimensions"])
             self._note_bytes(node)
         if not node.key.startswith("captions/"):  # which would take long
-            self._resize(self.most, random=True)
+            self._resize(node, self.most, random=True)
         if not node.key.startswith(("embeddings/", "captions/")):
             self._timed(node, self.shards)
             self._note_bytes(node)

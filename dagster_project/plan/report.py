@@ -252,6 +252,7 @@ def totals(found: Plan) -> list[str]:
     ]
     if not found.due:
         return [*lines, "Nothing is to be computed." if lines else "Everything is up to date."]
+    lines += [f"{each.work.asset}: no rate: {each.basis}" for each in found.due if each.seconds is None]
     pool, planned = found.sources.pool, found.sources.deployment
     count = "unknown" if pool.total is None else f"{pool.total:,}{'' if pool.is_counted else ' (estimated from bytes)'}"
     lines.append(f"Pool: {len(pool.bytes):,} shards, {size_text(sum(pool.bytes.values()))}, rows: {count}")
@@ -283,7 +284,7 @@ def _row(estimate: Estimate) -> dict[str, Any]:
         "written": "" if estimate.bytes_written is None else size_text(estimate.bytes_written),
         "operations": "" if not estimate.operations else f"{estimate.operations:.1e}",
         "time": "?" if estimate.seconds is None else time_text(estimate.seconds),
-        "from": estimate.basis if known else f"no rate: {estimate.basis}",
+        "from": estimate.basis if known else "no rate",
     }
 
 
