@@ -39,6 +39,8 @@ class Processes(Crew):
         gpus: number of GPUs; worker i gets GPU i modulo this.
     """
 
+    name = "processes"
+
     def __init__(self, workers: int, gpus: int = 0) -> None:
         super().__init__(workers, decode=gpus > 0)
         self.gpus = gpus
