@@ -48,7 +48,7 @@ def measure(shards: int = TINY_SHARDS, make: Make = Processes) -> dict[str, Any]
 
 
 def speed(make: Make) -> dict[str, float | None]:
-    """Return the speed of embedding with two single-threaded workers as a multiple of that with one; None on one core."""
+    """Return the speed of two single-threaded workers as a multiple of that of one, in embedding; None on one core."""
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of the workers, which are new processes
     try:
         with tempfile.TemporaryDirectory() as folder:
