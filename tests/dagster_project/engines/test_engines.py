@@ -116,6 +116,8 @@ def test_a_part_that_fails_has_the_error_of_its_function_and_the_workers_go_on(s
         with pytest.raises(LakeError, match="part 3 is odd"):
             list(engine.map(step, odd_part, ((number,) for number in range(1_000))))
         assert list(engine.map(step, echoed, ((number,) for number in (0, 2, 4)))) == [0, 2, 4]
+        with pytest.raises(WorkerError, match="The result can't be sent"):
+            list(engine.map(step, echoed, [(7,)]))
     finally:
         engine.close()
     assert running_workers() == []
