@@ -27,7 +27,8 @@ from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
 from resources.pools.base import IMAGE_COLUMNS, PoolError
 from resources.storage.images import ImageError
-from selection.recipes.execute import Selection, StepReport
+from selection.recipes.execute import Selection
+from selection.recipes.step_report import StepReport
 from selection.scores.negatives import keyed_hash
 
 PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples per sheet, pixels

@@ -34,8 +34,8 @@ from core.uids import parse_uids, subset_array, subset_words
 from resources.lake.files import Lake
 from resources.lake.versions import Manifest, Version, Versions, set_file, step_file
 from selection.recipes.execute import Selection, set_column
+from selection.recipes.model import POOL
 from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
-from selection.recipes.steps import POOL
 
 CODE_VERSION = "2"
 SHOWN = 150  # input files in the event, which has room for 256 KB of pictures and tables
