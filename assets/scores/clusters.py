@@ -4,7 +4,7 @@ A row is in a target's cluster when the centroid nearest to its image is also th
 negatives, centroids that were computed from the pool are kept while shards arrive.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,9 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import rows_aligned
 from assets.base.unpartitioned import unpartitioned
 from assets.pool.target_embeddings import target_embeddings
+from assets.scores.sample import sample_rows
 from core.hashing import sha256
-from resources.lake.files import Lake, LakeError, Stored, column_to_vectors
+from resources.lake.files import LakeError, Stored, column_to_vectors
 from resources.lake.gather import gather
 from resources.settings import Location, Settings
 
@@ -124,7 +125,9 @@ def centroids(step: Step) -> Result:
     else:
         source = f"embeddings/{step.names['encoder']}"
         shards = list(embedded_shards(step.snapshot, source))
-        rows = to_tensor(_sample(step.context.lake, source, shards, settings.sample, settings.seed))
+        chosen = sample_rows(step.context.lake, source, shards, settings.sample, settings.seed)
+        (sampled,) = gather(step.context.lake, source, ["image"], shards, chosen["shard"], chosen["row"])
+        rows = to_tensor(sampled)
         means = spherical_k_means(rows, clusters=settings.clusters, iterations=settings.iterations)
         found = means.cpu().numpy()
     flat = pa.array(np.ascontiguousarray(found).reshape(-1))
@@ -208,21 +211,6 @@ def _given(path: str) -> np.ndarray:
     if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind != "f" or not np.isfinite(found).all():
         raise LakeError(f"{path}: centroids are finite numbers of shape [K, d]. Remedy: save them so")
     return found.astype(np.float32)
-
-
-def _sample(lake: Lake, source: str, shards: Sequence[str], size: int, seed: int) -> np.ndarray:
-    """Read the image embeddings of a sample of the pool, float16 `[n, d]`, in an order that only the uids decide."""
-    from selection.scores.negatives import candidates, merge
-
-    def drawn() -> Iterator[np.ndarray]:
-        for number, shard in enumerate(shards):
-            uids = lake.read(source, shard, ["f0", "f1"])
-            f0, f1 = uids["f0"].to_numpy(), uids["f1"].to_numpy()
-            yield candidates(f0, f1, draws=1, size=size, seed=seed, shard=number)
-
-    (chosen,) = merge(drawn(), size)
-    (found,) = gather(lake, source, ["image"], shards, chosen["shard"], chosen["row"])
-    return found
 
 
 def configured(settings: ProjectSettings) -> Mapping[str, ClusterSettings]:

@@ -8,9 +8,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from assets.base.contact_sheets import small_jpeg
 from assets.base.context import Context
 from assets.subsets.catalog import catalog_scores
-from assets.subsets.contact_sheets import small_jpeg
 from core import sql
 from core.uids import format_uid
 from dagster_project.browser import search
