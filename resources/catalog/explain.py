@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 
 from core import sql
+from resources.catalog.explained_concepts import features_of, saturated, selected_for
 from resources.catalog.scores import CatalogScore, Scores, by_recipe_name
 from resources.catalog.views import POOL_COLUMNS, Place, no_rows, placed_rows, renamed
 
@@ -30,6 +31,7 @@ _EXPLAINED = {
     "best_caption": "VARCHAR",
     "in_favour_of": "VARCHAR",
     "copies": "BIGINT",
+    "concepts": "VARCHAR",
 }
 
 _SAMPLE = "f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17)"
@@ -135,6 +137,15 @@ def _judged(con: duckdb.DuckDBPyConnection, root: str, record: Record) -> str:
         binds = value is not None and _binds(con, value)
         if step.get("set") is not None:
             decides = f"f0 IS NOT NULL AND {'NOT ' if step['kind'] == 'except' else ''}{in_set(step['set'])}"
+        elif step.get("concepts") is not None:
+            table, concepts = (
+                f"read_parquet({sql.pattern(root, f'{folder}/{step[name]}')})" for name in ("file", "concepts")
+            )
+            decides = f"f0 IS NOT NULL AND EXISTS (SELECT 1 FROM {table} WHERE {_SAMPLE})"
+            passes.append(f'({selected_for(table, concepts, _SAMPLE)}) AS "selected for {number}"')
+            there = [read for read in features_of(record, step) if all(_binds(con, sql.quoted(n)) for n in read[1:])]
+            passes.append(f'({saturated(concepts, there)}) AS "saturated {number}"')
+            value, binds = f"(SELECT gain FROM {table} WHERE {_SAMPLE})", True
         elif step.get("file") is not None:
             table = f"read_parquet({sql.pattern(root, '/'.join([folder, step['file']]))})"
             if step["kind"] == "deduplicate":
@@ -217,6 +228,11 @@ def _explained_steps(record: Record, judged: str, by_name: Mapping[str, CatalogS
         if "in_favour_of" in columns:
             shown = f"CASE WHEN ({columns['verdict']}) = 'dropped' THEN {columns['in_favour_of']} END"
             columns["in_favour_of"] = shown
+        if step.get("concepts") is not None:
+            reasons = (
+                f"WHEN 'kept' THEN \"selected for {step['step']}\" WHEN 'dropped' THEN \"saturated {step['step']}\""
+            )
+            columns["concepts"] = f"CASE ({columns['verdict']}) {reasons} END"
         selected = ", ".join(f"{value} AS {name}" for name, value in columns.items())
         queries.append(f"SELECT {selected} FROM {judged}")
     return queries
@@ -276,7 +292,7 @@ def _verdict(step: Step, *, last: int, last_union: int) -> str:
     number = step["step"]
     unknown = f'"pass {number}" IS NULL'
     near = step["kind"] == "deduplicate" and step.get("file") is None and step["threshold"] is not None
-    if step["score"] is not None or near:
+    if (step["score"] is not None and step.get("concepts") is None) or near:
         unknown += f' OR "score {number}" IS NULL'
     reached = f'coalesce("in {number - 1}", false)' if number else "true"
     if step["kind"] == "union":
