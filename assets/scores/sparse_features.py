@@ -136,7 +136,7 @@ def _lists(values: np.ndarray) -> pa.Array:
 )
 def target_concepts(step: Step) -> Result:
     """Compute each concept's share of the target's features."""
-    from selection.recipes.distribution import Features, concept_distribution
+    from selection.recipes.distribution import Features, concept_distribution, effective_concepts
 
     concepts = step.read(AUTOENCODER, columns=["concept", "label"]).slice(0, _concepts(step))
     image = to_tensor(column_to_vectors(step.read(TARGETS)["image"]))
@@ -148,9 +148,7 @@ def target_concepts(step: Step) -> Result:
     active = value > 0
     rows = np.bincount(index[active], minlength=concepts.num_rows)
     table = pa.table({**{name: concepts[name] for name in concepts.column_names}, "rows": rows, "share": share})
-    positive = share[share > 0]
-    effective = float(np.exp(-(positive * np.log(positive)).sum()))
-    return Result(table, {"concepts_found": len(positive), "effective_concepts": effective})
+    return Result(table, {"concepts_found": int((share > 0).sum()), "effective_concepts": effective_concepts(share)})
 
 
 def _concepts(step: Step) -> int:

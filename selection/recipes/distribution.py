@@ -119,13 +119,25 @@ def objective(features: Features, target: Floats, quality: Indices, rows: Indice
     return trade_off * concepts + (1 - trade_off) * float(np.asarray(QUALITY_WEIGHTS) @ np.log1p(counts))
 
 
-def kl_divergence(target: Floats, features: Features, rows: Indices) -> float:
-    """Compute KL(p ‖ m(A) / Σ m(A)) in nats; infinite if the target has a concept that A lacks."""
-    mass = features.mass(len(target), np.asarray(rows, np.int64))
+def kl_divergence(target: Floats, mass: Floats) -> float:
+    """Compute KL(p ‖ q) in nats, with q_i = (m_i + 1/d) / (Σ m + 1).
+
+    The added mass of one row's feature, spread over all concepts, keeps a concept that the set lacks from making the
+    divergence infinite.
+
+    Args:
+        target: p, float64 [d].
+        mass: m_i of a set, float64 [d].
+    """
+    smoothed = (mass + 1 / len(mass)) / (mass.sum() + 1)
     present = target > 0
-    if not mass[present].all():
-        return float("inf")
-    return float(target[present] @ (np.log(target[present]) - np.log(mass[present] / mass.sum())))
+    return float(target[present] @ (np.log(target[present]) - np.log(smoothed[present])))
+
+
+def effective_concepts(mass: Floats) -> float:
+    """Compute exp(H) of the distribution m / Σ m: the number of equally frequent concepts with the same entropy."""
+    share = mass[mass > 0] / mass.sum()
+    return float(np.exp(-(share @ np.log(share))))
 
 
 def match_distribution(
