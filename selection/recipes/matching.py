@@ -19,6 +19,7 @@ from selection.recipes.set_steps import MatchDistribution, feature_columns
 from selection.recipes.steps import Ranking
 
 _BATCH = 1 << 16  # rows read at once
+_THIN = 0.1  # share of the target in concepts of small mass that is worth a note: log(1 + m) is nearly linear there
 CONCEPTS = "concepts"
 """Ends the name of the table with a step's concepts."""
 
@@ -75,8 +76,15 @@ def match(
         matched, gains, entered = _match(features, np.asarray(target["share"]), found, step, wanted)
         # The features are a mapped file, which is removed here.
     kept = len(matched.rows)
+    notes = [note]
     if kept < wanted:
-        note = "; ".join(filter(None, [note, f"{kept} rows entered, fewer than the {wanted} wanted: all stay"]))
+        notes.append(f"{kept} rows entered, fewer than the {wanted} wanted: all stay")
+    thin = float(target["share"][matched.mass < 1].sum())
+    if thin > _THIN:
+        notes.append(
+            f"{thin:.0%} of the target lies in concepts of which the {kept} rows hold less than 1 in all, where the match "
+            "is poor. Remedy: fewer concepts, or more rows"
+        )
     place = found["place"]
     relation = with_column_at(con, relation, f"{column}_gain", place, gains, np.nan)
     ranks = np.arange(1.0, kept + 1)
@@ -91,7 +99,7 @@ def match(
         kept=kept,
         rows=f"SELECT * FROM {rows} ORDER BY f0, f1",
         concepts=f"SELECT * FROM {concepts} ORDER BY number",
-        note=note,
+        note="; ".join(filter(None, notes)) or None,
     )
 
 

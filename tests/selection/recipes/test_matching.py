@@ -135,7 +135,13 @@ def test_several_encoders_share_the_target_equally():
 def test_a_count_above_the_rows_that_entered_keeps_all_with_a_note():
     selection = _select(_open(_pool()), {"where": "f1 < 20"}, {"match_distribution": {**MATCH, "fraction": 0.5}})
     assert selection.rows == 20
-    assert selection.steps[-1].note == "20 rows entered, fewer than the 300 wanted: all stay"
+    assert selection.steps[-1].note.startswith("20 rows entered, fewer than the 300 wanted: all stay")
+
+
+def test_concepts_that_are_too_many_for_the_rows_are_noted():
+    few = _select(_open(_pool()), {"match_distribution": {**MATCH, "fraction": None, "count": 3}})
+    assert "of the target lies in concepts of which the 3 rows hold less than 1" in few.steps[0].note
+    assert _select(_open(_pool()), {"match_distribution": {**MATCH, "fraction": 0.5}}).steps[0].note is None
 
 
 def test_equal_quality_has_no_effect_and_a_note():
