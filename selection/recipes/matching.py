@@ -82,8 +82,8 @@ def match(
     thin = float(target["share"][matched.mass < 1].sum())
     if thin > _THIN:
         notes.append(
-            f"{thin:.0%} of the target lies in concepts of which the {kept} rows hold less than 1 in all, and there the "
-            "match is poor. Remedy: fewer concepts, or more rows"
+            f"{thin:.0%} of the target lies in concepts of which the {kept} rows hold less than 1 in all, and there "
+            "the match is poor. Remedy: fewer concepts, or more rows"
         )
     place = found["place"]
     relation = with_column_at(con, relation, f"{column}_gain", place, gains, np.nan)
