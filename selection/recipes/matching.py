@@ -19,7 +19,8 @@ from selection.recipes.set_steps import MatchDistribution, feature_columns
 from selection.recipes.steps import Ranking
 
 _BATCH = 1 << 16  # rows read at once
-_THIN = 0.1  # share of the target in concepts of small mass that is worth a note: log(1 + m) is nearly linear there
+# log(1 + m) is nearly linear in concepts of small mass; a note says so if they hold much of the target.
+_SMALL, _THIN = 10, 0.25
 CONCEPTS = "concepts"
 """Ends the name of the table with a step's concepts."""
 
@@ -79,10 +80,10 @@ def match(
     notes = [note]
     if kept < wanted:
         notes.append(f"{kept} rows entered, fewer than the {wanted} wanted: all stay")
-    thin = float(target["share"][matched.mass < 1].sum())
+    thin = float(target["share"][matched.mass < _SMALL].sum())
     if thin > _THIN:
         notes.append(
-            f"{thin:.0%} of the target lies in concepts of which the {kept} rows hold less than 1 in all, and there "
+            f"{thin:.0%} of the target lies in concepts of which the {kept} rows hold little, and there "
             "the match is poor. Remedy: fewer concepts, or more rows"
         )
     place = found["place"]

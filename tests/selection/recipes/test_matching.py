@@ -140,8 +140,10 @@ def test_a_count_above_the_rows_that_entered_keeps_all_with_a_note():
 
 def test_concepts_that_are_too_many_for_the_rows_are_noted():
     few = _select(_open(_pool()), {"match_distribution": {**MATCH, "fraction": None, "count": 3}})
-    assert "of the target lies in concepts of which the 3 rows hold less than 1" in few.steps[0].note
-    assert _select(_open(_pool()), {"match_distribution": {**MATCH, "fraction": 0.5}}).steps[0].note is None
+    assert "of the target lies in concepts of which the 3 rows hold little" in few.steps[0].note
+    common = pa.table({"concept": np.arange(CONCEPTS), "label": ["w"] * CONCEPTS, "share": np.eye(CONCEPTS)[0]})
+    enough = _select(_open(_pool(), {TARGET: common}), {"match_distribution": MATCH | {"fraction": 0.5}})
+    assert enough.steps[0].note is None
 
 
 def test_equal_quality_has_no_effect_and_a_note():
