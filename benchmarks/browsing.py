@@ -26,9 +26,10 @@ def make(folder: Path, shards: int) -> Path:
     lake, rng = Lake(str(folder / "lake")), np.random.default_rng(0)
     for number in range(shards):
         uids = {name: rng.integers(0, 2**64, ROWS, np.uint64) for name in ("f0", "f1")}
+        pool = {"raw_pool": f"of-shard-{number}"}
         for asset in ("clip_score", "neg_clip_loss"):
             scores = {asset: rng.random(ROWS, np.float32)}
-            lake.write(pa.table({**uids, **scores}), Provenance(f"{asset}/b32", f"{number:05d}", "1"))
+            lake.write(pa.table({**uids, **scores}), Provenance(f"{asset}/b32", f"{number:05d}", "1", inputs=pool))
     config = folder / "project.yaml"
     document = {
         "name": "browsing",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from core.errors import UserError
+from core.links import BROWSE_PORT
 from core.names import suggestion
 from dagster_project.interrupts import run_interruptible
 from dagster_project.location import DEMO_CONFIG, lake_of
@@ -205,7 +206,9 @@ def ui(config: Path, port: int) -> int:
 
 @commands.command()
 @_config
-@click.option("--port", type=click.IntRange(0, 65535), default=3002, show_default=True, help="On 127.0.0.1; 0: any.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=BROWSE_PORT, show_default=True, help="On 127.0.0.1; 0: any."
+)
 def browse(config: Path, port: int) -> int:
     """Search the pool in a browser, compare subsets, and try thresholds."""
     from dagster_project.browser.app import serve

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.errors import UserError
+from core.links import sample_link
 from dagster_project.outcome import document, failures, pool_counts, subset_warnings
 from dagster_project.tables import print_json
 
@@ -353,6 +354,8 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
         ):
             if values := [row[column] for row in steps if row[column]]:
                 console.print(f"  {label}: {values[-1]}", markup=False, highlight=False)
+    if any(row["recipe"] is not None or row["verdict"] == "no subset" for row in rows):
+        console.print(f"Browse: {sample_link(uid.lower())}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

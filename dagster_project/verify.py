@@ -174,7 +174,11 @@ def _versions(versions: Versions, *, repair: bool) -> Iterator[Verified]:
         no_record = not name.startswith(".") and name not in complete and lake.exists(f"{folder}/subset.npy")
         claims = (CLAIM_SUFFIX, REMOTE_CLAIM)
         if no_record and not any(entry.name.endswith(claims) for entry in lake.store.files(folder)):
-            yield Verified(f"{folder}/{RECORD}", MISSING, "a version without a record", _RUN)
+            remedy = "clip-select verify --repair sets the folder aside; clip-select run selects the subset again"
+            if repair:
+                versions.set_aside(name)
+                remedy = "the folder was set aside; clip-select run selects the subset again"
+            yield Verified(f"{folder}/{RECORD}", MISSING, "a version without a record", remedy)
     for name in complete:
         try:
             version = versions.read(name)

@@ -21,6 +21,7 @@ from assets.base.keys import asset_key
 from assets.base.progress import Meter
 from assets.base.results import NotReady
 from assets.base.settings import ProjectSettings
+from core.links import asset_link
 from resources.lake.files import Provenance, Stored
 
 
@@ -300,4 +301,6 @@ def event_metadata(stored: Stored, computed: bool, seconds: float) -> dict[str, 
         metadata["seconds"] = round(seconds, 3)
         metadata["rows_per_second"] = round(stored.rows / seconds, 1)
     metadata.update({name: value for name, value in stored.summary.items() if name != SUMMARY_KEY})
+    if stored.summary.get("rejected"):
+        metadata["browse"] = dg.MetadataValue.url(asset_link(stored.provenance.asset, stored.provenance.shard))
     return metadata
