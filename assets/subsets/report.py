@@ -6,6 +6,7 @@ after the version. If the report fails, the version stays and the run's log has 
 materializing the subset again, writes the report of the newest version if it is missing.
 """
 
+import hashlib
 import io
 import os
 import textwrap
