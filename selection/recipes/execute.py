@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from core.sql import literal, one, quoted
 from core.uids import UID_DTYPE, format_uid
+from selection.recipes.balancing import balance
 from selection.recipes.grouping import Grouped, best_of_equals, top_of_strata
 from selection.recipes.matching import match
 from selection.recipes.model import BASIS, POOL
 from selection.recipes.ranking import StepError, cut, keep_predicate, places, ranked_value, score_value, with_column_at
 from selection.recipes.recipe import Recipe
 from selection.recipes.sampling import soft_cap_sample
-from selection.recipes.set_steps import MatchDistribution
+from selection.recipes.set_steps import Balance, MatchDistribution
 from selection.recipes.step_report import StepReport
 from selection.recipes.steps import KeepTop, Ranking, SoftCapSample, Step
 from selection.recipes.summaries import summarise
@@ -245,6 +246,8 @@ def _execute_step(
         return *_draw(con, step.soft_cap_sample, report, relation, inside, basis), None
     if step.match_distribution is not None:
         return _match(con, step.match_distribution, report, relation, inside, basis, concepts)
+    if step.balance is not None:
+        return _balance(con, step.balance, report, relation, inside, basis, concepts)
     if step.stratify is not None:
         found = top_of_strata(con, step.stratify, column, relation, inside, counted)
     elif step.deduplicate is not None and step.deduplicate.equal is not None:
@@ -318,6 +321,33 @@ def _match(
         predicate=found.predicate,
         score=step.label,
         scores=step.scores,
+        value=found.value,
+        wanted=wanted,
+        note=found.note,
+    )
+    return report, found.relation, found.rows
+
+
+def _balance(
+    con: duckdb.DuckDBPyConnection,
+    step: Balance,
+    report: StepReport,
+    relation: str,
+    inside: str,
+    basis: int,
+    concepts: dict[int, str],
+) -> tuple[StepReport, str, str]:
+    """Execute `balance`."""
+    wanted = step.wanted(basis)
+    if wanted == 0:
+        raise _less_than_one(step.fraction, basis)
+    found = balance(con, step, f"step{report.step}", relation, inside, wanted)
+    concepts[report.step] = found.concepts
+    report = replace(
+        report,
+        kept=found.kept,
+        predicate=found.predicate,
+        score=step.label,
         value=found.value,
         wanted=wanted,
         note=found.note,

@@ -3,13 +3,16 @@
 Their execution is in `selection.recipes.matching`.
 """
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from selection.recipes.model import BASIS, Model, part_of
 
 FEATURES = "sparse_features/"
+AUTOENCODER = "sparse_autoencoder/"
+NEAREST = "nearest_target/"
+CAPTION = "caption"
 
 
 class MatchDistribution(Model):
@@ -99,6 +102,77 @@ class MatchDistribution(Model):
         ]
         what = f"match the concepts of {self.target} by {' and '.join(self.features)}{quality}"
         return ", ".join([f"keep {limit}{counted} to {what}", *changed])
+
+
+class Balance(Model):
+    """Cut common concepts to a cap; rare ones stay.
+
+    Attributes:
+        concepts: `caption` (the words of the caption), `nearest_target/<encoder>/<target>` (the class of the nearest
+            target image), `sparse_features/<encoder>`, or any column: its value is one concept, a list several.
+        words: The words of the caption that count; by default all.
+        cap: Rows of a concept from which on it is cut.
+        form: `sample`: a row stays with the chance 1 − Π (1 − cap / max(cap, rows of the concept)), by a keyed hash
+            (MetaCLIP). `greedy`: rows with concepts below the cap are taken one after the other (CABS-DM).
+        fraction: For `greedy`, the share of the rows before the first step, or, after a `within`, of the rows it kept.
+        count: For `greedy`, the number of rows.
+        seed: Seed of the hash.
+    """
+
+    yaml_name: ClassVar[str] = "balance"
+
+    concepts: str = Field(min_length=1)
+    words: tuple[str, ...] | None = Field(default=None, min_length=1)
+    cap: int = Field(ge=1, strict=True)
+    form: Literal["sample", "greedy"] = "sample"
+    fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
+    count: int | None = Field(default=None, gt=0, strict=True)
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.form == "greedy":
+            self._only_one("fraction", "count")
+        elif self.fraction is not None or self.count is not None:
+            raise ValueError("fraction and count belong to form: greedy. Remedy: leave them out, or set the form")
+        if self.words is not None and self.concepts != CAPTION:
+            raise ValueError(f"words are those of captions. Remedy: concepts: {CAPTION}, or leave words out")
+        return self
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """No score is ranked by."""
+        return ()
+
+    @property
+    def label(self) -> str:
+        """Description of the value."""
+        return f"{'chance to stay' if self.form == 'sample' else 'gain'} by {self.concepts}"
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The asset with the names of the concepts, if there is one."""
+        if self.concepts.startswith(NEAREST):
+            return ("target_embeddings/" + self.concepts.removeprefix(NEAREST),)
+        return (AUTOENCODER + self.concepts.removeprefix(FEATURES),) if self.concepts.startswith(FEATURES) else ()
+
+    def columns(self) -> frozenset[str]:
+        """Return the columns that the step reads."""
+        if self.concepts.startswith(FEATURES):
+            return frozenset(feature_columns(self.concepts.removeprefix(FEATURES)))
+        return frozenset([self.concepts])
+
+    def wanted(self, basis: int) -> int | None:
+        """Return the number of rows to take greedily: floor(basis · fraction), or the count; None for `sample`."""
+        return part_of(basis, self.fraction) if self.fraction is not None else self.count
+
+    def describe(self, basis: str) -> str:
+        """Return the step in one line; `basis` describes the rows that a fraction refers to."""
+        what = f"balance {self.concepts}" + (f" ({len(self.words)} words)" if self.words is not None else "")
+        limit = f", at most {self.count if self.fraction is None else repr(self.fraction)}"
+        counted = f", counted from {basis}" if self.fraction is not None and basis != BASIS else ""
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"{what} at {self.cap}{f'{limit} greedily{counted}' if self.form == 'greedy' else seed}"
 
 
 def feature_columns(encoder: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from selection.recipes.model import BASIS, POOL, Model, part_of
 from selection.recipes.predicates import predicate_columns
-from selection.recipes.set_steps import MatchDistribution
+from selection.recipes.set_steps import Balance, MatchDistribution
 
 UID, IMAGE, DIGEST = "uid", "image", "sha256"
 LIKENESS = "near_duplicate/"
@@ -259,6 +259,7 @@ class Step(Model):
         deduplicate: Keep one of several duplicates.
         soft_cap_sample: Draw rows, some of them several times; only as the last step.
         match_distribution: Keep the set whose concepts are distributed as a target's.
+        balance: Cut common concepts to a cap.
         report: Columns to summarise over the rows that entered, stayed and were dropped.
 
     A set is another recipe, or a uid list by its path or asset.
@@ -274,6 +275,7 @@ class Step(Model):
     deduplicate: Deduplicate | None = None
     soft_cap_sample: SoftCapSample | None = None
     match_distribution: MatchDistribution | None = None
+    balance: Balance | None = None
     report: tuple[str, ...] = ()
 
     @field_validator("where")
@@ -315,13 +317,13 @@ class Step(Model):
             return _SET_TEXT[self.kind].format(self.set_name)
         if self.deduplicate is not None:
             return self.deduplicate.describe()
-        ranked = self.keep_top or self.stratify or self.soft_cap_sample or self.match_distribution
+        ranked = self.keep_top or self.stratify or self.soft_cap_sample or self._set_step
         return ranked.describe(basis) if ranked is not None else f"where {self.where}"
 
     @property
     def scores(self) -> tuple[str, ...]:
         """The scores in the step's ranking."""
-        ranked = self.keep_top or self.stratify or self.soft_cap_sample or self.match_distribution
+        ranked = self.keep_top or self.stratify or self.soft_cap_sample or self._set_step
         return ranked.scores if ranked is not None else ()
 
     @property
@@ -334,13 +336,17 @@ class Step(Model):
     @property
     def tables(self) -> tuple[str, ...]:
         """The unpartitioned assets that the step reads."""
-        return () if self.match_distribution is None else self.match_distribution.tables
+        return () if (judged := self._set_step) is None else judged.tables
+
+    @property
+    def _set_step(self) -> MatchDistribution | Balance | None:
+        return self.match_distribution or self.balance
 
     def columns(self) -> frozenset[str]:
         """Return every column that the step reads."""
         names = {*self.report, *self.scores}
-        if self.match_distribution is not None:
-            names.update(self.match_distribution.columns())
+        if self._set_step is not None:
+            names.update(self._set_step.columns())
         if self.stratify is not None:
             names.add(self.stratify.by)
         if self.deduplicate is not None:
