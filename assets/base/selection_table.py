@@ -115,7 +115,7 @@ def open_selection(
         for other, uids in sets.items():
             con.register(columns[set_column(other)], uids)
         for key in recipe.tables:
-            con.register(key, lake.read(key))
+            con.register(key, _without_vectors(lake.read(key)))
         mark_sets(con, "source", columns)
         yield select(con, name, recipe), source.duplicates
     finally:
@@ -123,6 +123,11 @@ def open_selection(
             table.close()
         else:
             _remove_temporaries(con, columns, recipe.tables)
+
+
+def _without_vectors(table: pa.Table) -> pa.Table:
+    """Return the columns of single values; no step reads others, and DuckDB does not take float16 from Arrow."""
+    return table.select([column.name for column in table.schema if not pa.types.is_nested(column.type)])
 
 
 def _remove_temporaries(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str], tables: Collection[str]) -> None:

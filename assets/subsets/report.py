@@ -131,6 +131,7 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
         "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
         **_warnings(version.lineage),
         **_summaries(version.lineage),
+        **_concepts(selection),
     }
     browse = browse_link(recipe=version.recipe, version=version.name)
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets, browse)
@@ -168,6 +169,24 @@ def _warnings(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     if drift := lineage.get("drift"):
         rows = [[asset, finding["figures"].get("verdict", finding["why"])] for asset, finding in drift.items()]
         tables["Drift of the negatives"] = [["negatives", "verdict"], *rows]
+    return tables
+
+
+def _concepts(selection: Selection) -> dict[str, list[list[str]]]:
+    """Return the commonest and the rarest concepts of each step over concepts, before and after it, by title."""
+    tables = {}
+    for number, query in selection.concepts.items():
+        report = selection.steps[number - 1]
+        shares = "target" in selection.con.sql(query).columns
+        figures = ["entered", "selected", *(["target"] if shares else [])]
+        name = "trim(label || ' #' || concept)" if shares else "label"
+        ranked = f"SELECT {name} AS name, number, {', '.join(figures)} FROM ({query}) WHERE entered > 0"
+        for end, order in (("commonest", "DESC"), ("rarest", "ASC")):
+            found = selection.con.execute(
+                f"SELECT name, {', '.join(figures)} FROM ({ranked}) ORDER BY entered {order}, number LIMIT {PAGE_TILES}"
+            ).fetchall()
+            written = [[str(n), *(f"{v:.3%}" if shares else f"{v:,}" for v in values)] for n, *values in found]
+            tables[f"Step {number}, {report.text}: the {end} concepts"] = [["concept", *figures], *written]
     return tables
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 
 from core import sql
-from resources.catalog.explained_concepts import features_of, saturated, selected_for
+from resources.catalog.explained_concepts import Features, features_of, judge_concepts
 from resources.catalog.scores import CatalogScore, Scores, by_recipe_name
 from resources.catalog.views import POOL_COLUMNS, Place, no_rows, placed_rows, renamed
 
@@ -141,11 +141,9 @@ def _judged(con: duckdb.DuckDBPyConnection, root: str, record: Record) -> str:
             table, concepts = (
                 f"read_parquet({sql.pattern(root, f'{folder}/{step[name]}')})" for name in ("file", "concepts")
             )
-            decides = f"f0 IS NOT NULL AND EXISTS (SELECT 1 FROM {table} WHERE {_SAMPLE})"
-            passes.append(f'({selected_for(table, concepts, _SAMPLE)}) AS "selected for {number}"')
-            there = [read for read in features_of(record, step) if all(_binds(con, sql.quoted(n)) for n in read[1:])]
-            passes.append(f'({saturated(concepts, there)}) AS "saturated {number}"')
-            value, binds = f"(SELECT gain FROM {table} WHERE {_SAMPLE})", True
+            judged = judge_concepts(step, table, concepts, _SAMPLE, _bound(con, record, step))
+            decides, value, binds = f"f0 IS NOT NULL AND {judged.decides}", judged.value, True
+            passes += [f'({judged.kept}) AS "if kept {number}"', f'({judged.dropped}) AS "if dropped {number}"']
         elif step.get("file") is not None:
             table = f"read_parquet({sql.pattern(root, '/'.join([folder, step['file']]))})"
             if step["kind"] == "deduplicate":
@@ -195,6 +193,11 @@ def _sets(record: Record) -> list[Mapping[str, Any]]:
     return [read for read in (record["source"], *record.get("sets", {}).values()) if read["kind"] != "pool"]
 
 
+def _bound(con: duckdb.DuckDBPyConnection, record: Record, step: Step) -> list[Features]:
+    """Return the features that a step reads and that still exist."""
+    return [read for read in features_of(record, step) if all(_binds(con, sql.quoted(name)) for name in read[1:])]
+
+
 def _binds(con: duckdb.DuckDBPyConnection, predicate: str) -> bool:
     """Return whether the scores and columns that an old version used still exist."""
     try:
@@ -229,9 +232,8 @@ def _explained_steps(record: Record, judged: str, by_name: Mapping[str, CatalogS
             shown = f"CASE WHEN ({columns['verdict']}) = 'dropped' THEN {columns['in_favour_of']} END"
             columns["in_favour_of"] = shown
         if step.get("concepts") is not None:
-            reasons = (
-                f"WHEN 'kept' THEN \"selected for {step['step']}\" WHEN 'dropped' THEN \"saturated {step['step']}\""
-            )
+            number = step["step"]
+            reasons = f"WHEN 'kept' THEN \"if kept {number}\" WHEN 'dropped' THEN \"if dropped {number}\""
             columns["concepts"] = f"CASE ({columns['verdict']}) {reasons} END"
         selected = ", ".join(f"{value} AS {name}" for name, value in columns.items())
         queries.append(f"SELECT {selected} FROM {judged}")

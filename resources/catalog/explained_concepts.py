@@ -4,6 +4,7 @@ A concept is saturated when its share of the subset is at least its share of the
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from core import sql
@@ -14,8 +15,61 @@ Features = tuple[str, str, str]
 """The key of sparse features, and the names of the scores with a row's concepts and their values."""
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a step over concepts decides about the sample, as SQL.
+
+    Attributes:
+        decides: whether it stays.
+        value: its value; NULL for a row that was not compared.
+        kept: the text that explains why it stayed.
+        dropped: the text that explains why it did not.
+    """
+
+    decides: str
+    value: str
+    kept: str
+    dropped: str
+
+
+def judge_concepts(
+    step: Mapping[str, Any], rows: str, concepts: str, sample: str, features: Sequence["Features"]
+) -> Judged:
+    """Write what a step over concepts decides about the sample.
+
+    Args:
+        step: the step as recorded.
+        rows: scan of its file of rows.
+        concepts: scan of its file of concepts.
+        sample: SQL over one row: whether it is the sample.
+        features: those that the step reads and that still exist.
+    """
+    if step["kind"] == "balance":
+        counts = _counts(rows, concepts, sample)
+        decides = f"coalesce((SELECT kept FROM {rows} WHERE {sample}), false)"
+        return Judged(decides, f"(SELECT value FROM {rows} WHERE {sample})", counts, counts)
+    return Judged(
+        f"EXISTS (SELECT 1 FROM {rows} WHERE {sample})",
+        f"(SELECT gain FROM {rows} WHERE {sample})",
+        selected_for(rows, concepts, sample),
+        saturated(concepts, features),
+    )
+
+
+def _counts(rows: str, concepts: str, sample: str) -> str:
+    """Write the text of the sample's rarest concepts, with the rows that have them before and after the step."""
+    numbers = f"SELECT unnest(concepts) AS number FROM {rows} WHERE {sample}"
+    shown = "format('{} ({:,} rows, {:,} after the step)', label, entered, selected)"
+    return (
+        f"SELECT coalesce(string_agg({shown}, ', ' ORDER BY entered, number), 'it has no concept') "
+        f"FROM ({numbers}) JOIN {concepts} USING (number)"
+    )
+
+
 def features_of(record: Mapping[str, Any], step: Mapping[str, Any]) -> list[Features]:
-    """Return the features that a step of a version reads."""
+    """Return the sparse features that a step of a version matches; none for other steps."""
+    if step["kind"] != "match_distribution":
+        return []
     listed = record["definition"]["steps"][step["step"] - 1][step["kind"]]["features"]
     encoders = [(key, key.partition("/")[2]) for key in ([listed] if isinstance(listed, str) else listed)]
     return [(key, f"concepts/{encoder}", f"concept_values/{encoder}") for key, encoder in encoders]

@@ -32,6 +32,7 @@ from selection.recipes.steps import KeepTop, Ranking, SoftCapSample, Step
 from selection.recipes.summaries import summarise
 
 _RANKED_APART = ("stratify", "match_distribution")  # kinds whose ranks are not those of their values
+_NO_PREFIX = ("soft_cap_sample", "balance")
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,17 @@ class Selection:
         """Compute the rank columns that `manifest` leaves out: sorting arrays is much faster than a window function.
 
         Returns:
-            For each `keep_top` and `soft_cap_sample` step n `step{n}_rank`, int64 in the manifest's order: the rank,
-            from 1, among the rows that entered the step, by falling value, then rising uid. Masked for a row that a
+            For each `keep_top`, `soft_cap_sample` and `balance` step n `step{n}_rank`, int64 in the order of the manifest:
+            the rank, from 1, among the rows that entered the step, by falling value, then rising uid. Masked for a row that a
             later `union` added.
         """
         ranked = [report for report in self._ranked if report.kind not in _RANKED_APART]
         if not ranked:
             return {}
         columns = [f"{self.inside[-1]} IS TRUE AS chosen"]
-        # `keep_top` keeps a prefix of its ranking, so ranks among kept rows are ranks among entered rows. A draw keeps
-        # no prefix, so all rows that entered it are ranked.
-        among = {r.step: self.inside[r.step - 1 if r.kind == "soft_cap_sample" else r.step] for r in ranked}
+        # `keep_top` keeps a prefix of its ranking, so ranks among kept rows are ranks among entered rows. Others keep
+        # no prefix, so all rows that entered are ranked.
+        among = {r.step: self.inside[r.step - 1 if r.kind in _NO_PREFIX else r.step] for r in ranked}
         for report in ranked:
             columns += [f"{report.value} AS v{report.step}", f"{among[report.step]} IS TRUE AS in{report.step}"]
         anywhere = among[ranked[0].step]

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from assets.base.context import RunState
-from assets.reproduction import rebuild
+from assets.reproduction import choose_again, rebuild
 from assets.scores import sparse_autoencoder as module
 from assets.scores.sparse_autoencoder import read_autoencoder
 from assets.settings import ConfigError
@@ -40,6 +40,10 @@ def _configure(scenario: Scenario) -> None:
                     {"match_distribution": {**MATCH, "count": 10}},
                     {"where": "source_row % 2 = 0"},
                 ]
+            },
+            "balanced": {"steps": [{"balance": {"concepts": "nearest_target/tiny/pets", "cap": 3}}]},
+            "greedy": {
+                "steps": [{"balance": {"concepts": "sparse_features/tiny", "cap": 4, "form": "greedy", "count": 12}}]
             },
         },
     )
@@ -139,6 +143,33 @@ def test_explain_knows_the_verdict_of_a_step_that_is_not_the_last(matched: Scena
                 assert verdicts[2] == ("kept" if f0 in set(rows["f0"]) else "dropped")
 
 
+@pytest.mark.parametrize("recipe", ["balanced", "greedy"])
+def test_a_balanced_subset_explains_and_shows_its_concepts(matched: Scenario, recipe: str) -> None:
+    version = matched.subset(recipe)
+    rows = pl.read_parquet(f"{version.folder}/steps/1_balance.parquet")
+    concepts = pl.read_parquet(f"{version.folder}/steps/1_concepts.parquet")
+    kept = set(matched.manifest(recipe)["f0"])
+    assert set(rows.filter("kept")["f0"]) == kept
+    page = Path(f"{version.folder}/report/index.html").read_text()
+    assert "the commonest concepts" in page
+    with read_catalog(matched.open().catalog_path()) as con:
+        for uid, f0 in con.execute("SELECT uid, f0 FROM pool WHERE shard = '00001' LIMIT 5").fetchall():
+            (own,) = rows.filter(f0=f0).iter_rows(named=True)
+            shown = concepts.filter(pl.col("number").is_in(own["concepts"])).sort("entered", "number")
+            texts = [f"{c['label']} ({c['entered']} rows, {c['selected']} after the step)" for c in shown.to_dicts()]
+            ((verdict, value, text),) = con.execute(
+                "SELECT verdict, value, concepts FROM explain(?) WHERE recipe = ? AND step = 1", [uid, recipe]
+            ).fetchall()
+            assert (verdict, value, text) == ("kept" if f0 in kept else "dropped", own["value"], ", ".join(texts))
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "greedy", "inside"])
+def test_a_version_is_selected_again_from_its_record(matched: Scenario, tmp_path: Path, recipe: str) -> None:
+    version = matched.subset(recipe)
+    choose_again(matched.open().lake, version.lineage, tmp_path)
+    assert (tmp_path / "subset.npy").read_bytes() == Path(version.uids).read_bytes()
+
+
 def test_a_version_is_reproduced_from_the_pool(matched: Scenario, tmp_path: Path) -> None:
     version = matched.subset("alone")
     assert {"sparse_autoencoder/tiny", "target_concepts/tiny/pets", "target_embeddings/tiny/pets"} <= set(
@@ -171,7 +202,7 @@ def test_an_arriving_shard_leaves_the_autoencoder_as_it_is(matched: Scenario) ->
     computed = matched.run().computed
     assert computed["sparse_features/tiny"] == ["00003"]
     assert "sparse_autoencoder/tiny" not in computed
-    assert {"subset/alone", "subset/inside"} <= set(computed)
+    assert {"subset/alone", "subset/inside", "subset/greedy"} <= set(computed)
     assert matched.open().lake.stored("sparse_autoencoder/tiny").fingerprint == before
 
 
