@@ -99,6 +99,7 @@ def open_recorded(
     name = record["recipe"]
     recipe = settings.recipes[name]
     _refuse(record, _other_files(lake, record["shards"]))
+    _refuse(record, _other_files(lake, {None: {key: record["inputs"][key]["fingerprint"] for key in recipe.tables}}))
     if sets is None:
         versions = Versions(lake, name)
         version = versions.of_record(record["version"], dict(record))

@@ -137,10 +137,11 @@ class _CheckedSettings(ProjectSettings):
             scores=scores.by_name.keys(),
             pool_columns=[name for name in RAW_POOL_SCHEMA.names if name not in ("f0", "f1")],
             texts=[
-                *(name for name, score in scores.by_name.items() if score.column.sql_type == "VARCHAR"),
+                *(name for name, score in scores.by_name.items() if not score.column.is_number),
                 *(field.name for field in RAW_POOL_SCHEMA if pa.types.is_string(field.type)),
             ],
             uid_lists=[f"external_uids/{name}" for name in self.external_uids],
+            tables=[declared.key for kind in self.kinds for declared in kind.upstream(self)],
         )
         for kind in self.kinds:
             kind.validate_recipes(self)

@@ -401,6 +401,7 @@ def explain(catalog: Path, uid: str, console: Console, *, as_json: bool = False)
             ("best_caption", "best generated caption"),
             ("in_favour_of", "dropped in favour of"),
             ("copies", "copies in the subset"),
+            ("concepts", "concepts"),
         ):
             if values := [row[column] for row in steps if row[column]]:
                 console.print(f"  {label}: {values[-1]}", markup=False, highlight=False)

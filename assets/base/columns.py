@@ -51,6 +51,11 @@ class Column:
         if not self.sql_type:
             object.__setattr__(self, "sql_type", _sql_type(self.type))
 
+    @property
+    def is_number(self) -> bool:
+        """Whether its values are numbers or truth values, and neither text nor lists."""
+        return self.sql_type != "VARCHAR" and not self.sql_type.endswith("[]")
+
 
 def _sql_type(kind: pa.DataType) -> str:
     if pa.types.is_string(kind):

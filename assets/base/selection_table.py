@@ -114,22 +114,29 @@ def open_selection(
     try:
         for other, uids in sets.items():
             con.register(columns[set_column(other)], uids)
+        for key in recipe.tables:
+            con.register(key, _without_vectors(lake.read(key)))
         mark_sets(con, "source", columns)
         yield select(con, name, recipe), source.duplicates
     finally:
         if cached is None:
             table.close()
         else:
-            _remove_temporaries(con, columns)
+            _remove_temporaries(con, columns, recipe.tables)
 
 
-def _remove_temporaries(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str]) -> None:
+def _without_vectors(table: pa.Table) -> pa.Table:
+    """Return the columns of single values; no step reads others, and DuckDB does not take float16 from Arrow."""
+    return table.select([column.name for column in table.schema if not pa.types.is_nested(column.type)])
+
+
+def _remove_temporaries(con: duckdb.DuckDBPyConnection, sets: Mapping[str, str], tables: Collection[str]) -> None:
     """Remove the columns, tables and sets that one recipe added."""
     made = con.execute(
         "SELECT 'VIEW', view_name FROM duckdb_views() WHERE temporary AND NOT internal UNION ALL "
         "SELECT 'TABLE', table_name FROM duckdb_tables() WHERE temporary AND NOT internal AND table_name <> 'source'"
     ).fetchall()
-    for listed in sets.values():
+    for listed in (*sets.values(), *tables):
         con.unregister(listed)
     for kind, name in made:
         con.execute(f"DROP {kind} IF EXISTS {quoted(name)}")

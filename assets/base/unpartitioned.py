@@ -60,10 +60,12 @@ class UnpartitionedTemplate(Template):
             no redraw is asked for. By default it does not.
         stays: whether a stored file that is up to date is certain to stay when only shards arrive or change. Sensors
             then compute what reads it in the same run as the shard's other assets.
+        metadata: further metadata of the stored file for Dagster's UI, such as pictures.
     """
 
     keeps: Callable[[Declared, Stored, Snapshot], bool] = lambda declared, stored, snapshot: False
     stays: Callable[[Declared, Stored], bool] = lambda declared, stored: False
+    metadata: Callable[[Context, Declared], Mapping[str, Any]] = lambda context, declared: {}
 
     def build(self, declared: Declared, project: Context, assets: Mapping[str, Any]) -> "UnpartitionedAsset":
         """Return a project's asset."""
@@ -193,6 +195,9 @@ def _run(
     metadata = event_metadata(stored, computed, time.perf_counter() - started)
     metadata |= measured_with(context.resources.engine) if computed else {}
     metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
+    template = asset.declared.template
+    assert isinstance(template, UnpartitionedTemplate)
+    metadata |= template.metadata(step.context, asset.declared)
     return dg.MaterializeResult(
         asset_key=asset_key(asset.key),
         metadata=metadata,

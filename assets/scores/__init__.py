@@ -13,6 +13,7 @@ from assets.scores.neg_clip_loss import NEG_CLIP_LOSS
 from assets.scores.norm_sim import NORM_SIM
 from assets.scores.norm_sim_dynamic import NORM_SIM_DYNAMIC
 from assets.scores.sieve import SIEVE
+from assets.scores.sparse_features import SPARSE_FEATURES
 
 KINDS: tuple[ScoreKind[Any], ...] = (
     CLIP_SCORE,
@@ -21,6 +22,7 @@ KINDS: tuple[ScoreKind[Any], ...] = (
     NORM_SIM_DYNAMIC,
     NEAR_DUPLICATES,
     CLUSTERS,
+    SPARSE_FEATURES,
     CAPTION_FACTS,
     SIEVE,
     HYPE,

@@ -124,7 +124,7 @@ def centroids(step: Step) -> Result:
     else:
         source = f"embeddings/{step.names['encoder']}"
         shards = list(embedded_shards(step.snapshot, source))
-        rows = sample(step.snapshot, source, shards, size=settings.sample, seed=settings.seed, spread=step.map)
+        _, rows = sample(step.snapshot, source, shards, size=settings.sample, seed=settings.seed, spread=step.map)
         found = _k_means(step, rows, settings)
     flat = pa.array(np.ascontiguousarray(found).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, found.shape[1])

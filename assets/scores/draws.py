@@ -133,14 +133,27 @@ def _rows(
 
 def sample(
     snapshot: Snapshot, embeddings: str, shards: Sequence[str], *, size: int, seed: int, spread: Spread
-) -> np.ndarray:
-    """Read the image embeddings of a sample of the pool, float16 `[n, d]`, in an order that only the uids decide."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the image embeddings of a sample of the pool.
+
+    Args:
+        snapshot: the project's inputs.
+        embeddings: key of the embeddings.
+        shards: names of shards.
+        size: number of rows; all rows, if there are fewer.
+        seed: chooses the rows.
+        spread: computes shards.
+
+    Returns:
+        `CANDIDATE` records `[n]` with the uid, the position in `shards` of the row's shard, and the row's position in
+        it, in an order that only the uids decide; and the embeddings, float16 `[n, d]`.
+    """
     from selection.scores.negatives import merge
 
     drawn = ((embeddings, shard, number, 1, size, seed) for number, shard in enumerate(shards))
     (chosen,) = merge(spread(_candidates, drawn), size)
     (found,) = _gathered(spread, snapshot, embeddings, ["image"], shards, chosen)
-    return found
+    return chosen, found
 
 
 def _gathered(

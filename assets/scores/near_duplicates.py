@@ -227,7 +227,7 @@ def _validate(settings: ProjectSettings) -> None:
     ordering = [
         name
         for name, score in Scores(settings).by_name.items()
-        if score.column.sql_type != "VARCHAR" and score.kind is not NEAR_DUPLICATES
+        if score.column.is_number and score.kind is not NEAR_DUPLICATES
     ]
     for encoder, chosen in configured(settings).items():
         if chosen.best not in ordering:

@@ -20,6 +20,7 @@ from assets.base.score_kind import Scores
 from assets.scores.neg_clip_loss_settings import configured
 from assets.study.results import FAULTS, SEED, Group, Overlap, Separation, Study, StudyError, interval
 from assets.study.sensitivity import sensitivity
+from assets.study.sets import set_measures
 from resources.catalog.build import read_catalog
 from selection.scores.negatives import keyed_hash
 from selection.statistics import auc, bootstrap_auc, spearman
@@ -73,6 +74,7 @@ def study(
             )
         unknown = 0 if labels is None else len(labels.join(con.sql("SELECT uid FROM pool").pl(), on="uid", how="anti"))
         selections, overlaps = _overlaps(con, list(project.settings.recipes))
+        sets = set_measures(project, con, list(selections))
     columns = frame.columns[frame.columns.index("key") + 1 :]
     columns = [name for name in columns if labels is None or name not in labels.columns]
     ranks = set(ranking_columns(project) if ranking is None else ranking)
@@ -95,6 +97,7 @@ def study(
         overlaps=overlaps,
         sensitivities=[found for found in sensitivities if found is not None],
         resamples=resamples,
+        sets=sets,
     )
 
 

@@ -17,7 +17,7 @@ from assets.base.pages import render
 from assets.study.findings import findings
 from assets.study.numbers import bounds, plain, rate, small
 from assets.study.plots import Panel, Plot, matrix_plot, sensitivity_plot, separation_plot
-from assets.study.results import BEST, CONFIGURED, FAULTS, Interval, Sensitivity, Study
+from assets.study.results import BEST, CONFIGURED, FAULTS, POOL, SAMPLE, SIMILAR, Interval, Sensitivity, Study
 
 PAGE_FILE, FIGURES_FILE = "index.html", "figures.json"
 
@@ -50,6 +50,9 @@ def _page(study: Study) -> str:
         separation=separation,
         agreement=matrix_plot([spearman], "Rank correlation of each two scores"),
         overlap={"plot": _overlap_plot(study), "table": _overlap_table(study)} if study.selections else {},
+        sets=[{"encoder": encoder, "table": _set_table(study, encoder)} for encoder in _encoders(study)],
+        similar=f"{SIMILAR:g}",
+        sampled=f"{SAMPLE:,}",
         sensitivities=[_sensitivity(sensitivity) for sensitivity in study.sensitivities],
         resamples=f"{study.resamples:,}",
         best=f"{BEST:.0%}",
@@ -140,6 +143,23 @@ def _overlap_plot(study: Study) -> Plot | None:
         Panel("Share of the row's selection in the column's", names, share, (0.0, 1.0), "Blues"),
     ]
     return matrix_plot(panels, "Overlap of each two selections")
+
+
+def _encoders(study: Study) -> list[str]:
+    return list(dict.fromkeys(measures.encoder for measures in study.sets))
+
+
+def _set_table(study: Study, encoder: str) -> _Table:
+    """Return the measures of each set by one encoder; bold: the smallest divergence of a recipe from each target."""
+    found = [measures for measures in study.sets if measures.encoder == encoder]
+    targets = list(dict.fromkeys(target for measures in found for target in measures.divergence))
+    best = {target: min((m.divergence[target] for m in found if m.recipe != POOL), default=None) for target in targets}
+    rows = []
+    for m in found:
+        cells = [_Cell(f"{m.rows:,}")]
+        cells += [_Cell(f"{m.divergence[t]:.3f}", strong=m.divergence[t] == best[t]) for t in targets]
+        rows.append(_Row(m.recipe, [*cells, _Cell(f"{m.effective_concepts:,.1f}"), _Cell(f"{m.near_duplicates:.1%}")]))
+    return _Table(["set", "rows", *(f"KL to {t}" for t in targets), "effective concepts", "near duplicates"], rows)
 
 
 def _sensitivity(sensitivity: Sensitivity) -> dict[str, Any]:

@@ -13,6 +13,9 @@ BEST = 0.3  # share of the rows whose overlap is reported for each setting
 CHANCE = 0.5  # AUC of a score that knows nothing
 CONFIGURED = "as configured"
 SEED = 0
+POOL = "the pool"
+SIMILAR = 0.95  # cosine from which two images are near duplicates
+SAMPLE = 2_048  # rows of a set that are compared with all others
 
 
 class StudyError(UserError, ValueError):
@@ -121,6 +124,28 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class SetMeasures:
+    """Measures of a recipe's newest version, or of the whole pool, by the concepts of one encoder.
+
+    Attributes:
+        recipe: The recipe; `POOL` for the pool.
+        encoder: The encoder.
+        rows: Number of rows.
+        divergence: KL(p ‖ q) in nats of each target set's distribution from that of the rows, by target.
+        effective_concepts: Number of equally frequent concepts that would have the same entropy.
+        near_duplicates: Share of rows with another row of the set at a cosine of `SIMILAR` or more; of a sample of
+            `SAMPLE` rows.
+    """
+
+    recipe: str
+    encoder: str
+    rows: int
+    divergence: dict[str, float]
+    effective_concepts: float
+    near_duplicates: float
+
+
+@dataclass(frozen=True)
 class Study:
     """All statistics of a page.
 
@@ -139,6 +164,7 @@ class Study:
         overlaps: One for each pair of selections.
         sensitivities: One for each encoder with a negCLIPLoss.
         resamples: Number of resamples in each bootstrap.
+        sets: Measures of the pool and of each recipe's newest version as sets, by each encoder with sparse features.
     """
 
     project: str
@@ -155,6 +181,7 @@ class Study:
     overlaps: list[Overlap]
     sensitivities: list[Sensitivity]
     resamples: int
+    sets: list[SetMeasures] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all statistics as JSON values, rounded to six places; NaN is null."""

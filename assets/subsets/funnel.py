@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from assets.subsets.contact_sheets import escaped
+from assets.base.contact_sheets import escaped
 
 LINE = 34  # characters that a subset's page shows in a window of 1,440 pixels
 COLUMNS = ("step", "entered", "kept", "of source", "threshold")

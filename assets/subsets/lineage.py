@@ -19,6 +19,7 @@ from resources.lake.files import Stored
 from resources.lake.versions import step_file
 from resources.pools.base import TarPool
 from selection.recipes.execute import Selection
+from selection.recipes.matching import CONCEPTS
 
 FORMAT = 3
 PACKAGES = (
@@ -77,6 +78,8 @@ def lineage_record(
         if asset != "raw_pool" and not asset.startswith("embeddings/"):
             files[asset] = _stored(context, asset, any_shard)
     read = {name for stored in files.values() for name in stored.provenance.inputs}
+    for table in settings.recipes[name].tables:
+        read |= {table, *_stored(context, table).provenance.inputs}
     encoders = sorted(name.removeprefix("embeddings/") for name in read if name.startswith("embeddings/"))
     # Subsets have records of their own, and uid lists stand among the sets.
     unpartitioned = [
@@ -153,7 +156,11 @@ def _rows_in_targets(context: Context, scores: Sequence[str], shards: Collection
 def recorded_steps(selection: Selection) -> list[dict[str, Any]]:
     """Return each step as the record holds it: its report, and the file of the version that explains it, if any."""
     return [
-        {**report.as_dict(), "file": step_file(report.step, report.kind) if report.step in selection.tables else None}
+        {
+            **report.as_dict(),
+            "file": step_file(report.step, report.kind) if report.step in selection.tables else None,
+            **({"concepts": step_file(report.step, CONCEPTS)} if report.step in selection.concepts else {}),
+        }
         for report in selection.steps
     ]
 

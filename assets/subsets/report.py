@@ -1,7 +1,7 @@
 """The report of a subset's version: score distributions and contact sheets, as metadata and as `<version>/report/`.
 
 Here: choosing the samples to show, reading their pictures from the pool, and writing the report. Not here: the layout
-of pictures (`assets.subsets.contact_sheets`). The version's identity does not depend on the report, which is written
+of pictures (`assets.base.contact_sheets`). The version's identity does not depend on the report, which is written
 after the version. If the report fails, the version stays and the run's log has the reason; the next pass, or
 materializing the subset again, writes the report of the newest version if it is missing.
 """
@@ -18,21 +18,21 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
+from assets.base.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
 from assets.base.context import Context
 from assets.base.pages import data_url
-from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
+from assets.base.tiles import read_tiles
 from assets.subsets.evaluated import with_evaluations
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.links import browse_link
 from core.sql import quoted
 from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
-from resources.pools.base import IMAGE_COLUMNS, PoolError
-from resources.storage.images import ImageError
-from selection.recipes.execute import Selection, StepReport
+from selection.recipes.execute import Selection
+from selection.recipes.step_report import StepReport
 from selection.scores.negatives import keyed_hash
 
-PAGE_TILES, PAGE_SIDE = 12, 400  # of the report: samples per sheet, pixels
+PAGE_TILES = 12  # of the report: samples per sheet
 WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI: keep an event under 256 KB
 BINS = 60
 REPORTS_VARIABLE = "CLIP_SELECTION_REPORTS"
@@ -132,6 +132,7 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
         "Funnel": [COLUMNS, *funnel_rows(version.lineage)],
         **_warnings(version.lineage),
         **_summaries(version.lineage),
+        **_concepts(selection),
     }
     browse = browse_link(recipe=version.recipe, version=version.name)
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets, browse)
@@ -173,11 +174,29 @@ def _warnings(lineage: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     return tables
 
 
+def _concepts(selection: Selection) -> dict[str, list[list[str]]]:
+    """Return the commonest and the rarest concepts of each step over concepts, before and after it, by title."""
+    tables = {}
+    for number, query in selection.concepts.items():
+        report = selection.steps[number - 1]
+        shares = "target" in selection.con.sql(query).columns
+        figures = ["entered", "selected", *(["target"] if shares else [])]
+        name = "trim(label || ' #' || concept)" if shares else "label"
+        ranked = f"SELECT {name} AS name, number, {', '.join(figures)} FROM ({query}) WHERE entered > 0"
+        for end, order in (("commonest", "DESC"), ("rarest", "ASC")):
+            found = selection.con.execute(
+                f"SELECT name, {', '.join(figures)} FROM ({ranked}) ORDER BY entered {order}, number LIMIT {PAGE_TILES}"
+            ).fetchall()
+            written = [[str(n), *(f"{v:.3%}" if shares else f"{v:,}" for v in values)] for n, *values in found]
+            tables[f"Step {number}, {report.text}: the {end} concepts"] = [["concept", *figures], *written]
+    return tables
+
+
 def _sheets(project: Context, selection: Selection) -> tuple[list[Sheet], list[Tile]]:
     """Return the sheets, and every sample on them once."""
     groups = list(_groups(selection))
     picked = [_pick(selection, group) for group in groups]
-    samples = _samples(project, pl.concat([rows.select("f0", "f1", "shard") for rows in picked]).unique())
+    samples = read_tiles(project, pl.concat([rows.select("f0", "f1", "shard") for rows in picked]).unique())
     sheets = []
     for group, rows in zip(groups, picked, strict=True):
         tiles = [replace(samples[row["f0"], row["f1"]], metadata=_metadata(row)) for row in rows.iter_rows(named=True)]
@@ -270,50 +289,6 @@ def _pick(selection: Selection, group: _Group) -> pl.DataFrame:
     columns = ", ".join(["f0", "f1", "shard", *shown])
     query = f"SELECT {columns} FROM {selection.source} WHERE {group.where} ORDER BY {group.order} LIMIT {PAGE_TILES}"
     return selection.con.sql(query).pl()
-
-
-# Captions and pictures
-
-
-def _samples(project: Context, rows: pl.DataFrame) -> dict[tuple[int, int], Tile]:
-    """Read captions from `raw_pool` and pictures from the pool, each shard once.
-
-    Args:
-        project: The project.
-        rows: f0, f1 and shard of the samples, each once.
-
-    Returns:
-        A tile without metadata for each sample, by (f0, f1).
-    """
-    samples = {}
-    for (shard,), uids in rows.group_by("shard", maintain_order=True):
-        columns = ["uid", "f0", "f1", "caption", "sha256", *IMAGE_COLUMNS]
-        pool = pl.DataFrame(project.lake.read("raw_pool", str(shard), columns))
-        found = pool.join(uids, on=["f0", "f1"], how="semi").unique(["f0", "f1"], keep="first", maintain_order=True)
-        for row, data in zip(found.iter_rows(named=True), _bytes(project, str(shard), found), strict=True):
-            samples[row["f0"], row["f1"]] = _sample(project, str(shard), row, data)
-    return samples
-
-
-def _bytes(project: Context, shard: str, found: pl.DataFrame) -> Sequence[bytes | Exception | None]:
-    """Return the bytes of each row's picture, the error if it cannot be read, or None if the pool has no pictures."""
-    if not project.pool.has_images:
-        return [None] * found.height
-    return project.pool.read_images(shard, found.to_arrow())
-
-
-def _sample(project: Context, shard: str, row: Mapping[str, Any], data: bytes | Exception | None) -> Tile:
-    tile = Tile(row["uid"], row["caption"])
-    if data is None:
-        return tile
-    try:
-        if isinstance(data, Exception):
-            raise data
-        if row["sha256"] not in (None, hashlib.sha256(data).hexdigest()):
-            raise PoolError("the shard has changed since it was read")
-        return replace(tile, image=small_jpeg(data, PAGE_SIDE, max_pixels=project.settings.pool.max_pixels))
-    except (OSError, ImageError, PoolError) as error:
-        return replace(tile, problem=f"No picture of {row['uid']} in shard {shard}: {error}")
 
 
 def _small(sheet: Sheet) -> Sheet:

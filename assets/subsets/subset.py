@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from assets.base.checks import CheckFailed, check_results, log_checks
+from assets.base.contact_sheets import escaped
 from assets.base.context import Context, Snapshot
 from assets.base.freshness import newest_version, shard_inputs
 from assets.base.keys import asset_key
@@ -24,7 +25,6 @@ from assets.base.score_kind import Scores
 from assets.base.selection_table import CachedTable, open_selection
 from assets.base.upstream_checks import is_any_due, run_due_checks, upstream, verdicts, warning_text, warnings_of
 from assets.subsets.checks import duplicate_warnings, examine_before_the_record, examine_stored, specs
-from assets.subsets.contact_sheets import escaped
 from assets.subsets.funnel import funnel_markdown
 from assets.subsets.lineage import lineage_record
 from assets.subsets.report import is_reported, report_metadata, write_report
@@ -35,8 +35,9 @@ from core.uids import parse_uids, subset_array, subset_words
 from resources.lake.files import Lake
 from resources.lake.versions import Manifest, Version, Versions, set_file, step_file
 from selection.recipes.execute import Selection, set_column
+from selection.recipes.matching import CONCEPTS
+from selection.recipes.model import POOL
 from selection.recipes.recipe import Recipe, is_uid_list_asset, set_kind
-from selection.recipes.steps import POOL
 
 CODE_VERSION = "2"
 SHOWN = 150  # input files in the event, which has room for 256 KB of pictures and tables
@@ -51,12 +52,14 @@ class Inputs:
         missing: for each other shard, the reason.
         source: kind, name and fingerprint of the set that the recipe starts from.
         sets: the same of every other recipe and uid list that it reads, `from` included, by name.
+        tables: the fingerprint of each unpartitioned asset that a step reads.
     """
 
     shards: Mapping[str, Mapping[str, str]]
     missing: Mapping[str, str]
     source: Mapping[str, str]
     sets: Mapping[str, Mapping[str, str]]
+    tables: Mapping[str, str]
 
     def fingerprint(self, recipe: Recipe) -> str:
         """Return the fingerprint of the subset that they lead to."""
@@ -68,6 +71,7 @@ class Inputs:
                 "shards": {shard: dict(read) for shard, read in self.shards.items()},
                 "source": dict(self.source),
                 **({"sets": of_steps} if of_steps else {}),
+                **({"tables": dict(self.tables)} if self.tables else {}),
             }
         )
 
@@ -133,7 +137,8 @@ class SubsetAsset:
             reasons = "; ".join(sorted(set(missing.values()))[:3])
             raise NotReady(f"no shard has all that the recipe reads: {reasons}")
         sets = {name: self._set(snapshot, name) for name in self.model.sets}
-        return Inputs(shards, missing, sets.get(self.model.source, {"kind": "pool", "name": POOL}), sets)
+        tables = {key: self.assets[key].fingerprint(snapshot) for key in self.model.tables}
+        return Inputs(shards, missing, sets.get(self.model.source, {"kind": "pool", "name": POOL}), sets, tables)
 
     def _set(self, snapshot: Snapshot, name: str) -> dict[str, str]:
         """Return kind, name and fingerprint of another recipe's subset or of a uid list."""
@@ -183,7 +188,7 @@ class SubsetAsset:
 def _deps(recipe: Recipe, scores: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
     score_assets = sorted({asset for asset, _ in scores.values()})
     lists = [other for other in recipe.sets if is_uid_list_asset(other)]
-    return ("raw_pool", *score_assets, *lists, *(f"subset/{other}" for other in recipe.recipes))
+    return ("raw_pool", *score_assets, *recipe.tables, *lists, *(f"subset/{other}" for other in recipe.recipes))
 
 
 def subset(project: Context, name: str, scores: Scores, assets: Mapping[str, Any], cached: CachedTable) -> SubsetAsset:
@@ -310,8 +315,11 @@ def manifest(selection: Selection) -> Manifest:
         ranks=selection.ranks(),
         samples=selection.samples,
         tables={
-            step_file(number, selection.steps[number - 1].kind): selection.con.sql(query).to_arrow_reader
-            for number, query in selection.tables.items()
+            step_file(number, name): selection.con.sql(query).to_arrow_reader
+            for number, name, query in [
+                *((number, selection.steps[number - 1].kind, query) for number, query in selection.tables.items()),
+                *((number, CONCEPTS, query) for number, query in selection.concepts.items()),
+            ]
         },
     )
 

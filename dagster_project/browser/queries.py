@@ -83,7 +83,7 @@ class Table:
     @property
     def numbers(self) -> list[str]:
         """The scores that hold numbers."""
-        return [name for name, score in self.scores.by_name.items() if score.column.sql_type != "VARCHAR"]
+        return [name for name, score in self.scores.by_name.items() if score.column.is_number]
 
     def checked(self, predicate: str) -> frozenset[str]:
         """Check a predicate as a recipe's `where` is checked, and return the columns that it reads.

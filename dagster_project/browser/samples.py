@@ -9,9 +9,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from assets.base.contact_sheets import small_jpeg
 from assets.base.context import Context
 from assets.subsets.catalog import catalog_scores
-from assets.subsets.contact_sheets import small_jpeg
 from core import sql
 from core.errors import UserError
 from core.names import suggestion

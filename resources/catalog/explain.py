@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 
 from core import sql
+from resources.catalog.explained_concepts import Features, features_of, judge_concepts
 from resources.catalog.scores import CatalogScore, Scores, by_recipe_name
 from resources.catalog.views import POOL_COLUMNS, Place, no_rows, placed_rows, renamed
 
@@ -30,6 +31,7 @@ _EXPLAINED = {
     "best_caption": "VARCHAR",
     "in_favour_of": "VARCHAR",
     "copies": "BIGINT",
+    "concepts": "VARCHAR",
 }
 
 _SAMPLE = "f0 = uid_word(sample, 1) AND f1 = uid_word(sample, 17)"
@@ -135,6 +137,13 @@ def _judged(con: duckdb.DuckDBPyConnection, root: str, record: Record) -> str:
         binds = value is not None and _binds(con, value)
         if step.get("set") is not None:
             decides = f"f0 IS NOT NULL AND {'NOT ' if step['kind'] == 'except' else ''}{in_set(step['set'])}"
+        elif step.get("concepts") is not None:
+            table, concepts = (
+                f"read_parquet({sql.pattern(root, f'{folder}/{step[name]}')})" for name in ("file", "concepts")
+            )
+            judged = judge_concepts(step, table, concepts, _SAMPLE, _bound(con, record, step))
+            decides, value, binds = f"f0 IS NOT NULL AND {judged.decides}", judged.value, True
+            passes += [f'({judged.kept}) AS "if kept {number}"', f'({judged.dropped}) AS "if dropped {number}"']
         elif step.get("file") is not None:
             table = f"read_parquet({sql.pattern(root, '/'.join([folder, step['file']]))})"
             if step["kind"] == "deduplicate":
@@ -184,6 +193,11 @@ def _sets(record: Record) -> list[Mapping[str, Any]]:
     return [read for read in (record["source"], *record.get("sets", {}).values()) if read["kind"] != "pool"]
 
 
+def _bound(con: duckdb.DuckDBPyConnection, record: Record, step: Step) -> list[Features]:
+    """Return the features that a step reads and that still exist."""
+    return [read for read in features_of(record, step) if all(_binds(con, sql.quoted(name)) for name in read[1:])]
+
+
 def _binds(con: duckdb.DuckDBPyConnection, predicate: str) -> bool:
     """Return whether the scores and columns that an old version used still exist."""
     try:
@@ -217,6 +231,10 @@ def _explained_steps(record: Record, judged: str, by_name: Mapping[str, CatalogS
         if "in_favour_of" in columns:
             shown = f"CASE WHEN ({columns['verdict']}) = 'dropped' THEN {columns['in_favour_of']} END"
             columns["in_favour_of"] = shown
+        if step.get("concepts") is not None:
+            number = step["step"]
+            reasons = f"WHEN 'kept' THEN \"if kept {number}\" WHEN 'dropped' THEN \"if dropped {number}\""
+            columns["concepts"] = f"CASE ({columns['verdict']}) {reasons} END"
         selected = ", ".join(f"{value} AS {name}" for name, value in columns.items())
         queries.append(f"SELECT {selected} FROM {judged}")
     return queries
@@ -276,7 +294,7 @@ def _verdict(step: Step, *, last: int, last_union: int) -> str:
     number = step["step"]
     unknown = f'"pass {number}" IS NULL'
     near = step["kind"] == "deduplicate" and step.get("file") is None and step["threshold"] is not None
-    if step["score"] is not None or near:
+    if (step["score"] is not None and step.get("concepts") is None) or near:
         unknown += f' OR "score {number}" IS NULL'
     reached = f'coalesce("in {number - 1}", false)' if number else "true"
     if step["kind"] == "union":

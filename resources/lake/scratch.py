@@ -192,6 +192,11 @@ class WorkFolder:
         names = {path: path.rsplit("/", 1)[-1] for path in listed}
         return [path for path, name in names.items() if name != _STATE and name[0] != "." and name.startswith(prefix)]
 
+    def remove_parts(self, prefix: str) -> None:
+        """Remove the parts whose names start with `prefix`."""
+        for part in self.parts(prefix):
+            self.lake.store.delete(part)
+
     # The folder as a whole
 
     def clear(self) -> None:

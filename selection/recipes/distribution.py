@@ -15,6 +15,9 @@ from selection.scores.negatives import keyed_hash
 QUALITY_WEIGHTS = (0.0, 0.01, 0.99)
 """u_l of low, middle and high quality, as published."""
 
+REASONS = 3
+"""Concepts that are kept for each selected row."""
+
 _ROWS = 1 << 16  # checked or summed at once
 _STEPS = 1 << 10  # whose candidates are drawn at once
 # Draw number in the keyed hash. Draws of negatives count from 0, those of soft cap sampling from 2⁶³.
@@ -39,6 +42,20 @@ class Features:
     index: Indices
     value: Values
 
+    def mass(self, concepts: int, rows: Indices | None = None) -> Floats:
+        """Compute m_i of some rows, by default all, float64 [d].
+
+        Args:
+            concepts: d.
+            rows: Positions.
+        """
+        mass = np.zeros(concepts)
+        for start in range(0, len(self.index if rows is None else rows), _ROWS):
+            some = slice(start, start + _ROWS) if rows is None else rows[start : start + _ROWS]
+            value = self.value[some].astype(np.float64)
+            mass += np.bincount(self.index[some].ravel(), value.ravel(), minlength=concepts)
+        return mass
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -47,10 +64,18 @@ class Matched:
     Attributes:
         rows: Positions of the selected rows, int64 of shape [count].
         gain: What each row added to F when it was taken, float64 of shape [count].
+        concepts: The concepts that added most of it, the largest first, int32 of shape [count, min(k, 3)].
+        parts: What each of these added, float64 of that shape; 0 where a row has fewer concepts.
+        mass: m_i of the whole selection, float64 [d].
+        counts: Its rows in each quality bin, float64 [3].
     """
 
     rows: NDArray[np.int64]
     gain: Floats
+    concepts: NDArray[np.int32]
+    parts: Floats
+    mass: Floats
+    counts: Floats
 
 
 def concept_distribution(features: Features, concepts: int) -> Floats:
@@ -67,7 +92,7 @@ def concept_distribution(features: Features, concepts: int) -> Floats:
         ValueError: No row has a concept, or the features are not as `Features` describes.
     """
     _check_features(features, concepts)
-    mass = _mass(features, np.arange(len(features.index), dtype=np.int64), concepts)
+    mass = features.mass(concepts)
     if not mass.sum():
         raise ValueError(
             "no row of the target has a concept. Remedy: use a larger target, or train the features longer"
@@ -90,17 +115,29 @@ def objective(features: Features, target: Floats, quality: Indices, rows: Indice
     """
     rows = np.asarray(rows, np.int64)
     counts = np.bincount(quality[rows], minlength=len(QUALITY_WEIGHTS))
-    concepts = float(target @ np.log1p(_mass(features, rows, len(target))))
+    concepts = float(target @ np.log1p(features.mass(len(target), rows)))
     return trade_off * concepts + (1 - trade_off) * float(np.asarray(QUALITY_WEIGHTS) @ np.log1p(counts))
 
 
-def kl_divergence(target: Floats, features: Features, rows: Indices) -> float:
-    """Compute KL(p ‖ m(A) / Σ m(A)) in nats; infinite if the target has a concept that A lacks."""
-    mass = _mass(features, np.asarray(rows, np.int64), len(target))
+def kl_divergence(target: Floats, mass: Floats) -> float:
+    """Compute KL(p ‖ q) in nats, with q_i = (m_i + 1/d) / (Σ m + 1).
+
+    The added mass of one row's feature, spread over all concepts, keeps a concept that the set lacks from making the
+    divergence infinite.
+
+    Args:
+        target: p, float64 [d].
+        mass: m_i of a set, float64 [d].
+    """
+    smoothed = (mass + 1 / len(mass)) / (mass.sum() + 1)
     present = target > 0
-    if not mass[present].all():
-        return float("inf")
-    return float(target[present] @ (np.log(target[present]) - np.log(mass[present] / mass.sum())))
+    return float(target[present] @ (np.log(target[present]) - np.log(smoothed[present])))
+
+
+def effective_concepts(mass: Floats) -> float:
+    """Compute exp(H) of the distribution m / Σ m: the number of equally frequent concepts with the same entropy."""
+    share = mass[mass > 0] / mass.sum()
+    return float(np.exp(-(share @ np.log(share))))
 
 
 def match_distribution(
@@ -122,7 +159,7 @@ def match_distribution(
     a keyed hash of (seed, step, number of the draw) into the rows in the order of their uids, so the selected uids do
     not depend on the order of rows. The expected F is at least 1 − 1/e − ε of the optimum.
 
-    Memory beyond the features: d + 3 counters, and 16 bytes per row.
+    Memory beyond the features: d + 3 counters, 8 bytes per row, and 44 per selected row.
 
     Args:
         features: Sparse features of n rows.
@@ -145,12 +182,13 @@ def match_distribution(
     _check_features(features, len(target))
     _check_arguments(features, target, quality, f0, f1, count=count, trade_off=trade_off, epsilon=epsilon)
     draws = ceil(n / count * log(1 / epsilon))
-    by_uid = np.lexsort((f1, f0))
-    left = np.arange(n)  # ranks by uid; the first n − step are not selected yet
-    mass, counts = np.zeros(len(target)), np.zeros(len(QUALITY_WEIGHTS))
-    weights = np.asarray(QUALITY_WEIGHTS) * (1 - trade_off)
-    scaled = target * trade_off
+    small = np.uint32 if n <= 1 << 32 else np.uint64
+    by_uid = np.lexsort((f1, f0)).astype(small)
+    left = np.arange(n, dtype=small)  # ranks by uid; the first n − step are not selected yet
+    state = _Counters(target, trade_off)
     rows, gains = np.empty(count, np.int64), np.empty(count)
+    shown = min(REASONS, features.index.shape[1])
+    concepts, parts = np.empty((count, shown), np.int32), np.empty((count, shown))
     for step in range(count):
         if step % _STEPS == 0:
             hashes = _hashes(seed, step, min(_STEPS, count - step), draws)
@@ -159,17 +197,59 @@ def match_distribution(
         ranks = left[at]
         candidates = by_uid[ranks]
         index, value = features.index[candidates], features.value[candidates].astype(np.float64)
-        # log(1 + m + z) − log(1 + m), without the cancellation of a difference
-        gain = (scaled[index] * np.log1p(value / (1 + mass[index]))).sum(axis=1)
-        gain += (weights * np.log1p(1 / (1 + counts)))[quality[candidates]]
+        by_concept = state.by_concept(index, value)
+        gain = by_concept.sum(axis=1) + state.by_bin[quality[candidates]]
         best = np.flatnonzero(gain == gain.max())
         chosen = best[np.argmin(ranks[best])]
         rows[step], gains[step] = candidates[chosen], gain[chosen]
-        active = value[chosen] > 0  # an entry of 0 may repeat another's concept
-        mass[index[chosen][active]] += value[chosen][active]
-        counts[quality[candidates[chosen]]] += 1
+        most = np.argsort(-by_concept[chosen], kind="stable")[:shown]
+        concepts[step], parts[step] = index[chosen][most], by_concept[chosen][most]
+        state.add(index[chosen], value[chosen], quality[candidates[chosen]])
         left[at[chosen]] = left[remaining - 1]
-    return Matched(rows, gains)
+    return Matched(rows, gains, concepts, parts, state.mass, state.counts)
+
+
+def last_gains(features: Features, target: Floats, quality: Indices, found: Matched, *, trade_off: float) -> Floats:
+    """Compute what each row would add to F after the whole selection, float64 [n]; arguments as `match_distribution`.
+
+    The value of a selected row is what a copy of it would add.
+    """
+    state = _Counters(target, trade_off, found.mass, found.counts)
+    gain = state.by_bin[quality]
+    for start in range(0, len(gain), _ROWS):
+        part = slice(start, start + _ROWS)
+        value = features.value[part].astype(np.float64)
+        gain[part] += state.by_concept(features.index[part], value).sum(axis=1)
+    return gain
+
+
+class _Counters:
+    """m_i and c_l of the rows selected so far, and the gains that follow from them."""
+
+    def __init__(
+        self, target: Floats, trade_off: float, mass: Floats | None = None, counts: Floats | None = None
+    ) -> None:
+        self.mass = np.zeros(len(target)) if mass is None else mass
+        self.counts = np.zeros(len(QUALITY_WEIGHTS)) if counts is None else counts
+        self._target = target * trade_off
+        self._weights = np.asarray(QUALITY_WEIGHTS) * (1 - trade_off)
+
+    def by_concept(self, index: Indices, value: Floats) -> Floats:
+        """Return λ p_i [log(1 + m_i + z_i) − log(1 + m_i)] of each entry, without the cancellation of a difference."""
+        gain: Floats = self._target[index] * np.log1p(value / (1 + self.mass[index]))
+        return gain
+
+    @property
+    def by_bin(self) -> Floats:
+        """(1 − λ) u_l [log(2 + c_l) − log(1 + c_l)] of each bin."""
+        gain: Floats = self._weights * np.log1p(1 / (1 + self.counts))
+        return gain
+
+    def add(self, index: Indices, value: Floats, quality: int) -> None:
+        """Count a row."""
+        active = value > 0  # an entry of 0 may repeat another's concept
+        self.mass[index[active]] += value[active]
+        self.counts[quality] += 1
 
 
 def _hashes(seed: int, first: int, steps: int, draws: int) -> NDArray[np.uint64]:
@@ -177,16 +257,6 @@ def _hashes(seed: int, first: int, steps: int, draws: int) -> NDArray[np.uint64]
     step = np.repeat(np.arange(first, first + steps, dtype=np.uint64), draws)
     draw = np.tile(np.arange(draws, dtype=np.uint64), steps)
     return keyed_hash(seed, _APART, step, draw).reshape(steps, draws)
-
-
-def _mass(features: Features, rows: Indices, concepts: int) -> Floats:
-    """Return m_i of some rows, float64 [d]."""
-    mass = np.zeros(concepts)
-    for start in range(0, len(rows), _ROWS):
-        some = rows[start : start + _ROWS]
-        value = features.value[some].astype(np.float64)
-        mass += np.bincount(features.index[some].ravel(), value.ravel(), minlength=concepts)
-    return mass
 
 
 def _check_features(features: Features, concepts: int) -> None:

@@ -10,7 +10,7 @@ table, and the predicate that selected a row also explains it. Steps that compar
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -19,69 +19,20 @@ from numpy.typing import NDArray
 
 from core.sql import literal, one, quoted
 from core.uids import UID_DTYPE, format_uid
+from selection.recipes.balancing import balance
 from selection.recipes.grouping import Grouped, best_of_equals, top_of_strata
+from selection.recipes.matching import match
+from selection.recipes.model import BASIS, POOL
 from selection.recipes.ranking import StepError, cut, keep_predicate, places, ranked_value, score_value, with_column_at
 from selection.recipes.recipe import Recipe
 from selection.recipes.sampling import soft_cap_sample
-from selection.recipes.steps import BASIS, POOL, KeepTop, Ranking, SoftCapSample, Step
+from selection.recipes.set_steps import Balance, MatchDistribution
+from selection.recipes.step_report import StepReport
+from selection.recipes.steps import KeepTop, Ranking, SoftCapSample, Step
 from selection.recipes.summaries import summarise
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """The result of one step.
-
-    Attributes:
-        step: Its number, from 1.
-        kind: As in the recipe: `where`, `keep_top`, `union`, ...
-        text: The step in one line.
-        entered: Rows that reached the step.
-        kept: Rows that are selected after it.
-        predicate: The step as SQL over one row's f0, f1 and columns.
-        joined: Rows that a `union` added.
-        set: The recipe or uid list that the step refers to.
-        score: Label of the ranking; for a single score, its name.
-        scores: The scores that the ranking uses.
-        value: The ranked value, as SQL over one row's columns: a finite float64.
-        wanted: Rows that the fraction or count asks for.
-        threshold: The smallest value that was kept; for `threshold`, the limit in the recipe; for `above`, the
-            largest value that may stay.
-        tie_uid: The largest uid that was kept, where rows at the threshold were partly kept.
-        by: The column that `deduplicate` or `stratify` groups by.
-        groups: Number of strata, or of groups of duplicates.
-        samples: Number of draws of `soft_cap_sample`.
-        note: A remark for the reader.
-        summary: Rows of the table that the step's `report` asks for (`selection.recipes.summaries`).
-    """
-
-    step: int
-    kind: str
-    text: str
-    entered: int
-    kept: int
-    predicate: str
-    joined: int = 0
-    set: str | None = None
-    score: str | None = None
-    scores: tuple[str, ...] = ()
-    value: str | None = None
-    wanted: int | None = None
-    threshold: float | None = None
-    tie_uid: str | None = None
-    by: str | None = None
-    groups: int | None = None
-    samples: int | None = None
-    note: str | None = None
-    summary: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def left(self) -> int:
-        """Rows that the step dropped."""
-        return self.entered + self.joined - self.kept
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values; floats round-trip exactly."""
-        return {**asdict(self), "scores": list(self.scores), "summary": list(self.summary), "left": self.left}
+_RANKED_APART = ("stratify", "match_distribution")  # kinds whose ranks are not those of their values
+_NO_PREFIX = ("soft_cap_sample", "balance")
 
 
 @dataclass(frozen=True)
@@ -97,6 +48,7 @@ class Selection:
         source: The source as an SQL identifier, with the columns that the steps' predicates read.
         inside: SQL over one row: whether it is selected before step 1, and after step 1, 2, ...
         tables: For steps that compare rows, by step number, the query of the table that explains them.
+        concepts: For steps over concepts, by step number, the query of the table of their concepts.
     """
 
     recipe: str
@@ -107,6 +59,7 @@ class Selection:
     source: str
     inside: tuple[str, ...]
     tables: Mapping[int, str] = field(default_factory=dict)
+    concepts: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -124,14 +77,15 @@ class Selection:
 
         Returns:
             uid, f0, f1, shard, key; for each ranking step n `step{n}_value` (float64), NULL for a row that a later
-            `union` added; for `stratify` also `step{n}_rank` (int64) within the stratum; for `soft_cap_sample` also
+            `union` added; for `stratify` also `step{n}_rank` (int64) within the stratum, for
+            `match_distribution` the position in which the row was selected; for `soft_cap_sample` also
             `copies` (int64).
         """
         values = []
         for report in self._ranked:
             entered = "true" if report.step > self._last_union else self.inside[report.step]
             values.append(f"CASE WHEN {entered} THEN {report.value} END AS step{report.step}_value")
-            if report.kind == "stratify":
+            if report.kind in _RANKED_APART:
                 rank = quoted(f"step{report.step}_rank")
                 values.append(f"CASE WHEN {entered} THEN {rank} END::BIGINT AS {rank}")
         if self.copies is not None:
@@ -143,17 +97,17 @@ class Selection:
         """Compute the rank columns that `manifest` leaves out: sorting arrays is much faster than a window function.
 
         Returns:
-            For each `keep_top` and `soft_cap_sample` step n `step{n}_rank`, int64 in the manifest's order: the rank,
-            from 1, among the rows that entered the step, by falling value, then rising uid. Masked for a row that a
-            later `union` added.
+            For each `keep_top`, `soft_cap_sample` and `balance` step n `step{n}_rank`, int64 in the order of the
+            manifest: the rank, from 1, among the rows that entered the step, by falling value, then rising uid. Masked
+            for a row that a later `union` added.
         """
-        ranked = [report for report in self._ranked if report.kind != "stratify"]
+        ranked = [report for report in self._ranked if report.kind not in _RANKED_APART]
         if not ranked:
             return {}
         columns = [f"{self.inside[-1]} IS TRUE AS chosen"]
-        # `keep_top` keeps a prefix of its ranking, so ranks among kept rows are ranks among entered rows. A draw keeps
-        # no prefix, so all rows that entered it are ranked.
-        among = {r.step: self.inside[r.step - 1 if r.kind == "soft_cap_sample" else r.step] for r in ranked}
+        # `keep_top` keeps a prefix of its ranking, so ranks among kept rows are ranks among entered rows. Others keep
+        # no prefix, so all rows that entered are ranked.
+        among = {r.step: self.inside[r.step - 1 if r.kind in _NO_PREFIX else r.step] for r in ranked}
         for report in ranked:
             columns += [f"{report.value} AS v{report.step}", f"{among[report.step]} IS TRUE AS in{report.step}"]
         anywhere = among[ranked[0].step]
@@ -213,12 +167,13 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         raise ValueError(f"recipe {name}: its source has no rows, so nothing can be selected.")
     reports: list[StepReport] = []
     tables: dict[int, str] = {}
+    concepts: dict[int, str] = {}
     entered, basis, basis_name, counted = total, total, BASIS, inside[0]
     for number, step in enumerate(recipe.steps, start=1):
         text = step.describe(basis_name)
         start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")
         try:
-            report, relation, table = _execute_step(con, step, start, relation, inside[-1], basis, counted)
+            report, relation, table = _execute_step(con, step, start, relation, inside[-1], basis, counted, concepts)
             after = combine(inside[-1], step.kind, report.predicate)
             report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
         except (duckdb.Error, StepError, ValueError) as error:
@@ -245,6 +200,7 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         source=relation,
         inside=tuple(inside),
         tables=tables,
+        concepts=concepts,
     )
 
 
@@ -266,6 +222,7 @@ def _execute_step(
     inside: str,
     basis: int,
     counted: str,
+    concepts: dict[int, str],
 ) -> tuple[StepReport, str, str | None]:
     """Execute a step.
 
@@ -277,6 +234,7 @@ def _execute_step(
         inside: SQL over one row: whether it entered the step.
         basis: Number of rows that a fraction refers to.
         counted: SQL over one row: whether it is one of those.
+        concepts: Gets the query of the step's concepts, if it has any.
 
     Returns:
         The report; the relation, with another column if the step needs one; and the query of the table that explains
@@ -287,6 +245,10 @@ def _execute_step(
         return *_keep_top(con, step.keep_top, report, relation, inside, basis), None
     if step.soft_cap_sample is not None:
         return *_draw(con, step.soft_cap_sample, report, relation, inside, basis), None
+    if step.match_distribution is not None:
+        return _match(con, step.match_distribution, report, relation, inside, basis, concepts)
+    if step.balance is not None:
+        return _balance(con, step.balance, report, relation, inside, basis, concepts)
     if step.stratify is not None:
         found = top_of_strata(con, step.stratify, column, relation, inside, counted)
     elif step.deduplicate is not None and step.deduplicate.equal is not None:
@@ -337,6 +299,61 @@ def _grouped(report: StepReport, step: Step, found: Grouped) -> StepReport:
         return replace(report, by=ranking.by, score=ranking.label, scores=ranking.scores, value=found.value)
     assert like is not None
     return replace(report, by=like.by, scores=() if like.best is None else (like.best,))
+
+
+def _match(
+    con: duckdb.DuckDBPyConnection,
+    step: MatchDistribution,
+    report: StepReport,
+    relation: str,
+    inside: str,
+    basis: int,
+    concepts: dict[int, str],
+) -> tuple[StepReport, str, str]:
+    """Execute `match_distribution`."""
+    wanted = step.wanted(basis)
+    if not wanted:
+        raise _less_than_one(step.fraction, basis)
+    found = match(con, step, f"step{report.step}", relation, inside, wanted)
+    concepts[report.step] = found.concepts
+    report = replace(
+        report,
+        kept=found.kept,
+        predicate=found.predicate,
+        score=step.label,
+        scores=step.scores,
+        value=found.value,
+        wanted=wanted,
+        note=found.note,
+    )
+    return report, found.relation, found.rows
+
+
+def _balance(
+    con: duckdb.DuckDBPyConnection,
+    step: Balance,
+    report: StepReport,
+    relation: str,
+    inside: str,
+    basis: int,
+    concepts: dict[int, str],
+) -> tuple[StepReport, str, str]:
+    """Execute `balance`."""
+    wanted = step.wanted(basis)
+    if wanted == 0:
+        raise _less_than_one(step.fraction, basis)
+    found = balance(con, step, f"step{report.step}", relation, inside, wanted)
+    concepts[report.step] = found.concepts
+    report = replace(
+        report,
+        kept=found.kept,
+        predicate=found.predicate,
+        score=step.label,
+        value=found.value,
+        wanted=wanted,
+        note=found.note,
+    )
+    return report, found.relation, found.rows
 
 
 def _draw(

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from core.names import suggestion
-from selection.recipes.steps import POOL, Model, Step
+from selection.recipes.model import POOL, Model
+from selection.recipes.steps import Step
 
 UID_LIST_ENDINGS = (".npy", ".txt")
 UID_LIST_ASSETS = "external_uids/"
@@ -71,6 +72,11 @@ class Recipe(Model):
         return tuple(dict.fromkeys(name for name in named if name is not None and name != POOL))
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The unpartitioned assets that the steps read, each once."""
+        return tuple(dict.fromkeys(table for step in self.steps for table in step.tables))
+
+    @property
     def recipes(self) -> tuple[str, ...]:
         """The recipes that this one reads."""
         return tuple(name for name in self.sets if set_kind(name) == "recipe")
@@ -95,6 +101,7 @@ def check_recipes(
     pool_columns: Collection[str],
     uid_lists: Collection[str] = (),
     texts: Collection[str] = (),
+    tables: Collection[str] = (),
 ) -> None:
     """Check the recipes of a project against each other, its scores and the columns of its pool.
 
@@ -103,11 +110,12 @@ def check_recipes(
         scores: Names of the project's scores.
         pool_columns: Names of the pool's columns.
         uid_lists: Names of the uid lists that are assets, such as `external_uids/dfn`.
-        texts: The scores and columns that hold text.
+        texts: The scores and columns that hold text or lists.
+        tables: Keys of the unpartitioned assets that steps may read, such as `target_concepts/b32/imagenet`.
 
     Raises:
-        ValueError: One message with a line for each unknown recipe, uid list, score or column, each ranking by text,
-            each cycle of recipes, and each recipe whose name `from` would read as something else.
+        ValueError: One message with a line for each unknown recipe, uid list, score, column or table, each ranking by
+            text, each cycle of recipes, and each recipe whose name `from` would read as something else.
     """
     problems = []
     for name, recipe in recipes.items():
@@ -120,7 +128,14 @@ def check_recipes(
                 problems += _unknown_set(where, step.set_name, recipes, uid_lists)
             for column in sorted(step.numbers.intersection(texts)):
                 where = f"recipe {name}, step {number} ({step.text})"
-                problems.append(f"{where}: {column} holds text, which has no rank. Remedy: use a numeric score")
+                problems.append(
+                    f"{where}: {column} holds text or lists, which have no rank. Remedy: use a numeric score"
+                )
+            for table in step.tables:
+                if table not in tables:
+                    where = f"recipe {name}, step {number} ({step.text})"
+                    asset = table.partition("/")[0]
+                    problems.append(f"{where}: {_unknown(asset, table, tables)}")
             unknown = step.columns() - set(scores) - set(pool_columns)
             for column in sorted(unknown):
                 known = [*scores, *pool_columns]

@@ -3,24 +3,17 @@
 The recipe is in `selection.recipes.recipe`, the execution of a step in `selection.recipes.execute`.
 """
 
-from fractions import Fraction
 from math import isfinite
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from selection.recipes.model import BASIS, POOL, Model, part_of
 from selection.recipes.predicates import predicate_columns
+from selection.recipes.set_steps import Balance, MatchDistribution
 
-POOL = "pool"
-BASIS = "the pool"  # describes the rows that fractions refer to, before a `within`
 UID, IMAGE, DIGEST = "uid", "image", "sha256"
 LIKENESS = "near_duplicate/"
-
-
-class Model(BaseModel):
-    """Base of all parts of a recipe: immutable; an unknown field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Ranking(Model):
@@ -53,18 +46,6 @@ class Ranking(Model):
         if (self.weighted is None) != (self.normalise is None):
             raise ValueError("weighted and normalise (rank, min_max, z_score or none) are given together or not at all")
         return self
-
-    def _only_one(self, *names: str) -> str:
-        """Return the one field of `names` that is set.
-
-        Raises:
-            ValueError: none is set, or several are.
-        """
-        given = [name for name in names if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"{self.yaml_name} needs exactly one of {', '.join(names)}; found {found}")
-        return given[0]
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -277,6 +258,8 @@ class Step(Model):
         stratify: Keep the rows with the largest values of each stratum.
         deduplicate: Keep one of several duplicates.
         soft_cap_sample: Draw rows, some of them several times; only as the last step.
+        match_distribution: Keep the set whose concepts are distributed as a target's.
+        balance: Cut common concepts to a cap.
         report: Columns to summarise over the rows that entered, stayed and were dropped.
 
     A set is another recipe, or a uid list by its path or asset.
@@ -291,6 +274,8 @@ class Step(Model):
     stratify: Stratify | None = None
     deduplicate: Deduplicate | None = None
     soft_cap_sample: SoftCapSample | None = None
+    match_distribution: MatchDistribution | None = None
+    balance: Balance | None = None
     report: tuple[str, ...] = ()
 
     @field_validator("where")
@@ -332,13 +317,13 @@ class Step(Model):
             return _SET_TEXT[self.kind].format(self.set_name)
         if self.deduplicate is not None:
             return self.deduplicate.describe()
-        ranked = self.keep_top or self.stratify or self.soft_cap_sample
+        ranked = self.keep_top or self.stratify or self.soft_cap_sample or self._set_step
         return ranked.describe(basis) if ranked is not None else f"where {self.where}"
 
     @property
     def scores(self) -> tuple[str, ...]:
         """The scores in the step's ranking."""
-        ranked = self.keep_top or self.stratify or self.soft_cap_sample
+        ranked = self.keep_top or self.stratify or self.soft_cap_sample or self._set_step
         return ranked.scores if ranked is not None else ()
 
     @property
@@ -348,9 +333,20 @@ class Step(Model):
         compared = () if like is None else (like.best, like.by if like.above is not None else None)
         return frozenset(name for name in (*self.scores, *compared) if name is not None)
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The unpartitioned assets that the step reads."""
+        return () if (judged := self._set_step) is None else judged.tables
+
+    @property
+    def _set_step(self) -> MatchDistribution | Balance | None:
+        return self.match_distribution or self.balance
+
     def columns(self) -> frozenset[str]:
         """Return every column that the step reads."""
         names = {*self.report, *self.scores}
+        if self._set_step is not None:
+            names.update(self._set_step.columns())
         if self.stratify is not None:
             names.add(self.stratify.by)
         if self.deduplicate is not None:
@@ -366,11 +362,3 @@ _SET_TEXT = {
 }
 _FIELDS = tuple(name for name in Step.model_fields if name != "report")
 KINDS = tuple(name.rstrip("_") for name in _FIELDS)
-
-
-def part_of(rows: int, fraction: float) -> int:
-    """Return floor(rows · fraction), with the fraction as written in decimal.
-
-    0.29 counts as 29/100 and not as the nearest binary fraction, so 0.29 of 100 rows is 29.
-    """
-    return int(rows * Fraction(repr(fraction)))

@@ -117,3 +117,22 @@ def compare(vectors: NDArray[np.float16], pair: Pair, *, device: torch.device) -
         value = torch.where(better, found, value)
         index = torch.where(better, place + pair.first + some.start, index)
     return value.cpu().numpy(), index.cpu().numpy()
+
+
+@torch.no_grad()
+def count_similar(rows: torch.Tensor, others: torch.Tensor, least: float) -> torch.Tensor:
+    """Count for each row the others with a cosine of `least` or more, int64 `[n]`.
+
+    Args:
+        rows: `[n, d]` float16, bfloat16 or float32, unit norm.
+        others: `[m, d]` of the same dtype, unit norm.
+        least: The smallest cosine that counts.
+
+    Raises:
+        ValueError: an argument is empty or not finite, or they do not fit.
+    """
+    check_matrices(rows=rows, others=others)
+    count = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for part in others.split(4_096):
+        count += (rows.float() @ part.float().T >= least).sum(dim=1)
+    return count

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[
     half = pl.DataFrame({"uid": uids[::2], "given": [float(i) for i in range(len(uids[::2]))]})
     half.write_parquet(scenario.folder / "half.parquet")
     scenario.document["external_scores"] = {"half": {"files": "half.parquet", "columns": "given"}}
+    scenario.set(
+        "scores",
+        "sparse_features",
+        value={"tiny": {"targets": ["pets"], "concepts": 20, "k": 3, "steps": 5, "batch": 8}},
+    )
     assert scenario.run().failures == {}
     with read_catalog(scenario.open().catalog_path()) as con:
         rows = con.sql('SELECT uid, "clip_score/tiny" AS score FROM scores ORDER BY uid').pl()
@@ -158,7 +164,8 @@ def scored(scenario: Scenario) -> pl.DataFrame:
 def test_every_score_column_that_ranks_is_studied(made: Scenario, found: Study) -> None:
     columns = [c for c in scored(made).columns if "/" in c]
     assert sorted([*found.scores, *found.left_out]) == sorted(columns)
-    assert found.left_out == ["neg_clip_loss_stderr/tiny", "nearest_target/tiny/pets"]
+    lists = ["concepts/tiny", "concept_values/tiny"]
+    assert found.left_out == ["neg_clip_loss_stderr/tiny", "nearest_target/tiny/pets", *lists]
     assert found.scores["clip_score/tiny"] == 36
     assert found.scores["external_scores/half"] == 18
     assert (found.rows, found.pool_rows, found.unknown) == (36, 36, 2)
@@ -236,6 +243,39 @@ def oracle_scores(scenario: Scenario, temperature: float, size: int, draws: int)
             per_draw.append(image @ text - temperature / 2 * sum(logs))
         found.append(np.mean(per_draw))
     return np.array(found)
+
+
+def test_sets_are_measured_as_brute_force_does(made: Scenario, found: Study) -> None:
+    lake = made.open().lake
+    share = lake.read("target_concepts/tiny/pets")["share"].to_numpy()
+    rows = made.scores("sparse_features/tiny")
+    image = np.concatenate([column_to_vectors(lake.read("embeddings/tiny", shard)["image"]) for shard in SHARDS])
+    whole = [("the pool", np.ones(rows.height, bool))]
+    kept = {name: set(made.manifest(name).select("f0").to_series()) for name in found.selections}
+    chosen = whole + [(name, np.array([f0 in kept[name] for f0 in rows["f0"]])) for name in found.selections]
+    assert [(m.recipe, m.rows) for m in found.sets] == [(name, inside.sum()) for name, inside in chosen]
+    for measures, (_, inside) in zip(found.sets, chosen, strict=True):
+        mass = [Fraction(0)] * 20
+        for concepts, values in rows.filter(inside).select("concepts", "concept_values").rows():
+            for concept, value in zip(concepts, values, strict=True):
+                mass[concept] += Fraction(value)
+        total = sum(mass)
+        q = [(m + Fraction(1, 20)) / (total + 1) for m in mass]
+        divergence = sum(p * math.log(p / float(one)) for p, one in zip(share, q, strict=True) if p)
+        assert measures.divergence == {"pets": pytest.approx(divergence)}
+        entropy = -sum(float(m / total) * math.log(float(m / total)) for m in mass if m)
+        assert measures.effective_concepts == pytest.approx(math.exp(entropy))
+        cosines = image[inside].astype(np.float64) @ image[inside].astype(np.float64).T
+        np.fill_diagonal(cosines, -1)
+        assert measures.near_duplicates == pytest.approx((cosines.max(axis=1) >= 0.95).mean())
+
+
+def test_the_page_has_a_table_of_sets(found: Study, tmp_path: Path) -> None:
+    page = write_page(found, tmp_path).read_text()
+    assert "Sets by the concepts of tiny" in page
+    assert "KL to pets" in page
+    for measures in found.sets:
+        assert f"{measures.effective_concepts:,.1f}" in page
 
 
 def test_every_setting_is_scored_as_its_equation_says(made: Scenario, found: Study) -> None:

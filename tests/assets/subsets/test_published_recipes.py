@@ -26,6 +26,7 @@ from core.uids import format_uids, parse_uids, subset_array
 from dagster_project.headless import materialize
 from examples.demo import pool as demo
 from resources.lake.versions import Versions
+from tests.support.matching import match_row_by_row, thirds
 from tests.support.pool_factory import Sample, uid, write_shard, write_tar
 from tests.support.soft_cap import draw_row_by_row
 from tests.support.wordnet import write_wordnet
@@ -79,10 +80,29 @@ class Rows:
         """Return the difference of two scores in units of a temperature of 0.01."""
         return lambda row: 100.0 * row[one] + -100.0 * row[other]
 
+    def matched(self, share: str, trade_off: float, *encoders: str) -> "Rows":
+        """Keep the rows that match a target's distribution over the concepts of some encoders."""
+        features = [
+            {(name, i): z for name in encoders for i, z in zip(*of_row(row, name), strict=True) if z > 0}
+            for row in self.rows
+        ]
+        target = {
+            (name, i): p / len(encoders) for name in encoders for i, p in enumerate(self.rows[0][f"target of {name}"])
+        }
+        quality = thirds([row[LOSS] for row in self.rows])
+        uids = list(zip(*(words.tolist() for words in parse_uids([row["uid"] for row in self.rows])), strict=True))
+        found = match_row_by_row(features, target, quality, uids, int(self.of * Fraction(share)), trade_off)
+        return Rows([self.rows[row] for row in found], self.of)
+
     def halves(self, one: str, other: str) -> Callable[[Row], float]:
         """Return the mean of two scores, each scaled to [0, 1] over these rows."""
         ends = {name: [end(row[name] for row in self.rows) for end in (min, max)] for name in (one, other)}
         return lambda row: sum(0.5 * (row[name] - least) / (most - least) for name, (least, most) in ends.items())
+
+
+def of_row(row: Row, encoder: str) -> tuple[list[int], list[float]]:
+    """Return the concepts of a row and their values."""
+    return row[f"concepts/{encoder}"], row[f"concept_values/{encoder}"]
 
 
 def english(row: Row, *, words: int = 0, characters: int = 0) -> bool:
@@ -161,6 +181,11 @@ CASES = {
         lambda pool: pool.top(pool.difference(LOSS, "neg_clip_loss/weak"), "0.2"),
     ),
     "soft_cap_sample": Case("soft_cap_sample_weighted", ONE, lambda pool: pool.drawn(LOSS, NEAR, "1.0")),
+    "sdm": Case("sdm_14", ONE, lambda pool: pool.matched("0.14", 0.5, "tiny")),
+    "sdm_within": Case("neg_clip_loss_30_sdm_14", ONE, lambda pool: pool.top(LOSS, "0.3").matched("0.14", 1.0, "tiny")),
+    "sdm_two_encoders": Case(
+        "sdm_two_encoders_14", {**ONE, "other": "weak"}, lambda pool: pool.matched("0.14", 0.5, "tiny", "weak")
+    ),
     "sieve_clip_score_20": Case(
         "sieve_clip_score_20",
         {**TINY, "captioner": "tiny", "text_encoder": "tower"},
@@ -231,6 +256,10 @@ def document() -> dict[str, Any]:
                 "weak": {"batch_size": 64, "draws": 2, "temperature": 0.5},
             },
             "norm_sim_dynamic": {"tiny": {"of": "subset/neg_clip_loss_30", "keep": 0.20, "rounds": 5}},
+            "sparse_features": {
+                name: {"targets": ["imagenet"], "concepts": 48, "k": 4, "steps": 30, "seed": seed}
+                for seed, name in enumerate(("tiny", "weak"))
+            },
             "captions": {"wordnet": "dict", "synsets": "synsets.txt"},
             "clusters": {"tiny": {"targets": ["imagenet"], "clusters": 12}},
         },
@@ -271,7 +300,11 @@ def pool(published: Context) -> Rows:
     scores = {name: read(s.asset)[s.column.name] for name, s in Scores(published.settings).by_name.items()}
     rows = table.with_columns(column.alias(name) for name, column in scores.items())
     assert (rows.height, rows["uid"].n_unique()) == (302, 301)
-    return Rows(rows.unique("uid", keep="first", maintain_order=True).to_dicts())
+    targets = {
+        f"target of {name}": lake.read(f"target_concepts/{name}/imagenet")["share"].to_pylist()
+        for name in ("tiny", "weak")
+    }
+    return Rows([row | targets for row in rows.unique("uid", keep="first", maintain_order=True).to_dicts()])
 
 
 def test_the_file_of_soft_cap_sampling_draws_as_its_paper_does() -> None:

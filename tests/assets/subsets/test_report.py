@@ -18,7 +18,7 @@ from dagster._serdes import serialize_value
 from markupsafe import escape
 from PIL import Image
 
-from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
+from assets.base.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
 from assets.subsets.report import report_metadata, reports_address
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash

@@ -10,7 +10,9 @@ from selection.recipes.distribution import (
     QUALITY_WEIGHTS,
     Features,
     concept_distribution,
+    effective_concepts,
     kl_divergence,
+    last_gains,
     match_distribution,
     objective,
 )
@@ -50,6 +52,23 @@ def test_each_gain_is_the_difference_of_the_objective(trade_off):
     assert objective(features, target, quality, found.rows, trade_off=trade_off) == pytest.approx(values[-1])
     assert (found.gain >= 0).all()
     assert len(set(found.rows.tolist())) == 20
+    assert np.allclose(found.mass, features.mass(CONCEPTS, found.rows))
+    last = last_gains(features, target, quality, found, trade_off=trade_off)
+    for row in set(range(60)) - set(found.rows.tolist()):
+        added = _objective(features, target, quality, [*found.rows, row], trade_off) - values[-1]
+        assert last[row] == pytest.approx(added, abs=1e-12)
+
+
+def test_the_reasons_are_the_concepts_that_added_most():
+    features, target, quality, f0, f1 = _pool(30)
+    found = match_distribution(features, target, quality, f0, f1, count=1, trade_off=1.0)
+    (row,) = found.rows
+    parts = dict(
+        zip(features.index[row].tolist(), target[features.index[row]] * np.log1p(features.value[row]), strict=True)
+    )
+    expected = sorted(parts, key=parts.get, reverse=True)[:3]
+    assert found.concepts.tolist() == [expected]
+    assert found.parts[0] == pytest.approx([parts[concept] for concept in expected], rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -94,7 +113,7 @@ def test_the_set_is_distributed_more_like_the_target_than_a_random_one():
     features, target, quality, f0, f1 = _pool(2_000)
     found = match_distribution(features, target, quality, f0, f1, count=200, trade_off=1.0)
     random = np.random.default_rng(1).choice(2_000, 200, replace=False)
-    assert kl_divergence(target, features, found.rows) < 0.8 * kl_divergence(target, features, random)
+    assert kl_divergence(target, found.mass) < 0.8 * kl_divergence(target, features.mass(CONCEPTS, random))
 
 
 def test_the_selected_uids_do_not_depend_on_the_order_of_rows():
@@ -133,7 +152,11 @@ def test_an_entry_of_zero_has_no_effect_on_the_concept_that_it_repeats():
 def test_the_distribution_of_a_target_sums_the_features():
     features = Features(np.array([[0, 2], [2, 1]]), np.array([[1, 2], [4, 1]], np.float16))
     assert concept_distribution(features, 4).tolist() == [1 / 8, 1 / 8, 6 / 8, 0]
-    assert kl_divergence(np.array([0, 0, 0.5, 0.5]), features, [0, 1]) == float("inf")
+    mass = features.mass(4, np.array([1]))
+    assert mass.tolist() == [0, 1, 4, 0]
+    expected = 0.5 * np.log(0.5 / (4.25 / 6)) + 0.5 * np.log(0.5 / (0.25 / 6))
+    assert kl_divergence(np.array([0, 0, 0.5, 0.5]), mass) == pytest.approx(expected)
+    assert effective_concepts(np.array([2.0, 0, 2, 0])) == pytest.approx(2)
     with pytest.raises(ValueError, match="no row of the target has a concept"):
         concept_distribution(Features(features.index, np.zeros((2, 2), np.float16)), 4)
 

@@ -451,7 +451,7 @@ def test_a_row_that_a_null_dropped_is_among_the_dropped(con):
 
 def test_a_text_can_not_be_ranked():
     recipes = {"mine": recipe({"deduplicate": {"by": "image", "best": LANGUAGE}})}
-    with pytest.raises(ValueError, match="language/facts holds text, which has no rank"):
+    with pytest.raises(ValueError, match="language/facts holds text or lists, which have no rank"):
         check_recipes(recipes, scores=[LANGUAGE], pool_columns=["sha256"], texts=[LANGUAGE, "sha256"])
 
 
