@@ -19,6 +19,7 @@ from assets.reproduction import choose_again, rebuild
 from assets.settings import ConfigError
 from dagster_project.headless import Outcome
 from resources.lake.files import LakeError, column_to_vectors
+from selection.scores import norm_sim_dynamic
 from selection.scores.norm_sim_dynamic import ExactMoment, Part, Round, dynamic_rounds
 from tests.support.automation import Automation
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
@@ -332,7 +333,9 @@ def test_a_uid_that_is_in_two_shards_counts_once(scenario: Scenario) -> None:
     assert (stored.summary["pool_rows"], stored.summary["kept"]) == (35, 8)
 
 
-def test_a_killed_run_goes_on_behind_its_last_whole_round(scenario: Scenario) -> None:
+def test_a_killed_run_goes_on_behind_its_last_whole_round(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ask_for(scenario)
     scored: list[int] = []
 
@@ -345,6 +348,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_round(scenario: Scenario) ->
 
         return scenario.run(progress=on_progress)
 
+    monkeypatch.setattr(norm_sim_dynamic, "GROUP_ROWS", 1)  # a part of a round for each shard
     assert "no power" in run(dies_at=2 * len(SHARDS) + 2).failures["dynamic_rounds/tiny"]
     assert scenario.open().lake.stored("dynamic_rounds/tiny") is None
     scored.clear()
