@@ -5,6 +5,7 @@ they rely on and report the ones that differ. Not here: the content of a record 
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from assets.base.asset import Step
 from assets.base.context import Context, Snapshot
 from assets.base.partitioned import PartitionedAsset, write_unchecked
 from assets.base.score_kind import Scores
-from assets.base.selection_table import open_selection
+from assets.base.selection_table import CachedTable, open_selection
 from assets.base.unpartitioned import UnpartitionedAsset
 from assets.graph import Node, build_graph
 from assets.scores import KINDS
@@ -28,6 +29,7 @@ from core.hashing import sha256
 from resources.lake.files import Lake, LakeError, Provenance, sample_digest
 from resources.lake.versions import Versions, set_file, write_selection
 from resources.settings import ExternalUids
+from selection.recipes.execute import Selection
 from selection.recipes.recipe import UID_LIST_ASSETS, is_uid_list_asset
 
 
@@ -55,6 +57,42 @@ def choose_again(
         LakeError: a file is not the one that the version was selected from, or the selection differs from the version.
             The message lists the differences.
     """
+    with open_recorded(lake, record, sets, kinds) as selection:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
+    differences = [
+        f"{folder / file}: sha256 {found[file]}, not {wanted}"
+        for file, wanted in record["files"].items()
+        if found[file] != wanted
+    ]
+    _refuse(record, differences)
+    return folder
+
+
+@contextmanager
+def open_recorded(
+    lake: Lake,
+    record: Mapping[str, Any],
+    sets: Mapping[str, pa.Table] | None = None,
+    kinds: Kinds = KINDS,
+    cached: CachedTable | None = None,
+) -> Iterator[Selection]:
+    """Run a version's own recipe over the files that it was selected from.
+
+    Args:
+        lake: the lake.
+        record: the version's lineage record.
+        sets: the uids of each recipe and uid list that the recipe reads, by name; by default those stored beside the
+            version in the lake.
+        kinds: the score kinds that the record may use.
+        cached: as `open_selection` takes it.
+
+    Yields:
+        The selection, valid within the block.
+
+    Raises:
+        LakeError: a file is not the one that the version was selected from.
+    """
     _check_format(record)
     settings = settings_model(kinds).model_validate({**record["project"], "lake": str(lake.root)})
     name = record["recipe"]
@@ -65,16 +103,8 @@ def choose_again(
         version = versions.of_record(record["version"], dict(record))
         sets = {other: versions.read_uids(version, set_file(other)) for other in recipe.sets}
     scores = Scores(settings).places(recipe.columns().scores)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_selection(lake, name, recipe, scores, record["shards"], sets) as (selection, _):
-        found = write_selection(manifest(selection), folder / "manifest.parquet", folder / "subset.npy")
-    differences = [
-        f"{folder / file}: sha256 {found[file]}, not {wanted}"
-        for file, wanted in record["files"].items()
-        if found[file] != wanted
-    ]
-    _refuse(record, differences)
-    return folder
+    with open_selection(lake, name, recipe, scores, record["shards"], sets, cached) as (selection, _):
+        yield selection
 
 
 def rebuild(record: Mapping[str, Any], folder: Path, kinds: Kinds = KINDS) -> Path:

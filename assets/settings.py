@@ -5,7 +5,9 @@ Here: the model of the file and its error messages. Not here: the meaning of a s
 """
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, create_model, model_validator
 
 from assets.base.context import Context
+from assets.base.evaluation_settings import check_evaluation
 from assets.base.score_kind import ScoreKind, Scores
 from assets.base.settings import Name, ProjectSettings
 from assets.scores import KINDS
@@ -83,7 +86,10 @@ def _recipe_file(recipe: object, info: ValidationInfo) -> object:
         raise ValueError(
             f"{path}: no such recipe file. Remedy: correct the path, which is relative to the project's folder"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}. Remedy: save the recipe as UTF-8") from error
     for name, value in names.items():
         text = text.replace(f"{{{name}}}", str(value))
     try:
@@ -138,6 +144,8 @@ class _CheckedSettings(ProjectSettings):
         )
         for kind in self.kinds:
             kind.validate_recipes(self)
+        for name, evaluation in self.evaluations.items():
+            check_evaluation(self, f"evaluations.{name}", evaluation)
         return self
 
 
@@ -149,6 +157,7 @@ _NAMED_FIELDS = (
     "external_scores",
     "external_uids",
     "recipes",
+    "evaluations",
 )
 
 
@@ -163,10 +172,14 @@ def load_settings(path: Path, kinds: Kinds = KINDS) -> ProjectSettings:
         ConfigError: the file is missing, not YAML, or wrong; one message names every wrong field.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file. Remedy: give the path of a project's YAML")
+        wrong = "not a file" if path.exists() else "no such file"
+        raise ConfigError(f"{path}: {wrong}. Remedy: give the path of a project's YAML")
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        with path.open("rb") as file:  # its name is in the errors, and YAML tells UTF-8 from UTF-16
+            document = yaml.load(file, Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{path}: not a text file: {error}. Remedy: save the YAML as UTF-8") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping with name, lake, pool, encoders, recipes")
@@ -217,9 +230,20 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         known = lines.setdefault(field, [])
         # a field with alternatives, such as text or a mapping, has a problem for each
         known.append(message.replace("expected ", "or ", 1) if known else message)
-        given[field] = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        given[field] = "" if isinstance(problem["input"], dict) else f" (given: {_given(problem)})"
     found = [f"{field}: {', '.join(m)}{given[field]}" if field else "\n".join(m) for field, m in lines.items()]
     return found[0] if len(found) == 1 else "\n  " + "\n  ".join(found)
+
+
+def _given(problem: Mapping[str, Any]) -> str:
+    """Return a wrong value, shortened, as a YAML has it."""
+    value = problem["input"]
+    if value is None:
+        return "nothing"
+    given = str(value).lower() if isinstance(value, bool | date) else reprlib.repr(value)
+    if problem["type"] == "string_type" and isinstance(value, int | float | date):
+        given += "; quotes make it text"
+    return given
 
 
 def _message(problem: Mapping[str, Any], model: type[BaseModel]) -> str:

@@ -12,7 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 import yaml
 
+from core.links import BROWSE_VARIABLE
 from dagster_project.location import CONFIG_VARIABLE, MODULE
 from resources.lake.files import LakeError
 from resources.lake.locks import held_lock
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from assets.base.context import Context
     from assets.graph import Graph
+    from resources.lake.files import Lake
 
 SETTINGS = Path(__file__).with_name("dagster.yaml")
 """Settings that a new instance starts with."""
@@ -196,11 +198,13 @@ def graph_address(graph: "Graph", port: int) -> str:
     return f"http://127.0.0.1:{port}/asset-groups?expanded={','.join(f'global@global:{group}' for group in groups)}"
 
 
-def start_report_server(subsets: str, port: int) -> str:
-    """Start a web server of a lake's reports on 127.0.0.1, which ends with this process, and return its address.
+def start_server(module: str, arguments: Sequence[str], port: int) -> str:
+    """Start a web server on 127.0.0.1 that ends with this process, and return its address.
 
     Args:
-        subsets: path or URL of the folder `<lake>/subset`.
+        module: is run with `arguments` and the descriptor of a listening socket; it ends when its standard input is
+            closed.
+        arguments: what is served.
         port: the port to listen on; where it is taken, any free one.
     """
     listener = socket.socket()
@@ -214,7 +218,7 @@ def start_report_server(subsets: str, port: int) -> str:
     os.set_inheritable(alive, True)  # stays open in the program that replaces this process, until that ends
     descriptor = listener.fileno()
     subprocess.Popen(
-        [sys.executable, "-m", "dagster_project.report_server", subsets, str(descriptor)],
+        [sys.executable, "-m", module, *arguments, str(descriptor)],
         stdin=ended,
         pass_fds=[descriptor],
         start_new_session=True,
@@ -223,6 +227,14 @@ def start_report_server(subsets: str, port: int) -> str:
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     listener.close()
     return address
+
+
+def start_report_server(lake: "Lake", port: int) -> str:
+    """Start a web server of a lake's reports on 127.0.0.1 (`start_server`), and return the address of its reports."""
+    from assets.subsets.report import reports_digest
+
+    digest = reports_digest(lake)
+    return f"{start_server('dagster_project.report_server', [f'{lake.root}/subset', digest], port)}/{digest}"
 
 
 def serve(project: "Context", port: int) -> NoReturn:
@@ -234,6 +246,7 @@ def serve(project: "Context", port: int) -> NoReturn:
     """
     from assets.graph import build_graph
     from assets.subsets.report import REPORTS_VARIABLE
+    from dagster_project.browser.token import TokenError, stored_token
     from dagster_project.dead_runs import close_dead_runs
 
     home = prepare_home(project)
@@ -246,8 +259,18 @@ def serve(project: "Context", port: int) -> NoReturn:
         CONFIG_VARIABLE: str(project.config.resolve()),
     }
     if not environment.get(REPORTS_VARIABLE):
-        environment[REPORTS_VARIABLE] = start_report_server(f"{project.lake.root}/subset", port + 1)
-        click.echo(f"Reports: {environment[REPORTS_VARIABLE]}")
+        reports = start_report_server(project.lake, port + 1)
+        environment[REPORTS_VARIABLE] = reports
+        click.echo(f"Reports: {reports}")
+    if not environment.get(BROWSE_VARIABLE):
+        try:
+            token = stored_token()
+        except TokenError as error:
+            click.echo(f"The pool can't be browsed: {error}", err=True)
+        else:
+            browse = start_server("dagster_project.browser.standby", [str(project.config.resolve())], port + 2)
+            environment[BROWSE_VARIABLE] = browse
+            click.echo(f"Browse the pool: {browse}/?token={token}")
     click.echo(f"The asset graph with all groups open: {graph_address(build_graph(project), port)}")
     sys.stdout.flush()  # before this process is replaced
     workspace = write_workspace(home, project.settings.name)

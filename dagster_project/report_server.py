@@ -18,11 +18,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from resources.storage.by_location import open_store
 from resources.storage.stores import Store, is_object_store
 
+_REPORT = "/{recipe}/{version}/report/{name:path}"
 _VERSION = re.compile(r"v[0-9]+", re.ASCII)
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' data: 'unsafe-inline'; form-action 'none'; frame-ancestors 'none'",
@@ -31,11 +32,12 @@ HEADERS = {
 }
 
 
-def report_server(subsets: str) -> Starlette:
+def report_server(subsets: str, digest: str) -> Starlette:
     """Return a server of the files below `<recipe>/v*/report` in a folder, for this machine's own host names.
 
     Args:
         subsets: path or URL of the folder `<lake>/subset`.
+        digest: of the lake, with which every path begins: a recorded link must not open another lake's report.
     """
     store = open_store(subsets)
 
@@ -48,7 +50,7 @@ def report_server(subsets: str) -> Starlette:
         return FileResponse(found, headers=HEADERS)
 
     return Starlette(
-        routes=[Route("/{recipe}/{version}/report/{name:path}", serve_file, methods=["GET"])],
+        routes=[Mount(f"/{digest}", routes=[Route(_REPORT, serve_file, methods=["GET"])])],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)],
     )
 
@@ -67,9 +69,9 @@ def _file_below(store: Store, folder: str, name: str) -> Path | None:
 
 
 def main() -> None:
-    """Serve `<lake>/subset`, the first argument, on the listening socket whose descriptor is the second one."""
-    subsets, descriptor = sys.argv[1:]
-    settings = uvicorn.Config(report_server(subsets), log_level="warning", access_log=False)
+    """Serve `<lake>/subset`, with the lake's digest and the descriptor of a listening socket as further arguments."""
+    subsets, digest, descriptor = sys.argv[1:]
+    settings = uvicorn.Config(report_server(subsets, digest), log_level="warning", access_log=False)
     server = uvicorn.Server(settings)
 
     def end_with_the_ui() -> None:

@@ -29,7 +29,7 @@ from resources.storage.checksums import ChecksumError
 DAMAGED, MISSING, UNVERIFIED, SET_ASIDE, OK = "damaged", "missing", "unverified", "set aside", "ok"
 _RUN = "clip-select run computes it again"
 _REPAIR = f"{_RUN} if a step reads it; clip-select verify --repair sets it aside in any case, for the next run"
-_WITHOUT_RECORD = ("captioning", "catalog", "subset")
+_WITHOUT_RECORD = ("captioning", "catalog", "evaluation_work", "subset")
 """Folders of the lake whose Parquet files are no files of assets."""
 
 
@@ -172,7 +172,11 @@ def _versions(versions: Versions, *, repair: bool) -> Iterator[Verified]:
         no_record = not name.startswith(".") and name not in complete and lake.exists(f"{folder}/subset.npy")
         claims = (CLAIM_SUFFIX, REMOTE_CLAIM)
         if no_record and not any(entry.name.endswith(claims) for entry in lake.store.files(folder)):
-            yield Verified(f"{folder}/{RECORD}", MISSING, "a version without a record", _RUN)
+            remedy = "clip-select verify --repair sets the folder aside; clip-select run selects the subset again"
+            if repair:
+                versions.set_aside(name)
+                remedy = "the folder was set aside; clip-select run selects the subset again"
+            yield Verified(f"{folder}/{RECORD}", MISSING, "a version without a record", remedy)
     for name in complete:
         try:
             version = versions.read(name)

@@ -10,7 +10,7 @@ checks that run later, by themselves, are kept beside the files (`resources.lake
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dagster as dg
 import pyarrow as pa
@@ -19,6 +19,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 )
 
 from assets.base.keys import asset_key
+from core.links import asset_link
 from resources.lake.check_records import read_checks, write_check
 from resources.lake.files import Lake, Stored
 
@@ -32,6 +33,19 @@ Findings = Mapping[str, Mapping[str, Any]]
 """Findings as JSON values, by check name: `passed`, `blocking`, `figures` and `why`; `compared` is false, or absent."""
 
 NOT_COMPARED = "not compared"
+
+
+class EventContext(Protocol):
+    """Where events go: a run's context, or the instance for events that belong to no run."""
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        """The Dagster instance."""
+        ...
+
+    def log_event(self, event: Any) -> None:
+        """Log a materialization or the result of a check."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,7 @@ def check_specs(
     ]
 
 
-def log_checks(context: dg.AssetExecutionContext, asset: str, shard: str | None, findings: Findings) -> None:
+def log_checks(context: EventContext, asset: str, shard: str | None, findings: Findings) -> None:
     """Log findings as Dagster events, which keep their shard in a run of many; returned results do not."""
     target = _latest_materialization(context.instance, asset, shard) if findings else None
     for name, found in findings.items():
@@ -214,7 +228,7 @@ def log_checks(context: dg.AssetExecutionContext, asset: str, shard: str | None,
                 severity=severity(found),
                 blocking=found["blocking"],
                 description=check_text(found),
-                metadata=check_metadata(found),
+                metadata=check_metadata(found, asset_link(asset, shard)),
                 target_materialization_data=target,
             )
         )
@@ -229,7 +243,7 @@ def check_results(context: dg.AssetExecutionContext, findings: Findings) -> list
             check_name=name,
             severity=severity(f),
             description=check_text(f),
-            metadata=check_metadata(f),
+            metadata=check_metadata(f, asset_link("/".join(context.asset_key.path), None)),
         )
         for name, f in findings.items()
         if name in requested
@@ -261,7 +275,7 @@ def check_text(found: Mapping[str, Any]) -> str | None:
     return found["why"] or None
 
 
-def check_metadata(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a finding."""
+def check_metadata(found: Mapping[str, Any], link: str) -> dict[str, Any]:
+    """Return the metadata of a finding; one that does not hold has a link to the page of the rows in question."""
     text = check_text(found)
-    return {**found["figures"], **({"why": text} if text else {})}
+    return {**found["figures"], **({"why": text, "browse": dg.MetadataValue.url(link)} if text else {})}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from assets.base.pages import data_url, render
+from core.links import sample_link
 from resources.storage.images import picture
 
 _WORD_JOINER = "\u2060"
@@ -41,6 +42,11 @@ class Tile:
     def path(self) -> str:
         """The path of the picture, relative to the page."""
         return f"images/{self.uid}.jpg"
+
+    @property
+    def link(self) -> str:
+        """The address of the sample's page in `clip-select browse`."""
+        return sample_link(self.uid)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def html_page(
     tables: Mapping[str, Sequence[Sequence[str]]],
     chart: str,
     sheets: Sequence[Sheet],
+    browse: str = "",
 ) -> str:
     """Return the sheets as an HTML page that needs only the pictures beside it.
 
@@ -106,8 +113,9 @@ def html_page(
         tables: Rows of each table by its heading; the first row is the table's head.
         chart: Path of the chart, relative to the page.
         sheets: The sheets; the picture of a tile is at its `path`.
+        browse: Address of the subset in `clip-select browse`.
     """
-    return render("report.html", title=title, about=about, tables=tables, chart=chart, sheets=sheets)
+    return render("report.html", title=title, about=about, tables=tables, chart=chart, sheets=sheets, browse=browse)
 
 
 def markdown(sheet: Sheet, columns: int = 4, caption_characters: int = 100) -> str:

@@ -21,7 +21,9 @@ import polars as pl
 from assets.base.context import Context
 from assets.base.pages import data_url
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
+from assets.subsets.evaluated import with_evaluations
 from assets.subsets.funnel import COLUMNS, funnel_rows
+from core.links import browse_link
 from core.sql import quoted
 from resources.lake.files import Lake
 from resources.lake.versions import Version, Versions
@@ -35,6 +37,9 @@ WINDOW_TILES, WINDOW_SIDE, WINDOW_BYTES = 8, 96, 2_000  # of the UI: keep an eve
 BINS = 60
 REPORTS_VARIABLE = "CLIP_SELECTION_REPORTS"
 """Environment variable with the address at which a web server has the folder `<lake>/subset`."""
+
+REPORTS_PORT = 3001
+"""Where `clip-select ui` serves reports, unless it is told another port or this one is taken."""
 
 SHEET_FILE, CHART_FILE, PAGE_FILE = "sheet.md", "scores.png", "index.html"
 
@@ -73,16 +78,31 @@ def report_metadata(project: Context, version: Version) -> dict[str, Any]:
         chart = data_url(store.read(f"{folder}/{CHART_FILE}"), "png")
         metadata["score_distributions"] = dg.MetadataValue.md(f"![Scores before and after]({chart})")
         metadata["contact_sheet"] = dg.MetadataValue.md(store.read(f"{folder}/{SHEET_FILE}").decode())
-        metadata["report"] = _page_link(version)
+        metadata |= _page_links(project.lake, version)
     return metadata
 
 
-def _page_link(version: Version) -> dg.MetadataValue[Any]:
-    """Return a link to the page where a server has it, else its path: browsers open no file from a server's page."""
+def reports_digest(lake: Lake) -> str:
+    """Return 8 hexadecimal digits that tell a lake's reports from another's, on the same port at another time."""
+    return hashlib.blake2b(lake.root.encode(), digest_size=4).hexdigest()
+
+
+def reports_address(lake: Lake, port: int = REPORTS_PORT) -> str:
+    """Return the address where `clip-select ui` serves a lake's reports."""
+    return f"http://127.0.0.1:{port}/{reports_digest(lake)}"
+
+
+def _page_links(lake: Lake, version: Version) -> dict[str, dg.MetadataValue[Any]]:
+    """Return the path of the page, and a link to where a server has it: browsers open no file from a server's page."""
     address = os.environ.get(REPORTS_VARIABLE)
+    if not address and "DAGSTER_HOME" not in os.environ:  # the lake's own instance, which `clip-select ui` shows
+        address = reports_address(lake)
+    found: dict[str, dg.MetadataValue[Any]] = {"report_file": dg.MetadataValue.path(f"{_folder(version)}/{PAGE_FILE}")}
     if address:
-        return dg.MetadataValue.url(f"{address.rstrip('/')}/{version.recipe}/{version.name}/report/{PAGE_FILE}")
-    return dg.MetadataValue.path(f"{_folder(version)}/{PAGE_FILE}")
+        found["report"] = dg.MetadataValue.url(
+            f"{address.rstrip('/')}/{version.recipe}/{version.name}/report/{PAGE_FILE}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -113,7 +133,9 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
         **_warnings(version.lineage),
         **_summaries(version.lineage),
     }
-    page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets)
+    browse = browse_link(recipe=version.recipe, version=version.name)
+    page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets, browse)
+    page = with_evaluations(project.lake, version.recipe, version.name, page)
     project.lake.put(f"{folder}/{PAGE_FILE}", page.encode())
     Versions(project.lake, version.recipe).write_report_checksums(version)
 

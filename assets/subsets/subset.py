@@ -29,6 +29,7 @@ from assets.subsets.funnel import funnel_markdown
 from assets.subsets.lineage import lineage_record
 from assets.subsets.report import is_reported, report_metadata, write_report
 from core.hashing import digest, sha256
+from core.links import browse_link
 from core.sql import quoted
 from core.uids import parse_uids, subset_array, subset_words
 from resources.lake.files import Lake
@@ -352,6 +353,7 @@ def _metadata(version: Version) -> dict[str, Any]:
         "duplicates_left_out": lineage["source"]["duplicates"],
         "folder": dg.MetadataValue.path(version.folder),
         "lineage": dg.MetadataValue.path(f"{version.folder}/lineage.json"),
+        "browse": dg.MetadataValue.md(_browse_links(version)),
         **_upstream(lineage),
     }
     for asset, counted in lineage.get("rows_in_targets", {}).items():
@@ -360,6 +362,18 @@ def _metadata(version: Version) -> dict[str, Any]:
         listed = [f"- {shard}: {why}" for shard, why in list(lineage["shards_missing"].items())[:50]]
         metadata["shards_missing_why"] = dg.MetadataValue.md("\n".join(listed))
     return metadata
+
+
+def _browse_links(version: Version) -> str:
+    """Return links to the version's rows, to those that each step dropped, and to thresholds to try."""
+    named = {"recipe": version.recipe, "version": version.name}
+    links = {"kept": browse_link(**named)}
+    for step in version.lineage["steps"]:
+        if step["kept"] < step["entered"]:
+            number = step["step"]
+            links[f"dropped at step {number}"] = browse_link(**named, member="dropped", step=number)
+    links["what if"] = browse_link("/what-if", recipe=version.recipe)
+    return " · ".join(f"[{text}]({link})" for text, link in links.items())
 
 
 def _check_metadata(lake: Lake, asset: SubsetAsset, version: Version) -> dict[str, Any]:

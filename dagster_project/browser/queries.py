@@ -6,13 +6,15 @@ rows that are returned. Not here: pages (`app`), recipes tried out (`trials`), e
 
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import duckdb
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -20,6 +22,7 @@ from assets.base.context import Context
 from assets.base.score_kind import Scores
 from core import sql
 from core.errors import UserError
+from core.hashing import digest
 from core.machine import close_duckdb, open_duckdb
 from core.names import suggestion
 from core.uids import parse_uids
@@ -29,6 +32,10 @@ from selection.recipes.predicates import predicate_columns
 MEMORY, THREADS = "1GB", 2
 POOL = "raw_pool"
 RANDOM = "random"
+BATCH = 32
+"""Shards that are joined by position in one query."""
+DEEPEST = 10_000
+"""Rows before and on a page, up to which batches are sorted one by one."""
 MOST_ROWS = 1_000_000
 """Rows of `to_polars` at most, unless it is asked for more."""
 
@@ -58,8 +65,10 @@ class Table:
         spill = tempfile.mkdtemp(prefix="browse-")
         self._con = open_duckdb(spill, memory=MEMORY, threads=THREADS)
         self._verified: dict[tuple[str, str, frozenset[str]], tuple[str, Path]] = {}
-        self._aligned: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._shards: dict[str, str] = {}  # by the name of a file, which is a hash for the copy of a remote one
+        self._aligned: dict[tuple[str, str, str], tuple[str, ...]] = {}
         self._lock = Lock()
+        self._threads = ThreadPoolExecutor(THREADS)
         self._close = weakref.finalize(self, close_duckdb, self._con, spill)
 
     def close(self) -> None:
@@ -102,84 +111,157 @@ class Table:
         return sorted(set.intersection(*listed))
 
     def file(self, asset: str, shard: str, columns: frozenset[str]) -> str:
-        """Return a verified file as an SQL string; an unchanged file is verified once for each set of columns."""
+        """Return a file as an SQL string, for reading these columns, verified once for each version of the file."""
         stored = self.context.lake.stored(asset, shard)
         key = (asset, shard, columns)
         known = self._verified.get(key)
         if known is None or stored is None or known[0] != stored.fingerprint:
             path = self.context.lake.verified_path(asset, shard, columns)
             known = self._verified[key] = ("" if stored is None else stored.fingerprint, path)
+            self._shards[path.name] = shard
         return sql.path(known[1])
 
     def run(self, query: str, tables: Mapping[str, pa.Table] | None = None) -> pa.Table:
         """Run a query; `tables` are its further tables, by name.
 
         Raises:
-            BrowseError: the query does not fit the types of the columns, or two files have different rows.
+            BrowseError: the query does not fit the types of the columns.
         """
-        with self._lock:
+        (found,) = self.run_all([query], tables)
+        return found
+
+    def run_all(self, queries: Sequence[str], tables: Mapping[str, pa.Table] | None = None) -> list[pa.Table]:
+        """Run several queries, some at the same time, because DuckDB joins by position in one thread.
+
+        Raises:
+            BrowseError: as `run` does.
+        """
+
+        def one(query: str) -> pa.Table:
             con = self._con.cursor()
             try:
                 for name, table in (tables or {}).items():
                     con.register(name, table)
                 return con.sql(query).to_arrow_table()
-            except (duckdb.Error, ValueError) as error:
-                raise BrowseError(str(error).split("\n", 1)[0]) from error
             finally:
                 con.close()
 
-    def scan(self, names: frozenset[str], *, uids: bool, shard: str | None = None) -> str:
-        """Write a query of some columns, with `the shard` and `the row` of each row.
+        try:
+            with self._lock:
+                return [one(queries[0])] if len(queries) == 1 else list(self._threads.map(one, queries))
+        except (duckdb.Error, ValueError) as error:
+            raise BrowseError(str(error).split("\n", 1)[0]) from error
+
+    def scan(self, names: frozenset[str], *, uids: bool, only: Collection[str] | None = None) -> str:
+        """Write a query of some columns, with `the file` and `the row` of each row.
 
         Args:
             names: columns of the pool and scores.
             uids: include f0 and f1.
-            shard: only this shard.
+            only: the shards to read; by default all that have the columns.
 
         Raises:
-            BrowseError: no shard has all that it reads.
+            BrowseError: no shard has all that it reads, or two files of a shard have different rows.
         """
+        (query,) = self.scans(names, uids=uids, only=only, size=None)
+        return query
+
+    def scans(
+        self, names: frozenset[str], *, uids: bool, only: Collection[str] | None = None, size: int | None
+    ) -> list[str]:
+        """Write what `scan` writes as several queries, of `size` shards each."""
         wanted: dict[str, dict[str, str]] = {}
         for name in sorted(names):
             asset, column = self.place(name)
             wanted.setdefault(asset, {})[name] = column
         wanted = wanted or {POOL: {}}
-        shards = [name for name in self.shards(list(wanted)) if shard in (None, name)]
+        shards = [name for name in self.shards(list(wanted)) if only is None or name in only]
         if not shards:
-            where = "no shard" if shard is None else f"shard {shard!r} does not exist or"
-            raise BrowseError(f"{where} has {', '.join(wanted)}. Remedy: clip-select run computes what is missing")
+            where = f"shard {', '.join(only)} has no" if only else "no shard has"
+            raise BrowseError(f"{where} {' and '.join(wanted)}. Remedy: clip-select run computes what is missing")
+        self._check_aligned(list(wanted), shards)
+        self._verify({(a, n, _read(c, uids)) for a, c in wanted.items() for n in shards} - self._verified.keys())
+        size = size or len(shards)
+        return [self._joined(wanted, shards[at : at + size], uids) for at in range(0, len(shards), size)]
+
+    def _verify(self, files: Collection[tuple[str, str, frozenset[str]]]) -> None:
+        """Verify files for `file`, several at the same time."""
+        list(self._threads.map(lambda key: self.file(*key), sorted(files, key=str)))
+
+    def _joined(self, wanted: Mapping[str, Mapping[str, str]], shards: Sequence[str], uids: bool) -> str:
+        """Write the query of these columns by asset, in which files are joined by position."""
         parts, selected = [], []
         for number, (asset, columns) in enumerate(wanted.items()):
-            read = frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
-            files = ", ".join(self.file(asset, name, read) for name in shards)
+            files = ", ".join(self.file(asset, name, _read(columns, uids)) for name in shards)
             parts.append(f"read_parquet([{files}], file_row_number=true, filename=true) AS t{number}")
             selected += [f"t{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for name, column in columns.items()]
-        self._check_aligned(list(wanted), shards)
         identity = ['t0.filename AS "the file"', 't0.file_row_number AS "the row"']
         identity += ["t0.f0 AS f0", "t0.f1 AS f1"] if uids else []
         return f"SELECT {', '.join([*identity, *selected])} FROM {' POSITIONAL JOIN '.join(parts)}"
 
     def _check_aligned(self, assets: Sequence[str], shards: Sequence[str]) -> None:
-        """Check once that the files of several assets have the same rows; unchanged files are not read again.
+        """Check that the files of several assets have the same rows.
+
+        Files that were computed from the same `raw_pool` have; their provenance records it. The uids of other files
+        are compared, once for unchanged files.
 
         Raises:
             BrowseError: they have not.
         """
         first, uids = assets[0], frozenset({"f0", "f1"})
         for other in assets[1:]:
-            key = [self.context.lake.stored(asset, shard) for asset in (first, other) for shard in shards]
-            prints = tuple("" if stored is None else stored.fingerprint for stored in key)
-            if self._aligned.get((first, other)) == prints:
-                continue
-            left, right = (
-                f"read_parquet([{', '.join(self.file(asset, shard, uids) for shard in shards)}], file_row_number=true)"
-                for asset in (first, other)
-            )
-            same = " AND ".join(f"a.{c} IS NOT DISTINCT FROM b.{c}" for c in ("f0", "f1", "file_row_number"))
-            found = self.run(f"SELECT count(*) AS n FROM {left} AS a POSITIONAL JOIN {right} AS b WHERE NOT ({same})")
-            if found["n"][0].as_py():
-                raise BrowseError(f"{other} has other rows than {first}. Remedy: clip-select run")
-            self._aligned[first, other] = prints
+            for shard in shards:
+                sources = [self._source(asset, shard) for asset in (first, other)]
+                if sources[0] is not None and sources[0] == sources[1]:
+                    continue
+                key = (first, other, shard)
+                stored = [self.context.lake.stored(asset, shard) for asset in (first, other)]
+                prints = tuple("" if found is None else found.fingerprint for found in stored)
+                if self._aligned.get(key) == prints:
+                    continue
+                left, right = (self.context.lake.read(asset, shard, sorted(uids)) for asset in (first, other))
+                if not left.equals(right):
+                    raise BrowseError(f"{other} has other rows than {first} in shard {shard}. Remedy: clip-select run")
+                self._aligned[key] = prints
+
+    def _source(self, asset: str, shard: str) -> str | None:
+        """Return the fingerprint of the `raw_pool` that a file's rows are of; None if its inputs have changed since."""
+        stored = self.context.lake.stored(asset, shard)
+        if stored is None or asset == POOL:
+            return None if stored is None else stored.fingerprint
+        inputs = stored.provenance.inputs
+        if POOL in inputs:
+            return inputs[POOL]
+        for name, fingerprint in inputs.items():
+            found = self.context.lake.stored(name, shard) if name.startswith("embeddings/") else None
+            if found is not None and found.fingerprint == fingerprint:
+                return self._source(name, shard)
+        return None
+
+    def find(self, f0: int, f1: int) -> Place:
+        """Return the first row with a uid; Bloom filters leave out most files. `read` verifies the row that is shown.
+
+        Raises:
+            BrowseError: there is none.
+        """
+        lake = self.context.lake
+        paths = {shard: lake.store.local(lake.path(POOL, shard)) for shard in self.shards([POOL])}
+        if not paths:
+            raise BrowseError("the lake has no shard yet. Remedy: clip-select run")
+        self._shards |= {path.name: shard for shard, path in paths.items()}
+        files = ", ".join(map(sql.path, paths.values()))
+        found = self.run(
+            f'SELECT filename AS "the file", file_row_number AS "the row" FROM '
+            f"read_parquet([{files}], file_row_number=true, filename=true) "
+            f"WHERE f0 = {f0:d}::UBIGINT AND f1 = {f1:d}::UBIGINT ORDER BY ALL LIMIT 1"
+        ).to_pylist()
+        if not found:
+            raise BrowseError(f"there is no sample {f0:016x}{f1:016x} in the pool")
+        return self.place_of(found[0]["the file"], found[0]["the row"])
+
+    def place_of(self, file: str, row: int) -> Place:
+        """Return a row's place by the path of a file that a query read."""
+        return Place(self._shards[Path(file).name], row)
 
     def read(self, places: Sequence[Place], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return columns of some rows, in their order; a score without a file is None."""
@@ -215,6 +297,10 @@ class Table:
             if row.setdefault("words", identity) != identity:
                 raise BrowseError(f"{asset} has other rows than shard {shard}. Remedy: clip-select run")
             row.update(values)
+
+
+def _read(columns: Mapping[str, str], uids: bool) -> frozenset[str]:
+    return frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
 
 
 @dataclass(frozen=True)
@@ -263,23 +349,56 @@ class Query:
         return replace(self, marks={**self.marks, f"uids{len(self.marks)}": uids})
 
     def places(self, limit: int, offset: int = 0) -> list[Place]:
-        """Return where the rows are, in the query's order; equal values are in the pool's order."""
-        order = ['"the file"', '"the row"']
-        if self.sort == RANDOM:
-            order.insert(0, f"hash(f0, f1, {self.seed:d})")
-        elif self.sort is not None:
-            order.insert(0, f"{sql.quoted(self.sort)} {'DESC' if self.descending else 'ASC'} NULLS LAST")
-        query = f'SELECT "the file", "the row" FROM ({self._rows(sorting=True)}) ORDER BY {", ".join(order)}'
-        found = self.table.run(f"{query} LIMIT {limit:d} OFFSET {offset:d}", self.marks)
+        """Return where the rows are, in the query's order; equal values are in the order of the files."""
+        order, selected = ['"the file"', '"the row"'], ""
+        if self.sort is not None:
+            key = f"hash(f0, f1, {self.seed:d})" if self.sort == RANDOM else sql.quoted(self.sort)
+            selected = f', {key} AS "the key"'
+            falling = "DESC" if self.descending and self.sort != RANDOM else "ASC"
+            order.insert(0, f'"the key" {falling} NULLS LAST')
+        ordered = f"ORDER BY {', '.join(order)} LIMIT"
+        parts = self._rows(sorting=True, size=BATCH if limit + offset <= DEEPEST else None)
+        first = [f'SELECT "the file", "the row"{selected} FROM ({part}) {ordered}' for part in parts]
+        if len(first) == 1:
+            found = self.table.run(f"{first[0]} {limit:d} OFFSET {offset:d}", self.marks)
+        else:
+            best = self.table.run_all([f"{query} {limit + offset:d}" for query in first], self.marks)
+            listed = {"listed": pa.concat_tables(best)}
+            found = self.table.run(f"FROM listed {ordered} {limit:d} OFFSET {offset:d}", listed)
         return [
-            Place(Path(file).stem, row)
+            self.table.place_of(file, row)
             for file, row in zip(found["the file"].to_pylist(), found["the row"].to_pylist(), strict=True)
         ]
 
+    @property
+    def restricts(self) -> bool:
+        """Whether anything but the order was asked for."""
+        return bool(self.predicates or self.marks or self.only_shard)
+
+    def rows_of(self, shard: str) -> np.ndarray:
+        """Return the numbers of the rows of a shard, int64, ascending; empty where the shard lacks a score."""
+        if self.only_shard not in (None, shard):
+            return np.empty(0, np.int64)
+        within = replace(self, only_shard=shard, sort=None)
+        if not self.table.shards([self.table.place(name)[0] for name in within._names(sorting=False)] or [POOL]):
+            return np.empty(0, np.int64)
+        (rows,) = within._rows(sorting=False)
+        found = self.table.run(f'SELECT "the row" FROM ({rows}) ORDER BY ALL', self.marks)
+        return np.asarray(found["the row"].to_numpy(), np.int64)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `count` reads no rows, because the files state their number."""
+        return not self.predicates and not self.marks
+
     def count(self) -> int:
         """Return the number of rows."""
-        found = self.table.run(f"SELECT count(*) AS n FROM ({self._rows(sorting=False)})", self.marks)
-        return int(found["n"][0].as_py())
+        if self.is_counted:
+            lake = self.table.context.lake
+            shards = [name for name in self.table.shards([POOL]) if self.only_shard in (None, name)]
+            return sum(stored.rows for shard in shards if (stored := lake.stored(POOL, shard)) is not None)
+        queries = [f"SELECT count(*) AS n FROM ({part})" for part in self._rows(sorting=False, size=BATCH)]
+        return sum(found["n"][0].as_py() for found in self.table.run_all(queries, self.marks))
 
     def to_polars(self, *names: str, limit: int = MOST_ROWS) -> pl.DataFrame:
         """Return the rows as a frame: uid, shard, key, caption and these columns, by default all scores."""
@@ -287,16 +406,26 @@ class Query:
         rows = self.table.read(self.places(limit), columns)
         return pl.DataFrame([{name: row[name] for name in columns} for row in rows], infer_schema_length=None)
 
-    def _rows(self, *, sorting: bool) -> str:
-        names = frozenset().union(*(self.table.checked(predicate) for predicate in self.predicates))
-        if sorting and self.sort not in (None, RANDOM):
-            names |= {str(self.sort)}
+    def _names(self, *, sorting: bool) -> frozenset[str]:
+        names: frozenset[str] = frozenset().union(*(self.table.checked(predicate) for predicate in self.predicates))
+        return names | {str(self.sort)} if sorting and self.sort not in (None, RANDOM) else names
+
+    def _rows(self, *, sorting: bool, size: int | None = None) -> list[str]:
+        """Write the queries of the rows, of `size` shards each where that is faster."""
+        names = self._names(sorting=sorting)
         uids = bool(self.marks) or (sorting and self.sort == RANDOM)
-        query = f"SELECT * FROM ({self.table.scan(names, uids=uids, shard=self.only_shard)}) AS rows"
-        for mark in self.marks:
-            query += f" SEMI JOIN {mark} USING (f0, f1)"
+        only = None if self.only_shard is None else [self.only_shard]
+        joins = len({self.table.place(name)[0] for name in names}) > 1
+        parts = self.table.scans(names, uids=uids, only=only, size=size if joins and not self.marks else None)
+        members = "".join(f" SEMI JOIN {mark} USING (f0, f1)" for mark in self.marks)
         tests = [f"({predicate}\n)" for predicate in self.predicates]  # the line break ends a comment
-        return query + (f" WHERE {' AND '.join(tests)}" if tests else "")
+        condition = f" WHERE {' AND '.join(tests)}" if tests else ""
+        return [f"SELECT * FROM ({part}) AS rows{members}{condition}" for part in parts]
+
+
+def shard_order(shard: str) -> str:
+    """Return a keyed hash of a shard's name; in its order, the first shards are a sample of the pool."""
+    return digest({"browse": shard})
 
 
 def uid_table(uids: Sequence[str]) -> pa.Table:
@@ -316,7 +445,4 @@ def find(table: Table, uid: str) -> Place:
     """
     if len(uid) != 32 or not set(uid) <= set("0123456789abcdef"):
         raise BrowseError("a uid is 32 hexadecimal digits in lower case")
-    found = Query(table).among(uid_table([uid])).places(1)
-    if not found:
-        raise BrowseError(f"there is no sample {uid} in the pool")
-    return found[0]
+    return table.find(int(uid[:16], 16), int(uid[16:], 16))

@@ -1,5 +1,6 @@
 """One sample: its image, scores with percentiles, steps, neighbours and lineage; and the rejected samples."""
 
+import math
 import threading
 from functools import lru_cache
 from typing import Any
@@ -12,14 +13,18 @@ from assets.base.context import Context
 from assets.subsets.catalog import catalog_scores
 from assets.subsets.contact_sheets import small_jpeg
 from core import sql
+from core.errors import UserError
+from core.names import suggestion
 from core.uids import format_uid
 from dagster_project.browser import search
-from dagster_project.browser.queries import BrowseError, Place, Table, find
+from dagster_project.browser.queries import BrowseError, Place, Table, find, shard_order
 from resources.catalog.build import read_catalog
-from resources.lake.files import LakeError
 from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool
 
 NEGATIVES = 4
+PERCENTILE_ROWS = 2_000_000
+ANY_REASON = "any"
+"""In the place of a reason: every rejected sample."""
 _decoding = threading.Semaphore(4)
 
 
@@ -81,14 +86,16 @@ def describe(table: Table, uid: str) -> dict[str, Any]:
     """
     place = find(table, uid)
     scores = list(table.scores.by_name)
+    percentiles, note = _percentiles(table, place)
+    explained, problem = _explained(table, uid)
     (row,) = table.read([place], [*(n for n in table.columns if "/" not in n and n != "shard"), *scores])
     return {
         "row": row,
         "place": place,
-        "scores": [
-            {"name": name, "value": row[name], "percentile": _percentile(table, name, row[name])} for name in scores
-        ],
-        "recipes_of_sample": _explained(table, uid),
+        "scores": [{"name": name, "value": row[name], "percentile": percentiles.get(name)} for name in scores],
+        "percentile_note": note,
+        "recipes_of_sample": explained,
+        "problem": problem,
         "neighbours": _neighbours(table, row),
         "negatives": _negatives(table, place),
         "encoders": search.encoders(table),
@@ -97,31 +104,55 @@ def describe(table: Table, uid: str) -> dict[str, Any]:
     }
 
 
-def _percentile(table: Table, name: str, value: Any) -> float | None:
-    """Return the share of rows with a smaller value, in %; half of the equal ones count."""
-    column = table.scores.by_name[name].column
-    if value is None or isinstance(value, str) or column.direction is None:
-        return None
-    number = sql.literal(float(value))
-    query = (
-        f"SELECT 100 * (count(*) FILTER (WHERE v < {number}) + 0.5 * count(*) FILTER (WHERE v = {number})) / count(v) "
-        f"AS p FROM (SELECT {sql.quoted(name)}::DOUBLE AS v FROM ({table.scan(frozenset({name}), uids=False)}))"
-    )
-    return table.run(query)["p"][0].as_py()
+def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
+    """Return the share of rows with a smaller value of each score, in %, half of the equal ones counted; and a note.
+
+    Reads whole shards, the row's own first and the others in the order of a keyed hash, up to PERCENTILE_ROWS rows.
+    """
+    lake = table.context.lake
+    by_asset: dict[str, list[str]] = {}
+    for name in table.numbers:
+        by_asset.setdefault(table.place(name)[0], []).append(name)
+    found: dict[str, float] = {}
+    fewest, most = 0, 0
+    for asset, names in by_asset.items():
+        if lake.stored(asset, place.shard) is None:
+            continue
+        shards = sorted(table.shards([asset]), key=lambda shard: (shard != place.shard, shard_order(shard)))
+        sizes = {shard: stored.rows for shard in shards if (stored := lake.stored(asset, shard)) is not None}
+        ends = np.cumsum(list(sizes.values()))
+        only = shards[: max(1, int(np.searchsorted(ends, PERCENTILE_ROWS, side="right")))]
+        (row,) = table.read([place], names)
+        known = {n: v for n in names if (v := row[n]) is not None and not (isinstance(v, float) and math.isnan(v))}
+        if not known:
+            continue
+        fewest, most = sum(sizes[shard] for shard in only), int(ends[-1])
+        columns = ", ".join(
+            f"100 * (count(*) FILTER (WHERE {sql.quoted(name)} < {sql.literal(float(value))}) + 0.5 * "
+            f"count(*) FILTER (WHERE {sql.quoted(name)} = {sql.literal(float(value))})) / count({sql.quoted(name)}) "
+            f"AS {sql.quoted(name)}"
+            for name, value in known.items()
+        )
+        query = f"SELECT {columns} FROM ({table.scan(frozenset(known), uids=False, only=only)})"
+        found |= table.run(query).to_pylist()[0]
+    return found, "" if fewest == most else f"Percentiles are among {fewest:,} of {most:,} rows."
 
 
-def _explained(table: Table, uid: str) -> dict[str, list[dict[str, Any]]]:
+def _explained(table: Table, uid: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Return the rows of `explain` by recipe and version; and why there are none, if the catalog can't be asked."""
     try:
         with read_catalog(table.context.catalog_path()) as con:
             rows = con.sql("FROM explain($uid)", params={"uid": uid}).to_arrow_table().to_pylist()
     except FileNotFoundError:
-        return {}
+        return {}, "There is no catalog yet; clip-select run builds it."
+    except UserError as error:
+        return {}, str(error)
     except duckdb.Error as error:
-        raise BrowseError(str(error).split("\n", 1)[0]) from error
+        return {}, f"The catalog can't be asked: {str(error).split(chr(10), 1)[0]}. Remedy: clip-select run builds it"
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(" ".join(filter(None, [row["recipe"], row["version"]])), []).append(row)
-    return found
+    return found, ""
 
 
 def _neighbours(table: Table, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -143,7 +174,7 @@ def _neighbours(table: Table, row: dict[str, Any]) -> list[dict[str, Any]]:
 def _tile(table: Table, place: Place, title: str) -> dict[str, Any]:
     (row,) = table.read([place], ["uid", "caption"])
     image = f"/image/{place.shard}/{place.row}" if table.context.pool.has_images else ""
-    return {"title": title, "image": image, "text": row["caption"], "uid": row["uid"]}
+    return {"title": title, "image": image, "text": row["caption"][:500], "uid": row["uid"]}
 
 
 def _negatives(table: Table, place: Place) -> list[dict[str, Any]]:
@@ -156,11 +187,8 @@ def _negatives(table: Table, place: Place) -> list[dict[str, Any]]:
             continue
         listed = lake.read(key)
         for side, other, title in (("image", "text", "for the image"), ("text", "image", "for the caption")):
-            try:
-                (vectors,) = lake.vectors(key, columns=[other])
-                own = search.of_row(table, encoder, place, side)
-            except LakeError as error:
-                raise BrowseError(str(error)) from error
+            (vectors,) = lake.vectors(key, columns=[other])
+            own = search.of_row(table, encoder, place, side)
             cosines = np.asarray(vectors[:], np.float32) @ own
             seen: dict[str, float] = {}
             for index in np.argsort(-cosines)[: 8 * NEGATIVES]:
@@ -169,22 +197,40 @@ def _negatives(table: Table, place: Place) -> list[dict[str, Any]]:
                 )
             for uid in list(seen)[:NEGATIVES]:
                 tile = _tile(table, find(table, uid), f"Hard negative {title} ({encoder}), cosine {seen[uid]:.3f}")
-                found.append({**tile, "text": tile["text"]})
+                found.append(tile)
     return found
 
 
-def rejects(table: Table, reason: str, limit: int = 200) -> dict[str, Any]:
-    """Return the rejected samples: the number for each reason, and some rows of one reason or all."""
-    lake = table.context.lake
-    shards = lake.shards("rejects")
-    columns = frozenset({"shard", "key", "reason", "detail"})
-    if not shards:
-        return {"counts": [], "rows": []}
-    files = ", ".join(table.file("rejects", shard, columns) for shard in shards)
-    source = f"read_parquet([{files}])"
-    counts = table.run(
-        f"SELECT reason, count(*) AS n FROM {source} GROUP BY reason ORDER BY n DESC, reason"
-    ).to_pylist()
+def reject_counts(table: Table, shard: str = "") -> list[dict[str, Any]]:
+    """Return each reason with its number of rejected samples, the most frequent first."""
+    source = _reject_source(table, shard)
+    if source is None:
+        return []
+    return table.run(f"SELECT reason, count(*) AS n FROM {source} GROUP BY reason ORDER BY n DESC, reason").to_pylist()
+
+
+def rejects(table: Table, reason: str = "", shard: str = "", *, limit: int = 200, offset: int = 0) -> dict[str, Any]:
+    """Return rejected samples of a reason and a shard, or of all: `rows` from `offset`, and the number of all, `total`.
+
+    Raises:
+        BrowseError: there is no such shard.
+    """
+    source = _reject_source(table, shard)
+    if source is None:
+        return {"total": 0, "rows": []}
     where = f" WHERE reason = {sql.text(reason)}" if reason else ""
-    rows = table.run(f"SELECT shard, key, reason, detail FROM {source}{where} LIMIT {limit}").to_pylist()
-    return {"counts": counts, "rows": rows}
+    total = table.run(f"SELECT count(*) AS n FROM {source}{where}")["n"][0].as_py()
+    rows = table.run(
+        f"SELECT shard, key, reason, detail FROM {source}{where} ORDER BY shard, source_row "
+        f"LIMIT {limit:d} OFFSET {offset:d}"
+    ).to_pylist()
+    return {"total": total, "rows": rows}
+
+
+def _reject_source(table: Table, shard: str) -> str | None:
+    shards = table.shards(["rejects"])
+    if shard and shard not in shards:
+        raise BrowseError(f"shard {shard!r} was not read yet; {suggestion(shard, shards)}. Remedy: clip-select run")
+    columns = frozenset({"shard", "key", "source_row", "reason", "detail"})
+    files = ", ".join(table.file("rejects", name, columns) for name in ([shard] if shard else shards))
+    return f"read_parquet([{files}])" if files else None

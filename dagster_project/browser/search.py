@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core import hashing
-from dagster_project.browser.queries import BrowseError, Place, Table
-from resources.lake.files import LakeError
+from dagster_project.browser.queries import BrowseError, Place, Query, Table, shard_order
 from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
 from resources.settings import TextEncoderSettings
@@ -53,10 +51,7 @@ def of_text(table: Table, encoder: str, text: str) -> np.ndarray:
 
 def of_row(table: Table, encoder: str, place: Place, side: str) -> np.ndarray:
     """Return the embedding of a row's image or caption (`side`: image or text), float32 [d]."""
-    try:
-        (vectors,) = table.context.lake.vectors(f"embeddings/{encoder}", place.shard, columns=[side])
-    except LakeError as error:
-        raise BrowseError(str(error)) from error
+    (vectors,) = table.context.lake.vectors(f"embeddings/{encoder}", place.shard, columns=[side])
     return np.asarray(vectors[place.row : place.row + 1], np.float32)[0]
 
 
@@ -66,6 +61,7 @@ def nearest(
     query: np.ndarray,
     side: str,
     *,
+    among: Query | None = None,
     count: int = 120,
     rows: int = ROWS,
     seconds: float = SECONDS,
@@ -77,26 +73,29 @@ def nearest(
         encoder: whose embeddings are searched.
         query: float32 [d], unit norm.
         side: `image` or `text`.
+        among: the rows to find; by default all.
         count: rows to return at most.
         rows: rows to search at most; at least one shard is searched.
         seconds: after which no further shard is started.
     """
     lake, asset = table.context.lake, f"embeddings/{encoder}"
-    shards = sorted(lake.shards(asset), key=lambda shard: hashing.digest({"browse": shard}))
+    shards = sorted(lake.shards(asset), key=shard_order)
     sizes = {shard: stored.rows for shard in shards if (stored := lake.stored(asset, shard)) is not None}
     best: list[tuple[float, str, int]] = []
     searched, start = 0, time.monotonic()
     for shard, size in sizes.items():
         if searched and (searched + size > rows or time.monotonic() - start > seconds):
             break
-        try:
-            (vectors,) = lake.vectors(asset, shard, columns=[side])
-            for first in range(0, size, BLOCK):
-                cosines = np.asarray(vectors[first : first + BLOCK], np.float32) @ query
-                top = np.argsort(-cosines, kind="stable")[:count]
-                best += [(-float(cosines[row]), shard, first + int(row)) for row in top]
-        except LakeError as error:
-            raise BrowseError(str(error)) from error
+        wanted = None if among is None else among.rows_of(shard)
+        (vectors,) = lake.vectors(asset, shard, columns=[side])
+        for first in range(0, size, BLOCK):
+            cosines = np.asarray(vectors[first : first + BLOCK], np.float32) @ query
+            numbers = np.arange(first, first + len(cosines))
+            if wanted is not None:
+                numbers = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(cosines))]
+            values = cosines[numbers - first]
+            top = np.argsort(-values, kind="stable")[:count]
+            best += [(-float(values[at]), shard, int(numbers[at])) for at in top]
         best = sorted(best)[:count]
         searched += size
     places = [Place(shard, row) for _, shard, row in best]

@@ -7,7 +7,8 @@ The file is built under a temporary name and swapped in, and it is only opened r
 process and then no readers.
 
 Views (`views.py`): pool, rejects, shards, scores, pool_scores, targets, one for each score asset under its key,
-subsets, subset_members, subset_shards, lineage_records, funnel, step_reports. Macros: explain(uid) (`explain.py`);
+subsets, subset_members, subset_shards, lineage_records, funnel, step_reports, evaluations, evaluation_curves. Macros:
+explain(uid) (`explain.py`);
 versions, lineage, diff and overlap (`history.py`); score_asset and uid_word, which these use.
 """
 

@@ -103,7 +103,7 @@ def top(**limit: object) -> dict[str, Any]:
         (top(fraction=100), r"Remedy: 100 % is 1\.00 "),
         (top(fraction=300), r"fraction: expected at most 1 \(given: 300\)"),
         (top(fraction=0), r"fraction: expected more than 0 \(given: 0\)"),
-        ({"lake": None}, r"lake: expected text \(given: None\)"),
+        ({"lake": None}, r"lake: expected text \(given: nothing\)"),
         ({"pool": ["pool"]}, r"pool: expected a mapping with fields such as path, format, .*given: \['pool'\]"),
         ({"encoders": ["b32"]}, r"encoders: expected a mapping: lines such as `name: value`"),
         ({"scores": {"clip_score": "b32"}}, r"scores\.clip_score: expected a list: \[a, b\], or .*given: 'b32'"),
@@ -174,15 +174,39 @@ def test_a_mapping_may_be_merged_into_another_and_overridden(tmp_path: Path) -> 
     ("text", "message"),
     [
         (None, "no such file"),
-        ("a: [", "not valid YAML"),
-        ("- a", "expected a mapping"),
-        ("name: a\nlake: x\nlake: y", "lake: given more than once"),
-        ("", "expected a mapping"),
+        (b"a: [", r'not valid YAML: (?s:.*)in ".*project\.yaml", line 1'),
+        (b"name: a\n\tlake: x", r"not valid YAML: (?s:.*)'\\t'"),
+        (b"- a", "expected a mapping"),
+        (b"name: a\nlake: x\nlake: y", "lake: given more than once"),
+        (b"", "expected a mapping"),
+        (b"name: a\n---\nname: b", "not valid YAML: expected a single document"),
+        (b"name: a\x00", "not a text file: (?s:.*)Remedy: save the YAML as UTF-8"),
+        (b"name: \xe4", "not a text file: (?s:.*)Remedy: save the YAML as UTF-8"),
+        (b"name: !!python/name:os.system", "not valid YAML: could not determine a constructor"),
+        (b"name: 2026-01-01", r"name: expected text \(given: 2026-01-01; quotes make it text\)"),
+        (b"encoders: {no: {model: m}}", r"encoders.*: expected text \(given: false; quotes make it text\)"),
+        (b"pool: &a [*a]", "pool: expected a mapping"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_file_that_is_not_a_project_is_refused(tmp_path: Path, text: bytes | None, message: str) -> None:
     path = tmp_path / "project.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         load_settings(path)
+
+
+def test_a_folder_is_not_a_project(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a file"):
+        load_settings(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_the_encodings_and_line_ends_of_editors_are_read(tmp_path: Path, encoding: str, line_end: str) -> None:
+    path, recipe = tmp_path / "project.yaml", tmp_path / "recipe.yaml"
+    recipe.write_text(line_end.join(["steps:", "  - where: width > 96", ""]), encoding="utf-8-sig")
+    lines = ["name: a", "lake: é", "pool: {path: p}", "encoders: {b32: {model: m}}", "recipes: {r: recipe.yaml}"]
+    path.write_text(line_end.join(lines), encoding=encoding)
+    found = load_settings(path)
+    assert (Path(found.lake).name, len(found.recipes["r"].steps)) == ("é", 1)

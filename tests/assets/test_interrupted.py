@@ -3,11 +3,13 @@
 import json
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from dagster_project.dead_runs import close_dead_runs
 from dagster_project.instance import open_instance
 from tests.support.interrupting import Running, data_files, stray_files
 from tests.support.scenario import SHARDS, Scenario
@@ -56,15 +58,16 @@ def test_an_interrupted_run_selects_nothing_and_its_resumption_computes_only_the
     interrupt(scenario, signal.SIGTERM, lake / "embeddings/tiny/00001.arrow")
     assert embedded(lake) == ["00000", "00001"]
     assert not (lake / "subset").exists()
-    with open_instance(project) as instance:
-        statuses = [run.status for run in instance.get_runs()]
-        assert statuses == [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS]
-        assert not list(Path(instance.root_directory).glob("processes/*"))
-
     outcome = scenario.run()
     assert outcome.failures == {}
     assert outcome.computed["embeddings/tiny"] == ["00002"]
     assert "raw_pool" not in outcome.computed
+    with open_instance(project) as instance:
+        close_dead_runs(instance)  # as each command and sensor begins; on a busy machine a run can't close its record
+        statuses = Counter(run.status for run in instance.get_runs())
+        assert set(statuses) == {dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS}
+        assert statuses[dg.DagsterRunStatus.FAILURE] == 2
+        assert not list(Path(instance.root_directory).glob("processes/*"))
     assert data_files(lake) == wanted
     assert json.loads(Path(scenario.subset("paper").folder, "lineage.json").read_text())["shards_missing"] == {}
     assert not stray_files(lake)

@@ -7,11 +7,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from assets.subsets.report import reports_address
+from resources.lake.files import Lake
+
 START = """
 import sys
 from pathlib import Path
 from dagster_project.instance import start_report_server
-print(start_report_server(sys.argv[1], 0), flush=True)
+from resources.lake.files import Lake
+print(start_report_server(Lake(sys.argv[1]), 0), flush=True)
 sys.stdin.read()
 """
 
@@ -36,7 +40,7 @@ def test_only_files_of_reports_are_served_and_the_server_ends_with_the_process_t
     (report.parent / "lineage.json").write_text("{}")
     (tmp_path / "secret").write_text("no")
     (report / "link").symlink_to(tmp_path / "secret")
-    command = [sys.executable, "-c", START, str(subsets)]
+    command = [sys.executable, "-c", START, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
@@ -56,6 +60,10 @@ def test_only_files_of_reports_are_served_and_the_server_ends_with_the_process_t
             assert status(f"{base}/report/{name}") == 404, name
         for path in ("", "/paper", "/paper/v0001/lineage.json", "/%2e%2e/v0001/report/index.html", "//secret"):
             assert status(f"{address}{path}") == 404, path
+        server = address.rpartition("/")[0]
+        for another in ("", "/00000000"):  # of another lake, whose recipe may have the same name
+            assert status(f"{server}{another}/paper/v0001/report/index.html") == 404
+        assert address == reports_address(Lake(str(tmp_path)), int(server.rpartition(":")[2]))
         assert status(f"{base}/report/index.html", host="evil.example") == 400
         assert status(f"{base}/report/index.html", method="POST") == 405
         process.communicate()

@@ -129,6 +129,8 @@ def test_a_version_whose_record_is_damaged_is_selected_again(damage: str, verify
     assert outcome.computed.keys() == {"subset/paper", "catalog"}
     assert results(verify.lake) == wanted
     assert verify.scenario.subset("paper").name == "v0002"  # a number is not used for another version
+    verify("--repair", status=int(damage == "deleted"))  # the files beside the missing record
+    assert {file["state"] for file in verify(status=0).values()} == {"set aside"}
 
 
 def test_damage_that_a_step_finds_in_its_inputs_is_repaired_in_the_same_pass(verify: Verify) -> None:

@@ -18,7 +18,7 @@ async function ask(address) {
 
 // Tags
 
-const TAGS = "tags";
+const TAGS = `tags of ${document.body.dataset.project}`;
 const tags = () => new Set(JSON.parse(localStorage.getItem(TAGS) || "[]"));
 function showTags() {
   const all = tags();
@@ -38,7 +38,16 @@ document.querySelectorAll("button.tag").forEach((b) => b.addEventListener("click
 
 // Tiles
 
+function rejectedTile(row) {
+  const made = make("div", undefined, "tile");
+  made.tabIndex = 0;
+  made.setAttribute("role", "group");
+  made.setAttribute("aria-label", `Rejected: ${row.reason}`);
+  made.append(make("code", `${row.shard} / ${row.key}`), make("b", row.reason, "caption"), make("span", row.detail || "", "caption"));
+  return made;
+}
 function tile(row) {
+  if (row.reason) return rejectedTile(row);
   const made = make("a", undefined, "tile");
   made.href = `/sample/${encodeURIComponent(row.uid)}`;
   made.dataset.uid = row.uid;
@@ -71,7 +80,7 @@ document.addEventListener("keydown", (event) => {
   const here = document.activeElement.closest(".tile");
   if (event.key === "t") {
     const one = here || document.querySelector("button.tag");
-    if (one) toggle(one.dataset.uid);
+    if (one && one.dataset.uid) toggle(one.dataset.uid);
     return;
   }
   if (!event.key.startsWith("Arrow")) return;
@@ -88,6 +97,10 @@ document.addEventListener("keydown", (event) => {
 
 const grid = byId("grid");
 let offset = 0, total = 0, loading = false, round = 0;
+function showTotal(rows, note) {
+  total = rows;
+  byId("status").textContent = `${rows.toLocaleString("en")} rows. ${note}`;
+}
 async function more() {
   if (loading || (offset && offset >= total)) return;
   loading = true;
@@ -99,8 +112,13 @@ async function more() {
   if (mine !== round) return;
   loading = false;
   if (!found) { byId("status").textContent = ""; return; }
-  if (found.total !== null) total = found.total;
-  byId("status").textContent = `${total.toLocaleString("en")} rows. ${found.note}`;
+  if (found.total !== null) showTotal(found.total, found.note);
+  else if (!offset) {
+    total = Infinity;
+    byId("status").textContent = "Counting …";
+    ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, ""); });
+  }
+  if (found.last) total = offset + found.rows.length;
   grid.append(...found.rows.map(tile));
   offset += found.rows.length;
   showTags();
@@ -110,9 +128,18 @@ function restart() { round++; offset = 0; total = 0; loading = false; grid.repla
 const end = document.querySelector(".note");
 if (grid) {
   const form = byId("filter");
+  const ownVersions = () => {
+    for (const option of form.elements.version.options)
+      option.hidden = option.disabled = Boolean(option.dataset.recipe) && option.dataset.recipe !== form.elements.recipe.value;
+  };
   const fill = () => {
     const asked = new URLSearchParams(location.search);
     for (const field of form.elements) if (field.name && asked.has(field.name)) field.value = asked.get(field.name);
+    ownVersions();
+    if (innerWidth > 700 || ["shard", "recipe", "rejected", "show"].some((name) => asked.has(name))) byId("more").open = true;
+    for (const option of form.elements.version.options)
+      if (!option.disabled && option.value === (asked.get("version") || "")) option.selected = true;
+    if (Number(localStorage.getItem("size"))) byId("size").value = localStorage.getItem("size");
     const shown = (asked.get("show") || "").split(",");
     form.querySelectorAll(".show").forEach((box) => { box.checked = shown.includes(box.value); });
   };
@@ -124,12 +151,20 @@ if (grid) {
     if (shown.length) asked.set("show", shown.join(","));
     if (!asked.get("text")) { asked.delete("encoder"); asked.delete("side"); }
     if (!asked.get("sort")) asked.delete("order");
-    if (!asked.get("recipe")) { asked.delete("member"); asked.delete("step"); }
+    if (asked.get("text")) { asked.delete("sort"); asked.delete("order"); }
+    if (!asked.get("recipe")) for (const name of ["version", "member", "step"]) asked.delete(name);
+    if ((asked.get("member") || "kept") === "kept") { asked.delete("member"); asked.delete("step"); }
+    if (asked.get("rejected")) for (const name of [...asked.keys()]) if (!["rejected", "shard"].includes(name)) asked.delete(name);
     history.pushState(null, "", `/?${asked}`);
+    form.reset();
+    fill();
     restart();
   });
   addEventListener("popstate", () => { form.reset(); fill(); restart(); });
-  byId("size").addEventListener("input", (e) => document.documentElement.style.setProperty("--size", `${e.target.value}px`));
+  form.elements.recipe.addEventListener("change", () => { form.elements.version.value = ""; ownVersions(); });
+  const setSize = (pixels) => document.documentElement.style.setProperty("--size", `${pixels}px`);
+  byId("size").addEventListener("input", (e) => { setSize(e.target.value); localStorage.setItem("size", e.target.value); });
+  if (Number(localStorage.getItem("size"))) setSize(localStorage.getItem("size"));
   new IntersectionObserver((seen) => { if (seen[0].isIntersecting && offset) more(); }, { rootMargin: "600px" }).observe(end);
   fill();
   restart();
@@ -147,8 +182,8 @@ async function tryOut() {
   const found = await ask(`/api/trial?${asked}`);
   if (!found || mine !== asking) return;
   byId("status").textContent =
-    `${found.rows.toLocaleString("en")} rows; the current version has ${found.current.toLocaleString("en")}, ` +
-    `of which ${found.overlap.toLocaleString("en")} stay.`;
+    `${found.rows.toLocaleString("en")} rows; ${found.version || "the recipe as it is"} has ` +
+    `${found.current.toLocaleString("en")}, of which ${found.overlap.toLocaleString("en")} stay.`;
   if (trial.childElementCount !== found.steps.length) trial.replaceChildren(...found.steps.map(stepBox));
   found.steps.forEach((step, n) => showStep(trial.children[n], step));
   for (const [id, label] of [["enter", "entering"], ["leave", "leaving"]]) {
@@ -158,28 +193,51 @@ async function tryOut() {
   byId("yaml").textContent = found.yaml;
   showTags();
 }
+const svg = (name, values) => {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(values)) made.setAttribute(key, value);
+  return made;
+};
 function stepBox(step) {
   const box = make("section", undefined, "step");
-  box.append(make("h3"), make("p"));
+  box.append(make("h2"), make("p"));
   if (!step.histogram) return box;
-  const chart = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  chart.setAttribute("viewBox", "0 0 600 90");
-  chart.setAttribute("preserveAspectRatio", "none");
-  chart.setAttribute("aria-hidden", "true");
+  const chart = svg("svg", { viewBox: "0 0 600 90", preserveAspectRatio: "none", "aria-hidden": "true" });
   box.append(chart);
-  if (step.kind !== "keep_top") return box;
-  const range = make("input");
-  range.type = "range";
-  range.step = "any";
-  range.setAttribute("aria-label", `Threshold of step ${step.step}`);
-  range.addEventListener("input", () => { limits[step.step] = `threshold:${range.value}`; wait(); });
-  const fraction = make("input");
-  Object.assign(fraction, { type: "number", min: 0.001, max: 1, step: 0.01 });
-  fraction.addEventListener("change", () => { limits[step.step] = `fraction:${fraction.value}`; tryOut(); });
-  const label = make("label", "Fraction of the pool (shown: of what entered)");
-  label.append(fraction);
-  box.append(range, label);
+  if (step.limits.includes("threshold")) {
+    const range = make("input");
+    range.type = "range";
+    range.step = "any";
+    range.setAttribute("aria-label", `Threshold of step ${step.step}`);
+    const set = () => { limits[step.step] = `threshold:${range.value}`; wait(); };
+    range.addEventListener("input", set);
+    const drag = (event) => {
+      if (!event.buttons) return;
+      const { left, width } = chart.getBoundingClientRect();
+      range.value = Number(range.min) + ((event.clientX - left) / width) * (range.max - range.min);
+      markThreshold(chart, (600 * (range.value - range.min)) / (range.max - range.min || 1));
+      set();
+    };
+    chart.classList.add("draggable");
+    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); drag(event); });
+    chart.addEventListener("pointermove", drag);
+    box.append(range);
+  }
+  box.append(make("p", undefined, "ends"));
+  if (step.limits.includes("fraction")) {
+    const fraction = make("input");
+    Object.assign(fraction, { type: "number", min: 0, max: 1, step: "any" });
+    fraction.addEventListener("change", () => { limits[step.step] = `fraction:${fraction.value}`; tryOut(); });
+    const label = make("label", `Kept, as a fraction of ${step.basis.toLocaleString("en")} rows`);
+    label.append(fraction);
+    box.append(label);
+  }
   return box;
+}
+function markThreshold(chart, x) {
+  const line = chart.querySelector("line") || chart.appendChild(svg("line", { y1: 0, y2: 90 }));
+  line.setAttribute("x1", x);
+  line.setAttribute("x2", x);
 }
 let waiting = 0;
 const wait = () => { clearTimeout(waiting); waiting = setTimeout(tryOut, 120); };
@@ -189,22 +247,16 @@ function showStep(box, step) {
     (step.threshold === null ? "" : `; threshold ${step.threshold.toFixed(5)}`);
   if (!step.histogram) return;
   const field = box.querySelector("input[type=number]");
-  if (field && document.activeElement !== field) field.placeholder = (step.kept / step.entered).toFixed(3);
+  if (field && document.activeElement !== field) field.value = Number((step.kept / step.basis).toFixed(4));
   const { low, high, counts } = step.histogram;
   const most = Math.max(...counts), chart = box.querySelector("svg");
-  const shape = (name, values) => {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(values)) made.setAttribute(key, value);
-    return made;
-  };
+  box.querySelector(".ends").replaceChildren(make("span", low.toFixed(4)), make("span", high.toFixed(4)));
   chart.replaceChildren(...counts.map((count, n) =>
-    shape("rect", { x: n * 10, width: 9, y: 90 - (88 * count) / most, height: (88 * count) / most })));
-  if (step.threshold !== null) {
-    const x = (600 * (step.threshold - low)) / (high - low || 1);
-    chart.append(shape("line", { x1: x, x2: x, y1: 0, y2: 90 }));
-    const range = box.querySelector("input[type=range]");
-    if (range && document.activeElement !== range) Object.assign(range, { min: low, max: high, value: step.threshold });
-  }
+    svg("rect", { x: n * 10, width: 9, y: 90 - (88 * count) / most, height: (88 * count) / most })));
+  if (step.threshold === null) return;
+  markThreshold(chart, (600 * (step.threshold - low)) / (high - low || 1));
+  const range = box.querySelector("input[type=range]");
+  if (range && document.activeElement !== range) Object.assign(range, { min: low, max: high, value: step.threshold });
 }
 if (trial) {
   for (const [name, value] of new URLSearchParams(location.search)) if (name.startsWith("limit")) limits[name.slice(5)] = value;

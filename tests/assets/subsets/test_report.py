@@ -19,7 +19,7 @@ from markupsafe import escape
 from PIL import Image
 
 from assets.subsets.contact_sheets import Sheet, Tile, escaped, html_page, markdown, small_jpeg
-from assets.subsets.report import report_metadata
+from assets.subsets.report import report_metadata, reports_address
 from resources.storage.images import ImageError
 from selection.scores.negatives import keyed_hash
 from tests.support.pool_factory import datacomp_shard, picture
@@ -92,8 +92,12 @@ def test_a_page_refers_to_files_beside_it_and_to_nothing_else(made: Scenario) ->
         found = report_page(made, recipe)
         assert "script" not in found.tags
         assert "link" not in found.tags
-        files = [reference for reference in found.references if not reference.startswith("#")]
+        links = [reference for reference in found.references if reference.startswith("http://127.0.0.1:3002/")]
+        files = [name for name in found.references if not name.startswith("#") and name not in links]
         assert len(files) > 3
+        assert links[0] == f"http://127.0.0.1:3002/?recipe={recipe}&version=v0001"
+        assert all(link.startswith("http://127.0.0.1:3002/sample/") for link in links[1:])
+        assert len(links) > 3
         assert all((report_folder(made, recipe) / name).is_file() and ".." not in name for name in files)
 
 
@@ -133,7 +137,12 @@ def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> No
     event = materialization(made, "paper")
     assert len(serialize_value(event)) < 200 * 1024
     metadata = event.asset_materialization.metadata
-    assert metadata["report"].value == str(report_folder(made, "paper") / "index.html")
+    page = report_folder(made, "paper") / "index.html"
+    assert metadata["report_file"].value == str(page)
+    lake = made.open().lake
+    assert metadata["report"].value == f"{reports_address(lake)}/{page.relative_to(f'{lake.root}/subset').as_posix()}"
+    address = "http://127.0.0.1:3002/?recipe=paper&version=v0001"
+    assert f"[kept]({address}) · [dropped at step 1]({address}&member=dropped&step=1)" in metadata["browse"].value
     assert (
         metadata["threshold/step2 norm_sim_inf/tiny/pets"].value
         == made.subset("paper").lineage["steps"][1]["threshold"]
@@ -167,7 +176,7 @@ def test_a_subset_that_is_told_again_shows_the_same(made: Scenario) -> None:
 def test_a_version_without_its_report_is_the_same_version(scenario: Scenario) -> None:
     scenario.run()
     page = (report_folder(scenario, "paper") / "index.html").read_text()
-    images = [name for name in report_page(scenario, "paper").references if not name.startswith("#")]
+    images = [name for name in report_page(scenario, "paper").references if not name.startswith(("#", "http:"))]
     shutil.rmtree(report_folder(scenario, "paper"))
     lineage = (Path(scenario.subset("paper").folder) / "lineage.json").read_bytes()
     assert scenario.run().computed == {}  # but for the report

@@ -203,6 +203,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_its_litter_is_cleared(l
     folder = Path(lake.path("clip_score/b32", "00000")).parent
     assert len(list(folder.iterdir())) == 2
     assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1]
+    lake.refresh()
     lake.write(pa.table({"x": [2]}), provenance())
     assert [p.name for p in folder.iterdir()] == ["00000.parquet"]
 

@@ -1,0 +1,148 @@
+"""The pages of subsets: thresholds to try, comparisons, and tagged samples as a file.
+
+Here: what a request asks for, and the answer. Not here: running recipes (`trials`).
+"""
+
+import io
+from urllib.parse import parse_qs
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from core.errors import UserError
+from core.uids import subset_array
+from dagster_project.browser.queries import BrowseError, Query, uid_table
+from dagster_project.browser.site import Site, number, whole
+from dagster_project.browser.trials import NOW, Trial, as_yaml
+
+LARGEST_TAGS = 1_000_000
+SHOWN = 24
+
+
+def what_if(site: Site, request: Request) -> Response:
+    """Return the page on which thresholds are tried."""
+    recipe = request.query_params.get("recipe") or next(iter(site.trials.subsets), "")
+    return site.page("what_if.html", recipe=recipe)
+
+
+def trial(site: Site, request: Request) -> Response:
+    """Return the result of a recipe with other limits as JSON: `limit2=fraction:0.2` is the limit of step 2."""
+    asked = request.query_params
+    name, limits = asked.get("recipe", ""), {}
+    for key, value in asked.items():
+        if key.startswith("limit"):
+            kind, _, limit = value.partition(":")
+            limits[whole(key[5:])] = (kind, number(limit))
+    recipe = site.trials.changed(name, limits)
+    tried, before = site.trials.run(name, recipe), site.trials.kept(name)
+    version = site.trials.version(name)
+    enter, leave = _without(tried.kept, before), _without(before, tried.kept)
+    return JSONResponse(
+        {
+            "steps": tried.steps,
+            "rows": len(tried.kept),
+            "current": len(before),
+            "version": "" if version is None else version.name,
+            "overlap": len(tried.kept) - len(enter),
+            "enter": {"total": len(enter), "rows": site.some(enter, SHOWN)},
+            "leave": {"total": len(leave), "rows": site.some(leave, SHOWN)},
+            "yaml": as_yaml(f"{name}_tried", recipe),
+        }
+    )
+
+
+def compare(site: Site, request: Request) -> Response:
+    """Return the page that compares two subsets: `left` and `right` are a recipe, or recipe:version."""
+    names, asked = [*site.trials.subsets], request.query_params
+    left = asked.get("left") or (names[0] if names else "")
+    right = asked.get("right") or (names[-1] if names else "")
+    sides = {named: site.trials.kept(*_named(named)) for named in (left, right)}
+    only_left, only_right = _without(sides[left], sides[right]), _without(sides[right], sides[left])
+    groups: list[tuple[str, pa.Table, str]] = [
+        ("In both", _within(sides[left], sides[right]), ""),
+        (f"Only in {left}", only_left, right),
+        (f"Only in {right}", only_right, left),
+    ]
+    shown = [
+        {
+            "title": title,
+            "total": len(uids),
+            "rows": site.some(uids, 12),
+            "reasons": _reasons(site, uids, other) if other and len(uids) else [],
+        }
+        for title, uids, other in groups
+    ]
+    options = [f"{name}{suffix}" for name in names for suffix in ["", *_suffixes(site, name)]]
+    return site.page("compare.html", left=left, right=right, groups=shown, options=options)
+
+
+def _suffixes(site: Site, recipe: str) -> list[str]:
+    return [f":{name}" for name in [*site.trials.versions(recipe), NOW]]
+
+
+def _named(named: str) -> tuple[str, str | None]:
+    recipe, _, version = named.partition(":")
+    return recipe, version or None
+
+
+def _without(left: pa.Table, right: pa.Table) -> pa.Table:
+    return left.join(right, ["f0", "f1"], join_type="left anti")
+
+
+def _within(left: pa.Table, right: pa.Table) -> pa.Table:
+    return left.join(right, ["f0", "f1"], join_type="left semi")
+
+
+def _reasons(site: Site, uids: pa.Table, other: str) -> list[str]:
+    """Return how many of the rows each step of the other subset dropped, in words."""
+    try:
+        found: Trial = site.trials.of(*_named(other))
+    except UserError as error:
+        return [f"The steps of {other} can't be repeated: {error}"]
+    rows = found.rows.join(uids, ["f0", "f1"], join_type="left semi")
+    counts = {entry["values"]: entry["counts"] for entry in rows["dropped"].value_counts().to_pylist()}
+    texts = {0: f"kept by {other}", -1: f"not in what {other} starts from"}
+    texts |= {step["step"]: f"dropped at step {step['step']}: {step['text']}" for step in found.steps}
+    lines = [f"{count:,} {texts[place]}" for place, count in sorted(counts.items())]
+    outside = len(uids) - sum(counts.values())
+    return [*lines, f"{outside:,} in shards that {other} did not read"] if outside else lines
+
+
+async def tags(site: Site, request: Request) -> Response:
+    """Return tagged uids as a file; nothing is stored."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_TAGS * 40:
+            raise BrowseError(f"more than {LARGEST_TAGS:,} tags. Remedy: fewer, or a `where` in a recipe")
+    form = parse_qs(body.decode("ascii", "replace"))
+    return await run_in_threadpool(_tagged, site, form.get("uids", [""])[0].split(), form.get("format", ["txt"])[0])
+
+
+def _tagged(site: Site, uids: list[str], kind: str) -> Response:
+    try:
+        listed = uid_table(uids)
+    except ValueError as error:
+        raise BrowseError(str(error)) from error
+    out = io.BytesIO()
+    if kind == "txt":
+        out.write("".join(f"{uid}\n" for uid in dict.fromkeys(uids)).encode())
+    elif kind == "npy":
+        np.save(out, np.unique(subset_array(listed["f0"].to_numpy(), listed["f1"].to_numpy())), allow_pickle=False)
+    elif kind in ("csv", "parquet"):
+        rows = Query(site.table).among(listed).to_polars() if uids else pl.DataFrame({"uid": []})
+        _without_formulas(rows).write_csv(out) if kind == "csv" else rows.write_parquet(out)
+    else:
+        raise BrowseError(f"format: {kind[:40]!r}; known: npy, txt, csv, parquet")
+    headers = {"Content-Disposition": f'attachment; filename="tagged.{kind}"'}
+    return Response(out.getvalue(), media_type="application/octet-stream", headers=headers)
+
+
+def _without_formulas(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return rows whose texts a spreadsheet takes for no formula: an apostrophe stands before such a text."""
+    texts = [name for name, kind in rows.schema.items() if kind == pl.String]
+    return rows.with_columns(pl.col(name).str.replace(r"^([=+\-@\t\r])", "'$1") for name in texts)
