@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from resources.lake.files import Lake, Provenance
-from resources.lake.record_cache import RecordCache
+from resources.lake.records import RecordCache
 from resources.storage.stores import cache_folder
 from tests.support.faulty_proxy import Proxy, faulty_proxy
 
