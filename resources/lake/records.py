@@ -28,8 +28,12 @@ class Records:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._cache = RecordCache(path)
         self._known: dict[str, tuple[str, Stored]] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return Records, (self._path,)  # a lake is pickled for the workers of a DataLoader
 
     def get(self, entry: Entry) -> Stored | None:
         """Return the record of a file as it was listed; None if it is not known."""
