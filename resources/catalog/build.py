@@ -13,8 +13,9 @@ versions, lineage, diff and overlap (`history.py`); score_asset and uid_word, wh
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -59,7 +60,8 @@ def build_catalog(
 ) -> None:
     """Build the catalog beside the old one and swap it in; processes that read the old one are not disturbed.
 
-    Writes the targets' labels to `<lake>/catalog/` as well, because DuckDB cannot read Arrow files.
+    Writes the targets' labels to `<lake>/catalog/` as well, because DuckDB cannot read Arrow files; and, of a remote
+    lake, a catalog for other clients (`remote_catalog`).
 
     Args:
         lake: the lake; files may be missing, and may arrive later.
@@ -71,23 +73,34 @@ def build_catalog(
     _write_targets(lake, targets)
     newest = [Versions(lake, recipe).current() for recipe in recipes]
     records = [version.lineage for version in newest if version is not None]
-    place = Place(lake.root, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with Lake(str(path.parent)).replacing(str(path.absolute())) as temporary:
         temporary.unlink()  # DuckDB refuses an empty file
-        with duckdb.connect(str(temporary)) as con:
-            if not lake.is_local:
-                con.register_filesystem(remote_files(lake.root))
-                con.execute(f"CREATE MACRO {_REMOTE_ROOT}() AS {sql.text(lake.root)}").fetchall()
-            for name, query in catalog_views(place, scores, grouped=_has_groups(lake)).items():
-                con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
-            con.execute(f"CREATE MACRO catalog_place() AS {sql.text(place.listed)}").fetchall()
-            for macro in (
-                score_asset_macro(scores),
-                *history_macros(lake.root),
-                explain_macro(con, place, records, scores),
-            ):
-                con.execute(macro).fetchall()
+        _write(temporary, lake, Place(lake.root, path), records, scores)
+    if not lake.is_local:
+        with lake.replacing(remote_catalog(lake.root)) as temporary:
+            _write(temporary, lake, Place(lake.root, None), records, scores)
+
+
+def remote_catalog(root: str) -> str:
+    """Return the URL of the catalog that other clients of a remote lake read, `<root>/catalog.duckdb`."""
+    return f"{root}/catalog.duckdb"
+
+
+def _write(path: Path, lake: Lake, place: Place, records: Sequence[Mapping[str, Any]], scores: Scores) -> None:
+    with duckdb.connect(str(path)) as con:
+        if not lake.is_local:
+            con.register_filesystem(remote_files(lake.root))
+            con.execute(f"CREATE MACRO {_REMOTE_ROOT}() AS {sql.text(lake.root)}").fetchall()
+        for name, query in catalog_views(place, scores, grouped=_has_groups(lake)).items():
+            con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
+        con.execute(f"CREATE MACRO catalog_place() AS {sql.text(place.listed)}").fetchall()
+        for macro in (
+            score_asset_macro(scores),
+            *history_macros(lake.root),
+            explain_macro(con, place, records, scores),
+        ):
+            con.execute(macro).fetchall()
 
 
 class CatalogError(UserError):

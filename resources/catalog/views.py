@@ -78,15 +78,15 @@ _VISIBLE = "[!.]*"
 
 @dataclass(frozen=True)
 class Place:
-    """The path or URL of a lake, and the path of its catalog."""
+    """The path or URL of a lake, and the path of its catalog; None for one that may be read anywhere."""
 
     root: str
-    catalog: Path
+    catalog: Path | None
 
     @property
     def listed(self) -> str:
         """The catalog's path as DuckDB lists it: without links."""
-        return os.path.realpath(self.catalog)
+        return "" if self.catalog is None else os.path.realpath(self.catalog)
 
 
 def catalog_views(place: Place, scores: Scores, *, grouped: bool = False) -> dict[str, str]:
@@ -160,6 +160,8 @@ def no_rows(place: Place, columns: Mapping[str, str]) -> str:
 
 
 def _here(place: Place) -> str:
+    if place.catalog is None:
+        return "(SELECT true AS here)"
     return f"(SELECT count(*) > 0 AS here FROM duckdb_databases() WHERE path = {sql.text(place.listed)})"
 
 

@@ -18,10 +18,9 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.errors import UserError
-from core.hashing import digest
 from resources.lake.owners import create_temporary, is_abandoned
-from resources.lake.record_cache import RecordCache
+from resources.lake.records import Records
 from resources.lake.sealed import METADATA_KEY, SEALED, Vectors, mapped, opened, read_arrow, read_parquet, read_record
 from resources.lake.sealed import verify_columns as verify_parquet
+from resources.lake.stored import Provenance as Provenance
+from resources.lake.stored import Stored as Stored
+from resources.lake.stored import as_record, from_record
 from resources.storage.by_location import open_store
 from resources.storage.checksums import ChecksumError, seal
 from resources.storage.objects import credential_free
@@ -44,7 +45,6 @@ ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
 """Column by which single rows of an asset are looked up; its files are not sorted by it."""
 ROW_GROUP = 1 << 17
-KNOWN_FILES = 100_000  # whose records are kept in memory; some 4 kB each, so 400 MB at most
 RECORDS_AHEAD = 128  # remote files whose records are read together
 READERS = 32
 TEMPORARY_SUFFIX = ".tmp"
@@ -57,61 +57,6 @@ class LakeError(UserError):
 
 class DamagedError(LakeError):
     """A file of the lake does not hold what was written."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """The origin of a file. Two files with equal provenance hold the same rows.
-
-    Attributes:
-        asset: key of the asset, such as `neg_clip_loss/b32`.
-        shard: name of the shard, or None for an asset that is not partitioned.
-        code_version: version of the code that computes the asset.
-        parameters: settings that the result depends on, JSON values only.
-        inputs: fingerprint of everything read, by name.
-    """
-
-    asset: str
-    shard: str | None
-    code_version: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the provenance as JSON values."""
-        return {
-            "asset": self.asset,
-            "shard": self.shard,
-            "code_version": self.code_version,
-            "parameters": dict(self.parameters),
-            "inputs": dict(self.inputs),
-        }
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the provenance."""
-        return digest(self.as_dict())
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The record of one file of the lake.
-
-    Attributes:
-        provenance: the file's provenance.
-        fingerprint: identifies the content for assets that read it: the provenance's digest, or a digest of the
-            content where the asset passed one (so that a source that was touched but not changed stops there).
-        rows: number of rows.
-        summary: statistics of the content, such as rejects by reason. The same inputs give the same summary.
-    """
-
-    provenance: Provenance
-    fingerprint: str
-    rows: int
-    summary: dict[str, Any]
-
-    def is_from(self, provenance: Provenance) -> bool:
-        """Return whether a run with this provenance would write the same file."""
-        return self.provenance.digest() == provenance.digest()
 
 
 def sample_digest(table: pa.Table) -> str:
@@ -182,10 +127,9 @@ class Lake:
         self.root = os.path.abspath(root) if self.is_local else credential_free(root)
         self.store = open_store(self.root)
         self.damaged: dict[str, str] = {}
-        self._known: dict[str, tuple[str, Stored]] = {}
         self._listed: dict[str, dict[str, Entry]] = {}
         self._cleared: set[str] = set()
-        self._records = RecordCache(cache_folder(self.root) / "records.sqlite")
+        self._records = Records(cache_folder(self.root) / "records.sqlite")
 
     @property
     def scratch_folder(self) -> Path:
@@ -283,36 +227,13 @@ class Lake:
         path = self.path(asset, shard)
         entry = self._entry(path)
         if entry is None:
-            self._known.pop(path, None)
             return None
-        known = self._known.get(path)
-        if known is not None and known[0] == entry.tag:
-            return known[1]
-        stored = self._cached(entry)
+        stored = self._records.get(entry)
         if stored is None:
             stored = self._stored_or_none(entry)
             if stored is not None and not self.is_local:
                 self._read_ahead(entry)
         return stored
-
-    def _cached(self, entry: Entry) -> Stored | None:
-        """Return a file's record as an earlier process read it."""
-        record = self._records.get(entry.location, entry.tag)
-        if record is None:
-            return None
-        stored = _from_record(record)
-        self._know([(entry, stored)])
-        return stored
-
-    def _know(self, found: Sequence[tuple[Entry, Stored]]) -> None:
-        if len(self._known) >= KNOWN_FILES:
-            self._known.clear()
-        self._known |= {entry.location: (entry.tag, stored) for entry, stored in found}
-
-    def _keep(self, found: Sequence[tuple[Entry, Stored]]) -> None:
-        """Cache records, here and for later processes."""
-        self._know(found)
-        self._records.put([(entry.location, entry.tag, _as_record(stored)) for entry, stored in found])
 
     def _stored_or_none(self, entry: Entry) -> Stored | None:
         path = entry.location
@@ -327,7 +248,7 @@ class Lake:
             self._changed(path)
             now = self._entry(path)
             return None if now is None or now == entry else self._stored_or_none(now)
-        self._keep([(entry, stored)])
+        self._records.keep([(entry, stored)])
         return stored
 
     def _read_ahead(self, entry: Entry) -> None:
@@ -344,18 +265,10 @@ class Lake:
 
         listed = iter(self._remote(entry.location.rpartition("/")[0]).values())
         after = itertools.islice(itertools.dropwhile(lambda one: one != entry, listed), 1, RECORDS_AHEAD)
-        wanted = [one for one in after if self._has_unknown_record(one)]
+        wanted = [one for one in after if _has_record(one) and self._records.get(one) is None]
         if wanted:
             with ThreadPoolExecutor(READERS) as pool:
-                self._keep([found for found in pool.map(read, wanted) if found is not None])
-
-    def _has_unknown_record(self, entry: Entry) -> bool:
-        if entry.name.startswith(".") or not entry.name.endswith((".parquet", ".arrow")):
-            return False
-        known = self._known.get(entry.location)
-        if known is not None and known[0] == entry.tag:
-            return False
-        return self._records.get(entry.location, entry.tag) is None
+                self._records.keep([found for found in pool.map(read, wanted) if found is not None])
 
     def read_stored(self, path: str, entry: Entry | None = None) -> tuple[Stored, bool]:
         """Read the record of a file by its path, and return whether the file has checksums, too.
@@ -367,7 +280,7 @@ class Lake:
         """
         try:
             record, sealed = read_record(self.store, path, None if self.is_local else entry)
-            return _from_record(record), sealed
+            return from_record(record), sealed
         except ChecksumError:
             raise
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -496,7 +409,7 @@ class Lake:
             rows=table.num_rows,
             summary=dict(summary or {}),
         )
-        record = {**_as_record(stored), **SEALED}
+        record = {**as_record(stored), **SEALED}
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(record, sort_keys=True)})
         path = self.path(provenance.asset, provenance.shard)
         with self.replacing(path) as temporary:
@@ -542,22 +455,8 @@ class Lake:
             temporary.unlink(missing_ok=True)
 
 
-def _as_record(stored: Stored) -> dict[str, Any]:
-    return {
-        "provenance": stored.provenance.as_dict(),
-        "fingerprint": stored.fingerprint,
-        "rows": stored.rows,
-        "summary": stored.summary,
-    }
-
-
-def _from_record(record: Mapping[str, Any]) -> Stored:
-    return Stored(
-        provenance=Provenance(**record["provenance"]),
-        fingerprint=record["fingerprint"],
-        rows=record["rows"],
-        summary=record["summary"],
-    )
+def _has_record(entry: Entry) -> bool:
+    return not entry.name.startswith(".") and entry.name.endswith((".parquet", ".arrow"))
 
 
 def _clear_strays(folder: Path) -> None:

@@ -24,6 +24,12 @@ from resources.storage.stores import Entry, ReplacedError, StorageError, cache_f
 
 RETRIES = 5
 RETRY_SECONDS = 60
+ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "gs": (),
+}
+"""Environment variables with the address of a server other than the provider's, by scheme."""
 CACHE_VARIABLE = "CLIP_SELECTION_CACHE_BYTES"
 """Environment variable with the bytes that local copies of one root may take."""
 CACHE_BYTES = 100 << 30
@@ -308,12 +314,11 @@ def _connect(prefix: str) -> Any:
 def _settings(scheme: str) -> dict[str, Any]:
     options: dict[str, Any] = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=20)}
     config: dict[str, Any] = {}
-    endpoints = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")]
-    endpoint = next((found for found in endpoints if found), "")
-    if scheme == "s3" and endpoint:
+    endpoint = next((found for name in ENDPOINTS[scheme] if (found := os.environ.get(name))), "")
+    if endpoint:
         config["endpoint"] = endpoint
-        if endpoint.startswith("http://"):
-            options["allow_http"] = True
+    if endpoint.startswith("http://"):
+        options["allow_http"] = True
     return {
         "config": config or None,
         "client_options": options,

@@ -333,9 +333,7 @@ def test_a_uid_that_is_in_two_shards_counts_once(scenario: Scenario) -> None:
     assert (stored.summary["pool_rows"], stored.summary["kept"]) == (35, 8)
 
 
-def test_a_killed_run_goes_on_behind_its_last_whole_round(
-    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_behind_its_last_whole_round(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     ask_for(scenario)
     scored: list[int] = []
 

@@ -1,5 +1,6 @@
 """Records of files: how many requests they cost, and when a cached one counts."""
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from resources.lake.files import Lake, Provenance
-from resources.lake.record_cache import RecordCache
+from resources.lake.records import RecordCache
 from resources.storage.stores import cache_folder
 from tests.support.faulty_proxy import Proxy, faulty_proxy
 
@@ -80,3 +81,10 @@ def test_a_cached_record_counts_while_the_file_is_the_same(tmp_path: Path) -> No
     stored = lake.stored("clip_score/b32", SHARDS[0])
     assert stored is not None
     assert stored.rows == 1
+
+
+def test_a_lake_can_be_passed_to_another_process(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    fill(lake)
+    assert versions(lake) == {"1"}
+    assert versions(pickle.loads(pickle.dumps(lake))) == {"1"}

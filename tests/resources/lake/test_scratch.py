@@ -152,5 +152,4 @@ def test_work_on_a_remote_lake_goes_on_on_another_machine(
     assert again.state == {"done": 2}
     assert again.array("rank", np.int64).tolist() == [9, 4, 3, 2, 1]
     again.clear()
-    assert on("second").state == {}
     assert on("third").state == {}

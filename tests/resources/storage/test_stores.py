@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from resources.storage.by_location import open_store
-from resources.storage.objects import CACHE_VARIABLE, IN_USE_SECONDS, credential_free
+from resources.storage.objects import CACHE_VARIABLE, ENDPOINTS, IN_USE_SECONDS, RETRIES, credential_free
 from resources.storage.stores import StorageError, Store, cache_folder
+from tests.support.faulty_proxy import faulty_proxy
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -146,6 +147,22 @@ def test_a_missing_bucket_and_an_unreachable_server_are_errors_with_a_remedy(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"Remedy: check that it can be reached"):
         open_store(bucket).files(bucket)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "az"])
+def test_the_server_of_the_environment_is_asked_also_without_tls(
+    scheme: str, bucket: str, s3_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bucket  # whose fixture sets credentials
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    with faulty_proxy(s3_address) as proxy:
+        for name in ENDPOINTS[scheme]:
+            monkeypatch.setenv(name, proxy.address)
+        proxy.fault("GET", "", "500")
+        with pytest.raises(StorageError, match=f"^{scheme}://place/lake: the store failed.*Remedy: "):
+            open_store(f"{scheme}://place").files(f"{scheme}://place/lake")
+        assert len(proxy.requests) == RETRIES + 1
 
 
 def test_a_url_of_another_kind_is_refused() -> None:

@@ -10,9 +10,52 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from resources.lake.stored import Stored, as_record, from_record
+from resources.storage.stores import Entry
+
+KNOWN_FILES = 100_000  # whose records are kept in memory; some 4 kB each, so 400 MB at most
+
+
+class Records:
+    """Records by file and tag, in memory and in a cache that outlives the process.
+
+    Args:
+        path: the cache, an SQLite file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache = RecordCache(path)
+        self._known: dict[str, tuple[str, Stored]] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return Records, (self._path,)  # a lake is pickled for the workers of a DataLoader
+
+    def get(self, entry: Entry) -> Stored | None:
+        """Return the record of a file as it was listed; None if it is not known."""
+        tag, stored = self._known.get(entry.location, ("", None))
+        if stored is not None and tag == entry.tag:
+            return stored
+        record = self._cache.get(entry.location, entry.tag)
+        if record is None:
+            return None
+        stored = from_record(record)
+        self._know([(entry, stored)])
+        return stored
+
+    def keep(self, found: Sequence[tuple[Entry, Stored]]) -> None:
+        """Keep records that were read from their files."""
+        self._know(found)
+        self._cache.put([(entry.location, entry.tag, as_record(stored)) for entry, stored in found])
+
+    def _know(self, found: Sequence[tuple[Entry, Stored]]) -> None:
+        if len(self._known) >= KNOWN_FILES:
+            self._known.clear()
+        self._known |= {entry.location: (entry.tag, stored) for entry, stored in found}
 
 
 class RecordCache:
