@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, create_model, model_validator
 
 from assets.base.context import Context
+from assets.base.evaluation_settings import check_evaluation
 from assets.base.score_kind import ScoreKind, Scores
 from assets.base.settings import Name, ProjectSettings
 from assets.scores import KINDS
@@ -143,6 +144,8 @@ class _CheckedSettings(ProjectSettings):
         )
         for kind in self.kinds:
             kind.validate_recipes(self)
+        for name, evaluation in self.evaluations.items():
+            check_evaluation(self, f"evaluations.{name}", evaluation)
         return self
 
 
@@ -154,6 +157,7 @@ _NAMED_FIELDS = (
     "external_scores",
     "external_uids",
     "recipes",
+    "evaluations",
 )
 
 

@@ -19,7 +19,7 @@ from core.errors import UserError
 from core.links import BROWSE_PORT
 from dagster_project.command_line import Age, Sections
 from dagster_project.interrupts import run_interruptible
-from dagster_project.location import DEMO_CONFIG, lake_of
+from dagster_project.location import DEMO_CONFIG, ENGINES, lake_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ _only = click.option(
 )
 _engine = click.option(
     "--engine",
-    type=click.Choice(["in_process", "processes", "ray"]),
+    type=click.Choice(ENGINES),
     help="Where shards are computed. [default: CLIP_SELECTION_ENGINE, else in_process; with --workers processes]",
 )
 _workers = click.option("--workers", type=click.IntRange(1), help="Number of the engine's workers.")
@@ -146,10 +146,13 @@ def run(
             return console.run(_open(config), document, **settings, as_json=True)
 
     options = [part for recipe in only for part in ("--only", recipe)]
-    options += ["--engine", engine] if engine else []
-    options += ["--workers", str(workers)] if workers else []
+    options += _engine_options(engine, workers)
     options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
     return run_interruptible(command, _again(config, *options))
+
+
+def _engine_options(engine: str | None, workers: int | None) -> list[str]:
+    return [*(["--engine", engine] if engine else []), *(["--workers", str(workers)] if workers else [])]
 
 
 @commands.command()
@@ -175,7 +178,8 @@ def compute(config: Path, asset: str, part: str, engine: str | None, workers: in
         with opened_engine(engine, workers) as opened:
             return compute_part(_open(config), asset, chosen, opened, _console(), interrupts)
 
-    return run_interruptible(command, _again(config, "--asset", asset, "--part", part))
+    options = ["--asset", asset, "--part", part, *_engine_options(engine, workers)]
+    return run_interruptible(command, _again(config, *options))
 
 
 @commands.command()
@@ -314,7 +318,7 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
     """Show everything that a version of a subset was made from."""
     from dagster_project import queries
 
-    return queries.lineage(lake_of(config).catalog, recipe, version_name, _console(), as_json=as_json)
+    return queries.lineage(lake_of(config), recipe, version_name, _console(), as_json=as_json)
 
 
 @commands.command()
@@ -337,6 +341,28 @@ def export(config: Path, recipe: str, as_json: bool) -> int:
             return console.export(_open(config), recipe, document, as_json=True, interrupts=interrupts)
 
     return run_interruptible(command, _again(config, "--recipe", recipe, *["--json"] * as_json))
+
+
+@commands.command()
+@_config
+@click.option("--name", required=True, help="Name of the evaluation.")
+@_document
+def evaluate(config: Path, name: str, as_json: bool) -> int:
+    """Train models on several subsets under equal conditions, and compare them.
+
+    Prints what the result shows, and the path of its page. Does nothing if the evaluation is up to date. SIGINT and
+    SIGTERM end it like `run`; the same command resumes from the checkpoints.
+    """
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        if not as_json:
+            return console.evaluate(_open(config), name, _console(), interrupts=interrupts)
+        with console.json_document() as document:
+            return console.evaluate(_open(config), name, document, as_json=True, interrupts=interrupts)
+
+    return run_interruptible(command, _again(config, "--name", name, *["--json"] * as_json))
 
 
 @commands.command()

@@ -11,7 +11,7 @@ from core.names import suggestion
 SECTIONS = {
     "Compute": ("check", "plan", "run", "compute", "status", "ui"),
     "Understand": ("browse", "explain", "rejects", "study", "verify"),
-    "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
+    "Subsets": ("versions", "diff", "lineage", "evaluate", "reproduce", "export", "prune"),
 }
 """Headings of the help, with their commands."""
 

@@ -120,17 +120,17 @@ def diff(
     return 0
 
 
-def lineage(catalog: Path, recipe: str, version: str | None, console: Console, *, as_json: bool) -> int:
+def lineage(lake: Lake, recipe: str, version: str | None, console: Console, *, as_json: bool) -> int:
     """Print everything that a version was made from; as JSON, its whole lineage record."""
-    names = _version_names(catalog, recipe)
+    names = _version_names(lake.catalog, recipe)
     version = version or names[-1]
     require("version", version, names)
     if as_json:
         from resources.lake.versions import Versions
 
-        print_json(Versions(Lake(str(catalog.parent)), recipe).read(version).lineage, console)
+        print_json(Versions(lake, recipe).read(version).lineage, console)
         return 0
-    rows = ask(catalog, "FROM lineage($recipe, $version)", recipe=recipe, version=version)
+    rows = ask(lake.catalog, "FROM lineage($recipe, $version)", recipe=recipe, version=version)
     print_rows(rows, ["what", "name", "value"], console, title=f"{recipe} {version}")
     return 0
 

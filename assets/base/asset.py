@@ -6,10 +6,10 @@ Here: `Template`, `Declared`, and `FileAsset`, which a project computes. Not her
 The usual asset needs no code for its provenance: the fingerprints of its `deps`, and its `parameters`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import pyarrow as pa
@@ -17,12 +17,15 @@ import pyarrow as pa
 from assets.base.checks import SUMMARY_KEY, Check, Tables
 from assets.base.columns import Column, score_schema
 from assets.base.context import Context, RunState, Snapshot
+from assets.base.engines import Engine, InProcess
 from assets.base.keys import asset_key
 from assets.base.progress import Meter
 from assets.base.results import NotReady
 from assets.base.settings import ProjectSettings
 from core.links import asset_link
 from resources.lake.files import Provenance, Stored
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,7 @@ class Step:
         state: the run's state.
         requested: keys of all assets that the run was asked for.
         meter: counts its rows, for Dagster's log.
+        engine: computes the parts of an unpartitioned asset.
     """
 
     asset: FileAsset
@@ -253,11 +257,24 @@ class Step:
     state: RunState = field(default_factory=RunState)
     requested: frozenset[str] = frozenset()
     meter: Meter = field(default_factory=Meter)
+    engine: Engine = field(default_factory=InProcess)
 
     @property
     def context(self) -> Context:
         """The project."""
         return self.snapshot.context
+
+    def map(
+        self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
+    ) -> Iterator[T]:
+        """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order; the engine computes them.
+
+        Args:
+            function: see `Engine.map`.
+            arguments: of each part.
+            local: the function reads a work folder of the lake.
+        """
+        return self.engine.map(self, function, arguments, local=local)
 
     @property
     def names(self) -> Mapping[str, str]:

@@ -84,7 +84,7 @@ def _inputs(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     pool="cpu",
     description="Webdataset shards that hold only the samples of `subset/{recipe}`'s current version, members byte for "
     "byte as in the pool. Copies data: materialize it when a training run needs it.",
-    parameters=lambda context, asset: {"version": Versions(context.lake, asset.names["recipe"]).names()[-1]},
+    parameters=lambda context, asset: {"version": Versions(context.lake, asset.names["recipe"]).newest()},
     inputs=_inputs,
     streams=True,
     spread=False,

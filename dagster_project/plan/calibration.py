@@ -320,7 +320,7 @@ class _Calibration:
     def _whole(self, node: UnpartitionedAsset) -> None:
         snapshot = Snapshot(self.context, self.shards)
         wanted = node.provenance(snapshot)
-        step = Step(node, snapshot, {}, RunState(), frozenset([node.key]))
+        step = Step(node, snapshot, {}, RunState(), frozenset([node.key]), engine=self.engine)
         began = time.perf_counter()
         stored = node.write(snapshot, wanted, node.compute(replace(step, wanted={None: wanted})))
         seconds = time.perf_counter() - began

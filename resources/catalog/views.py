@@ -51,6 +51,25 @@ _TARGET_COLUMNS = {
     "label": "VARCHAR",
     "name": "VARCHAR",
 }
+EVALUATION_COLUMNS = {
+    "arm": "VARCHAR",
+    "recipe": "VARCHAR",
+    "version": "VARCHAR",
+    "tier": "VARCHAR",
+    "samples": "BIGINT",
+    "samples_seen": "BIGINT",
+    "seen": "BIGINT",
+    "task": "VARCHAR",
+    "measure": "VARCHAR",
+    "values": "DOUBLE[]",
+    "mean": "DOUBLE",
+    "baseline": "VARCHAR",
+    "difference": "DOUBLE",
+    "low": "DOUBLE",
+    "high": "DOUBLE",
+    "verdict": "VARCHAR",
+}
+"""Columns of `evaluation/<name>` and their DuckDB types."""
 _NO_RECORD = ": damaged: not a lineage record. Remedy: clip-select verify --repair"
 _VERSION = "v[0-9]*"
 _VISIBLE = "[!.]*"
@@ -95,7 +114,7 @@ def catalog_views(place: Place, scores: Scores, *, grouped: bool = False) -> dic
         ORDER BY shard"""
     if grouped:
         views |= _group_views(place)
-    return views | _subset_views(place)
+    return views | _subset_views(place) | _evaluation_views(place)
 
 
 def _group_views(place: Place) -> dict[str, str]:
@@ -189,6 +208,19 @@ def _pool_scores(place: Place, scores: Scores) -> str:
         joins.append(f"LEFT JOIN ({query}) AS s{number} USING (shard, file_row_number, f0, f1)")
         selected += renamed(f"s{number}", score.columns)
     return f"SELECT {', '.join(selected)} FROM ({pool}) AS pool {' '.join(joins)}"
+
+
+def _evaluation_views(place: Place) -> dict[str, str]:
+    """Return the views over evaluations: all points of the learning curves, and the results at the end of a budget."""
+    columns = EVALUATION_COLUMNS | {"filename": "VARCHAR"}
+    rows = _files(place, f"evaluation/{_VISIBLE}.parquet", columns, options=", filename=true")
+    named = "regexp_extract(filename, '([^/]+)[.]parquet$', 1) AS evaluation"
+    return {
+        "evaluation_curves": f"SELECT {named}, * EXCLUDE (filename) FROM ({rows})",
+        "evaluations": """
+            SELECT * EXCLUDE (seen) FROM evaluation_curves WHERE seen = samples_seen
+            ORDER BY evaluation, samples_seen, task, measure, mean DESC""",
+    }
 
 
 def _subset_views(place: Place) -> dict[str, str]:

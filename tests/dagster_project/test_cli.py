@@ -86,7 +86,7 @@ def test_a_mistake_in_the_arguments_or_the_yaml_is_one_message_and_exit_status_2
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("name: [")
     for arguments, message in (
-        (["zzz"], "No such command 'zzz'; known: browse, check, compute, diff, explain, "),
+        (["zzz"], "No such command 'zzz'; known: browse, check, compute, diff, evaluate, explain, "),
         (["explian"], "No such command 'explian'; did you mean explain"),
         (["explain", "--demo"], "Missing option '--uid'"),
         (["prune", "--demo", "--keep", "0"], "0 is not in the range x>=1"),
@@ -131,6 +131,7 @@ def test_explain_does_without_dagster_and_torch_and_prints_each_step(
     assert "paper v0001" in text
     assert "keep the top 0.5 of the pool by neg_clip_loss/tiny" in text
     assert "nearest target: " in text
+    assert f"Browse: http://127.0.0.1:3002/sample/{uid}" in text
     assert not {"dagster", "torch", "open_clip"} & set(ast.literal_eval(loaded_by("explain", config, "--uid", uid)))
     assert cli.main(["explain", config, "--uid", uid.upper(), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
