@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     Attributes:
         name: as a deployment chooses it.
-        workers: how many shards it computes at once, at most.
+        workers: how many shards or parts it computes at once, at most.
     """
 
     name: str

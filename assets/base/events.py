@@ -5,13 +5,14 @@ written (`assets.base.partitioned`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 
 from assets.base.asset import FileAsset, event_metadata
 from assets.base.checks import EventContext, findings_of, log_checks
+from assets.base.engines import Engine, measured_with
 from assets.base.keys import asset_key
 from resources.lake.files import Lake, Stored
 
@@ -42,14 +43,12 @@ class Record:
         stored: the record of its file.
         computed: whether this run computed it.
         seconds: time that this took.
-        measured: metadata about how it was measured.
     """
 
     shard: str
     stored: Stored
     computed: bool
     seconds: float = 0.0
-    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EventLog:
@@ -59,10 +58,12 @@ class EventLog:
         context: where they go.
         asset: a `PartitionedAsset`.
         lake: the lake.
+        engine: computes the files of this run, whose events state it beside their time.
     """
 
-    def __init__(self, context: EventContext, asset: FileAsset, lake: Lake) -> None:
+    def __init__(self, context: EventContext, asset: FileAsset, lake: Lake, engine: Engine | None = None) -> None:
         self.context, self.asset, self.lake = context, asset, lake
+        self._measured = measured_with(engine) if engine else {}
         self._pointers: dict[str, Mapping[str, int]] = {}
 
     def write(self, records: Iterable[Record]) -> None:
@@ -72,7 +73,8 @@ class EventLog:
                 dg.AssetMaterialization(
                     asset_key=asset_key(self.asset.key),
                     partition=record.shard,
-                    metadata={**event_metadata(record.stored, record.computed, record.seconds), **record.measured},
+                    metadata=event_metadata(record.stored, record.computed, record.seconds)
+                    | (self._measured if record.seconds else {}),
                     tags=self._tags(record),
                 )
             )

@@ -28,7 +28,7 @@ from assets.base.checks import (
     log_checks,
 )
 from assets.base.context import Context, Snapshot
-from assets.base.engines import Computed, Engine, measured_with
+from assets.base.engines import Computed, Engine
 from assets.base.events import EventLog, Record
 from assets.base.keys import SHARDS, asset_key
 from assets.base.results import NotAttempted, NotReady, Outcome, Result
@@ -231,10 +231,11 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
             wanted[shard] = provenance
 
     is_followed = _is_followed(context, asset)
-    log = EventLog(context, asset, step.context.lake)
+    engine = context.resources.engine
+    log = EventLog(context, asset, step.context.lake, engine)
     if not is_followed:
         log.write(records)
-    for record in _compute(asset, replace(step, wanted=wanted), errors, context.resources.engine):
+    for record in _compute(asset, replace(step, wanted=wanted), errors, engine):
         records.append(record)
         if not is_followed:
             log.write([record])
@@ -267,7 +268,7 @@ def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception], 
                     errors[shard] = written
                     continue
                 now = time.perf_counter()
-                yield Record(shard, written, computed=True, seconds=now - started, measured=measured_with(engine))
+                yield Record(shard, written, computed=True, seconds=now - started)
                 started = now
     except Exception as error:  # noqa: BLE001 - raised by the caller for the shards that are left
         reason = error
