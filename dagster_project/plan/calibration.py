@@ -220,7 +220,7 @@ class _Calibration:
         def report(asset: str, shard: str, rows: int) -> None:
             del asset, shard
             reports.append((time.perf_counter(), rows))
-            if reports[-1][0] - reports[0][0] > seconds:
+            if len(reports) > 1 and reports[-1][0] - reports[0][0] > seconds:
                 raise _EnoughError
 
         began = time.perf_counter()
@@ -228,7 +228,7 @@ class _Calibration:
             for _ in self._computed(node, self.shards, RunState(report)):
                 pass
         done = sum(rows for _, rows in reports)
-        later = reports[len(reports) // 2 :]  # decoding has run ahead of the first reports
+        later = reports[(len(reports) - 1) // 2 :]  # decoding has run ahead of the first reports
         steady = sum(rows for _, rows in later[1:])
         per_row = (later[-1][0] - later[0][0]) / steady if steady else (time.perf_counter() - began) / max(done, 1)
         fixed = max(0.0, reports[-1][0] - began - done * per_row)
@@ -320,7 +320,7 @@ class _Calibration:
     def _whole(self, node: UnpartitionedAsset) -> None:
         snapshot = Snapshot(self.context, self.shards)
         wanted = node.provenance(snapshot)
-        step = Step(node, snapshot, {}, RunState(), frozenset([node.key]))
+        step = Step(node, snapshot, {}, RunState(), frozenset([node.key]), engine=self.engine)
         began = time.perf_counter()
         stored = node.write(snapshot, wanted, node.compute(replace(step, wanted={None: wanted})))
         seconds = time.perf_counter() - began

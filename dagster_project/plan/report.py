@@ -13,6 +13,7 @@ from assets.base.context import Context, Snapshot
 from assets.base.engines import Engine
 from assets.graph import Graph
 from assets.subsets.subset import SubsetAsset
+from dagster_project.engines.crew import Crew
 from dagster_project.plan.calibration import calibrate
 from dagster_project.plan.estimates import Estimate, Sources, estimates, seconds_by_deployment, usable
 from dagster_project.plan.recorded import Deployment, recorded_rates, recorded_rows
@@ -76,6 +77,8 @@ def make_plan(
     Raises:
         PoolError: the pool can't be listed.
     """
+    if isinstance(engine, Crew):
+        engine.open()  # which counts the workers of a cluster
     project.lake.refresh()
     snapshot = Snapshot(project)
     work = find_work(snapshot, graph, only)

@@ -17,24 +17,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
 from resources.pools.groups import TAR_STRIDE, ShardGroups, grouped
 from resources.pools.samples import (
-    METADATA,
     CheckedImage,
     RejectedError,
     ShardSamples,
     check_image,
-    column_values,
     encodable,
     is_null,
-    match_keys,
     merge_descriptions,
     shown,
 )
+from resources.pools.sidecar import Sidecar, failed, read_sidecar
 from resources.settings import PoolSettings, available_cores
 from resources.storage import files, tars
 from resources.storage.tar_samples import (
@@ -203,7 +200,7 @@ def _read_tar(name: str, parts: _Parts, samples: ShardSamples, number: int) -> l
         raise PoolError(f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet.")
     url = parts["tar"].url
     pools.check_shard_name(parts["tar"].name.removesuffix(".tar"), url)
-    sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else _Sidecar("")
+    sidecar = read_sidecar(parts["parquet"].url) if "parquet" in parts else Sidecar("")
     samples.keys.clear()  # keys are those of a tar
     with files.mapped(url) as view:
         try:
@@ -231,58 +228,6 @@ def _read_tar(name: str, parts: _Parts, samples: ShardSamples, number: int) -> l
     return notes
 
 
-class _Sidecar:
-    """The Parquet file beside a tar.
-
-    Args:
-        url: its place, for messages.
-        rows: its rows by key.
-        notes: remarks about the file, one sentence each.
-    """
-
-    def __init__(self, url: str, rows: Mapping[str, dict[str, Any]] | None = None, notes: Sequence[str] = ()) -> None:
-        self.url = url
-        self.rows = rows or {}
-        self.notes = list(notes)
-        self.has_uids = any(not is_null(row.get("uid")) for row in self.rows.values())
-        self.all_failed = bool(self.rows) and all(map(_failed, self.rows.values()))
-        self._matched: dict[str, str] = {}
-
-    def match(self, keys: Sequence[str]) -> None:
-        """Match the file's keys to those of the tar's samples.
-
-        Raises:
-            PoolError: fewer than half of the tar's keys are in the file.
-        """
-        if not self.rows or not keys:
-            return
-        self._matched = match_keys(keys, self.rows)
-        if 2 * len(self._matched) < len(set(keys)):
-            ours = next(key for key in keys if key not in self._matched)
-            theirs = next((key for key in self.rows if key not in self._matched.values()), next(iter(self.rows)))
-            raise PoolError(
-                f"{self.url}: only {len(self._matched)} of the tar's {len(set(keys))} keys are in this parquet. The "
-                f"tar has {encodable(ours)[0]!r}, for example, and the parquet has {encodable(theirs)[0]!r}. Remedy: "
-                "write the tar's keys into its column `key`, or remove it if the tar alone describes its samples."
-            )
-        other = [(ours, theirs) for ours, theirs in self._matched.items() if ours != theirs]
-        if other:
-            ours, theirs = other[0]
-            self.notes.append(
-                f"{len(other)} keys are spelt differently in tar and parquet, such as {encodable(ours)[0]} and {theirs}"
-            )
-
-    def row(self, key: str) -> Mapping[str, Any] | None:
-        """Return the row of a sample of the tar."""
-        matched = self._matched.get(key)
-        return None if matched is None else self.rows[matched]
-
-    def unmatched(self) -> dict[str, dict[str, Any]]:
-        """Return the rows that have no sample in the tar."""
-        matched = set(self._matched.values())
-        return {key: row for key, row in self.rows.items() if key not in matched}
-
-
 class _Tar:
     """One tar while it is read.
 
@@ -293,7 +238,7 @@ class _Tar:
         base: `image_offset` of its first byte.
     """
 
-    def __init__(self, samples: ShardSamples, view: memoryview, sidecar: _Sidecar, base: int) -> None:
+    def __init__(self, samples: ShardSamples, view: memoryview, sidecar: Sidecar, base: int) -> None:
         self.samples = samples
         self.view = view
         self.sidecar = sidecar
@@ -315,7 +260,7 @@ class _Tar:
     def add_sidecar_only(self) -> None:
         """Reject the sidecar's rows that have no members in the tar."""
         for key, row in self.sidecar.unmatched().items():
-            if _failed(row):
+            if failed(row):
                 detail = f"{row['status']}: {row.get('error_message') or 'no message'}"
                 rejected = RejectedError("download_failed", detail)
             else:
@@ -393,10 +338,10 @@ def _is_image(name: str) -> bool:
     return split_name(name)[1].lower() in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
 
 
-def _no_samples(name: str, url: str, sidecar: _Sidecar, unrelated: list[str]) -> PoolError:
+def _no_samples(name: str, url: str, sidecar: Sidecar, unrelated: list[str]) -> PoolError:
     """Return the error of a tar without samples."""
     if sidecar.rows:
-        good = sum(not _failed(row) for row in sidecar.rows.values())
+        good = sum(not failed(row) for row in sidecar.rows.values())
         return PoolError(
             f"empty shard {name}: there is no sample in {url}, and {good} downloads were successful according to "
             f"{sidecar.url}. Remedy: bring the whole tar, or remove both files."
@@ -407,53 +352,6 @@ def _no_samples(name: str, url: str, sidecar: _Sidecar, unrelated: list[str]) ->
             f"name images <key>.jpg (or {', '.join(sorted(IMAGE_SUFFIXES - {'jpg'}))}), or remove the file."
         )
     return pools.empty_shard(name, url)
-
-
-def _read_sidecar(url: str) -> _Sidecar:
-    """Read the Parquet file beside a tar.
-
-    Of rows with one key the first successful one is used, else the first. Rows without a key are left out.
-
-    Raises:
-        PoolError: it cannot be read, or has no key column.
-    """
-    wanted = ["key", "caption", "status", "error_message", *METADATA]
-    remedy = "Write it again, or remove it: the tar is enough."
-    try:
-        with files.open_binary(url) as file:
-            parquet = pq.ParquetFile(file)
-            names = set(parquet.schema_arrow.names)
-            table = parquet.read([name for name in wanted if name in names])
-    except (pa.ArrowException, OSError) as error:
-        raise PoolError(f"{url}: the parquet cannot be read ({error}). {remedy}") from error
-    if "key" not in names:
-        raise PoolError(f"{url}: the parquet has no column `key`. {remedy}")
-    rows: dict[str, dict[str, Any]] = {}
-    without_key, repeated = 0, []
-    columns = {name: column_values(table[name]) for name in table.column_names}
-    for values in zip(*columns.values(), strict=True):
-        row = dict(zip(columns, values, strict=True))
-        if is_null(row["key"]):
-            without_key += 1
-            continue
-        key = row["key"].decode(errors="surrogateescape") if isinstance(row["key"], bytes) else str(row["key"])
-        first = rows.setdefault(key, row)
-        if first is not row:
-            repeated.append(key)
-            if _failed(first) and not _failed(row):
-                rows[key] = row
-    file_name = url.rpartition("/")[2]
-    notes = []
-    if without_key:
-        notes.append(f"ignored rows of {file_name} without a key: {without_key}")
-    if repeated:
-        notes.append(f"keys that {file_name} has more than once, of which one row is used: {shown(repeated)}")
-    return _Sidecar(url, rows, notes)
-
-
-def _failed(row: Mapping[str, Any]) -> bool:
-    """Return whether a row of the Parquet file is of a download that failed."""
-    return not is_null(row.get("status")) and row["status"] != "success"
 
 
 def _climbs(key: str) -> bool:
