@@ -9,10 +9,12 @@ import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,7 +32,9 @@ IN_USE_SECONDS = 3600
 _TAIL = 1 << 16
 """Last bytes of an object that are read at once."""
 _BLOCK = 8 << 20
-"""Bytes of a download that are held in memory."""
+"""Bytes of a request of a download."""
+_STREAMS = 4
+"""Requests of a download at the same time; so many blocks are in memory."""
 
 
 def credential_free(url: str) -> str:
@@ -51,6 +55,7 @@ class ObjectStore:
         self._prefix = f"{parts.scheme}://{parts.netloc}/"
         self._root = root
         self._opened: Any = None
+        self._added: float = math.inf  # bytes of copies since the limit was looked at
 
     def __getstate__(self) -> str:
         return self._root
@@ -217,17 +222,32 @@ class ObjectStore:
             os.utime(path)  # its time of use
         except FileNotFoundError:
             folder.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, found.size)
+            self._make_room(folder, found.size)
             self._download(found, path)
         return path
+
+    def _make_room(self, folder: Path, size: int) -> None:
+        """Keep the copies within their limit, to 5 %: looking at all of them for each copy would take long."""
+        limit = int(os.environ.get(CACHE_VARIABLE) or CACHE_BYTES)
+        self._added += size
+        if self._added > limit // 20:
+            self._added = 0
+            _make_room(folder, size, limit)
 
     def _download(self, entry: Entry, path: Path) -> None:
         """Copy an object to a local file, which is complete or absent."""
         descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
         try:
-            with open(descriptor, "wb") as file:
-                for start in range(0, entry.size, _BLOCK):
-                    file.write(self.read_range(entry, start, min(start + _BLOCK, entry.size)))
+            with open(descriptor, "wb") as file, ThreadPoolExecutor(_STREAMS) as pool:
+
+                def copy(start: int) -> None:
+                    block = self.read_range(entry, start, min(start + _BLOCK, entry.size))
+                    if os.pwrite(file.fileno(), block, start) != len(block):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), temporary)
+
+                starts = range(0, entry.size, _BLOCK)
+                for _ in pool.map(copy, starts) if len(starts) > 1 else map(copy, starts):
+                    pass
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -334,9 +354,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].strip()[:300]
 
 
-def _make_room(folder: Path, size: int) -> None:
+def _make_room(folder: Path, size: int, limit: int) -> None:
     """Remove the copies that were used longest ago, until one of `size` bytes has room."""
-    limit = int(os.environ.get(CACHE_VARIABLE) or CACHE_BYTES)
     copies = []
     with os.scandir(folder) as entries:
         for entry in entries:

