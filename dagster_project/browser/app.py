@@ -5,7 +5,9 @@ and who may ask for them (`guard`).
 """
 
 import functools
+import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -102,8 +104,9 @@ def serve(context: Context, port: int) -> int:
 
 
 def run(app: Starlette, listening: socket.socket) -> None:
-    """Serve an application on a listening socket until SIGINT or SIGTERM."""
+    """Serve an application on a listening socket until SIGINT or SIGTERM; then temporary files are removed."""
     import uvicorn
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

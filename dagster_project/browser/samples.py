@@ -121,7 +121,8 @@ def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
     lake = table.context.lake
     by_asset: dict[str, list[str]] = {}
     for name in table.numbers:
-        by_asset.setdefault(table.place(name)[0], []).append(name)
+        if table.scores.by_name[name].column.direction is not None:  # an index, such as of the nearest target, has none
+            by_asset.setdefault(table.place(name)[0], []).append(name)
     found: dict[str, float] = {}
     fewest, most = 0, 0
     for asset, names in by_asset.items():

@@ -5,6 +5,7 @@ Here: waiting. It ends when its standard input is closed, which is when the UI e
 
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ def main() -> None:
 
     def end_with_the_ui() -> None:
         os.read(0, 1)
-        os._exit(0)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=end_with_the_ui, daemon=True).start()
     from assets.settings import open_project

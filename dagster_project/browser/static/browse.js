@@ -122,8 +122,9 @@ async function more() {
   grid.append(...found.rows.map(tile));
   offset += found.rows.length;
   showTags();
-  if (found.rows.length && end.getBoundingClientRect().top < innerHeight + 600) more();
+  if (found.rows.length) moreIfNear();
 }
+function moreIfNear() { if (end.getBoundingClientRect().top < innerHeight + 600) more(); }
 function restart() { round++; offset = 0; total = 0; loading = false; grid.replaceChildren(); more(); }
 const end = document.querySelector(".note");
 if (grid) {
@@ -165,7 +166,7 @@ if (grid) {
   const setSize = (pixels) => document.documentElement.style.setProperty("--size", `${pixels}px`);
   byId("size").addEventListener("input", (e) => { setSize(e.target.value); localStorage.setItem("size", e.target.value); });
   if (Number(localStorage.getItem("size"))) setSize(localStorage.getItem("size"));
-  new IntersectionObserver((seen) => { if (seen[0].isIntersecting && offset) more(); }, { rootMargin: "600px" }).observe(end);
+  for (const event of ["scroll", "resize"]) addEventListener(event, () => { if (offset) moreIfNear(); }, { passive: true });
   fill();
   restart();
 }

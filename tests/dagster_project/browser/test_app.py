@@ -1,6 +1,7 @@
 """The server of `clip-select browse`: what the pages answer about a finished project."""
 
 import io
+import re
 import urllib.parse
 from collections.abc import Iterator
 
@@ -189,6 +190,7 @@ def test_a_sample_has_its_percentile_its_negatives_and_its_place_in_the_tar(site
     best = site.rows(sort="clip_score/tiny")["rows"][0]
     page = site.text(f"/sample/{best['uid']}")
     assert f"<td>{100 * (ALL - 0.5) / ALL:.1f}</td>" in page
+    assert re.search(r"<td>nearest_target/tiny/pets</td><td>\d+</td><td></td>", page), "an index has no percentile"
     assert "Nearest image of pets" in page
     assert "Hard negative for the caption" in page
     assert f"{best['shard']}.tar" in page

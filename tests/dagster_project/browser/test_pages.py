@@ -24,6 +24,7 @@ pytestmark = [
 ]
 OFFLINE = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 ALL = ROWS * len(SHARDS)
+PATIENCE = 180_000  # milliseconds; a machine may be busy
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202ereversed"
 
 
@@ -70,6 +71,7 @@ def open_page(chromium, site: Site, **options) -> "playwright.Page":
         viewport={"width": 1440, "height": 900}, base_url=site.address, accept_downloads=True, **options
     )
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("dialog", lambda dialog: (page.problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
@@ -112,10 +114,11 @@ def test_the_grid_loads_as_it_is_scrolled_and_obeys_the_keyboard(chromium, site:
     page.set_viewport_size({"width": 700, "height": 200})
     page.goto("/")
     wait_for_tiles(page, 8)
-    for _ in range(5):
-        page.mouse.wheel(0, 4000)
-        page.wait_for_timeout(100)
-    wait_for_tiles(page, ALL)
+    page.wait_for_function(
+        "count => { scrollTo(0, document.body.scrollHeight);"
+        " return document.querySelectorAll('.tile').length === count; }",
+        arg=ALL,
+    )
     assert len(set(shown(page))) == ALL
     assert page.locator("#status").inner_text() == f"{ALL} rows."
     page.keyboard.press("ArrowRight")
