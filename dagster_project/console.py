@@ -174,7 +174,7 @@ def export(
                 project, graph, instance, recipe, notice=shown.notice, progress=shown.advance, interrupts=interrupts
             )
     status = 1 if outcome.failures else 0
-    version = None if status else Versions(project.lake, recipe).names()[-1]
+    version = None if status else Versions(project.lake, recipe).newest()
     folder = f"{project.lake.root}/export/{recipe}/{version}" if version else None
     if as_json:
         found = {"recipe": recipe, "version": version, "folder": folder, **failures(outcome)}

@@ -264,7 +264,7 @@ class Pass:
     def _has_results(self, node: Node | SubsetAsset) -> bool:
         lake = self.snapshot.context.lake
         if isinstance(node, SubsetAsset):
-            return bool(Versions(lake, node.recipe).names())
+            return Versions(lake, node.recipe).newest() is not None
         return bool(lake.shards(node.key)) if node.partitioned else lake.exists(lake.path(node.key))
 
     def _now(self) -> Snapshot:

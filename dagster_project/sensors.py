@@ -40,7 +40,7 @@ SHOWN = 10
 INTERVAL = 10
 """Seconds from one tick of a sensor to the next. A tick without news takes 0.4 s for 10,000 shards."""
 
-RECORDED = 1_000
+RECORDED = 200
 """Files that a tick records at most, so that it ends in time."""
 
 TickResult = dg.SensorResult | dg.SkipReason

@@ -116,10 +116,8 @@ def _asset_files(lake: Lake, *, repair: bool) -> Iterator[Verified]:
 
 
 def _asset_file(lake: Lake, path: str, *, repair: bool) -> Verified:
-    remedy = _RUN  # a run reads the record of every file
     try:
         _, sealed = lake.read_stored(path)
-        remedy = _RUN if repair else _REPAIR
         if path.endswith(".parquet"):
             read_parquet(lake.store.local(path), None)
         else:
@@ -127,7 +125,7 @@ def _asset_file(lake: Lake, path: str, *, repair: bool) -> Verified:
     except (ChecksumError, pa.ArrowInvalid, OSError) as error:
         if repair:
             lake.set_aside(path, str(error))
-        return Verified(path, DAMAGED, str(error), remedy)
+        return Verified(path, DAMAGED, str(error), _RUN if repair else _REPAIR)
     return Verified(path, OK if sealed else UNVERIFIED)
 
 

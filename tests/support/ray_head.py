@@ -44,4 +44,4 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
         yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **access}
     finally:
         os.killpg(head.pid, signal.SIGTERM)
-        head.wait()
+        head.communicate()
