@@ -231,7 +231,7 @@ def evaluate(
         return status
     print_failures(outcome, console)
     if summary:
-        lines = [summary["shows"], *summary.get("how_much", []), summary["does_not_show"]]
+        lines = [summary["table"], "", summary["shows"], *summary.get("how_much", []), summary["does_not_show"]]
         page = f"{project.lake.root}/{summary['report']}"
         console.print("\n".join([*lines, f"The page: {page}"]), soft_wrap=True, highlight=False, markup=False)
     return status

@@ -39,7 +39,8 @@ from resources.training.settings import POOL, RANDOM, EvaluationSettings
 _EXTRA = ("braceexpand", "pandas", "webdataset")
 _UNRECORDED = {"device", "processes", "cache_gib"}
 """Settings of training that change where it runs and not what comes out."""
-SMALL_SIZE = 64
+SMALL_SIZE, USUAL_SIZE = 64, 224
+"""Pixels of the small towers, and of an open_clip model whose configuration does not say."""
 
 
 def configured(settings: ProjectSettings, asset: Declared) -> EvaluationSettings:
@@ -218,8 +219,7 @@ def _own_size(model: str | None) -> int:
         return SMALL_SIZE
     import open_clip
 
-    config = open_clip.get_model_config(model)
-    return int(config["vision_cfg"]["image_size"])
+    return int(open_clip.get_model_config(model)["vision_cfg"].get("image_size", USUAL_SIZE))
 
 
 def _run(

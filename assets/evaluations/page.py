@@ -74,6 +74,7 @@ class Evaluated:
             "samples": dict(self.sizes),
             "shows": " ".join(shows(self)),
             "does_not_show": does_not_show(self.settings),
+            "table": "\n\n".join(_markdown(self, budget) for budget in self.settings.train.samples_seen),
             **({"how_much": [how_much(best, self) for best in self.law]} if self.law else {}),
         }
 
@@ -203,6 +204,16 @@ def _table(found: Evaluated, budget: int) -> dict[str, Any]:
     cells = {(row.arm, _heading(row)): _cell(row) for row in rows}
     body = [(arm, [cells[arm, task] for task in tasks]) for arm in found.settings.arms]
     return {"head": ["arm", *tasks], "rows": body}
+
+
+def _markdown(found: Evaluated, budget: int) -> str:
+    """Return the table of a budget as Markdown."""
+    table = _table(found, budget)
+    lines = [table["head"], ["---", *["---:"] * (len(table["head"]) - 1)]]
+    for arm, cells in table["rows"]:
+        lines.append([arm, *(f"{cell.text} ({', '.join(cell.small)})" for cell in cells)])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"After {budget:,} samples seen:\n\n{rows}"
 
 
 def _heading(row: Measured) -> str:

@@ -248,7 +248,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _end_with_main(_: int) -> None:
+def end_with_main(_: int) -> None:
     """End this worker process when the main one ends, even if that one is killed.
 
     torch watches the parent, which is the server that workers are forked from and which lives as long as a worker.
@@ -300,7 +300,7 @@ def run(prepare: Prepare, work: Iterable[Any], workers: int, *, pin: bool) -> Ge
         options = {
             "multiprocessing_context": context,
             "prefetch_factor": _AHEAD,
-            "worker_init_fn": _end_with_main,
+            "worker_init_fn": end_with_main,
         }
     loader: Any = torch.utils.data.DataLoader(
         prepare,  # type: ignore[arg-type]

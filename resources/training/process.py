@@ -176,6 +176,8 @@ class Loader:
     def __init__(self, run: Run, batches: Batches, samples: Samples, position: Path) -> None:
         import torch.utils.data
 
+        from resources.models.decoding import end_with_main
+
         self.run, self.batches, self.position = run, batches, position
         self.num_batches = len(batches)
         self.num_samples = len(batches) * run.batch_size
@@ -185,6 +187,7 @@ class Loader:
                 "num_workers": run.threads,
                 "multiprocessing_context": "forkserver",
                 "persistent_workers": True,
+                "worker_init_fn": end_with_main,
             }
         self._loader: Any = torch.utils.data.DataLoader(
             samples,  # type: ignore[arg-type]

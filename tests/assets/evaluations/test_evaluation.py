@@ -54,6 +54,7 @@ def test_an_evaluation_trains_compares_and_reports(finished: Scenario) -> None:
         assert row["difference"] == pytest.approx(sum(paired) / len(paired))
         assert row["baseline"] == "random"
 
+    assert "| clip_third | " in stored.summary["table"]
     page = Path(project.lake.root, stored.summary["report"]).read_text()
     assert "samples seen" in page
     assert stored.summary["does_not_show"] in page
