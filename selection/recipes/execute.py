@@ -97,9 +97,9 @@ class Selection:
         """Compute the rank columns that `manifest` leaves out: sorting arrays is much faster than a window function.
 
         Returns:
-            For each `keep_top`, `soft_cap_sample` and `balance` step n `step{n}_rank`, int64 in the order of the manifest:
-            the rank, from 1, among the rows that entered the step, by falling value, then rising uid. Masked for a row that a
-            later `union` added.
+            For each `keep_top`, `soft_cap_sample` and `balance` step n `step{n}_rank`, int64 in the order of the
+            manifest: the rank, from 1, among the rows that entered the step, by falling value, then rising uid. Masked
+            for a row that a later `union` added.
         """
         ranked = [report for report in self._ranked if report.kind not in _RANKED_APART]
         if not ranked:
