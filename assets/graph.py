@@ -12,6 +12,7 @@ graph LR
   raw_pool --> subset
   subset --> export["export/&lt;recipe&gt;"]
   subset --> catalog
+  subset --> evaluation["evaluation/&lt;name&gt;"]
 ```
 
 Some scores compare the rows of a subset with each other, so a subset may also be upstream of a score.
@@ -29,6 +30,7 @@ from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
 from assets.base.score_kind import Scores
 from assets.base.selection_table import CachedTable
 from assets.base.unpartitioned import UnpartitionedAsset, UnpartitionedTemplate
+from assets.evaluations.evaluation import evaluation
 from assets.pool.embeddings import embeddings
 from assets.pool.raw_pool import raw_pool
 from assets.scores.external_uids import external_uids
@@ -50,12 +52,14 @@ class Graph:
         nodes: assets of files, partitioned by shard or unpartitioned, upstream first.
         subsets: the subsets, a recipe after those it reads.
         exports: the subsets' samples as new shards, which are written on demand only.
+        evaluations: comparisons of subsets by trained models, which are computed on demand only.
         catalog: the catalog.
     """
 
     nodes: tuple[Node, ...]
     subsets: tuple[SubsetAsset, ...]
     exports: tuple[PartitionedAsset, ...]
+    evaluations: tuple[UnpartitionedAsset, ...]
     catalog: dg.AssetsDefinition
 
     @property
@@ -63,6 +67,10 @@ class Graph:
         """Nodes and subsets, each after everything that it reads."""
         by_key: dict[str, Node | SubsetAsset] = {node.key: node for node in (*self.nodes, *self.subsets)}
         return [by_key[key] for key in _upstream_first(by_key)]
+
+    def by_key(self, key: str) -> Any:
+        """Return the node or subset of a key."""
+        return next(node for node in (*self.nodes, *self.subsets) if node.key == key)
 
     def needed_by(self, recipes: Iterable[str]) -> set[str]:
         """List the keys of some recipes' subsets and of everything that they are computed from."""
@@ -79,7 +87,7 @@ class Graph:
     @property
     def definitions(self) -> list[dg.AssetsDefinition]:
         """The Dagster assets."""
-        assets = (*self.nodes, *self.subsets, *self.exports)
+        assets = (*self.nodes, *self.subsets, *self.exports, *self.evaluations)
         return [*(asset.definition for asset in assets), self.catalog]
 
 
@@ -99,7 +107,10 @@ def build_graph(context: Context) -> Graph:
     if pool_format(settings.pool).has_tars:
         exports = [export.build(export.declare(settings, recipe=node.recipe), context, assets) for node in subsets]
     nodes = [assets[key] for key in _upstream_first(assets) if key in keys]
-    return Graph(tuple(nodes), tuple(subsets), tuple(exports), catalog(context, scores, assets))
+    evaluations = [
+        evaluation.build(evaluation.declare(settings, name=name), context, assets) for name in settings.evaluations
+    ]
+    return Graph(tuple(nodes), tuple(subsets), tuple(exports), tuple(evaluations), catalog(context, scores, assets))
 
 
 def _declared(context: Context, scores: Scores) -> Iterator[Declared]:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, create_model, model_validator
 
 from assets.base.context import Context
+from assets.base.evaluation_settings import check_evaluation
 from assets.base.score_kind import ScoreKind, Scores
 from assets.base.settings import Name, ProjectSettings
 from assets.scores import KINDS
@@ -144,6 +145,8 @@ class _CheckedSettings(ProjectSettings):
         )
         for kind in self.kinds:
             kind.validate_recipes(self)
+        for name, evaluation in self.evaluations.items():
+            check_evaluation(self, f"evaluations.{name}", evaluation)
         return self
 
 
@@ -155,6 +158,7 @@ _NAMED_FIELDS = (
     "external_scores",
     "external_uids",
     "recipes",
+    "evaluations",
 )
 
 
@@ -333,7 +337,7 @@ def open_context(settings: ProjectSettings, config: Path) -> Context:
             f"{config}: lake: {settings.lake} can't be opened: {error}. Remedy: a folder, or a URL whose file "
             "system is installed"
         ) from error
-    pool = open_pool(settings.pool, settings.encoders)
+    pool = open_pool(settings.pool, settings.encoders, settings.lake)
     models = Models(settings.encoders, settings.captioners, settings.text_encoders)
     return Context(settings, config, lake, pool, models)
 

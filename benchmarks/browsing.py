@@ -1,14 +1,24 @@
-"""Time of sorting and filtering in `clip-select browse`, on synthetic scores.
+"""Time of sorting and filtering in `clip-select browse`, on synthetic scores; and its server, on a finished project.
 
     python -m benchmarks.browsing FOLDER [SHARDS]
+    python -m benchmarks.browsing CONFIG.yaml [SECONDS]
 
-Each shard has 100,000 rows and two scores; two threads, as the browser uses. Here: this measurement alone.
+Each shard has 100,000 rows and two scores; two threads, as the browser uses. With a YAML: the first page of a new
+process, filter and sort, images a second, and 20 users who scroll for some seconds. Here: these measurements alone.
 """
 
+import http.client
+import json
+import re
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -57,14 +67,107 @@ def main(folder: Path, shards: int) -> None:
         ),
     }
     for name, ask in cases.items():
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
+        seconds, busy = [], []
+        for _ in range(3):
+            start, cpu = time.perf_counter(), time.process_time()
             ask()
             seconds.append(time.perf_counter() - start)
+            busy.append(time.process_time() - cpu)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f"{name}: first {seconds[0]:.2f} s, then {seconds[1]:.2f} s; peak memory {peak:.2f} GB", flush=True)
+        print(
+            f"{name}: first {seconds[0]:.2f} s ({busy[0]:.2f} s of CPU), then {min(seconds[1:]):.2f} s "
+            f"({min(busy[1:]):.2f} s of CPU); "
+            f"peak memory {peak:.2f} GB",
+            flush=True,
+        )
+
+
+@contextmanager
+def browser(config: Path) -> Iterator[tuple[int, str]]:
+    """Start `clip-select browse`, and yield its port and its cookie."""
+    command = [sys.executable, "-m", "dagster_project.cli", "browse", str(config), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        found = re.search(r":(\d+)/\?token=(\S+)", process.stdout.readline())
+        assert found is not None
+        yield int(found[1]), f"browse-{found[1]}={found[2]}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class User:
+    """A connection that stays open, as a browser's."""
+
+    def __init__(self, port: int, cookie: str) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self.cookie = cookie
+
+    def get(self, path: str, **asked: object) -> bytes:
+        """Return the body of an answer."""
+        self.connection.request("GET", f"{path}?{urlencode(asked)}", headers={"Cookie": self.cookie})
+        answer = self.connection.getresponse()
+        body = answer.read()
+        assert answer.status == 200, body
+        return body
+
+    def rows(self, **asked: object) -> list[dict[str, str]]:
+        """Return a part of the grid."""
+        return list(json.loads(self.get("/api/rows", **asked))["rows"])
+
+    def image(self, row: dict[str, str]) -> int:
+        """Return the size of a row's image, 1 for one that is loaded."""
+        return len(self.get(f"/image/{row['shard']}/{row['row']}")) > 0
+
+
+def scroll(port: int, cookie: str, seed: int, seconds: float) -> int:
+    """Scroll as one user for some seconds; return the number of images."""
+    user, images, start, offset = User(port, cookie), 0, time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        rows = user.rows(sort="random", seed=seed, offset=offset)
+        images += sum(user.image(row) for row in rows)
+        offset = offset + len(rows) if rows else 0
+    return images
+
+
+def serve(config: Path, seconds: float) -> None:
+    """Print the figures of the server on a project."""
+
+    def timed(name: str, *asked: dict[str, object]) -> None:
+        start = time.perf_counter()
+        for one in asked:
+            user.rows(**one)
+        print(f"{name}: {time.perf_counter() - start:.2f} s", flush=True)
+
+    with browser(config) as (port, cookie):
+        user = User(port, cookie)
+        start = time.perf_counter()
+        user.get("/")
+        rows = user.rows()
+        print(f"first page of a new process: {time.perf_counter() - start:.2f} s", flush=True)
+        score = next(name for name in re.findall(r"<option>([^<]+/[^<]+)", user.get("/").decode()))
+        timed("first sort", {"sort": score})
+        timed("first filter and sort", {"sort": score, "where": "width > 20"})
+        timed("filter and sort again", {"sort": score, "where": "width > 21"})
+        rows = [row for offset in range(0, 600, 60) for row in user.rows(sort="random", offset=offset)]
+        parts, start = [rows[at::8] for at in range(8)], time.perf_counter()
+        with ThreadPoolExecutor(8) as threads:
+
+            def load(part: list[dict[str, str]]) -> int:
+                one = User(port, cookie)
+                return sum(one.image(row) for row in part)
+
+            loaded = sum(threads.map(load, parts))
+        print(f"{loaded / (time.perf_counter() - start):.0f} images/s over 8 connections", flush=True)
+        with ThreadPoolExecutor(20) as threads:
+            images = sum(threads.map(lambda seed: scroll(port, cookie, seed, seconds), range(20)))
+        print(f"20 users for {seconds:.0f} s: {images:,} images, no error", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
+    given = Path(sys.argv[1])
+    if given.suffix == ".yaml":
+        serve(given, float(sys.argv[2]) if len(sys.argv) > 2 else 60)
+    else:
+        main(given, int(sys.argv[2]) if len(sys.argv) > 2 else 1000)

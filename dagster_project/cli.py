@@ -5,7 +5,6 @@ second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
 import functools
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,41 +17,15 @@ import click
 
 from core.errors import UserError
 from core.links import BROWSE_PORT
-from core.names import suggestion
+from dagster_project.command_line import Age, Sections
 from dagster_project.interrupts import run_interruptible
-from dagster_project.location import DEMO_CONFIG, lake_of
+from dagster_project.location import DEMO_CONFIG, ENGINES, lake_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from assets.base.context import Context
     from dagster_project.interrupts import Interrupts
-
-SECTIONS = {
-    "Compute": ("check", "run", "compute", "status", "ui"),
-    "Understand": ("browse", "explain", "rejects", "study", "verify"),
-    "Subsets": ("versions", "diff", "lineage", "reproduce", "export", "prune"),
-}
-"""Headings of the help, with their commands."""
-
-
-class _Sections(click.Group):
-    """A group whose help lists the commands under headings, and that suggests the closest name of a command."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the headings, each with its commands."""
-        del ctx
-        for title, names in SECTIONS.items():
-            with formatter.section(title):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=90)) for name in names])
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; for a misspelt name, suggest the closest ones."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            raise click.UsageError(f"No such command {args[0]!r}; {suggestion(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def _config(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,14 +59,14 @@ _only = click.option(
 )
 _engine = click.option(
     "--engine",
-    type=click.Choice(["in_process", "processes", "ray"]),
+    type=click.Choice(ENGINES),
     help="Where shards are computed. [default: CLIP_SELECTION_ENGINE, else in_process; with --workers processes]",
 )
 _workers = click.option("--workers", type=click.IntRange(1), help="Number of the engine's workers.")
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
-@click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version("clip-data-selection"), prog_name="clip-select")
 def commands() -> None:
     """Select training data for CLIP from a pool of image-text pairs.
@@ -111,6 +84,31 @@ def check(config: Path, only: tuple[str, ...], as_json: bool) -> int:
     from dagster_project import console
 
     return console.check(_open(config), _console(), only=only, as_json=as_json)
+
+
+@commands.command()
+@_config
+@_only
+@_engine
+@_workers
+@click.option("--no-calibration", is_flag=True, help="Use recorded rates only; measure nothing.")
+@_document
+def plan(
+    config: Path, only: tuple[str, ...], engine: str | None, workers: int | None, no_calibration: bool, as_json: bool
+) -> int:
+    """Estimate what a run would compute: rows, bytes, operations, disk space and time; compute nothing.
+
+    Times follow from the rates that earlier runs recorded with the engine. Without a record, parts of real shards are
+    computed for about ten seconds into a temporary folder.
+    """
+    from dagster_project import console
+    from dagster_project.plan import report
+
+    settings: dict[str, Any] = {"only": only, "engine": engine, "workers": workers, "calibration": not no_calibration}
+    if not as_json:
+        return report.plan(_open(config), _console(), **settings)
+    with console.json_document() as document:
+        return report.plan(_open(config), document, **settings, as_json=True)
 
 
 @commands.command()
@@ -148,10 +146,13 @@ def run(
             return console.run(_open(config), document, **settings, as_json=True)
 
     options = [part for recipe in only for part in ("--only", recipe)]
-    options += ["--engine", engine] if engine else []
-    options += ["--workers", str(workers)] if workers else []
+    options += _engine_options(engine, workers)
     options += ["--redraw-negatives"] * redraw_negatives + ["--json"] * as_json
     return run_interruptible(command, _again(config, *options))
+
+
+def _engine_options(engine: str | None, workers: int | None) -> list[str]:
+    return [*(["--engine", engine] if engine else []), *(["--workers", str(workers)] if workers else [])]
 
 
 @commands.command()
@@ -177,7 +178,8 @@ def compute(config: Path, asset: str, part: str, engine: str | None, workers: in
         with opened_engine(engine, workers) as opened:
             return compute_part(_open(config), asset, chosen, opened, _console(), interrupts)
 
-    return run_interruptible(command, _again(config, "--asset", asset, "--part", part))
+    options = ["--asset", asset, "--part", part, *_engine_options(engine, workers)]
+    return run_interruptible(command, _again(config, *options))
 
 
 @commands.command()
@@ -316,7 +318,7 @@ def lineage(config: Path, recipe: str, version_name: str | None, as_json: bool) 
     """Show everything that a version of a subset was made from."""
     from dagster_project import queries
 
-    return queries.lineage(lake_of(config).catalog, recipe, version_name, _console(), as_json=as_json)
+    return queries.lineage(lake_of(config), recipe, version_name, _console(), as_json=as_json)
 
 
 @commands.command()
@@ -343,6 +345,28 @@ def export(config: Path, recipe: str, as_json: bool) -> int:
 
 @commands.command()
 @_config
+@click.option("--name", required=True, help="Name of the evaluation.")
+@_document
+def evaluate(config: Path, name: str, as_json: bool) -> int:
+    """Train models on several subsets under equal conditions, and compare them.
+
+    Prints what the result shows, and the path of its page. Does nothing if the evaluation is up to date. SIGINT and
+    SIGTERM end it like `run`; the same command resumes from the checkpoints.
+    """
+
+    def command(interrupts: "Interrupts") -> int:
+        from dagster_project import console
+
+        if not as_json:
+            return console.evaluate(_open(config), name, _console(), interrupts=interrupts)
+        with console.json_document() as document:
+            return console.evaluate(_open(config), name, document, as_json=True, interrupts=interrupts)
+
+    return run_interruptible(command, _again(config, "--name", name, *["--json"] * as_json))
+
+
+@commands.command()
+@_config
 @_recipe
 @click.option("--version", "version_name", required=True, help="Its version: v0001, ...")
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="An empty folder.")
@@ -359,27 +383,10 @@ def reproduce(config: Path, recipe: str, version_name: str, into: Path) -> int:
     return 0
 
 
-class _Age(click.ParamType):
-    """A number of hours, days or weeks, such as 30d."""
-
-    name = "age"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        """Return the time span of a text."""
-        if isinstance(value, timedelta):
-            return value
-        found = re.fullmatch(r"([1-9][0-9]{0,4})([hdw])", str(value), re.ASCII)
-        if found is None:
-            self.fail(
-                f"{value!r} is not an age. Remedy: a number from 1 to 99999 and h, d or w, such as 30d", param, ctx
-            )
-        return int(found[1]) * {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}[found[2]]
-
-
 @commands.command()
 @_config
 @click.option("--keep", type=click.IntRange(1), help="Newest versions of each recipe to keep.")
-@click.option("--runs-older-than", type=_Age(), metavar="AGE", help="Age of Dagster's runs to delete: 12h, 30d, 8w.")
+@click.option("--runs-older-than", type=Age(), metavar="AGE", help="Age of Dagster's runs to delete: 12h, 30d, 8w.")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
 @_json
 def prune(config: Path, keep: int | None, runs_older_than: timedelta | None, dry_run: bool, as_json: bool) -> int:

@@ -159,8 +159,8 @@ def export(
     """
     from assets.graph import build_graph
     from dagster_project.dead_runs import close_dead_runs
-    from dagster_project.headless import write_export
     from dagster_project.instance import only_pass, open_instance
+    from dagster_project.on_demand import write_export
     from dagster_project.progress import shown_progress
     from dagster_project.queries import require
     from resources.lake.versions import Versions
@@ -174,7 +174,7 @@ def export(
                 project, graph, instance, recipe, notice=shown.notice, progress=shown.advance, interrupts=interrupts
             )
     status = 1 if outcome.failures else 0
-    version = None if status else Versions(project.lake, recipe).names()[-1]
+    version = None if status else Versions(project.lake, recipe).newest()
     folder = f"{project.lake.root}/export/{recipe}/{version}" if version else None
     if as_json:
         found = {"recipe": recipe, "version": version, "folder": folder, **failures(outcome)}
@@ -183,6 +183,57 @@ def export(
     print_failures(outcome, console)
     if folder:
         console.print(f"Exported: {folder}", soft_wrap=True, highlight=False, markup=False)
+    return status
+
+
+def evaluate(
+    project: "Context",
+    name: str,
+    console: Console,
+    *,
+    as_json: bool = False,
+    interrupts: "Interrupts | None" = None,
+) -> int:
+    """Compute an evaluation, and print what it shows and the path of its page.
+
+    Args:
+        project: the opened project.
+        name: name of the evaluation.
+        console: where to print.
+        as_json: print one JSON document.
+        interrupts: the signals that end it.
+
+    Returns:
+        The exit status: 1 if it failed, else 0.
+    """
+    from assets.graph import build_graph
+    from dagster_project.dead_runs import close_dead_runs
+    from dagster_project.early_checks import require_inputs
+    from dagster_project.instance import only_pass, open_instance
+    from dagster_project.on_demand import evaluate as compute
+    from dagster_project.progress import shown_progress
+    from dagster_project.queries import require
+
+    require("evaluation", name, project.settings.evaluations)
+    graph, key = build_graph(project), f"evaluation/{name}"
+    require_inputs(project, graph, [key])
+    with open_instance(project) as instance, only_pass(project):
+        close_dead_runs(instance)
+        with shown_progress() as shown:
+            outcome = compute(
+                project, graph, instance, name, notice=shown.notice, progress=shown.advance, interrupts=interrupts
+            )
+    status = 1 if outcome.failures else 0
+    stored = None if status else project.lake.stored(key)
+    summary = stored.summary if stored is not None else {}
+    if as_json:
+        print_json({"exit_status": status, "error": None, "evaluation": name, **summary, **failures(outcome)}, console)
+        return status
+    print_failures(outcome, console)
+    if summary:
+        lines = [summary["shows"], *summary.get("how_much", []), summary["does_not_show"]]
+        page = f"{project.lake.root}/{summary['report']}"
+        console.print("\n".join([*lines, f"The page: {page}"]), soft_wrap=True, highlight=False, markup=False)
     return status
 
 

@@ -11,14 +11,16 @@ from typing import Any
 import dagster as dg
 
 from assets.base.context import Context
-from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
 from assets.settings import open_project
 from dagster_project.early_checks import require_inputs
 from dagster_project.executor import one_process_after
+from dagster_project.jobs import build_jobs
 from dagster_project.location import config_path
-from dagster_project.resources import build_resources
+from dagster_project.plan.job import plan_job
+from dagster_project.resources import build_resources, engine
 from dagster_project.sensors import build_sensors
+from dagster_project.staleness import shards_per_run
 
 
 def build_defs(
@@ -41,43 +43,24 @@ def build_defs(
     context = replace(context, **opened)
     graph = graph or build_graph(context)
     return dg.Definitions(
-        assets=graph.definitions,
-        jobs=_jobs(graph),
+        assets=_assets(graph),
+        jobs=[*build_jobs(graph), plan_job(context, graph)],
         sensors=build_sensors(context, graph),
-        resources={**build_resources(context.settings), **overrides},
+        resources={**build_resources(context.settings), "engine": engine(opened), **overrides},
         executor=one_process_after(partial(require_inputs, context, graph)),
     )
 
 
-def _jobs(graph: Graph) -> list[Any]:
-    shard_assets = [node.definition for node in graph.nodes if isinstance(node, PartitionedAsset)]
-    jobs = [
-        dg.define_asset_job(
-            "process_shards",
-            selection=dg.AssetSelection.assets(*shard_assets),
-            description="Every asset that is partitioned by shard; choose the shards when launching.",
-        )
+def _assets(graph: Graph) -> list[dg.AssetsDefinition]:
+    """Return the assets; backfills of those with shards get runs of the size that the environment names."""
+    most = shards_per_run()
+    if most is None:
+        return graph.definitions
+    # Beta in Dagster 1.13, like the policy that it replaces (`assets.base.partitioned`)
+    policy = dg.BackfillPolicy.multi_run(most)
+    return [
+        asset.with_attributes(backfill_policy=policy) if asset.partitions_def else asset for asset in graph.definitions
     ]
-    if graph.subsets:
-        jobs.append(
-            dg.define_asset_job(
-                "select_subsets",
-                selection=dg.AssetSelection.assets(*(node.definition for node in graph.subsets), graph.catalog),
-                description="Select every recipe's subset again from the existing scores.",
-            )
-        )
-    negatives = [node for node in graph.nodes if node.key.startswith("negatives/")]
-    if negatives:
-        jobs.append(
-            dg.define_asset_job(
-                "redraw_negatives",
-                selection=dg.AssetSelection.assets(*(node.definition for node in negatives)),
-                config={"ops": {n.definition.op.name: {"config": {"redraw": True}} for n in negatives}},
-                description="Draw the reference negatives again from the current pool. Every negCLIPLoss is then stale "
-                "and is computed again.",
-            )
-        )
-    return jobs
 
 
 @dg.definitions

@@ -77,7 +77,8 @@ def problems(context: Context, graph: Graph, only: Collection[str] | None = None
 
     ask("raw_pool", lambda: snapshot.listing)
     shards = [] if found else list(snapshot.listing)
-    for node in graph.nodes:
+    demanded = [node for node in graph.evaluations if only is not None and node.key in only]  # a pass skips the others
+    for node in (*graph.nodes, *demanded):
         if only is not None and node.key not in only:
             continue
         template = node.declared.template

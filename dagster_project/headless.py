@@ -18,6 +18,7 @@ import dagster as dg
 
 from assets.base.context import Context, Progress, RunState, Snapshot
 from assets.base.engines import Engine, InProcess
+from assets.base.events import record_files
 from assets.base.keys import SHARDS_NAME, asset_key
 from assets.base.partitioned import FAILED_SHARDS, PartitionedAsset
 from assets.base.results import NotReady
@@ -29,8 +30,8 @@ from dagster_project.definitions import build_defs
 from dagster_project.executor import execute
 from dagster_project.interrupts import Interrupts
 from dagster_project.outcome import Outcome, joined
+from dagster_project.sqlite_event_log import kept_open
 from dagster_project.staleness import clear, diff_partitions, neighbours, run_tags
-from resources.lake.files import LakeError
 from resources.lake.versions import Versions
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -116,7 +117,7 @@ def materialize(
     outcome = Outcome()
     for _ in range(ROUNDS):
         before = set(context.lake.damaged)
-        found = _Pass(context, graph, instance, notice, progress, redraw, interrupts, engine).run(only)
+        found = Pass(context, graph, instance, notice, progress, redraw, interrupts, engine).run(only)
         outcome = joined(outcome, found, context.lake.damaged)
         if outcome.damaged.keys() <= before:
             break
@@ -124,35 +125,7 @@ def materialize(
     return outcome
 
 
-def write_export(
-    context: Context,
-    graph: Graph,
-    instance: dg.DagsterInstance,
-    recipe: str,
-    *,
-    notice: Notice,
-    progress: Progress | None = None,
-    interrupts: Interrupts | None = None,
-) -> Outcome:
-    """Write the tars of a subset's newest version, `export/<recipe>`, as far as they are missing or out of date.
-
-    Args:
-        context: the project.
-        graph: its assets.
-        instance: where runs are recorded.
-        recipe: name of the recipe.
-        notice: called at each stage.
-        progress: called when rows are done.
-        interrupts: signals that end it.
-
-    Raises:
-        LakeError: the pool has no tars; or the subset has no version, or was not selected from the pool as it is now.
-        KeyboardInterrupt: it was interrupted.
-    """
-    return _Pass(context, graph, instance, notice, progress, redraw=False, interrupts=interrupts).export(recipe)
-
-
-class _Pass:
+class Pass:
     """One pass over the graph."""
 
     def __init__(
@@ -167,7 +140,7 @@ class _Pass:
         engine: Engine | None = None,
     ) -> None:
         self.graph = graph
-        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports)}
+        self.nodes = {node.key: node for node in (*graph.in_order, *graph.exports, *graph.evaluations)}
         self.instance = instance
         self.notice = notice
         self.redraw = redraw
@@ -186,11 +159,14 @@ class _Pass:
         self.job = defs.resolve_implicit_global_asset_job_def()
 
     def run(self, only: Collection[str] | None = None) -> Outcome:
+        """Compute what is due, in order; `only` restricts it to some keys."""
         self.only = only
         self.snapshot.context.lake.refresh()
         for subset in self.graph.subsets:
             Versions(self.snapshot.context.lake, subset.recipe).set_damaged_aside()
         shards = self._discover()
+        with kept_open(self.instance):
+            record_files(self.instance, self._partitioned(), self.snapshot.context.lake, shards)
         nodes = [node for node in self.graph.in_order if only is None or node.key in only]
         for number, node in enumerate(nodes, start=1):
             self.stage = Stage(node.key, number, len(nodes) + 1)
@@ -208,6 +184,9 @@ class _Pass:
             self._launch("catalog", None)
             self._end()
         return self.outcome
+
+    def _partitioned(self) -> list[PartitionedAsset]:
+        return [node for node in self.graph.nodes if isinstance(node, PartitionedAsset)]
 
     def _compute(self, node: Node | SubsetAsset, shards: Sequence[str]) -> None:
         """Launch the runs that bring an asset up to date."""
@@ -285,24 +264,8 @@ class _Pass:
     def _has_results(self, node: Node | SubsetAsset) -> bool:
         lake = self.snapshot.context.lake
         if isinstance(node, SubsetAsset):
-            return bool(Versions(lake, node.recipe).names())
+            return Versions(lake, node.recipe).newest() is not None
         return bool(lake.shards(node.key)) if node.partitioned else lake.exists(lake.path(node.key))
-
-    def export(self, recipe: str) -> Outcome:
-        node = next((node for node in self.graph.exports if node.declared.names["recipe"] == recipe), None)
-        if node is None:
-            raise LakeError(f"export/{recipe}: only pools of tars can be exported. Remedy: read subset.npy instead")
-        subset = next(subset for subset in self.graph.subsets if subset.recipe == recipe)
-        if not subset.is_fresh(self._now()):
-            raise LakeError(f"{subset.key} has no version, or is out of date. Remedy: clip-select run")
-        self.stage = Stage(node.key)
-        known = self.instance.get_dynamic_partitions(SHARDS_NAME)
-        unknown = sorted(self.snapshot.listing.keys() - set(known))  # as on another machine's Dagster instance
-        if unknown:
-            self.instance.add_dynamic_partitions(SHARDS_NAME, unknown)
-        self._compute_shards(node, [*known, *unknown])
-        self._end()
-        return self.outcome
 
     def _now(self) -> Snapshot:
         """Return a snapshot that sees what this pass has written."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 CONFIG_VARIABLE = "CLIP_SELECTION_CONFIG"
 """Environment variable with the path of the project's YAML."""
 
+ENGINES = ("in_process", "processes", "ray")
+"""Names of the engines (`dagster_project.engines`)."""
+
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "config" / "demo.yaml"
 MODULE = "dagster_project.definitions"
 

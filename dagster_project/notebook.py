@@ -23,6 +23,7 @@ from resources.lake.versions import Version, Versions
 
 if TYPE_CHECKING:
     from dagster_project.browser.queries import Query
+    from resources.training.subset_samples import SubsetSamples
 
 MAX_ROWS = 5_000_000
 """Rows that a method returns at most, unless it is asked for more."""
@@ -53,7 +54,7 @@ def open_project(config: Path | str | None = None, *, max_rows: int | None = MAX
 
 
 class Project:
-    """A project, for reading. All methods return Polars frames; `.to_arrow()` of a frame is its Arrow table.
+    """A project, for reading. Methods about rows return Polars frames; `.to_arrow()` of a frame is its Arrow table.
 
     The catalog is opened for every call, so an answer always comes from the newest one.
 
@@ -156,6 +157,29 @@ class Project:
         """Return the selected rows of a subset as a lazy frame; see `subset`."""
         return self._scan(_select(self._manifest(recipe, version), columns, where, None))
 
+    def training_samples(
+        self, recipe: str, version: str | None = None, *, seed: int = 0, shuffle: bool = True
+    ) -> "SubsetSamples":
+        """Return the samples of a subset as a source for a webdataset pipeline, read from the pool without an export.
+
+        Args:
+            recipe: name of the recipe.
+            version: such as v0001; by default the newest.
+            seed: of the order.
+            shuffle: whether every epoch has another order.
+
+        Raises:
+            NotebookError: the recipe has no version, or the pool has no images.
+            LakeError: it has no such version.
+        """
+        from assets.settings import open_project as open_context
+        from resources.training.subset_samples import SubsetSamples
+
+        pool = open_context(self.config).pool
+        if not pool.has_images:
+            raise NotebookError(f"{pool.settings.path}: this pool has no images. Remedy: train on the downloaded ones")
+        return SubsetSamples(pool, self.lake, self._version(recipe, version), seed=seed, shuffle=shuffle)
+
     # Subsets and their history
 
     def subsets(self) -> pl.DataFrame:
@@ -215,12 +239,16 @@ class Project:
                 raise NotebookError(f"{name}: no such score. Remedy: one of {', '.join(known)}")
         return names or known
 
-    def _manifest(self, recipe: str, version: str | None) -> str:
+    def _version(self, recipe: str, version: str | None) -> Version:
         versions = Versions(self.lake, recipe)
-        found: Version | None = versions.current() if version is None else versions.read(version)
+        found = versions.current() if version is None else versions.read(version)
         if found is None:
             raise NotebookError(f"{recipe}: this recipe has no version yet. Remedy: `clip-select run`")
-        return f"read_parquet({sql.path(versions.verified_path(found))})"
+        return found
+
+    def _manifest(self, recipe: str, version: str | None) -> str:
+        found = self._version(recipe, version)
+        return f"read_parquet({sql.path(Versions(self.lake, recipe).verified_path(found))})"
 
 
 def _select(table: str, columns: Sequence[str] | None, where: str | None, limit: int | None) -> str:

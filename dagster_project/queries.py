@@ -120,17 +120,17 @@ def diff(
     return 0
 
 
-def lineage(catalog: Path, recipe: str, version: str | None, console: Console, *, as_json: bool) -> int:
+def lineage(lake: Lake, recipe: str, version: str | None, console: Console, *, as_json: bool) -> int:
     """Print everything that a version was made from; as JSON, its whole lineage record."""
-    names = _version_names(catalog, recipe)
+    names = _version_names(lake.catalog, recipe)
     version = version or names[-1]
     require("version", version, names)
     if as_json:
         from resources.lake.versions import Versions
 
-        print_json(Versions(Lake(str(catalog.parent)), recipe).read(version).lineage, console)
+        print_json(Versions(lake, recipe).read(version).lineage, console)
         return 0
-    rows = ask(catalog, "FROM lineage($recipe, $version)", recipe=recipe, version=version)
+    rows = ask(lake.catalog, "FROM lineage($recipe, $version)", recipe=recipe, version=version)
     print_rows(rows, ["what", "name", "value"], console, title=f"{recipe} {version}")
     return 0
 
@@ -193,13 +193,18 @@ def write_retry(project: "Context", reason: str | None, into: Path, console: Con
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from resources.pools.base import TarPool
     from resources.pools.retry import RETRY_SCHEMA, failed_downloads
 
     keys: dict[str, list[str]] = {}
     rows = _rejects(project.lake, reason or DOWNLOAD_FAILED)
     for row in rows:
         keys.setdefault(row["shard"], []).append(row["key"])
-    tables = [failed_downloads(project.settings.pool, shard, some) for shard, some in keys.items()]
+    groups = project.pool.groups if isinstance(project.pool, TarPool) else None
+    tables = [
+        failed_downloads(project.settings.pool, shard, some, None if groups is None else groups.tars(shard))
+        for shard, some in keys.items()
+    ]
     table = pa.concat_tables([RETRY_SCHEMA.empty_table(), *tables])
     into.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, into, compression="zstd")

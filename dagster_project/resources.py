@@ -5,7 +5,7 @@ Their fields are plain settings, which the UI shows. Of lake, pool, models and r
 `build_defs`. Not here: assets.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,10 +15,10 @@ import polars as pl
 from pydantic import BaseModel, Field
 
 from assets.base.context import RunState
-from assets.base.engines import Engine
+from assets.base.engines import Engine, InProcess
 from assets.base.settings import ProjectSettings
 from assets.settings import ConfigError
-from dagster_project.engines.choice import opened_engine
+from dagster_project.engines.choice import EngineError, opened_engine
 from resources.catalog.build import read_catalog
 from resources.lake.files import Lake
 from resources.models.by_name import Models
@@ -50,6 +50,7 @@ class PoolResource(dg.ConfigurableResource[Pool]):
 
     settings: Settings = Field(description="`pool` in the project's YAML.")
     encoders: Settings = Field(description="`encoders` there: a pool may carry an encoder's embeddings.")
+    lake: str | None = Field(default=None, description="The lake, which records the groups of `tars_per_shard`.")
 
     def open(self) -> Pool:
         """Return the pool; nothing is read yet.
@@ -57,7 +58,7 @@ class PoolResource(dg.ConfigurableResource[Pool]):
         Raises:
             PoolError: its format and the encoders don't match.
         """
-        return open_pool(PoolSettings.model_validate(self.settings), _each(EncoderSettings, self.encoders))
+        return open_pool(PoolSettings.model_validate(self.settings), _each(EncoderSettings, self.encoders), self.lake)
 
     def create_resource(self, context: dg.InitResourceContext) -> Pool:
         """Return the pool to a step."""
@@ -93,15 +94,29 @@ def run_state(context: dg.InitResourceContext) -> RunState:
     return RunState()
 
 
-@dg.resource(
-    description="Where shards are computed: the environment variables CLIP_SELECTION_ENGINE (in_process, processes, "
-    "ray) and CLIP_SELECTION_WORKERS choose it."
-)
-def engine(context: dg.InitResourceContext) -> Iterator[Engine]:
-    """Return the engine that the deployment's environment names to a run, and end its workers with the run."""
-    del context
-    with opened_engine() as opened:
-        yield opened
+def engine(overridden: Collection[str] = ()) -> dg.ResourceDefinition:
+    """Return the resource of the engine that the environment names.
+
+    Args:
+        overridden: names of the resources that stand in for the project's own: workers open the project's, so that
+            these are computed with in process only.
+    """
+
+    @dg.resource(
+        description="Where shards are computed: the environment variables CLIP_SELECTION_ENGINE (in_process, "
+        "processes, ray) and CLIP_SELECTION_WORKERS choose it."
+    )
+    def chosen(context: dg.InitResourceContext) -> Iterator[Engine]:
+        del context
+        with opened_engine() as opened:
+            if overridden and not isinstance(opened, InProcess):
+                raise EngineError(
+                    f"{', '.join(sorted(overridden))}: overridden resources, which workers don't have: they open the "
+                    "project's own. Remedy: CLIP_SELECTION_ENGINE=in_process, or override `engine` as well"
+                )
+            yield opened
+
+    return chosen
 
 
 class CatalogResource(dg.ConfigurableResource):
@@ -140,7 +155,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
     encoders = _dumped(settings.encoders)
     return {
         "lake": LakeResource(root=settings.lake),
-        "pool": PoolResource(settings=_dump(settings.pool), encoders=encoders),
+        "pool": PoolResource(settings=_dump(settings.pool), encoders=encoders, lake=settings.lake),
         "models": ModelsResource(
             encoders=encoders,
             captioners=_dumped(settings.captioners),
@@ -148,7 +163,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
         ),
         "catalog": CatalogResource(path=str(Lake(settings.lake).catalog)),
         "run": run_state,
-        "engine": engine,
+        "engine": engine(),
     }
 
 

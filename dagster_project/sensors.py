@@ -13,13 +13,18 @@ from dataclasses import asdict, dataclass, field
 import dagster as dg
 
 from assets.base.context import Context, Snapshot
+from assets.base.events import record_files
 from assets.base.keys import SHARDS, SHARDS_NAME, asset_key
+from assets.base.partitioned import PartitionedAsset
 from assets.base.results import NotReady
 from assets.graph import Graph
 from assets.subsets.subset import SubsetAsset
 from core.errors import UserError
-from dagster_project.dead_runs import close_dead_runs
+from core.hashing import digest
+from dagster_project.active_runs import ActiveRuns, active_runs
 from dagster_project.early_checks import problems
+from dagster_project.jobs import job_assets
+from dagster_project.sqlite_event_log import kept_open
 from dagster_project.staleness import (
     ATTEMPTS,
     change_token,
@@ -28,17 +33,15 @@ from dagster_project.staleness import (
     find_due,
     lake_folders,
     run_tags,
+    shards_per_run,
 )
 
-UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 SHOWN = 10
 INTERVAL = 10
 """Seconds from one tick of a sensor to the next. A tick without news takes 0.4 s for 10,000 shards."""
+
+RECORDED = 200
+"""Files that a tick records at most, so that it ends in time."""
 
 TickResult = dg.SensorResult | dg.SkipReason
 Tick = Callable[[Snapshot, Graph, dg.SensorEvaluationContext], TickResult]
@@ -110,8 +113,8 @@ def build_sensors(context: Context, graph: Graph) -> list[dg.SensorDefinition]:
             asset_selection=dg.AssetSelection.assets(*(node.definition for node in graph.nodes)),
             minimum_interval_seconds=INTERVAL,
             description="Computes missing and stale files: new or changed shards, targets, negatives, scores. One run "
-            "computes everything of neighbouring shards. Waits while any run is in progress; tries the same work "
-            f"{ATTEMPTS} times at most. Needs discover_shards.",
+            "computes everything of neighbouring shards. Waits for runs that compute or read the same shards; tries "
+            f"the same work {ATTEMPTS} times at most. Needs discover_shards.",
         ),
     ]
     if graph.subsets:
@@ -124,9 +127,9 @@ def build_sensors(context: Context, graph: Graph) -> list[dg.SensorDefinition]:
                 ),
                 minimum_interval_seconds=INTERVAL,
                 description="Selects stale subsets again and rebuilds the catalog when scores, recipes or the pool "
-                "have changed and no run is in progress: at once if every shard is computed, otherwise when nothing "
-                "changed since this sensor's last tick. The subset lists shards that failed and were left out. Works "
-                "with or without follow_shards.",
+                "have changed and no run computes what they are made from: at once if every shard is computed, "
+                "otherwise when nothing changed since this sensor's last tick. The subset lists shards that failed "
+                "and were left out. Works with or without follow_shards.",
             )
         )
     return found
@@ -150,17 +153,19 @@ def _discover(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationConte
 
 def _follow(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> TickResult:
     memory = Memory.read(sensor.cursor)
-    if in_progress := _in_progress(sensor.instance):
-        return dg.SkipReason(in_progress)
+    active = _active(snapshot, graph, sensor)
     partitions = sensor.instance.get_dynamic_partitions(SHARDS_NAME)
     shards = _present(snapshot, partitions)
-    seen = change_token(snapshot, graph, shards)
+    # Runs in progress write to the lake all the time, so until one begins or ends only new shards are news.
+    news = {"pool": {shard: snapshot.listing[shard] for shard in shards}, "runs": active.ids}
+    seen = digest(news) if active.ids else change_token(snapshot, graph, shards)
     if memory.quiet and memory.seen == seen:
-        return dg.SkipReason(_rest(memory.tried))
+        return dg.SkipReason(_wait(active.ids) if active.ids else _rest(memory.tried))
     memory.seen = seen
-    due = find_due(snapshot, graph, shards, memory.tried)
-    memory.keep([*due.marks, *due.given_up])
-    runs = due.runs(partitions)
+    recorded = _record(snapshot, graph, sensor.instance, shards, active)
+    due = find_due(snapshot, graph, shards, memory.tried, active.hold)
+    memory.keep([*due.marks, *due.held, *due.given_up])
+    runs = due.runs(partitions, shards_per_run())
     stopped = [f"{message} Needed by {_some(keys)}." for message, keys in problems(snapshot.context, graph).items()]
     for text in stopped:
         sensor.log.warning(text)  # in the tick's log, also when other work is requested
@@ -168,15 +173,21 @@ def _follow(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext
         reasons = [*stopped, *(text for text in due.problems if not any(text in other for other in stopped))]
         if due.given_up:
             reasons.append(_left(list(due.given_up.values())))
-        return memory.result("\n".join(reasons) or _rest({}), quiet=not due.problems and not stopped)
+        if due.held:
+            reasons.append(_wait(active.ids))
+        if recorded:
+            reasons.append(f"Recorded {recorded} files that were written without Dagster.")
+        quiet = not due.problems and not stopped and recorded < RECORDED
+        return memory.result("\n".join(reasons) or _rest({}), quiet=quiet)
     memory.request(due.marks)
     return memory.result(runs=[_request(keys, group) for keys, group in runs])
 
 
 def _refresh(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> TickResult:
     memory = Memory.read(sensor.cursor)
-    if in_progress := _in_progress(sensor.instance):
-        return dg.SkipReason(in_progress)
+    active = _active(snapshot, graph, sensor)
+    if before := active.reading([*(subset.key for subset in graph.subsets), "catalog"]):
+        return dg.SkipReason(_wait(before))
     shards = _present(snapshot, sensor.instance.get_dynamic_partitions(SHARDS_NAME))
     seen = change_token(snapshot, graph, shards)
     if memory.seen != seen:
@@ -236,14 +247,29 @@ def _present(snapshot: Snapshot, partitions: Sequence[str]) -> list[str]:
     return [shard for shard in partitions if shard in snapshot.listing]
 
 
-def _in_progress(instance: dg.DagsterInstance) -> str:
-    """Return a message about the runs that have not ended; empty where there are none."""
-    close_dead_runs(instance)
-    runs = instance.get_runs(filters=dg.RunsFilter(statuses=UNFINISHED), limit=SHOWN + 1)
-    if not runs:
-        return ""
+def _active(snapshot: Snapshot, graph: Graph, sensor: dg.SensorEvaluationContext) -> ActiveRuns:
+    return active_runs(sensor.instance, graph, snapshot.context.lake, job_assets(graph))
+
+
+def _record(
+    snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstance, shards: Sequence[str], active: ActiveRuns
+) -> int:
+    """Record files that were written without Dagster; a run in progress records its own."""
+    nodes = [node for node in graph.nodes if isinstance(node, PartitionedAsset)]
+    with kept_open(instance):
+        return record_files(
+            instance,
+            nodes,
+            snapshot.context.lake,
+            shards,
+            wanted=lambda key, shard: not active.hold(key, shard),
+            most=RECORDED,
+        )
+
+
+def _wait(runs: Sequence[str]) -> str:
     return (
-        f"Waiting for runs to end: {_some([run.run_id[:8] for run in runs])}. If the process of one is gone, "
+        f"Waiting for runs to end: {_some([run[:8] for run in runs])}. If the process of one is gone, "
         "terminate it on its page."
     )
 

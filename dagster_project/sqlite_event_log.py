@@ -72,8 +72,10 @@ class KeptOpenSqliteEventLogStorage(SqliteEventLogStorage):
                     self._connections = self._stack = None
 
     def run_connection(self, run_id: str | None = None) -> AbstractContextManager[sa.Connection]:
-        """Connect to the file of a run."""
-        return self._kept(run_id) if run_id and self._connections is not None else super().run_connection(run_id)
+        """Connect to the file of a run; events that belong to no run have the id "" and a file of their own."""
+        if run_id is None or self._connections is None:
+            return super().run_connection(run_id)
+        return self._kept(run_id)
 
     def index_connection(self) -> AbstractContextManager[sa.Connection]:
         """Connect to the file of all runs."""

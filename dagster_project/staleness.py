@@ -4,7 +4,8 @@ Everything follows from the pool's listing and the lake's provenance.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,15 +21,37 @@ from core.errors import UserError
 from core.hashing import digest
 from resources.lake.check_records import remove_checks
 from resources.lake.files import Lake, Provenance
+from resources.pools.base import TarPool
 from selection.recipes.recipe import set_kind
 
+PARTITION = "dagster/partition"
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
 SHARDS_TAG = "clip_selection/shards"
 """The shards of a run, for people: the UI's list of runs shows this tag, and hides Dagster's own."""
 
+SHARDS_PER_RUN_VARIABLE = "CLIP_SELECTION_SHARDS_PER_RUN"
+
 ATTEMPTS = 3
 """How often automation tries the same work before it leaves it to a person."""
+
+
+class ShardsPerRunError(UserError):
+    """The environment's number of shards per run is wrong."""
+
+
+def shards_per_run(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return how many shards a sensor or a backfill gives to one run, from CLIP_SELECTION_SHARDS_PER_RUN; None for all.
+
+    Raises:
+        ShardsPerRunError: it is not a number of shards.
+    """
+    given = environment.get(SHARDS_PER_RUN_VARIABLE, "")
+    if not given:
+        return None
+    if not given.isascii() or not given.isdigit() or int(given) < 1:
+        raise ShardsPerRunError(f"{SHARDS_PER_RUN_VARIABLE}: {given!r} is not a number of shards. Remedy: 1 or more")
+    return int(given)
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,7 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
     Raises:
         PoolError: the pool's folder is missing or holds no shard, so that it is unknown which shards are gone.
     """
+    record_groups(snapshot)
     listed = snapshot.listing
     partitions = set(instance.get_dynamic_partitions(SHARDS_NAME))
     lake = snapshot.context.lake
@@ -59,6 +83,16 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
     return PartitionChanges(
         added=sorted(listed.keys() - partitions), gone=sorted((partitions | stored) - listed.keys())
     )
+
+
+def record_groups(snapshot: Snapshot) -> None:
+    """Record the groups of new tars (`tars_per_shard`), and let the snapshot list the pool as they are."""
+    pool = snapshot.context.pool
+    if not isinstance(pool, TarPool) or pool.groups is None or (pool.settings.tars_per_shard or 1) == 1:
+        return
+    if snapshot.listing.keys() - pool.groups.recorded().keys():
+        pool.record_groups()
+        snapshot.refresh_listing()
 
 
 def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:
@@ -96,6 +130,7 @@ class Due:
         marks: a short name of the wanted file, for each planned file whose inputs are up to date.
         retried: shards with a mark that was tried before. They get runs of their own, so that a shard that fails stops
             no other one.
+        held: marks of files that are due and have to wait for a run in progress.
         given_up: work that was tried too often: asset and shard by mark.
         problems: errors that keep it unknown whether something is due.
     """
@@ -103,21 +138,26 @@ class Due:
     plan: dict[str | None, list[str]] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
     retried: set[str | None] = field(default_factory=set)
+    held: list[str] = field(default_factory=list)
     given_up: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def runs(self, partitions: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    def runs(self, partitions: Sequence[str], most: int | None = None) -> list[tuple[list[str], list[str]]]:
         """List the runs that would do the work: assets, and neighbouring shards (none for unpartitioned assets).
 
         Args:
             partitions: all of Dagster's partitions, in their order.
+            most: number of shards in one run at most.
         """
 
         def same_run(shard: str) -> tuple[list[str], bool]:
             return self.plan.get(shard, []), shard in self.retried
 
         runs: list[tuple[list[str], list[str]]] = [(self.plan[None], [])] if None in self.plan else []
-        runs += [(keys, list(group)) for (keys, _), group in itertools.groupby(partitions, same_run) if keys]
+        for (keys, _), group in itertools.groupby(partitions, same_run):
+            shards = list(group)
+            size = most or len(shards)
+            runs += [(keys, shards[at : at + size]) for at in range(0, len(shards), size) if keys]
         return runs
 
 
@@ -136,7 +176,17 @@ class _Waits:
     next_run: bool = False
 
 
-def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Mapping[str, int]) -> Due:
+Hold = Callable[[str, str | None], bool]
+"""Checks whether a file, by the key of its asset and its shard, has to wait for a run in progress."""
+
+
+def find_due(
+    snapshot: Snapshot,
+    graph: Graph,
+    shards: Sequence[str],
+    tried: Mapping[str, int],
+    hold: Hold = lambda _key, _shard: False,
+) -> Due:
     """Find what is out of date, and what runs can compute now.
 
     An asset of a shard is computed in the same run as the shard's inputs. It waits for another run if an unpartitioned
@@ -148,6 +198,7 @@ def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Map
         graph: its assets.
         shards: shards that are in the pool and have a partition.
         tried: how often work was tried, by its mark.
+        hold: checks what has to wait for a run in progress.
     """
     due = Due()
     found: dict[str, _Waits] = {}
@@ -159,9 +210,9 @@ def find_due(snapshot: Snapshot, graph: Graph, shards: Sequence[str], tried: Map
             any(dep.next_run for dep in deps),
         )
         if isinstance(node, PartitionedAsset):
-            found[node.key] = _look_at_shards(snapshot, node, shards, tried, upstream, due)
+            found[node.key] = _look_at_shards(snapshot, node, shards, tried, upstream, due, hold)
         elif isinstance(node, UnpartitionedAsset):
-            found[node.key] = _look_at_whole(snapshot, node, tried, upstream, due)
+            found[node.key] = _look_at_whole(snapshot, node, tried, upstream, due, hold)
         else:  # a subset is selected when nothing else is due
             found[node.key] = _Waits(upstream.shards, next_run=bool(upstream.shards) or upstream.next_run)
     return due
@@ -174,6 +225,7 @@ def _look_at_shards(
     tried: Mapping[str, int],
     upstream: _Waits,
     due: Due,
+    hold: Hold,
 ) -> _Waits:
     waits = _Waits(set(upstream.shards), set(upstream.missing), upstream.next_run)
     for shard in shards:
@@ -181,22 +233,31 @@ def _look_at_shards(
             continue
         if shard in upstream.shards:
             if shard not in upstream.missing and not upstream.next_run:
-                due.plan[shard].append(node.key)
+                if hold(node.key, shard):
+                    waits.missing.add(shard)
+                else:
+                    due.plan[shard].append(node.key)
             continue
         mark = _due_mark(snapshot, node, shard, tried, due)
         if mark is None:
             waits.missing.add(shard)
         elif mark:
             waits.shards.add(shard)
-            _plan(due, node, shard, mark, tried)
+            if hold(node.key, shard):
+                waits.missing.add(shard)
+                due.held.append(mark)
+            else:
+                _plan(due, node, shard, mark, tried)
     return waits
 
 
 def _look_at_whole(
-    snapshot: Snapshot, node: UnpartitionedAsset, tried: Mapping[str, int], upstream: _Waits, due: Due
+    snapshot: Snapshot, node: UnpartitionedAsset, tried: Mapping[str, int], upstream: _Waits, due: Due, hold: Hold
 ) -> _Waits:
     mark = _due_mark(snapshot, node, None, tried, due)
-    if mark and not upstream.shards:
+    if mark and hold(node.key, None):
+        due.held.append(mark)
+    elif mark and not upstream.shards:
         _plan(due, node, None, mark, tried)
     may_change = bool(upstream.shards or upstream.next_run) and not node.stays(snapshot)
     return _Waits({None} if mark else set(), next_run=mark != "" or may_change)

@@ -29,7 +29,7 @@ from resources.storage.checksums import ChecksumError
 DAMAGED, MISSING, UNVERIFIED, SET_ASIDE, OK = "damaged", "missing", "unverified", "set aside", "ok"
 _RUN = "clip-select run computes it again"
 _REPAIR = f"{_RUN} if a step reads it; clip-select verify --repair sets it aside in any case, for the next run"
-_WITHOUT_RECORD = ("captioning", "catalog", "subset")
+_WITHOUT_RECORD = ("captioning", "catalog", "evaluation_work", "subset")
 """Folders of the lake whose Parquet files are no files of assets."""
 
 
@@ -116,10 +116,8 @@ def _asset_files(lake: Lake, *, repair: bool) -> Iterator[Verified]:
 
 
 def _asset_file(lake: Lake, path: str, *, repair: bool) -> Verified:
-    remedy = _RUN  # a run reads the record of every file
     try:
         _, sealed = lake.read_stored(path)
-        remedy = _RUN if repair else _REPAIR
         if path.endswith(".parquet"):
             read_parquet(lake.store.local(path), None)
         else:
@@ -127,7 +125,7 @@ def _asset_file(lake: Lake, path: str, *, repair: bool) -> Verified:
     except (ChecksumError, pa.ArrowInvalid, OSError) as error:
         if repair:
             lake.set_aside(path, str(error))
-        return Verified(path, DAMAGED, str(error), remedy)
+        return Verified(path, DAMAGED, str(error), _RUN if repair else _REPAIR)
     return Verified(path, OK if sealed else UNVERIFIED)
 
 

@@ -1,6 +1,7 @@
 """Fixtures that every test may use, and the threads that test processes and their subprocesses may use."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,3 +23,11 @@ __all__ = ["automation", "bucket", "finished", "finished_pass", "s3_address", "s
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the tests first that mostly wait, so that one process waits while the others compute."""
     items.sort(key=lambda item: "waits" not in item.keywords)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the records of the tests' lakes out of the person's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -6,10 +6,10 @@ Here: `Template`, `Declared`, and `FileAsset`, which a project computes. Not her
 The usual asset needs no code for its provenance: the fingerprints of its `deps`, and its `parameters`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import pyarrow as pa
@@ -17,12 +17,15 @@ import pyarrow as pa
 from assets.base.checks import SUMMARY_KEY, Check, Tables
 from assets.base.columns import Column, score_schema
 from assets.base.context import Context, RunState, Snapshot
+from assets.base.engines import Engine, InProcess
 from assets.base.keys import asset_key
 from assets.base.progress import Meter
 from assets.base.results import NotReady
 from assets.base.settings import ProjectSettings
 from core.links import asset_link
 from resources.lake.files import Provenance, Stored
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,27 @@ class Dep:
     key: str
     fresh: bool = False
     recorded: bool = True
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Numbers that the operations of a computation follow from.
+
+    Attributes:
+        rows: rows to be computed.
+        pool: rows of the pool.
+        inputs: rows of the unpartitioned assets that it reads, by the first part of their key.
+        dimensions: d, the length of the encoder's embeddings.
+        image: floating-point operations of the encoder for one image; None where they are not known.
+        text: the same for one caption.
+    """
+
+    rows: int
+    pool: int
+    inputs: Mapping[str, int]
+    dimensions: int
+    image: float | None = None
+    text: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +83,9 @@ class Template:
         pool: Dagster's concurrency pool: `gpu` or `cpu`.
         parameters: settings that its rows depend on, JSON values, for provenance.
         inputs: fingerprints of further inputs, by name; raises NotReady.
+        operations: floating-point operations of a computation, two for each multiply-add, for estimates; None where
+            they are not known. Additions that are few beside them do not count.
+        reads_pool: whether it reads the pool's files.
         function: the decorated function.
     """
 
@@ -73,6 +100,8 @@ class Template:
     pool: str | None = None
     parameters: "Callable[[Context, Declared], Mapping[str, Any]] | None" = None
     inputs: "Callable[[FileAsset, Snapshot, str | None], Mapping[str, str]] | None" = None
+    operations: "Callable[[Declared, Amount], float | None] | None" = None
+    reads_pool: bool = False
     function: Callable[..., Any]
 
     def declare(self, settings: ProjectSettings, **names: str) -> "Declared":
@@ -219,6 +248,7 @@ class Step:
         state: the run's state.
         requested: keys of all assets that the run was asked for.
         meter: counts its rows, for Dagster's log.
+        engine: computes the parts of an unpartitioned asset.
     """
 
     asset: FileAsset
@@ -227,11 +257,24 @@ class Step:
     state: RunState = field(default_factory=RunState)
     requested: frozenset[str] = frozenset()
     meter: Meter = field(default_factory=Meter)
+    engine: Engine = field(default_factory=InProcess)
 
     @property
     def context(self) -> Context:
         """The project."""
         return self.snapshot.context
+
+    def map(
+        self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
+    ) -> Iterator[T]:
+        """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order; the engine computes them.
+
+        Args:
+            function: see `Engine.map`.
+            arguments: of each part.
+            local: the function reads a work folder of the lake.
+        """
+        return self.engine.map(self, function, arguments, local=local)
 
     @property
     def names(self) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ checks that run later, by themselves, are kept beside the files (`resources.lake
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dagster as dg
 import pyarrow as pa
@@ -33,6 +33,19 @@ Findings = Mapping[str, Mapping[str, Any]]
 """Findings as JSON values, by check name: `passed`, `blocking`, `figures` and `why`; `compared` is false, or absent."""
 
 NOT_COMPARED = "not compared"
+
+
+class EventContext(Protocol):
+    """Where events go: a run's context, or the instance for events that belong to no run."""
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        """The Dagster instance."""
+        ...
+
+    def log_event(self, event: Any) -> None:
+        """Log a materialization or the result of a check."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ def check_specs(
     ]
 
 
-def log_checks(context: dg.AssetExecutionContext, asset: str, shard: str | None, findings: Findings) -> None:
+def log_checks(context: EventContext, asset: str, shard: str | None, findings: Findings) -> None:
     """Log findings as Dagster events, which keep their shard in a run of many; returned results do not."""
     target = _latest_materialization(context.instance, asset, shard) if findings else None
     for name, found in findings.items():

@@ -111,7 +111,7 @@ def shard_states(snapshot: Snapshot, assets: Mapping[str, Any]) -> list[ShardSta
 
 
 def embedded_shards(snapshot: Snapshot, key: str) -> dict[str, str]:
-    """Return the fingerprints of the pool's shards that have embeddings, by shard; `key` is `embeddings/<encoder>`."""
+    """Return the fingerprints of the pool's shards that have a file of `key`, such as embeddings, by shard."""
     lake = snapshot.context.lake
     found = {shard: lake.stored(key, shard) for shard in sorted(snapshot.listing)}
     return {shard: stored.fingerprint for shard, stored in found.items() if stored is not None}

@@ -12,24 +12,24 @@ import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import dagster as dg
 
-from assets.base.asset import Declared, FileAsset, Step, Template, event_metadata
+from assets.base.asset import Declared, FileAsset, Step, Template
 from assets.base.checks import (
     SUMMARY_KEY,
     CheckFailed,
     check_before_writing,
     check_specs,
     check_stored,
-    findings_of,
     log_checks,
 )
 from assets.base.context import Context, Snapshot
 from assets.base.engines import Computed, Engine
+from assets.base.events import EventLog, Record
 from assets.base.keys import SHARDS, asset_key
 from assets.base.results import NotAttempted, NotReady, Outcome, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
@@ -37,12 +37,6 @@ from assets.base.score_tables import processor
 from assets.base.shard import Shard
 from core.errors import UserError
 from resources.lake.files import Lake, LakeError, Provenance, Stored
-
-# Tags by which Dagster decides what is stale; it exports no names for them.
-DATA_VERSION_TAG = "dagster/data_version"
-CODE_VERSION_TAG = "dagster/code_version"
-INPUT_DATA_VERSION_TAG = "dagster/input_data_version/{}"
-INPUT_EVENT_POINTER_TAG = "dagster/input_event_pointer/{}"
 
 Outcomes = Generator[tuple[str, Outcome], None, None]
 """Shards in order, each with its result or its error."""
@@ -218,18 +212,8 @@ def write_unchecked(lake: Lake, provenance: Provenance, result: Result) -> Store
     return lake.write(result.table, provenance, content=result.content, summary=result.summary)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A shard as the event log records it."""
-
-    shard: str
-    stored: Stored
-    computed: bool
-    seconds: float = 0.0
-
-
 def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step) -> Iterator[dg.MaterializeResult]:
-    records: list[_Record] = []
+    records: list[Record] = []
     errors: dict[str, Exception] = {}
     wanted: dict[str | None, Provenance] = {}
     written_for_others = step.state.written_for_others
@@ -241,16 +225,17 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
             errors[shard] = error
             continue
         if stored is not None:
-            records.append(_Record(shard, stored, computed=stored.fingerprint in written_for_others))
+            records.append(Record(shard, stored, computed=stored.fingerprint in written_for_others))
             written_for_others.discard(stored.fingerprint)
         else:
             wanted[shard] = provenance
 
     is_followed = _is_followed(context, asset)
-    log = _EventLog(context, asset)
+    engine = context.resources.engine
+    log = EventLog(context, asset, step.context.lake, engine)
     if not is_followed:
         log.write(records)
-    for record in _compute(asset, replace(step, wanted=wanted), errors, context.resources.engine):
+    for record in _compute(asset, replace(step, wanted=wanted), errors, engine):
         records.append(record)
         if not is_followed:
             log.write([record])
@@ -264,7 +249,7 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
         log.write(records)
 
 
-def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception], engine: Engine) -> Iterator[_Record]:
+def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception], engine: Engine) -> Iterator[Record]:
     """Let the engine compute and write shards; `errors` gets an error for every other shard."""
     left = dict.fromkeys(shard for shard in step.wanted if shard is not None)
     if not left:
@@ -283,7 +268,7 @@ def _compute(asset: PartitionedAsset, step: Step, errors: dict[str, Exception], 
                     errors[shard] = written
                     continue
                 now = time.perf_counter()
-                yield _Record(shard, written, computed=True, seconds=now - started)
+                yield Record(shard, written, computed=True, seconds=now - started)
                 started = now
     except Exception as error:  # noqa: BLE001 - raised by the caller for the shards that are left
         reason = error
@@ -340,52 +325,3 @@ def _is_followed(context: dg.AssetExecutionContext, asset: PartitionedAsset) -> 
     layer = context.op_execution_context.job_def.asset_layer
     children = layer.asset_graph.get(asset_key(asset.key)).child_keys
     return bool(children & layer.selected_asset_keys)
-
-
-class _EventLog:
-    """Writes one materialization event a shard, exact in its data version and input versions."""
-
-    def __init__(self, context: dg.AssetExecutionContext, asset: PartitionedAsset) -> None:
-        self.context = context
-        self.asset = asset
-        self._pointers: dict[str, Mapping[str, int]] = {}
-
-    def write(self, records: Iterable[_Record]) -> None:
-        for record in records:
-            self.context.log_event(
-                dg.AssetMaterialization(
-                    asset_key=asset_key(self.asset.key),
-                    partition=record.shard,
-                    metadata=event_metadata(record.stored, record.computed, record.seconds),
-                    tags=self._tags(record),
-                )
-            )
-            findings = findings_of(self.context.resources.lake, record.stored)
-            log_checks(self.context, self.asset.key, record.shard, findings)
-
-    def _tags(self, record: _Record) -> dict[str, str]:
-        tags = {
-            DATA_VERSION_TAG: record.stored.fingerprint,
-            CODE_VERSION_TAG: self.asset.declared.template.code_version,
-        }
-        for dep in self.asset.deps:
-            version = record.stored.provenance.inputs.get(dep)
-            pointer = self._pointer(dep, record.shard)
-            if version is not None and pointer is not None:
-                tags[INPUT_DATA_VERSION_TAG.format(dep)] = version
-                tags[INPUT_EVENT_POINTER_TAG.format(dep)] = str(pointer)
-        return tags
-
-    def _pointer(self, dep: str, shard: str) -> int | None:
-        """Return the id of the latest event of an input: the shard's, or the unpartitioned asset's."""
-        if dep not in self._pointers:
-            key = asset_key(dep)
-            latest = self.context.instance.event_log_storage.get_latest_storage_id_by_partition(
-                key, dg.DagsterEventType.ASSET_MATERIALIZATION
-            )
-            if not latest:
-                event = self.context.instance.get_latest_materialization_event(key)
-                records = self.context.instance.fetch_materializations(key, limit=1).records if event else []
-                latest = {"": records[0].storage_id} if records else {}
-            self._pointers[dep] = latest
-        return self._pointers[dep].get(shard, self._pointers[dep].get(""))

@@ -23,4 +23,5 @@ def begin_step(context: dg.AssetExecutionContext, asset: FileAsset) -> Step:
     layer = context.op_execution_context.job_def.asset_layer
     requested = frozenset("/".join(key.path) for key in layer.selected_asset_keys)
     meter = progress.Meter(lambda line: context.log.info(f"{asset.key}: {line}"), interval=progress.INTERVAL)
-    return Step(asset, Snapshot(run_context(context, asset.context)), {}, context.resources.run, requested, meter)
+    resources, snapshot = context.resources, Snapshot(run_context(context, asset.context))
+    return Step(asset, snapshot, {}, resources.run, requested, meter, resources.engine)

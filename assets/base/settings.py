@@ -16,6 +16,7 @@ from resources.settings import (
     TargetSettings,
     TextEncoderSettings,
 )
+from resources.training.settings import EvaluationSettings
 from selection.recipes.recipe import Recipe
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
@@ -58,6 +59,7 @@ class ProjectSettings(BaseModel):
     external_scores: dict[Name, ExternalScores] = Field(default_factory=dict)
     external_uids: dict[Name, ExternalUids] = Field(default_factory=dict)
     recipes: dict[Name, Recipe] = Field(default_factory=dict)
+    evaluations: dict[Name, EvaluationSettings] = Field(default_factory=dict)
 
 
 def json_settings(model: BaseModel) -> dict[str, Any]:

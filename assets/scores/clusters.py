@@ -26,16 +26,17 @@ from assets.base.shard import Shard
 from assets.base.standard_checks import rows_aligned
 from assets.base.unpartitioned import unpartitioned
 from assets.pool.target_embeddings import target_embeddings
-from assets.scores.sample import sample_rows
+from assets.scores.draws import sample
 from core.hashing import sha256
 from resources.lake.files import LakeError, Stored, column_to_vectors
-from resources.lake.gather import gather
+from resources.lake.scratch import WorkFolder
 from resources.settings import Location, Settings
 
 if TYPE_CHECKING:
     import torch
 
 GIVEN = "given centroids"  # name of a centroids file among the recorded inputs
+ROWS = "rows"  # of the sample, in the work folder of k-means
 TARGETS = "target_embeddings/{encoder}/{target}"
 CENTROIDS = pa.schema(
     [pa.field("cluster", pa.int64(), nullable=False), pa.field("centroid", pa.list_(pa.float32()), nullable=False)]
@@ -117,23 +118,64 @@ def _centroids_description(asset: Declared) -> str:
 )
 def centroids(step: Step) -> Result:
     """Read the given centroids, or compute them by k-means of a sample of the pool."""
-    from selection.scores.clustering import spherical_k_means
-
     settings = _settings(step.asset.declared)
     if settings.centroids is not None:
         found = _given(settings.centroids)
     else:
         source = f"embeddings/{step.names['encoder']}"
         shards = list(embedded_shards(step.snapshot, source))
-        chosen = sample_rows(step.context.lake, source, shards, settings.sample, settings.seed)
-        (sampled,) = gather(step.context.lake, source, ["image"], shards, chosen["shard"], chosen["row"])
-        rows = to_tensor(sampled)
-        means = spherical_k_means(rows, clusters=settings.clusters, iterations=settings.iterations)
-        found = means.cpu().numpy()
+        _, rows = sample(step.snapshot, source, shards, size=settings.sample, seed=settings.seed, spread=step.map)
+        found = _k_means(step, rows, settings)
     flat = pa.array(np.ascontiguousarray(found).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, found.shape[1])
     table = pa.table({"cluster": np.arange(len(found)), "centroid": column})
     return Result(table, {"clusters": len(found), "dimensions": found.shape[1]})
+
+
+def _k_means(step: Step, rows: np.ndarray, settings: ClusterSettings) -> np.ndarray:
+    """Compute centroids of rows, float16 `[n, d]`; workers read both from a work folder, and assign blocks of rows."""
+    import torch
+
+    from selection.scores.clustering import spherical_k_means
+
+    work = WorkFolder(step.context.lake, step.asset.key)
+    work.begin({}, {ROWS: (np.float16, rows.shape)})
+    work.array(ROWS, np.float16, rows.shape, "r+")[:] = rows
+    work.flush()
+    iteration = 0
+
+    def nearest(centroid: torch.Tensor) -> torch.Tensor:
+        nonlocal iteration
+        iteration += 1
+        np.save(work.path / f"means-{iteration}.npy", centroid.numpy())
+        (work.path / f"means-{iteration - 1}.npy").unlink(missing_ok=True)
+        blocks = (
+            (work.name, rows.shape, iteration, start, min(start + CHUNK_ROWS, len(rows)))
+            for start in range(0, len(rows), CHUNK_ROWS)
+        )
+        return torch.from_numpy(np.concatenate(list(step.map(_nearest, blocks, local=True))))
+
+    try:
+        means = spherical_k_means(
+            torch.from_numpy(rows), clusters=settings.clusters, iterations=settings.iterations, nearest=nearest
+        )
+    finally:
+        work.clear()
+    return means.numpy()
+
+
+def _nearest(
+    snapshot: Snapshot, name: str, shape: tuple[int, int], iteration: int, start: int, stop: int
+) -> np.ndarray:
+    """Assign a block of rows to centroids, int64 `[stop - start]`; both are in the work folder `name`."""
+    from selection.scores.clustering import nearest_centroid
+
+    work = WorkFolder(snapshot.context.lake, name)
+    rows = work.array(ROWS, np.float16, shape)[start:stop]
+    kept: dict[str, Any] = snapshot.memoized(f"{name}: the last centroids", dict)
+    if kept.get("iteration") != iteration:
+        kept.update(iteration=iteration, means=to_tensor(np.load(work.path / f"means-{iteration}.npy")))
+    return nearest_centroid(to_tensor(rows), kept["means"]).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -187,6 +229,9 @@ def _means(step: Step) -> Means:
     description="The centroid nearest to each image by encoder `{encoder}`, and whether it is also the nearest of an "
     "image of target set `{target}`.",
     prepare=_means,
+    operations=lambda asset, amount: (
+        2.0 * amount.rows * amount.dimensions * amount.inputs["centroids"] if "centroids" in amount.inputs else None
+    ),
 )
 def clusters(shard: Shard, means: Means) -> Result:
     """Assign the images of one shard to clusters."""

@@ -1,18 +1,21 @@
-"""Reference negatives as a table: drawing K draws of B pool rows, and reading them back.
+"""Samples of the pool, and reference negatives as a table: drawing K draws of B pool rows, and reading them back.
 
 A row of a draw is identified by its uid and its content, because a row whose content changed since the draw is another
 row than the drawn one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
+from assets.base.context import Snapshot
+from assets.base.engines import Spread, map_here
 from assets.base.results import Result
 from core.uids import UID_DTYPE
-from resources.lake.files import Lake, column_to_vectors, vectors_to_column
-from resources.lake.gather import gather
+from resources.lake.files import column_to_vectors, vectors_to_column
+from resources.lake.gather import gather, read_rows
 
 SCHEMA = pa.schema(
     [
@@ -26,33 +29,39 @@ SCHEMA = pa.schema(
 )
 
 
-def draw(lake: Lake, embeddings: str, shards: Mapping[str, str], *, draws: int, batch_size: int, seed: int) -> Result:
+def draw(
+    snapshot: Snapshot,
+    embeddings: str,
+    shards: Mapping[str, str],
+    *,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    spread: Spread | None = None,
+) -> Result:
     """Draw reference negatives from the embeddings of some shards.
 
     Args:
-        lake: the lake.
+        snapshot: the project's inputs.
         embeddings: key of the embeddings.
         shards: the shards, and their fingerprints.
         draws: K.
         batch_size: B; the whole pool where it has fewer rows.
         seed: of the keyed hash that chooses rows.
+        spread: computes shards, such as `Step.map`; by default in this process.
 
     Returns:
         The rows of all draws in order, as `SCHEMA` has them, and the numbers that describe them.
     """
-    from selection.scores.negatives import candidates, merge
+    from selection.scores.negatives import merge
 
+    spread = spread or partial(map_here, snapshot)
     names = list(shards)
-    chosen = merge(
-        (
-            candidates(*_uids(lake, embeddings, shard), draws=draws, size=batch_size, seed=seed, shard=number)
-            for number, shard in enumerate(names)
-        ),
-        batch_size,
-    )
+    drawn = ((embeddings, shard, number, draws, batch_size, seed) for number, shard in enumerate(names))
+    chosen = merge(spread(_candidates, drawn), batch_size)
     draws, size = chosen.shape
     flat = chosen.ravel()
-    image, text = gather(lake, embeddings, ["image", "text"], names, flat["shard"], flat["row"])
+    image, text = _gathered(spread, snapshot, embeddings, ["image", "text"], names, flat)
     table = pa.table(
         {
             "draw": np.repeat(np.arange(draws, dtype=np.int32), size),
@@ -105,6 +114,54 @@ def with_content(uids: np.ndarray, image: np.ndarray, text: np.ndarray) -> np.nd
     return mixed
 
 
-def _uids(lake: Lake, embeddings: str, shard: str) -> tuple[np.ndarray, np.ndarray]:
-    table = lake.read(embeddings, shard, ["f0", "f1"])
-    return table["f0"].to_numpy(), table["f1"].to_numpy()
+def _candidates(
+    snapshot: Snapshot, embeddings: str, shard: str, number: int, draws: int, size: int, seed: int
+) -> np.ndarray:
+    """Return the rows of one shard that may be among the negatives."""
+    from selection.scores.negatives import candidates
+
+    uids = snapshot.context.lake.read(embeddings, shard, ["f0", "f1"])
+    return candidates(uids["f0"].to_numpy(), uids["f1"].to_numpy(), draws=draws, size=size, seed=seed, shard=number)
+
+
+def _rows(
+    snapshot: Snapshot, embeddings: str, columns: Sequence[str], shard: str, rows: np.ndarray
+) -> list[np.ndarray]:
+    """Read chosen rows of one shard's embeddings."""
+    return read_rows(snapshot.context.lake, embeddings, columns, shard, rows)
+
+
+def sample(
+    snapshot: Snapshot, embeddings: str, shards: Sequence[str], *, size: int, seed: int, spread: Spread
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the image embeddings of a sample of the pool.
+
+    Returns:
+        The rows as `CANDIDATE` records `[n]`, whose shard is a position in `shards`, in an order that only the uids
+        decide; and their image embeddings, float16 `[n, d]`.
+    """
+    from selection.scores.negatives import merge
+
+    drawn = ((embeddings, shard, number, 1, size, seed) for number, shard in enumerate(shards))
+    (chosen,) = merge(spread(_candidates, drawn), size)
+    (found,) = _gathered(spread, snapshot, embeddings, ["image"], shards, chosen)
+    return chosen, found
+
+
+def _gathered(
+    spread: Spread,
+    snapshot: Snapshot,
+    embeddings: str,
+    columns: Sequence[str],
+    shards: Sequence[str],
+    chosen: np.ndarray,
+) -> list[np.ndarray]:
+    return gather(
+        snapshot.context.lake,
+        embeddings,
+        columns,
+        shards,
+        chosen["shard"],
+        chosen["row"],
+        spread=lambda parts: spread(_rows, ((embeddings, columns, *part) for part in parts)),
+    )

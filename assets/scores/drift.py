@@ -93,7 +93,7 @@ def _measure(asset: Declared, tables: Tables) -> Finding:
     assert stored is not None
     kept = tables.read()
     fresh = draw(
-        context.lake,
+        tables.snapshot,
         key,
         embedded_shards(tables.snapshot, key),
         draws=settings.draws,

@@ -115,10 +115,11 @@ def negatives(step: Step) -> Result:
     settings = _settings(step.asset.declared)
     key = f"embeddings/{step.names['encoder']}"
     return draw(
-        step.context.lake,
+        step.snapshot,
         key,
         embedded_shards(step.snapshot, key),
         draws=settings.draws,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        spread=step.map,
     )

@@ -7,7 +7,7 @@ A run works on files beside its result, `<lake>/dynamic_rounds/<encoder>/`: two 
 which is replaced after every round. An interrupted run resumes after the last complete round.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -136,6 +136,7 @@ def dynamic_rounds(step: Step) -> Result:
         device=device(),
         done=work.done(),
         on_rows=step.progress,
+        spread=_spread(step, work),
     ):
         work.add(found)
     work.folder.flush()
@@ -143,6 +144,27 @@ def dynamic_rounds(step: Step) -> Result:
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, ROUNDS, strict=True)], schema=ROUNDS)
     summary = {"pool_rows": state["pool_rows"], "began_with": state["began_with"], "kept": state["keep"]}
     return Result(table, summary)
+
+
+def _spread(step: Step, work: "_Rounds") -> Callable[..., Iterator[Any]]:
+    """Return a function by which the engine's workers compute groups of shards."""
+    shards = list(work.state["shards"])
+
+    def spread(function: Callable[..., Any], groups: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        named = ([(shards[number], rows) for number, rows in group] for group in groups)
+        return step.map(_of_shards, ((work.source, function, group, shared) for group in named))
+
+    return spread
+
+
+def _of_shards(snapshot: Snapshot, source: str, function: Callable[..., Any], group: Any, shared: Any) -> Any:
+    """Compute a function of some rows of shards; each file stays open, so that it is verified once."""
+
+    def opened() -> ShardVectors:
+        return ShardVectors(snapshot.context.lake, source, "image")
+
+    images = snapshot.memoized(f"{source}: images", opened)
+    return function([(images[shard][:], rows) for shard, rows in group], device(), *shared)
 
 
 def _rows_to_score(start: int, keep: int, rounds: int, done: int) -> int:

@@ -29,9 +29,8 @@ from assets.base.settings import Name, ProjectSettings
 from assets.base.tiles import read_tiles
 from assets.base.unpartitioned import unpartitioned
 from assets.pool.embeddings import embeddings, encoder_parameters
-from assets.scores.sample import sample_rows
+from assets.scores.draws import sample
 from resources.lake.files import Stored, column_to_vectors
-from resources.lake.gather import gather
 from resources.lake.scratch import WorkFolder
 from resources.settings import Settings
 
@@ -161,10 +160,9 @@ def sparse_autoencoder(step: Step) -> Result:
 
     settings, source = _settings(step.asset.declared), f"embeddings/{step.names['encoder']}"
     lake, shards = step.context.lake, list(embedded_shards(step.snapshot, source))
-    chosen = sample_rows(lake, source, shards, settings.sample, settings.seed)
+    chosen, vectors = sample(step.snapshot, source, shards, size=settings.sample, seed=settings.seed, spread=step.map)
     if not len(chosen):
         raise NotReady(f"{source} has no rows to train on. Remedy: a pool with rows")
-    (vectors,) = gather(lake, source, ["image"], shards, chosen["shard"], chosen["row"])
     image = to_tensor(vectors)
     work = WorkFolder(lake, step.asset.key)
     model = _train(step, settings, image, work)

@@ -184,8 +184,9 @@ class _Scorer:
     def _draw(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw negatives from the current pool, as the asset would with another seed."""
         key = f"embeddings/{self.encoder}"
-        shards = embedded_shards(Snapshot(self.project), key)
-        drawn = draw(self.project.lake, key, shards, draws=self.draws, batch_size=self.size, seed=self.seed + seed)
+        snapshot = Snapshot(self.project)
+        shards = embedded_shards(snapshot, key)
+        drawn = draw(snapshot, key, shards, draws=self.draws, batch_size=self.size, seed=self.seed + seed)
         return read_draws(drawn.table)
 
 

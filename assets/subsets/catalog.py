@@ -15,7 +15,7 @@ from resources.catalog.build import CatalogError, build_catalog, read_catalog
 from resources.catalog.scores import CatalogColumn, CatalogScore
 from resources.lake.versions import Versions
 
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 SHOWN = 200
 """Shards in the metadata."""
 TARGET_EMBEDDINGS = "target_embeddings/"
@@ -37,7 +37,8 @@ def catalog(project: Context, scores: Scores, assets: Mapping[str, Any]) -> dg.A
         code_version=CODE_VERSION,
         group_name="subsets",
         kinds={"duckdb"},
-        description="`catalog.duckdb`: views over pool, rejects, scores and subsets, and the macros `explain(uid)`, "
+        description="`catalog.duckdb`: views over pool, rejects, scores, subsets and evaluations, and the "
+        "macros `explain(uid)`, "
         "`versions(subset)`, `lineage(subset)`, `diff(subset, a, b)` and `overlap(a, b)`. Any number of processes may "
         "open it read-only.",
         required_resource_keys={*REQUIRED_RESOURCES, "catalog"},

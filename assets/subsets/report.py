@@ -22,6 +22,7 @@ from assets.base.contact_sheets import Sheet, Tile, escaped, html_page, markdown
 from assets.base.context import Context
 from assets.base.pages import data_url
 from assets.base.tiles import read_tiles
+from assets.subsets.evaluated import with_evaluations
 from assets.subsets.funnel import COLUMNS, funnel_rows
 from core.links import browse_link
 from core.sql import quoted
@@ -135,6 +136,7 @@ def _write_report(project: Context, version: Version, selection: Selection) -> N
     }
     browse = browse_link(recipe=version.recipe, version=version.name)
     page = html_page(f"subset/{version.recipe} {version.name}", _about(version), tables, CHART_FILE, sheets, browse)
+    page = with_evaluations(project.lake, version.recipe, version.name, page)
     project.lake.put(f"{folder}/{PAGE_FILE}", page.encode())
     Versions(project.lake, version.recipe).write_report_checksums(version)
 

@@ -93,9 +93,11 @@ def serve(context: Context, port: int) -> int:
             listening.bind(("127.0.0.1", port))
         except OSError as error:
             raise BrowseError(f"port {port}: {error.strerror}. Remedy: another --port") from error
+        app = application(context, token)
+        listening.listen()  # so that the address answers once it is printed
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
         click.echo(f"Browse the pool: {address}\nCtrl-C ends it.")
-        run(application(context, token), listening)
+        run(app, listening)
     return 0
 
 

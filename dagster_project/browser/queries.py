@@ -65,6 +65,7 @@ class Table:
         spill = tempfile.mkdtemp(prefix="browse-")
         self._con = open_duckdb(spill, memory=MEMORY, threads=THREADS)
         self._verified: dict[tuple[str, str, frozenset[str]], tuple[str, Path]] = {}
+        self._shards: dict[str, str] = {}  # by the name of a file, which is a hash for the copy of a remote one
         self._aligned: dict[tuple[str, str, str], tuple[str, ...]] = {}
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(THREADS)
@@ -117,6 +118,7 @@ class Table:
         if known is None or stored is None or known[0] != stored.fingerprint:
             path = self.context.lake.verified_path(asset, shard, columns)
             known = self._verified[key] = ("" if stored is None else stored.fingerprint, path)
+            self._shards[path.name] = shard
         return sql.path(known[1])
 
     def run(self, query: str, tables: Mapping[str, pa.Table] | None = None) -> pa.Table:
@@ -178,15 +180,19 @@ class Table:
             where = f"shard {', '.join(only)} has no" if only else "no shard has"
             raise BrowseError(f"{where} {' and '.join(wanted)}. Remedy: clip-select run computes what is missing")
         self._check_aligned(list(wanted), shards)
+        self._verify({(a, n, _read(c, uids)) for a, c in wanted.items() for n in shards} - self._verified.keys())
         size = size or len(shards)
         return [self._joined(wanted, shards[at : at + size], uids) for at in range(0, len(shards), size)]
+
+    def _verify(self, files: Collection[tuple[str, str, frozenset[str]]]) -> None:
+        """Verify files for `file`, several at the same time."""
+        list(self._threads.map(lambda key: self.file(*key), sorted(files, key=str)))
 
     def _joined(self, wanted: Mapping[str, Mapping[str, str]], shards: Sequence[str], uids: bool) -> str:
         """Write the query of these columns by asset, in which files are joined by position."""
         parts, selected = [], []
         for number, (asset, columns) in enumerate(wanted.items()):
-            read = frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
-            files = ", ".join(self.file(asset, name, read) for name in shards)
+            files = ", ".join(self.file(asset, name, _read(columns, uids)) for name in shards)
             parts.append(f"read_parquet([{files}], file_row_number=true, filename=true) AS t{number}")
             selected += [f"t{number}.{sql.quoted(column)} AS {sql.quoted(name)}" for name, column in columns.items()]
         identity = ['t0.filename AS "the file"', 't0.file_row_number AS "the row"']
@@ -239,9 +245,11 @@ class Table:
             BrowseError: there is none.
         """
         lake = self.context.lake
-        files = ", ".join(sql.path(lake.store.local(lake.path(POOL, shard))) for shard in self.shards([POOL]))
-        if not files:
+        paths = {shard: lake.store.local(lake.path(POOL, shard)) for shard in self.shards([POOL])}
+        if not paths:
             raise BrowseError("the lake has no shard yet. Remedy: clip-select run")
+        self._shards |= {path.name: shard for shard, path in paths.items()}
+        files = ", ".join(map(sql.path, paths.values()))
         found = self.run(
             f'SELECT filename AS "the file", file_row_number AS "the row" FROM '
             f"read_parquet([{files}], file_row_number=true, filename=true) "
@@ -249,7 +257,11 @@ class Table:
         ).to_pylist()
         if not found:
             raise BrowseError(f"there is no sample {f0:016x}{f1:016x} in the pool")
-        return Place(Path(found[0]["the file"]).stem, found[0]["the row"])
+        return self.place_of(found[0]["the file"], found[0]["the row"])
+
+    def place_of(self, file: str, row: int) -> Place:
+        """Return a row's place by the path of a file that a query read."""
+        return Place(self._shards[Path(file).name], row)
 
     def read(self, places: Sequence[Place], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return columns of some rows, in their order; a score without a file is None."""
@@ -285,6 +297,10 @@ class Table:
             if row.setdefault("words", identity) != identity:
                 raise BrowseError(f"{asset} has other rows than shard {shard}. Remedy: clip-select run")
             row.update(values)
+
+
+def _read(columns: Mapping[str, str], uids: bool) -> frozenset[str]:
+    return frozenset(columns.values()) | ({"f0", "f1"} if uids else set())
 
 
 @dataclass(frozen=True)
@@ -333,7 +349,7 @@ class Query:
         return replace(self, marks={**self.marks, f"uids{len(self.marks)}": uids})
 
     def places(self, limit: int, offset: int = 0) -> list[Place]:
-        """Return where the rows are, in the query's order; equal values are in the pool's order."""
+        """Return where the rows are, in the query's order; equal values are in the order of the files."""
         order, selected = ['"the file"', '"the row"'], ""
         if self.sort is not None:
             key = f"hash(f0, f1, {self.seed:d})" if self.sort == RANDOM else sql.quoted(self.sort)
@@ -350,7 +366,7 @@ class Query:
             listed = {"listed": pa.concat_tables(best)}
             found = self.table.run(f"FROM listed {ordered} {limit:d} OFFSET {offset:d}", listed)
         return [
-            Place(Path(file).stem, row)
+            self.table.place_of(file, row)
             for file, row in zip(found["the file"].to_pylist(), found["the row"].to_pylist(), strict=True)
         ]
 

@@ -4,6 +4,7 @@ Here: everything that more than one page needs. Not here: the pages (`grid_pages
 them (`guard`).
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,18 @@ class Site:
         for row in rows:
             row["caption"] = shortened(row["caption"] or "", LONGEST_CAPTION)
         return [
-            {**{name: row[name] for name in identity}, "scores": {name: row[name] for name in dict.fromkeys(shown)}}
+            {**{name: row[name] for name in identity}, "scores": {name: _finite(row[name]) for name in shown}}
             for row in rows
         ]
 
     def some(self, uids: pa.Table, count: int) -> list[dict[str, Any]]:
         """Return tiles of some rows of a table of uids, in random order, the same in every call."""
         return self.tiles(Query(self.table).among(uids).order_by("random").places(count), []) if len(uids) else []
+
+
+def _finite(value: Any) -> Any:
+    """Return a number that JSON has: None for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shortened(text: str, most: int) -> str:

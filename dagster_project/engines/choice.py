@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from assets.base.engines import Engine, InProcess
 from core.errors import UserError
+from dagster_project.location import ENGINES
 
-NAMES = ("in_process", "processes", "ray")
 ENGINE_VARIABLE = "CLIP_SELECTION_ENGINE"
 WORKERS_VARIABLE = "CLIP_SELECTION_WORKERS"
 
@@ -23,8 +23,9 @@ def opened_engine(
     """Open an engine, and end its workers at the end.
 
     Args:
-        name: one of `NAMES`; by default CLIP_SELECTION_ENGINE, else `processes` with workers and `in_process` without.
-        workers: their number; by default CLIP_SELECTION_WORKERS, else one per GPU or, without GPUs, per core.
+        name: one of `ENGINES`; by default CLIP_SELECTION_ENGINE, else `processes` with workers, `in_process` without.
+        workers: their number; by default CLIP_SELECTION_WORKERS, else one per GPU or, without GPUs, per core: of this
+            machine, or of the Ray cluster.
         environment: the environment variables.
 
     Raises:
@@ -45,22 +46,21 @@ def _engine(name: str | None, workers: int | None, environment: Mapping[str, str
         if name != "in_process":
             workers = int(given)
     name = name or environment.get(ENGINE_VARIABLE) or ("in_process" if workers is None else "processes")
-    if name not in NAMES:
-        raise EngineError(f"{ENGINE_VARIABLE}: no engine {name!r}. Remedy: one of {', '.join(NAMES)}")
+    if name not in ENGINES:
+        raise EngineError(f"{ENGINE_VARIABLE}: no engine {name!r}. Remedy: one of {', '.join(ENGINES)}")
     if name == "in_process":
         if workers not in (None, 1) and not given:
             raise EngineError(
                 "The engine in_process has no workers. Remedy: leave --workers out, or --engine processes"
             )
         return InProcess()
+    if name == "ray":
+        from dagster_project.engines.ray_cluster import RayCluster
+
+        return RayCluster(workers)
     import torch
 
+    from dagster_project.engines.processes import Processes
+
     gpus = torch.cuda.device_count()
-    workers = workers or gpus or len(os.sched_getaffinity(0))
-    if name == "processes":
-        from dagster_project.engines.processes import Processes
-
-        return Processes(workers, gpus)
-    from dagster_project.engines.ray_cluster import RayCluster
-
-    return RayCluster(workers, gpus)
+    return Processes(workers or gpus or len(os.sched_getaffinity(0)), gpus)

@@ -6,6 +6,7 @@ also when that one is killed.
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from dagster_project.engines.crew import Crew
-from dagster_project.engines.work import Done, Task
+from dagster_project.engines.work import Done, Job
 
 MODULE = "dagster_project.engines.processes"
 
@@ -37,6 +38,8 @@ class Processes(Crew):
         workers: their number.
         gpus: number of GPUs; worker i gets GPU i modulo this.
     """
+
+    name = "processes"
 
     def __init__(self, workers: int, gpus: int = 0) -> None:
         super().__init__(workers, decode=gpus > 0)
@@ -63,16 +66,16 @@ class Processes(Crew):
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         if self.gpus:
-            listed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-            devices = listed or [str(number) for number in range(self.gpus)]
-            return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]}
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.workers))
-        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+            own = {"CUDA_VISIBLE_DEVICES": visible_gpu(place, self.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))}
+        else:
+            each = str(max(1, len(os.sched_getaffinity(0)) // self.workers))
+            own = {name: os.environ.get(name) or each for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return {**os.environ, "PYTHONPATH": path, **own}
 
-    def send(self, worker: _Process, task: Task) -> None:
-        """Send a task; a worker that is gone is noticed by `wait`."""
+    def send(self, worker: _Process, job: Job) -> None:
+        """Send a job; a worker that is gone is noticed by `wait`."""
         with contextlib.suppress(OSError):
-            worker.connection.send(task)
+            _send(worker.connection, job)
 
     def wait(self, busy: Sequence[_Process]) -> list[tuple[_Process, Done | None]]:
         """Wait for answers and deaths."""
@@ -81,7 +84,7 @@ class Processes(Crew):
         for connection in wait(list(by_connection)):
             assert isinstance(connection, Connection)
             try:
-                found.append((by_connection[connection], connection.recv()))
+                found.append((by_connection[connection], pickle.loads(connection.recv_bytes())))
             except (EOFError, OSError):
                 found.append((by_connection[connection], None))
         return found
@@ -95,6 +98,24 @@ class Processes(Crew):
         os.close(worker.lifeline)
 
 
+def visible_gpu(place: int, gpus: int, visible: str | None) -> str:
+    """Return the one GPU that a worker sees, as CUDA_VISIBLE_DEVICES names it.
+
+    Args:
+        place: number of the worker, from 0.
+        gpus: number of GPUs that the main process sees; workers beyond it share them.
+        visible: the main process's own CUDA_VISIBLE_DEVICES: numbers, or the ids of GPUs or of parts of one (MIG).
+    """
+    listed = [name.strip() for name in (visible or "").split(",") if name.strip()][:gpus]
+    devices = listed or [str(number) for number in range(gpus)]
+    return devices[place % len(devices)]
+
+
+def _send(connection: Connection, message: object) -> None:
+    """Send a message as plain pickle: `Connection.send` would pass tensors by descriptors, which end with a worker."""
+    connection.send_bytes(pickle.dumps(message))
+
+
 def _end_with(lifeline: int) -> None:
     """End this process and its children when the main process has ended, which closes the pipe."""
     os.read(lifeline, 1)
@@ -102,14 +123,18 @@ def _end_with(lifeline: int) -> None:
 
 
 def main(connection: Connection, lifeline: int) -> None:
-    """Answer tasks until the main process closes the connection."""
+    """Answer jobs until the main process closes the connection."""
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    from dagster_project.engines.work import Worker
+    from dagster_project.engines.work import Worker, WorkerError
 
     worker = Worker()
     with contextlib.suppress(EOFError):
         while True:
-            connection.send(worker.compute(connection.recv()))
+            done = worker.compute(pickle.loads(connection.recv_bytes()))
+            try:
+                _send(connection, done)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a function's result
+                _send(connection, Done(WorkerError(f"The result can't be sent: {error}")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A worker's side: open the project from its settings, then compute, check and write one shard after the other.
+"""A worker's side: open the project from its settings, then compute one shard or part after the other.
 
 Here: what processes and Ray have in common. Not here: how a worker is started and reached.
 """
@@ -7,7 +7,8 @@ import pickle
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from assets.base.partitioned import PartitionedAsset
 from assets.graph import Graph, build_graph
 from assets.settings import open_context, settings_model
 from core.errors import UserError
-from resources.lake.files import Provenance, Stored
+from resources.lake.files import Provenance
 
 
 class WorkerError(UserError):
@@ -63,14 +64,47 @@ class Task:
         assert self.provenance.shard is not None
         return self.provenance.shard
 
+    @property
+    def name(self) -> str:
+        """The shard, for messages."""
+        return f"shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A part of an unpartitioned asset to be computed.
+
+    Attributes:
+        step: identifies the step; a worker keeps what its parts share.
+        opening: the project.
+        asset: key of the asset.
+        number: of the part, from 0.
+        function: called with a snapshot and the arguments.
+        arguments: the arguments.
+    """
+
+    step: str
+    opening: Opening
+    asset: str
+    number: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The part's name, for messages."""
+        return f"part {self.number + 1}"
+
+
+Job = Task | Call
+
 
 @dataclass(frozen=True)
 class Done:
-    """A shard that a worker has ended with.
+    """A shard or part that a worker has ended with.
 
     Attributes:
-        shard: its name.
-        outcome: the record of its file, or the error.
+        outcome: the record of its file, the function's result, or the error.
         seconds: time that the worker took.
         rows: rows that it reported as done.
         written_for_others: fingerprints of files that it wrote for other assets of the run.
@@ -78,8 +112,7 @@ class Done:
         damaged: files that it found damaged and set aside, with the reason.
     """
 
-    shard: str
-    outcome: Stored | Exception
+    outcome: Any
     seconds: float = 0.0
     rows: int = 0
     written_for_others: frozenset[str] = frozenset()
@@ -88,7 +121,7 @@ class Done:
 
 
 class Worker:
-    """Computes tasks; keeps the project, its models, and what the shards of a step share."""
+    """Computes shards and parts; keeps the project, its models, and what those of a step share."""
 
     def __init__(self) -> None:
         self._opening: Opening | None = None
@@ -96,43 +129,42 @@ class Worker:
         self._context: Context | None = None
         self._step: tuple[str, Snapshot] | None = None
 
-    def compute(self, task: Task) -> Done:
-        """Compute a shard; an error is returned, not raised."""
+    def compute(self, job: Job) -> Done:
+        """Compute a shard or a part; an error is returned, not raised."""
         began = time.perf_counter()
-        rows: list[int] = []
+        damaged: dict[str, str] = {}
         try:
-            asset, snapshot = self._open(task)
-            state = RunState(progress=lambda _asset, _shard, count: rows.append(count))
+            snapshot = self._open(job)
             damaged = snapshot.context.lake.damaged
             damaged.clear()
-            step = Step(asset, snapshot, {task.shard: task.provenance}, state, task.requested)
-            found = dict(asset.computed(step, [task.shard]))
-            outcome = found.get(task.shard) or RuntimeError(f"{task.asset} did not yield shard {task.shard}")
-            state.written.pop(asset.key, None)
+            done = self._shard(job, snapshot) if isinstance(job, Task) else Done(job.function(snapshot, *job.arguments))
         except Exception as error:  # noqa: BLE001 - fails the shard alone
-            return Done(task.shard, _portable(error), time.perf_counter() - began)
-        return Done(
-            task.shard,
-            _portable(outcome) if isinstance(outcome, Exception) else outcome,
-            time.perf_counter() - began,
-            sum(rows),
-            frozenset(state.written_for_others),
-            state.written,
-            dict(damaged),
-        )
+            done = Done(error)
+        outcome = _portable(done.outcome) if isinstance(done.outcome, Exception) else done.outcome
+        return replace(done, outcome=outcome, seconds=time.perf_counter() - began, damaged=dict(damaged))
 
-    def _open(self, task: Task) -> tuple[PartitionedAsset, Snapshot]:
-        if self._opening != task.opening:
-            self._context = open_context(_settings(task.opening), task.opening.config)
-            self._graph, self._opening, self._step = build_graph(self._context), task.opening, None
+    def _shard(self, task: Task, snapshot: Snapshot) -> Done:
         assert self._graph is not None
-        assert self._context is not None
-        if self._step is None or self._step[0] != task.step:
-            self._context.lake.refresh()
-            self._step = (task.step, Snapshot(self._context))
         asset = next(node for node in self._graph.nodes if node.key == task.asset)
         assert isinstance(asset, PartitionedAsset)
-        return asset, self._step[1]
+        rows: list[int] = []
+        state = RunState(progress=lambda _asset, _shard, count: rows.append(count))
+        step = Step(asset, snapshot, {task.shard: task.provenance}, state, task.requested)
+        found = dict(asset.computed(step, [task.shard]))
+        outcome = found.get(task.shard) or RuntimeError(f"{task.asset} did not yield shard {task.shard}")
+        state.written.pop(asset.key, None)
+        others = frozenset(state.written_for_others)
+        return Done(outcome, rows=sum(rows), written_for_others=others, written=state.written)
+
+    def _open(self, job: Job) -> Snapshot:
+        if self._opening != job.opening:
+            self._context = open_context(_settings(job.opening), job.opening.config)
+            self._graph, self._opening, self._step = build_graph(self._context), job.opening, None
+        assert self._context is not None
+        if self._step is None or self._step[0] != job.step:
+            self._context.lake.refresh()
+            self._step = (job.step, Snapshot(self._context))
+        return self._step[1]
 
 
 def describe(context: Context, *, decode: bool = False) -> Opening:
@@ -160,8 +192,3 @@ def _portable(error: Exception) -> Exception:
         other.add_note(f"In the worker:\n{text}")
         return other
     return error
-
-
-def tasks(asset: PartitionedAsset, step: Step, shards: list[str], opening: Opening, name: str) -> list[Task]:
-    """Return the tasks of a step's shards, in order."""
-    return [Task(name, opening, asset.key, step.requested, step.wanted[shard]) for shard in shards]

@@ -7,7 +7,8 @@ The file is built under a temporary name and swapped in, and it is only opened r
 process and then no readers.
 
 Views (`views.py`): pool, rejects, shards, scores, pool_scores, targets, one for each score asset under its key,
-subsets, subset_members, subset_shards, lineage_records, funnel, step_reports. Macros: explain(uid) (`explain.py`);
+subsets, subset_members, subset_shards, lineage_records, funnel, step_reports, evaluations, evaluation_curves. Macros:
+explain(uid) (`explain.py`);
 versions, lineage, diff and overlap (`history.py`); score_asset and uid_word, which these use.
 """
 
@@ -23,13 +24,14 @@ from core import sql
 from core.errors import UserError
 from resources.catalog.explain import explain_macro
 from resources.catalog.history import history_macros
+from resources.catalog.remote_files import remote_files
 from resources.catalog.scores import Scores, score_asset_macro
 from resources.catalog.views import Place, catalog_views, moved
 from resources.lake.files import Lake
 from resources.lake.sealed import mapped
 from resources.lake.versions import Versions
+from resources.pools.groups import FOLDER
 from resources.storage.checksums import ChecksumError, seal
-from resources.storage.objects import filesystem
 
 _TARGETS = pa.schema(
     [
@@ -75,9 +77,9 @@ def build_catalog(
         temporary.unlink()  # DuckDB refuses an empty file
         with duckdb.connect(str(temporary)) as con:
             if not lake.is_local:
-                con.register_filesystem(filesystem(lake.root))
+                con.register_filesystem(remote_files(lake.root))
                 con.execute(f"CREATE MACRO {_REMOTE_ROOT}() AS {sql.text(lake.root)}").fetchall()
-            for name, query in catalog_views(place, scores).items():
+            for name, query in catalog_views(place, scores, grouped=_has_groups(lake)).items():
                 con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
             con.execute(f"CREATE MACRO catalog_place() AS {sql.text(place.listed)}").fetchall()
             for macro in (
@@ -90,6 +92,10 @@ def build_catalog(
 
 class CatalogError(UserError):
     """The catalog can't answer; the message has the remedy."""
+
+
+def _has_groups(lake: Lake) -> bool:
+    return any(entry.name.endswith(".json") for entry in lake.store.files(f"{lake.root}/{FOLDER}"))
 
 
 def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
@@ -115,7 +121,7 @@ def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:
             raise
         remote = _remote_root(con)
         if remote is not None:
-            con.register_filesystem(filesystem(remote))
+            con.register_filesystem(remote_files(remote))
     except duckdb.CatalogException as error:
         raise CatalogError(f"{path}: an earlier version built this catalog. Remedy: clip-select run") from error
     except duckdb.Error as error:

@@ -14,10 +14,12 @@ renamed to `.<name>.damaged`. It then counts as missing, so that a run computes 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,13 +38,15 @@ from resources.lake.sealed import verify_columns as verify_parquet
 from resources.storage.by_location import open_store
 from resources.storage.checksums import ChecksumError, seal
 from resources.storage.objects import credential_free
-from resources.storage.stores import Entry, cache_folder, state_folder
+from resources.storage.stores import Entry, ReplacedError, cache_folder, state_folder
 
 ARROW_ASSETS = ("embeddings", "target_embeddings", "negatives")
 LOOKED_UP = {"raw_pool": "f0"}
 """Column by which single rows of an asset are looked up; its files are not sorted by it."""
 ROW_GROUP = 1 << 17
-KNOWN_FILES = 60_000  # whose records the lake caches; some 4 kB each, so 250 MB at most
+KNOWN_FILES = 100_000  # whose records are kept in memory; some 4 kB each, so 400 MB at most
+RECORDS_AHEAD = 128  # remote files whose records are read together
+READERS = 32
 TEMPORARY_SUFFIX = ".tmp"
 DAMAGED_SUFFIX = ".damaged"
 
@@ -180,7 +184,8 @@ class Lake:
         self.damaged: dict[str, str] = {}
         self._known: dict[str, tuple[str, Stored]] = {}
         self._listed: dict[str, dict[str, Entry]] = {}
-        self._records = None if self.is_local else RecordCache(self.scratch_folder / "records.sqlite")
+        self._cleared: set[str] = set()
+        self._records = RecordCache(cache_folder(self.root) / "records.sqlite")
 
     @property
     def scratch_folder(self) -> Path:
@@ -198,8 +203,9 @@ class Lake:
         return self.home / "catalog.duckdb"
 
     def refresh(self) -> None:
-        """Forget the listings of a remote lake, so that files which other processes wrote are seen."""
+        """Begin anew: list the folders of a remote lake again, and look for killed writers' files again."""
         self._listed.clear()
+        self._cleared.clear()
 
     def changed(self, path: str) -> float:
         """Return when a file was written, in seconds since 1970; 0 if there is none."""
@@ -244,6 +250,18 @@ class Lake:
             return self.store.stat(path)
         return self._remote(path.rpartition("/")[0]).get(path)
 
+    def local(self, path: str) -> Path:
+        """Return a local path with a file's content; of a remote lake, a copy of the file as it was listed last.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            return self.store.local(path, None if self.is_local else self._entry(path))
+        except (ReplacedError, FileNotFoundError):
+            self._changed(path)
+            return self.store.local(path)
+
     def _changed(self, path: str) -> None:
         """Look again at a remote file that this process wrote, moved or removed."""
         folder = path.rpartition("/")[0]
@@ -268,42 +286,87 @@ class Lake:
             self._known.pop(path, None)
             return None
         known = self._known.get(path)
-        if known is None or known[0] != entry.tag:
-            if len(self._known) >= KNOWN_FILES:
-                self._known.clear()
-            stored = self._cached(path, entry.tag) or self._stored_or_none(path)
-            if stored is None:
-                return None
-            known = self._known[path] = (entry.tag, stored)
-            if self._records is not None:
-                self._records.put(path, entry.tag, _as_record(stored))
-        return known[1]
+        if known is not None and known[0] == entry.tag:
+            return known[1]
+        stored = self._cached(entry)
+        if stored is None:
+            stored = self._stored_or_none(entry)
+            if stored is not None and not self.is_local:
+                self._read_ahead(entry)
+        return stored
 
-    def _cached(self, path: str, tag: str) -> Stored | None:
-        """Return a remote file's record as an earlier process read it."""
-        record = None if self._records is None else self._records.get(path, tag)
-        return None if record is None else _from_record(record)
+    def _cached(self, entry: Entry) -> Stored | None:
+        """Return a file's record as an earlier process read it."""
+        record = self._records.get(entry.location, entry.tag)
+        if record is None:
+            return None
+        stored = _from_record(record)
+        self._know([(entry, stored)])
+        return stored
 
-    def _stored_or_none(self, path: str) -> Stored | None:
+    def _know(self, found: Sequence[tuple[Entry, Stored]]) -> None:
+        if len(self._known) >= KNOWN_FILES:
+            self._known.clear()
+        self._known |= {entry.location: (entry.tag, stored) for entry, stored in found}
+
+    def _keep(self, found: Sequence[tuple[Entry, Stored]]) -> None:
+        """Cache records, here and for later processes."""
+        self._know(found)
+        self._records.put([(entry.location, entry.tag, _as_record(stored)) for entry, stored in found])
+
+    def _stored_or_none(self, entry: Entry) -> Stored | None:
+        path = entry.location
         try:
             with self._reading(path):
-                return self.read_stored(path)[0]
+                stored = self.read_stored(path, entry)[0]
         except DamagedError:
             if self.exists(path):
                 raise
             return None
-        except FileNotFoundError:  # removed since it was listed
+        except (FileNotFoundError, ReplacedError):  # removed or replaced since it was listed
             self._changed(path)
-            return None
+            now = self._entry(path)
+            return None if now is None or now == entry else self._stored_or_none(now)
+        self._keep([(entry, stored)])
+        return stored
 
-    def read_stored(self, path: str) -> tuple[Stored, bool]:
+    def _read_ahead(self, entry: Entry) -> None:
+        """Read the records of the remote files that follow one in its folder, at the same time, unless they are known.
+
+        An error is raised when it is that file's turn.
+        """
+
+        def read(following: Entry) -> tuple[Entry, Stored] | None:
+            try:
+                return following, self.read_stored(following.location, following)[0]
+            except (OSError, ChecksumError):
+                return None
+
+        listed = iter(self._remote(entry.location.rpartition("/")[0]).values())
+        after = itertools.islice(itertools.dropwhile(lambda one: one != entry, listed), 1, RECORDS_AHEAD)
+        wanted = [one for one in after if self._has_unknown_record(one)]
+        if wanted:
+            with ThreadPoolExecutor(READERS) as pool:
+                self._keep([found for found in pool.map(read, wanted) if found is not None])
+
+    def _has_unknown_record(self, entry: Entry) -> bool:
+        if entry.name.startswith(".") or not entry.name.endswith((".parquet", ".arrow")):
+            return False
+        known = self._known.get(entry.location)
+        if known is not None and known[0] == entry.tag:
+            return False
+        return self._records.get(entry.location, entry.tag) is None
+
+    def read_stored(self, path: str, entry: Entry | None = None) -> tuple[Stored, bool]:
         """Read the record of a file by its path, and return whether the file has checksums, too.
+
+        With the `entry` of a remote file, one request is enough.
 
         Raises:
             ChecksumError: the record is damaged, or it is not a file of this lake.
         """
         try:
-            record, sealed = read_record(self.store, path)
+            record, sealed = read_record(self.store, path, None if self.is_local else entry)
             return _from_record(record), sealed
         except ChecksumError:
             raise
@@ -316,9 +379,8 @@ class Lake:
         Raises:
             LakeError: there is no such file, or it is damaged.
         """
-        path = self._existing(asset, shard)
+        path, local = self._existing(asset, shard)
         with self._reading(path):
-            local = self.store.local(path)
             if path.endswith(".parquet"):
                 return read_parquet(local, columns)
             table = read_arrow(*mapped(local), columns)
@@ -338,9 +400,9 @@ class Lake:
         Raises:
             LakeError: there is no such file, or it is damaged.
         """
-        path = self._existing(asset, shard)
+        path, local = self._existing(asset, shard)
         with self._reading(path):
-            buffer, checked = mapped(self.store.local(path))
+            buffer, checked = mapped(local)
             table = read_arrow(buffer, checked, set(pa.ipc.open_file(buffer).schema.names) - set(columns))
 
         def verify(blocks: np.ndarray) -> None:
@@ -363,18 +425,21 @@ class Lake:
         Raises:
             LakeError: there is no such file, or it is damaged.
         """
-        path = self._existing(asset, shard)
-        local = self.store.local(path)
+        path, local = self._existing(asset, shard)
         with self._reading(path), opened(local) as (file, checked):
             verify_parquet(pq.ParquetFile(file).metadata, checked, columns)
         return local
 
-    def _existing(self, asset: str, shard: str | None) -> str:
+    def _existing(self, asset: str, shard: str | None) -> tuple[str, Path]:
+        """Return a file's path, and the local path of its content."""
         path = self.path(asset, shard)
-        if not self.exists(path):
-            where = f" of shard {shard}" if shard else ""
-            raise LakeError(f"{path}: {asset}{where} is not there yet. Remedy: materialize it first.")
-        return path
+        try:
+            if not self.is_local or self.exists(path):
+                return path, self.local(path)
+        except FileNotFoundError:
+            pass
+        where = f" of shard {shard}" if shard else ""
+        raise LakeError(f"{path}: {asset}{where} is not there yet. Remedy: materialize it first.")
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
@@ -466,7 +531,9 @@ class Lake:
             self._changed(path)
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _clear_strays(Path(folder))
+        if folder not in self._cleared:  # it lists the folder, which may hold many files
+            _clear_strays(Path(folder))
+            self._cleared.add(folder)
         temporary = create_temporary(Path(folder), f".{name}.", TEMPORARY_SUFFIX)
         try:
             yield temporary

@@ -1,11 +1,14 @@
 """Vectors of an asset with one file per shard: of a shard, and rows chosen by shard and position."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from resources.lake.files import Lake
 from resources.lake.sealed import Vectors
+
+Spread = Callable[[Iterable[tuple[str, np.ndarray]]], Iterator[list[np.ndarray]]]
+"""Reads rows of shards, in order."""
 
 
 class ShardVectors(Mapping[str, Vectors]):
@@ -45,6 +48,8 @@ def gather(
     shards: Sequence[str],
     shard_numbers: np.ndarray,
     rows: np.ndarray,
+    *,
+    spread: Spread | None = None,
 ) -> list[np.ndarray]:
     """Read chosen rows of vector columns. Each shard is opened once, and only if it has a chosen row.
 
@@ -55,6 +60,8 @@ def gather(
         shards: Names of shards, at least one.
         shard_numbers: Position in `shards` of each chosen row's shard, integers `[n]`.
         rows: Position of each chosen row in its shard, integers `[n]`.
+        spread: Yields `read_rows(lake, asset, columns, shard, rows)` of each pair of a shard and rows, in order, such
+            as by several workers; by default here.
 
     Returns:
         For each column float16 `[n, d]`, in the order of `rows`.
@@ -70,10 +77,16 @@ def gather(
     numbers, starts = np.unique(shard_numbers[order], return_index=True)
     # Without chosen rows, the first shard still gives the width d.
     parts = list(zip(numbers, np.split(order, starts[1:]), strict=True)) if len(order) else [(0, order)]
+    chosen = ((shards[number], rows[places]) for number, places in parts)
+    read = spread(chosen) if spread else (read_rows(lake, asset, columns, shard, some) for shard, some in chosen)
     found: list[np.ndarray] = []
-    for number, places in parts:
-        vectors = lake.vectors(asset, shards[number], columns=columns)
-        found = found or [np.empty((len(rows), v.shape[1]), np.float16) for v in vectors]
-        for out, v in zip(found, vectors, strict=True):
-            out[places] = v[rows[places]]
+    for (_, places), arrays in zip(parts, read, strict=True):
+        found = found or [np.empty((len(rows), array.shape[1]), np.float16) for array in arrays]
+        for out, array in zip(found, arrays, strict=True):
+            out[places] = array
     return found
+
+
+def read_rows(lake: Lake, asset: str, columns: Sequence[str], shard: str, rows: np.ndarray) -> list[np.ndarray]:
+    """Read chosen rows of one shard: for each column float16 `[n, d]`."""
+    return [vectors[rows] for vectors in lake.vectors(asset, shard, columns=columns)]

@@ -1,4 +1,4 @@
-"""Records of a remote lake's files, kept on this machine under the version tag of each file.
+"""Records of a lake's files, kept on this machine under the version tag of each file.
 
 A pass that finds nothing new then lists the lake's folders, and reads no file. The cache is one SQLite file, which can
 be deleted at any time.
@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ class RecordCache:
                 return dict(json.loads(zlib.decompress(found[0])))
         return None
 
-    def put(self, location: str, tag: str, record: dict[str, Any]) -> None:
-        """Keep the record of a file. A cache that can't be written costs time only."""
-        packed = zlib.compress(json.dumps(record).encode())
+    def put(self, found: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+        """Keep records of files by location and tag. A cache that can't be written costs time only."""
+        packed = [(location, tag, zlib.compress(json.dumps(record).encode())) for location, tag, record in found]
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as con, con:
-            con.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (location, tag, packed))
+            con.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", packed)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resources.storage.checksums import BLOCK, Checked, ChecksumError
-from resources.storage.stores import Store
+from resources.storage.stores import Entry, Store
 
 METADATA_KEY = b"clip_data_selection"
 SEALED = {"checksums": "xxh3_64"}
@@ -60,8 +60,13 @@ def mapped(path: Path) -> tuple[pa.Buffer, Checked]:
     return buffer, Checked(lambda start, stop: view[start:stop], len(view))
 
 
-def read_record(store: Store, location: str) -> tuple[dict[str, Any], bool]:
+def read_record(store: Store, location: str, entry: Entry | None = None) -> tuple[dict[str, Any], bool]:
     """Read the record of a file from its footer; of a remote file, only the end.
+
+    Args:
+        store: the file's store.
+        location: its location.
+        entry: the file as it was listed, which saves a request.
 
     Returns:
         The record, whose `rows` are the number of rows; and whether the file has checksums.
@@ -70,7 +75,7 @@ def read_record(store: Store, location: str) -> tuple[dict[str, Any], bool]:
         ChecksumError: the footer is damaged.
         ArrowInvalid, OSError, KeyError, TypeError, ValueError: it is not a file with a record.
     """
-    with store.open(location) as file:
+    with store.open(location, entry) as file:
         checked = _checked(file)
         if location.endswith(".parquet"):
             parquet = pq.ParquetFile(file)

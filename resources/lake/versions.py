@@ -15,6 +15,7 @@ import fcntl
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ import pyarrow.parquet as pq
 from core.hashing import digest, sha256
 from core.uids import UID_DTYPE
 from resources.lake.files import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, DamagedError, Lake, LakeError
-from resources.lake.owners import create_temporary, is_abandoned, token
+from resources.lake.owners import STRAY_AFTER_SECONDS, create_temporary, is_abandoned, is_ended, token
+from resources.storage.stores import Entry
 
 NAME = re.compile(r"^v\d{4,}$")
 NUMBERED = re.compile(r"^\.?v(\d{4,})(?:\..+\.damaged)?$")
@@ -119,9 +121,20 @@ class Versions:
 
     def names(self) -> list[str]:
         """List the complete versions, oldest first."""
+        if self.lake.is_local:
+            return [name for name in self._numbered() if self.lake.exists(self._lineage_path(name))]
+        # One listing, and not one request for each version.
+        there = {entry.location for entry in self.lake.store.files(self.folder, deep=True)}
+        return [name for name in self._numbered() if self._lineage_path(name) in there]
+
+    def newest(self) -> str | None:
+        """Return the name of the newest complete version; None before the first."""
+        return next((name for name in reversed(self._numbered()) if self.lake.exists(self._lineage_path(name))), None)
+
+    def _numbered(self) -> list[str]:
+        """List the folders of versions, also of incomplete ones, by number."""
         found = self.lake.store.folders(self.folder)
-        complete = [n for n in found if NAME.match(n) and self.lake.exists(self._lineage_path(n))]
-        return sorted(complete, key=lambda name: int(name[1:]))
+        return sorted(filter(NAME.match, found), key=lambda name: int(name[1:]))
 
     def read(self, name: str) -> Version:
         """Read a version.
@@ -130,12 +143,18 @@ class Versions:
             LakeError: there is no such version.
             DamagedError: its record is damaged.
         """
-        path = self._lineage_path(name)
-        if not self.lake.exists(path):
+        version = self._read(name)
+        if version is None:
             known = ", ".join(self.names()) or "none"
-            raise LakeError(f"{path}: recipe {self.recipe} has no version {name}. Known: {known}")
+            raise LakeError(f"{self._lineage_path(name)}: recipe {self.recipe} has no version {name}. Known: {known}")
+        return version
+
+    def _read(self, name: str) -> Version | None:
+        path = self._lineage_path(name)
         try:
             lineage = json.loads(self.lake.store.read(path))
+        except FileNotFoundError:
+            return None
         except ValueError as error:
             raise _damaged(path, f"not a lineage record ({error})") from error
         if not isinstance(lineage, dict) or not ("checksum" in lineage or lineage.keys() >= _REQUIRED):
@@ -150,7 +169,7 @@ class Versions:
 
     def damage(self, version: Version) -> dict[str, str]:
         """Read a version's files, without its report, and return what is wrong with which path."""
-        return self._all_wrong({f"{version.folder}/{file}": sha for file, sha in version.checksums.items()})
+        return self._all_wrong(version, version.checksums)
 
     def report_damage(self, version: Version) -> dict[str, str]:
         """Read the files of a version's report, and return what is wrong with which path.
@@ -166,25 +185,28 @@ class Versions:
             files = {}
         if not files:
             return {path: "not a table of checksums"}
-        return self._all_wrong({f"{version.folder}/report/{file}": str(sha) for file, sha in files.items()})
+        return self._all_wrong(version, {f"report/{file}": str(sha) for file, sha in files.items()})
 
-    def _all_wrong(self, wanted: Mapping[str, str]) -> dict[str, str]:
-        found = {path: self._wrong(path, sha) for path, sha in wanted.items()}
+    def _all_wrong(self, version: Version, checksums: Mapping[str, str]) -> dict[str, str]:
+        """Compare files with their SHA-256; of a remote lake, one listing answers which are there."""
+        there = {entry.location: entry for entry in self.lake.store.files(version.folder, deep=True)}
+        paths = {f"{version.folder}/{file}": sha for file, sha in checksums.items()}
+        found = {path: self._wrong(there.get(path), sha) for path, sha in paths.items()}
         return {path: why for path, why in found.items() if why is not None}
 
-    def _wrong(self, path: str, sha: str) -> str | None:
-        if not self.lake.exists(path):
+    def _wrong(self, entry: Entry | None, sha: str) -> str | None:
+        if entry is None:
             return "missing"
-        return None if self._sha256(path) == sha else "it does not have its SHA-256"
+        found = sha256(self.lake.store.local(entry.location, entry))
+        return None if found == sha else "it does not have its SHA-256"
 
     def write_report_checksums(self, version: Version) -> None:
         """Write the SHA-256 of the files of a version's report, which is complete then."""
         folder = f"{version.folder}/report"
-        paths = [entry.location for entry in self.lake.store.files(folder, deep=True)]
         found = {
-            path.removeprefix(f"{folder}/"): self._sha256(path)
-            for path in paths
-            if not path.endswith(f"/{REPORT_CHECKSUMS}")
+            entry.location.removeprefix(f"{folder}/"): sha256(self.lake.store.local(entry.location, entry))
+            for entry in self.lake.store.files(folder, deep=True)
+            if not entry.location.endswith(f"/{REPORT_CHECKSUMS}")
         }
         self.lake.put(f"{version.folder}/{REPORT_CHECKSUMS}", json.dumps(found, indent=1).encode())
 
@@ -196,10 +218,13 @@ class Versions:
         """
         path = f"{version.folder}/{file}"
         sha = version.checksums.get(file)
-        why = "missing" if not self.lake.exists(path) else None if sha is None else self._wrong(path, sha)
+        entry = self.lake.store.stat(path)
+        if entry is None:
+            raise _damaged(path, "missing")
+        why = None if sha is None else self._wrong(entry, sha)
         if why is not None:
             raise _damaged(path, why)
-        return str(self.lake.store.local(path))
+        return str(self.lake.store.local(path, entry))
 
     def set_damaged_aside(self) -> dict[str, str]:
         """Set the newest versions aside as far as they are damaged: rename `v0003` to `.v0003.<random>.damaged`.
@@ -208,15 +233,15 @@ class Versions:
             What was wrong, by path.
         """
         found: dict[str, str] = {}
-        while names := self.names():
+        while (newest := self.newest()) is not None:
             try:
-                wrong = self.damage(self.read(names[-1]))
+                wrong = self.damage(self.read(newest))
             except DamagedError as error:
-                wrong = {self._lineage_path(names[-1]): str(error).partition(". Remedy")[0].rpartition("damaged: ")[2]}
+                wrong = {self._lineage_path(newest): str(error).partition(". Remedy")[0].rpartition("damaged: ")[2]}
             if not wrong:
                 break
             found |= wrong
-            self.set_aside(names[-1])
+            self.set_aside(newest)
         self.lake.damaged.update(found)
         return found
 
@@ -227,8 +252,7 @@ class Versions:
 
     def current(self) -> Version | None:
         """Read the newest version, or None before the first."""
-        names = self.names()
-        return self.read(names[-1]) if names else None
+        return next((version for name in reversed(self._numbered()) if (version := self._read(name))), None)
 
     def write(
         self,
@@ -309,6 +333,7 @@ class Versions:
 
     def _claim_remote(self) -> str:
         """Take the next number by writing its claim if there is none; the claim stays, so that it is taken once."""
+        self._clear_abandoned_remote()
         taken = (NUMBERED.match(name) for name in self.lake.store.folders(self.folder))
         number = max((int(found[1]) for found in taken if found is not None), default=0)
         while True:
@@ -316,6 +341,19 @@ class Versions:
             name = f"v{number:04d}"
             if self.lake.store.put_if_absent(f"{self.folder}/{name}/{REMOTE_CLAIM}", token().encode()):
                 return name
+
+    def _clear_abandoned_remote(self) -> None:
+        """Remove the files of versions whose writer was killed, but not their claims."""
+        store = self.lake.store
+        for name in set(self._numbered()) - set(self.names()):
+            there = {entry.name: entry for entry in store.files(f"{self.folder}/{name}", deep=True)}
+            claim = there.pop(REMOTE_CLAIM, None)
+            if claim is None or not there:
+                continue
+            is_old = time.time() - claim.modified > STRAY_AFTER_SECONDS
+            if is_old or is_ended(store.read(claim.location).decode()):
+                for entry in there.values():
+                    store.delete(entry.location)
 
     def _clear_abandoned(self, folder: Path) -> None:
         """Remove folders whose writer was killed; one without a claim is from before claims, and stays for a day."""
@@ -339,7 +377,7 @@ class Versions:
         Raises:
             LakeError: it is the newest, whose number the next one follows.
         """
-        if name == self.names()[-1]:
+        if name == self.newest():
             raise LakeError(f"{self.folder}/{name}: the newest version stays. Remedy: choose an older one")
         self.lake.store.delete(self._lineage_path(name))
         self.lake.store.delete_folder(f"{self.folder}/{name}")

@@ -9,16 +9,18 @@ import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from resources.storage.stores import Entry, StorageError, cache_folder
+from resources.storage.stores import Entry, ReplacedError, StorageError, cache_folder
 
 RETRIES = 5
 RETRY_SECONDS = 60
@@ -30,7 +32,9 @@ IN_USE_SECONDS = 3600
 _TAIL = 1 << 16
 """Last bytes of an object that are read at once."""
 _BLOCK = 8 << 20
-"""Bytes of a download that are held in memory."""
+"""Bytes of a request of a download."""
+_STREAMS = 4
+"""Requests of a download at the same time; so many blocks are in memory."""
 
 
 def credential_free(url: str) -> str:
@@ -51,6 +55,7 @@ class ObjectStore:
         self._prefix = f"{parts.scheme}://{parts.netloc}/"
         self._root = root
         self._opened: Any = None
+        self._added: float = math.inf  # bytes of copies since the limit was looked at
 
     def __getstate__(self) -> str:
         return self._root
@@ -117,23 +122,32 @@ class ObjectStore:
         with _explained(location):
             return bytes(obstore.get(self._store, self._key(location)).bytes())
 
-    def open(self, location: str) -> BinaryIO:
+    def open(self, location: str, entry: Entry | None = None) -> BinaryIO:
         """Open an object for reading ranges."""
+        found = entry or self._present(location)
+        return cast("BinaryIO", io.BufferedReader(_Ranges(self, found), buffer_size=1 << 16))
+
+    def _present(self, location: str) -> Entry:
         found = self.stat(location)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", location)
-        return cast("BinaryIO", io.BufferedReader(_Ranges(self, found), buffer_size=1 << 16))
+        return found
 
-    def read_range(self, location: str, start: int, stop: int) -> bytes:
-        """Read the bytes of an object from `start` to before `stop`."""
+    def read_range(self, entry: Entry, start: int, stop: int) -> bytes:
+        """Read the bytes of an object from `start` to before `stop`.
+
+        Raises:
+            ReplacedError: the object is another one than `entry`.
+        """
         import obstore
 
         if start >= stop:
             return b""
-        with _explained(location):
-            found = bytes(obstore.get_range(self._store, self._key(location), start=start, end=stop))
+        options: Any = {"range": (start, stop), "if_match": entry.tag}
+        with _explained(entry.location):
+            found = bytes(obstore.get(self._store, self._key(entry.location), options=options).bytes())
         if len(found) != stop - start:
-            raise StorageError(f"{location}: {len(found):,} bytes came of {stop - start:,}. Remedy: try again")
+            raise StorageError(f"{entry.location}: {len(found):,} bytes came of {stop - start:,}. Remedy: try again")
         return found
 
     def put(self, location: str, source: Path) -> None:
@@ -198,11 +212,9 @@ class ObjectStore:
                 obstore.copy(self._store, self._key(entry.location), self._key(target))
             obstore.delete(self._store, [self._key(entry.location) for entry in moved])
 
-    def local(self, location: str) -> Path:
+    def local(self, location: str, entry: Entry | None = None) -> Path:
         """Return a local copy of an object, downloaded unless there is one with the same ETag."""
-        found = self.stat(location)
-        if found is None:
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", location)
+        found = entry or self._present(location)
         folder = cache_folder(self._root) / "objects"
         name = hashlib.sha256(f"{location}\0{found.tag}".encode()).hexdigest()[:40]
         path = folder / f"{name}{Path(location).suffix}"
@@ -210,27 +222,32 @@ class ObjectStore:
             os.utime(path)  # its time of use
         except FileNotFoundError:
             folder.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, found.size)
+            self._make_room(folder, found.size)
             self._download(found, path)
         return path
 
+    def _make_room(self, folder: Path, size: int) -> None:
+        """Keep the copies within their limit, to 5 %: looking at all of them for each copy would take long."""
+        limit = int(os.environ.get(CACHE_VARIABLE) or CACHE_BYTES)
+        self._added += size
+        if self._added > limit // 20:
+            self._added = 0
+            _make_room(folder, size, limit)
+
     def _download(self, entry: Entry, path: Path) -> None:
         """Copy an object to a local file, which is complete or absent."""
-        import obstore
-
         descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
         try:
-            with open(descriptor, "wb") as file:
-                for start in range(0, entry.size, _BLOCK):
-                    stop = min(start + _BLOCK, entry.size)
-                    with _explained(entry.location):
-                        options: Any = {"range": (start, stop), "if_match": entry.tag}
-                        block = bytes(obstore.get(self._store, self._key(entry.location), options=options).bytes())
-                    if len(block) != stop - start:
-                        raise StorageError(
-                            f"{entry.location}: {len(block):,} bytes came of {stop - start:,}. Remedy: try again"
-                        )
-                    file.write(block)
+            with open(descriptor, "wb") as file, ThreadPoolExecutor(_STREAMS) as pool:
+
+                def copy(start: int) -> None:
+                    block = self.read_range(entry, start, min(start + _BLOCK, entry.size))
+                    if os.pwrite(file.fileno(), block, start) != len(block):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), temporary)
+
+                starts = range(0, entry.size, _BLOCK)
+                for _ in pool.map(copy, starts) if len(starts) > 1 else map(copy, starts):
+                    pass
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -261,10 +278,10 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         size, stop = self._entry.size, min(self._at + len(buffer), self._entry.size)
         if self._at < size - _TAIL:
-            found = self._store.read_range(self._entry.location, self._at, stop)
+            found = self._store.read_range(self._entry, self._at, stop)
         else:  # footers are read in several small pieces
             start = max(0, size - _TAIL)
-            self._tail = self._tail or self._store.read_range(self._entry.location, start, size)
+            self._tail = self._tail or self._store.read_range(self._entry, start, size)
             found = self._tail[self._at - start : stop - start]
         buffer[: len(found)] = found
         self._at += len(found)
@@ -307,7 +324,13 @@ def _settings(scheme: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _explained(location: str) -> Iterator[None]:
     """Raise `StorageError` for a store's error, and FileNotFoundError for an object that is not there."""
-    from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+    from obstore.exceptions import (
+        BaseError,
+        NotFoundError,
+        PermissionDeniedError,
+        PreconditionError,
+        UnauthenticatedError,
+    )
 
     try:
         yield
@@ -318,6 +341,8 @@ def _explained(location: str) -> Iterator[None]:
             f"{location}: the store refuses access. Remedy: set the credentials in the environment, for S3 "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and allow reading, writing, listing and deleting"
         ) from error
+    except PreconditionError as error:
+        raise ReplacedError(f"{location}: it was replaced while it was read. Remedy: run again") from error
     except BaseError as error:
         raise StorageError(
             f"{location}: the store failed, also after {RETRIES} more attempts: {_first_line(error)}. Remedy: check "
@@ -329,9 +354,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].strip()[:300]
 
 
-def _make_room(folder: Path, size: int) -> None:
+def _make_room(folder: Path, size: int, limit: int) -> None:
     """Remove the copies that were used longest ago, until one of `size` bytes has room."""
-    limit = int(os.environ.get(CACHE_VARIABLE) or CACHE_BYTES)
     copies = []
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -25,6 +25,10 @@ class StorageError(UserError, OSError):
     """A store does not answer, or refuses; the message names the location and the remedy."""
 
 
+class ReplacedError(StorageError):
+    """A file was replaced since it was listed, so that its parts can't be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A file, as a listing shows it.
@@ -62,8 +66,11 @@ class Store(Protocol):
     def read(self, location: str) -> bytes:
         """Read a complete file; raises FileNotFoundError if there is none."""
 
-    def open(self, location: str) -> BinaryIO:
-        """Open a file for reading ranges; raises FileNotFoundError if there is none."""
+    def open(self, location: str, entry: Entry | None = None) -> BinaryIO:
+        """Open a file for reading ranges; raises FileNotFoundError if there is none.
+
+        With the file's `entry`, a remote store is not asked for it; raises ReplacedError if it is out of date.
+        """
 
     def put(self, location: str, source: Path) -> None:
         """Write a file from a local one, in place of an earlier one."""
@@ -83,8 +90,8 @@ class Store(Protocol):
     def move(self, location: str, to: str) -> None:
         """Rename a file, or a folder with everything below; raises FileNotFoundError if there is none."""
 
-    def local(self, location: str) -> Path:
-        """Return a local path with the file's content: a copy, if the store is remote."""
+    def local(self, location: str, entry: Entry | None = None) -> Path:
+        """Return a local path with the file's content: a copy, if the store is remote; `entry` as for `open`."""
 
 
 def is_object_store(location: str) -> bool:
@@ -143,8 +150,9 @@ class LocalStore:
         """Read a complete file."""
         return Path(location).read_bytes()
 
-    def open(self, location: str) -> BinaryIO:
+    def open(self, location: str, entry: Entry | None = None) -> BinaryIO:
         """Open a file for reading."""
+        del entry
         return open(location, "rb")
 
     def put(self, location: str, source: Path) -> None:
@@ -204,8 +212,9 @@ class LocalStore:
         """Rename a file or a folder."""
         os.replace(location, to)
 
-    def local(self, location: str) -> Path:
+    def local(self, location: str, entry: Entry | None = None) -> Path:
         """Return the file's path."""
+        del entry
         return Path(location)
 
 

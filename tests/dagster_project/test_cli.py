@@ -14,6 +14,7 @@ from rich.console import Console
 from assets.graph import build_graph
 from assets.study import figures
 from dagster_project import cli, console
+from dagster_project.command_line import SECTIONS
 from tests.support.pool_factory import sample, write_shard, write_tar
 from tests.support.scenario import SHARDS, Scenario
 
@@ -72,8 +73,8 @@ def test_a_failure_is_one_message_with_the_file_and_without_a_traceback(scenario
 def test_the_help_lists_every_command_under_a_heading_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert sorted(name for names in cli.SECTIONS.values() for name in names) == sorted(cli.commands.commands)
-    for title, names in cli.SECTIONS.items():
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(cli.commands.commands)
+    for title, names in SECTIONS.items():
         assert f"\n{title}:\n" in text
         assert all(f"\n  {name} " in text for name in names)
     assert cli.main(["--version"]) == 0
@@ -86,7 +87,7 @@ def test_a_mistake_in_the_arguments_or_the_yaml_is_one_message_and_exit_status_2
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("name: [")
     for arguments, message in (
-        (["zzz"], "No such command 'zzz'; known: browse, check, compute, diff, explain, "),
+        (["zzz"], "No such command 'zzz'; known: browse, check, compute, diff, evaluate, explain, "),
         (["explian"], "No such command 'explian'; did you mean explain"),
         (["explain", "--demo"], "Missing option '--uid'"),
         (["prune", "--demo", "--keep", "0"], "0 is not in the range x>=1"),
@@ -131,6 +132,7 @@ def test_explain_does_without_dagster_and_torch_and_prints_each_step(
     assert "paper v0001" in text
     assert "keep the top 0.5 of the pool by neg_clip_loss/tiny" in text
     assert "nearest target: " in text
+    assert f"Browse: http://127.0.0.1:3002/sample/{uid}" in text
     assert not {"dagster", "torch", "open_clip"} & set(ast.literal_eval(loaded_by("explain", config, "--uid", uid)))
     assert cli.main(["explain", config, "--uid", uid.upper(), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -15,8 +15,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from assets.base.events import DATA_VERSION_TAG
 from assets.base.keys import SHARDS_NAME, asset_key
-from assets.base.partitioned import DATA_VERSION_TAG
 from dagster_project import cli
 from dagster_project.definitions import build_defs
 from dagster_project.instance import SETTINGS, open_instance

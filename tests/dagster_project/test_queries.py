@@ -133,6 +133,7 @@ def test_a_name_that_does_not_exist_gets_a_suggestion_and_exit_status_2(terminal
         (["diff", "--recipe", "paper", "--to", "v0009"], "there is no version 'v0009'; did you mean v0001"),
         (["lineage", "--recipe", "paper", "--version", "1"], "there is no version '1'"),
         (["export", "--recipe", "papr"], "there is no recipe 'papr'; did you mean paper"),
+        (["evaluate", "--name", "smal"], "there is no evaluation 'smal'"),
         (["rejects", "--reason", "too_smal"], "there is no rejected sample for the reason 'too_smal'"),
     ):
         assert message in terminal.text(*arguments, status=2)
@@ -223,6 +224,7 @@ def test_failed_downloads_become_a_parquet_file_for_img2dataset(rejected: Termin
         ("versions", ["--recipe", "clip_thrid"], "QueryError", 2),
         ("rejects", ["--reason", "too_big"], "QueryError", 2),
         ("export", ["--recipe", "clip_thrid"], "QueryError", 2),
+        ("evaluate", ["--name", "smal"], "QueryError", 2),
         ("check", ["--only", "clip_thrid"], "QueryError", 2),
         ("status", ["--limti", "3"], "NoSuchOption", 2),
     ],

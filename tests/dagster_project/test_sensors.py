@@ -10,7 +10,8 @@ import dagster as dg
 import pytest
 
 from assets.base.keys import SHARDS_NAME
-from dagster_project.staleness import ATTEMPTS
+from dagster_project.cli import main
+from dagster_project.staleness import ATTEMPTS, RANGE_END, RANGE_START, ShardsPerRunError
 from tests.support.automation import ROWS, SENSORS, Automation
 from tests.support.pool_factory import datacomp_shard
 from tests.support.scenario import keep
@@ -67,23 +68,118 @@ def test_lost_cursors_lose_nothing_and_repeat_nothing(automation: Automation) ->
     assert automation.settle() == [*chain("00002"), (SELECT, "")]
 
 
-def test_a_shard_that_lands_while_the_subset_is_built_is_in_the_next_one(automation: Automation) -> None:
+def test_a_shard_that_lands_while_the_subset_is_built_is_computed_at_once_and_in_the_next_one(
+    automation: Automation,
+) -> None:
     automation.write(0, 1)
     automation.settle()
     automation.write(2)
     request = until_subset(automation)
+    meanwhile: list[dg.RunRequest] = []
 
     def land() -> None:
         automation.write(3)
-        assert [list(automation.tick(name)) for name in SENSORS] == [[], [], []]
-        assert "00003" in automation.instance.get_dynamic_partitions(SHARDS_NAME)
-        assert automation.skipped["follow_shards"].startswith("Waiting for runs to end: ")
+        automation.tick("discover_shards")
+        meanwhile.extend(automation.tick("follow_shards"))
+        assert automation.tick("refresh_subsets") == []
         assert automation.skipped["refresh_subsets"].startswith("Waiting for runs to end: ")
 
     assert automation.execute(request, meanwhile=land)
-    assert automation.settle() == [*chain("00003"), (SELECT, "")]
+    assert [named(run) for run in meanwhile] == chain("00003")
+    assert all(automation.execute(run) for run in meanwhile)
+    assert automation.settle() == [(SELECT, "")]
     assert automation.subset().name == "v0003"
     automation.assert_as_headless()
+
+
+def test_a_shard_that_lands_while_others_are_computed_starts_at_once_and_no_work_is_doubled(
+    automation: Automation,
+) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2, 3)
+    automation.tick("discover_shards")
+    (first,) = automation.tick("follow_shards")
+    second: list[dg.RunRequest] = []
+
+    def land() -> None:
+        assert automation.tick("follow_shards") == []
+        assert automation.skipped["follow_shards"].startswith("Waiting for runs to end: ")
+        cursor = automation.cursors["follow_shards"]
+        assert automation.tick("follow_shards") == []
+        assert automation.cursors["follow_shards"] == cursor
+        automation.write(4)
+        automation.tick("discover_shards")
+        second.extend(automation.tick("follow_shards"))
+        assert automation.tick("refresh_subsets") == []
+
+    assert automation.execute(first, meanwhile=land)
+    assert [named(run) for run in second] == chain("00004")
+    assert all(automation.execute(run) for run in second)
+    assert automation.settle() == [(SELECT, "")]
+    assert automation.subset().name == "v0002"
+
+
+def test_a_shard_that_changes_while_it_is_computed_waits_for_that_run(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    automation.write(2)
+    automation.tick("discover_shards")
+    (first,) = automation.tick("follow_shards")
+
+    def change() -> None:
+        automation.write(2, seed=1)
+        automation.write(0, seed=1)
+        (request,) = automation.tick("follow_shards")
+        assert named(request) == chain("00000")[0]
+
+    automation.execute(first, meanwhile=change)
+    assert automation.settle()[-1] == (SELECT, "")
+    automation.assert_nothing_is_left()
+
+
+def test_a_changed_shard_waits_for_a_run_that_reads_it_and_a_new_one_does_not(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.settle()
+    seen: list[tuple[str, str]] = []
+
+    def land() -> None:
+        automation.write(0, seed=1)
+        automation.write(2)
+        automation.tick("discover_shards")
+        seen.extend(map(named, automation.tick("follow_shards")))
+
+    redraw = dg.RunRequest(asset_selection=[dg.AssetKey(["negatives", "b32"])])
+    assert automation.execute(redraw, meanwhile=land)
+    assert seen == [("raw_pool embeddings/b32 clip_score/b32", "00002")]
+
+
+def test_a_tick_records_what_compute_wrote_and_requests_only_the_rest(automation: Automation) -> None:
+    automation.write(0, 1)
+    automation.tick("discover_shards")
+    assert main(["compute", str(automation.folder / "project.yaml"), "--asset", "raw_pool"]) == 0
+    (request,) = automation.tick("follow_shards")
+    assert named(request) == ("embeddings/b32 clip_score/b32", "00000–00001")
+    known = automation.instance.fetch_materializations(dg.AssetKey("raw_pool"), limit=10).records
+    assert {(record.partition_key, record.run_id) for record in known} == {("00000", ""), ("00001", "")}
+
+
+def test_a_sensor_and_a_backfill_give_a_run_as_many_shards_as_the_environment_says(
+    automation: Automation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_SELECTION_SHARDS_PER_RUN", "2")
+    automation.load()
+    automation.write(*range(5))
+    automation.tick("discover_shards")
+    runs = [named(request)[1] for request in automation.tick("follow_shards")]
+    assert runs == ["00000–00001", "00002–00003", "00004"]
+    graph = automation.defs.resolve_asset_graph()
+    partitioned = [graph.get(key) for key in graph.get_all_asset_keys() if graph.get(key).is_partitioned]
+    assert {node.backfill_policy for node in partitioned} == {dg.BackfillPolicy.multi_run(2)}
+    for wrong in ("0", "two", "-1"):
+        monkeypatch.setenv("CLIP_SELECTION_SHARDS_PER_RUN", wrong)
+        with pytest.raises(ShardsPerRunError, match="not a number of shards"):
+            automation.load()
 
 
 def test_a_shard_that_lands_in_the_tick_in_which_the_subset_ends_is_in_the_next_one(automation: Automation) -> None:
@@ -97,6 +193,12 @@ def test_a_shard_that_lands_in_the_tick_in_which_the_subset_ends_is_in_the_next_
     assert automation.settle() == [*chain("00003"), (SELECT, "")]
     assert automation.subset().name == "v0003"
     automation.assert_as_headless()
+
+
+def named(request: dg.RunRequest) -> tuple[str, str]:
+    """Return the assets of a run, and its first and last shard."""
+    ends = dict.fromkeys(filter(None, (request.tags.get(RANGE_START), request.tags.get(RANGE_END))))
+    return " ".join(key.to_user_string() for key in request.asset_selection or []), "–".join(ends)
 
 
 def until_subset(automation: Automation) -> dg.RunRequest:

@@ -72,7 +72,9 @@ def open_site(context: Context) -> Iterator[Site]:
     server.startup = announced  # type: ignore[method-assign]
     thread = threading.Thread(target=server.run)
     thread.start()
-    assert started.wait(60)
-    yield Site(server.servers[0].sockets[0].getsockname()[1])
-    server.should_exit = True
-    thread.join(60)
+    try:
+        assert started.wait(60)
+        yield Site(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(60)

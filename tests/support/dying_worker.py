@@ -2,9 +2,13 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from assets.base.context import Snapshot
 from dagster_project.engines.processes import Processes
+from resources.lake.files import LakeError
 
 
 class Mortal(Processes):
@@ -12,18 +16,25 @@ class Mortal(Processes):
 
     Args:
         workers: their number.
-        kills: how often, by shard, a worker is killed with its task.
+        kills: how often, by shard or by the number of a part, a worker is killed with its task.
+
+    Attributes:
+        killed: how often it was done.
+        parts: number of jobs sent, by asset.
     """
 
     def __init__(self, workers: int, kills: dict[str, int]) -> None:
         super().__init__(workers)
         self.kills, self.killed = dict(kills), 0
+        self.parts: Counter[str] = Counter()
 
-    def send(self, worker, task):
-        """Send a task, and kill the worker if its shard is one of those."""
-        super().send(worker, task)
-        if self.kills.get(task.shard, 0) > 0:
-            self.kills[task.shard] -= 1
+    def send(self, worker, job):
+        """Send a job, and kill the worker if its shard is one of those."""
+        super().send(worker, job)
+        self.parts[job.asset] += 1
+        name = job.name.partition(" ")[2]
+        if self.kills.get(name, 0) > 0:
+            self.kills[name] -= 1
             self.killed += 1
             os.kill(worker.popen.pid, signal.SIGKILL)
 
@@ -40,3 +51,16 @@ def running_workers() -> list[int]:
         if b"dagster_project.engines.processes" in command and parent == os.getpid():
             found.append(int(path.name))
     return found
+
+
+def odd_part(snapshot: Snapshot, number: int) -> int:
+    """Return a number, or fail for an odd one from 3 on."""
+    if number >= 3 and number % 2:
+        raise LakeError(f"{snapshot.context.lake.root}: part {number} is odd")
+    return number
+
+
+def echoed(snapshot: Snapshot, number: int) -> Any:
+    """Return a number; in place of 7, what can't be sent."""
+    del snapshot
+    return (lambda: None) if number == 7 else number

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -63,19 +63,20 @@ def stray_files(lake: Path) -> list[Path]:
     return [path for path in lake.rglob(".*.tmp*") if ".dagster" not in path.parts]
 
 
-def start_forked_run(config: Path) -> BaseProcess:
+def start_forked_run(config: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Start `clip-select run` in a process that is forked from a server with its modules loaded, as workers are.
 
     Such a run starts in a fraction of a second; a new interpreter needs several.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "open_clip", "dagster_project.headless", "dagster_project.early_checks"])
-    process = context.Process(target=_run, args=(str(config),))
+    process = context.Process(target=_run, args=(str(config), dict(environment or {})))
     process.start()
     return process
 
 
-def _run(config: str) -> None:
+def _run(config: str, environment: dict[str, str]) -> None:
+    os.environ |= environment  # the server was started with another one
     from dagster_project import cli, console
 
     with open(os.devnull, "w") as nowhere:

@@ -1,7 +1,6 @@
 """An S3 server in this process, on 127.0.0.1, with buckets that are empty at first."""
 
 import itertools
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,19 @@ def s3_server() -> Iterator[str]:
 def new_bucket(address: str) -> str:
     """Create a bucket, and return its URL."""
     name = f"bucket-{next(_numbers)}"
-    urllib.request.urlopen(urllib.request.Request(f"{address}/{name}", method="PUT")).close()
+    make_bucket(address, name)
     return f"s3://{name}"
+
+
+def make_bucket(address: str, name: str) -> None:
+    """Create a bucket of this name."""
+    import boto3
+
+    key, secret = CREDENTIALS.values()
+    client = boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
+    )
+    client.create_bucket(Bucket=name)
 
 
 def settings(address: str) -> dict[str, str]:

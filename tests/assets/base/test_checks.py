@@ -431,6 +431,7 @@ def test_drift_says_what_drawing_again_would_change_and_warns_past_its_limit(sce
     assert figures["draws_replaced"] == pytest.approx(1 - kept)
     assert not found.passed
     assert "Remedy: draw again" in found.metadata["why"].value
+    assert found.metadata["browse"].value == "http://127.0.0.1:3002/"
     assert found.severity is dg.AssetCheckSeverity.WARN
 
 

@@ -25,7 +25,7 @@ from assets.base.partitioned import PartitionedAsset
 from assets.base.results import Result
 from assets.graph import build_graph
 from assets.reproduction import choose_again, rebuild
-from assets.scores import near_duplicates
+from assets.scores import search_files
 from assets.settings import ConfigError, open_project
 from dagster_project.headless import Outcome, materialize
 from resources.lake.files import LakeError, column_to_vectors, vectors_to_column
@@ -611,7 +611,7 @@ def precomputed(folder: Path, *sizes: int, best: str = "clip_score/b32") -> Cont
 
 
 def test_embeddings_are_gathered_window_by_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "WINDOW_BYTES", 7 * 16)
+    monkeypatch.setattr(search_files, "WINDOW_BYTES", 7 * 16)
     project = precomputed(tmp_path / "windows", 1, 49, 40)
     with dg.DagsterInstance.ephemeral() as instance:
         assert run(project, instance).failures == {}
@@ -676,13 +676,13 @@ _CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 import selection.scores.near_duplicates
-from assets.scores import near_duplicates
+from assets.scores import search_files
 from assets.settings import open_project
 from resources.lake.files import Lake
 from resources.lake.sealed import Vectors
 from tests.support.steps import begin, node_of
 
-near_duplicates.WINDOW_BYTES = 40 * 16
+search_files.WINDOW_BYTES = 40 * 16
 selection.scores.near_duplicates._BLOCK["cpu"] = 20
 config, key, method, call, limit = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 if method:

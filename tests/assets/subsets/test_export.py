@@ -9,7 +9,7 @@ import pytest
 
 from assets.graph import build_graph
 from assets.settings import open_project
-from dagster_project.headless import write_export
+from dagster_project.on_demand import write_export
 from dagster_project.staleness import RANGE_END, RANGE_START
 from resources.pools.formats import open_pool
 from resources.settings import PoolSettings

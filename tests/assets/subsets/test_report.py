@@ -95,6 +95,9 @@ def test_a_page_refers_to_files_beside_it_and_to_nothing_else(made: Scenario) ->
         links = [reference for reference in found.references if reference.startswith("http://127.0.0.1:3002/")]
         files = [name for name in found.references if not name.startswith("#") and name not in links]
         assert len(files) > 3
+        assert links[0] == f"http://127.0.0.1:3002/?recipe={recipe}&version=v0001"
+        assert all(link.startswith("http://127.0.0.1:3002/sample/") for link in links[1:])
+        assert len(links) > 3
         assert all((report_folder(made, recipe) / name).is_file() and ".." not in name for name in files)
 
 
@@ -138,6 +141,8 @@ def test_the_event_of_a_subset_is_small_and_shows_pictures(made: Scenario) -> No
     assert metadata["report_file"].value == str(page)
     lake = made.open().lake
     assert metadata["report"].value == f"{reports_address(lake)}/{page.relative_to(f'{lake.root}/subset').as_posix()}"
+    address = "http://127.0.0.1:3002/?recipe=paper&version=v0001"
+    assert f"[kept]({address}) · [dropped at step 1]({address}&member=dropped&step=1)" in metadata["browse"].value
     assert (
         metadata["threshold/step2 norm_sim_inf/tiny/pets"].value
         == made.subset("paper").lineage["steps"][1]["threshold"]

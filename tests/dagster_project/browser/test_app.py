@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import yaml
 from PIL import Image
 
-from dagster_project.browser.queries import BrowseError, Query, Table
+from dagster_project.browser.queries import BrowseError, Place, Query, Table
+from dagster_project.browser.site import Site as Pages
 from dagster_project.browser.trials import Trials
 from resources.lake.files import LakeError
 from selection.recipes.recipe import Recipe
@@ -60,8 +62,6 @@ def test_a_filter_and_a_sort_by_different_assets_agree_with_polars(project: Scen
 
 
 def test_files_of_other_rows_are_not_joined(project: Scenario) -> None:
-    import pyarrow as pa
-
     context = project.open()
     lake, key = context.lake, ("clip_score/tiny", "00000")
     stored, table = lake.stored(*key), lake.read(*key)
@@ -71,6 +71,19 @@ def test_files_of_other_rows_are_not_joined(project: Scenario) -> None:
     try:
         with pytest.raises(BrowseError, match="other rows"):
             Query(Table(context)).where('"clip_score/tiny" > "neg_clip_loss/tiny"').count()
+    finally:
+        lake.write(table.replace_schema_metadata(None), stored.provenance, summary=stored.summary)
+
+
+def test_a_score_that_is_no_number_is_shown_as_missing(project: Scenario) -> None:
+    context = project.open()
+    lake, key = context.lake, ("clip_score/tiny", "00000")
+    stored, table = lake.stored(*key), lake.read(*key)
+    values = pa.array([np.nan, np.inf, *range(2, ROWS)], pa.float32())
+    lake.write(table.set_column(table.column_names.index("clip_score"), "clip_score", values), stored.provenance)
+    try:
+        tiles = Pages(context).tiles([Place("00000", row) for row in range(3)], ["clip_score/tiny"])
+        assert [tile["scores"]["clip_score/tiny"] for tile in tiles] == [None, None, 2.0]
     finally:
         lake.write(table.replace_schema_metadata(None), stored.provenance, summary=stored.summary)
 

@@ -203,6 +203,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_its_litter_is_cleared(l
     folder = Path(lake.path("clip_score/b32", "00000")).parent
     assert len(list(folder.iterdir())) == 2
     assert lake.read("clip_score/b32", "00000")["x"].to_pylist() == [1]
+    lake.refresh()
     lake.write(pa.table({"x": [2]}), provenance())
     assert [p.name for p in folder.iterdir()] == ["00000.parquet"]
 
@@ -221,11 +222,13 @@ def test_only_files_of_ended_or_long_silent_writers_are_cleared(lake: Lake) -> N
     paths = {who: folder / f".00000.parquet.{name}.tmp" for who, name in names.items()}
     for path in paths.values():
         path.write_bytes(b"half")
+    lake.refresh()
     lake.write(pa.table({"x": [2]}), provenance())
     assert {who for who, path in paths.items() if path.exists()} == paths.keys() - {"ended"}
     for path in paths.values():
         if path.exists():
             os.utime(path, (0, 0))
+    lake.refresh()
     lake.write(pa.table({"x": [3]}), provenance())
     assert [path.name for path in folder.iterdir()] == ["00000.parquet"]
 
@@ -303,7 +306,7 @@ def test_two_containers_whose_writers_have_the_same_process_id_do_not_mix_their_
     assert sorted(name.name for name in path.parent.iterdir()) == ["00000.parquet", "00001.parquet"]
 
 
-def test_the_litter_of_a_killed_writer_is_cleared_by_the_next_write_in_the_folder(lake: Lake) -> None:
+def test_the_litter_of_a_killed_writer_is_cleared_by_the_next_steps_write_in_the_folder(lake: Lake) -> None:
     lake.write(pa.table({"x": [1]}), provenance())
     folder = Path(lake.path("clip_score/b32", "00000")).parent
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -311,5 +314,6 @@ def test_the_litter_of_a_killed_writer_is_cleared_by_the_next_write_in_the_folde
     name = f".removed.{token().partition('-')[0]}-{ended.pid}-aa.tmp"
     for stray in (name, f"{name}.wal"):
         (folder / stray).write_bytes(b"half")
+    lake.refresh()
     lake.write(pa.table({"x": [2]}), provenance())
     assert [path.name for path in folder.iterdir()] == ["00000.parquet"]

@@ -130,3 +130,27 @@ def test_parts_are_whole_or_absent_and_go_with_their_folder(
     assert work.parts() == []
     assert not lake.store.files(work.url)
     assert WorkFolder(lake, "captioning/blip/00000").state == {}
+
+
+def test_work_on_a_remote_lake_goes_on_on_another_machine(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on(machine: str) -> WorkFolder:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        return WorkFolder(Lake(f"{bucket}/lake"), "work/b32")
+
+    first = on("first")
+    first.begin({"done": 0}, ARRAYS)
+    first.array("rank", np.int64, mode="r+")[:] = [5, 4, 3, 2, 1]
+    first.save(done=1)
+    second = on("second")
+    assert second.state == {"done": 1}
+    assert second.array("rank", np.int64).tolist() == [5, 4, 3, 2, 1]
+    second.array("rank", np.int64, mode="r+")[0] = 9
+    second.save(done=2)
+    again = on("first")  # whose own copy is older by now
+    assert again.state == {"done": 2}
+    assert again.array("rank", np.int64).tolist() == [9, 4, 3, 2, 1]
+    again.clear()
+    assert on("second").state == {}
+    assert on("third").state == {}

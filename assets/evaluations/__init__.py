@@ -1,0 +1,1 @@
+"""Evaluations: which subset trains the better model, with lineage like any other asset."""

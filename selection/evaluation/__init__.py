@@ -1,0 +1,1 @@
+"""Comparison of subsets by the models trained on them: which samples, which difference, how much to keep."""
