@@ -136,17 +136,9 @@ def sample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the image embeddings of a sample of the pool.
 
-    Args:
-        snapshot: the project's inputs.
-        embeddings: key of the embeddings.
-        shards: names of shards.
-        size: number of rows; all rows, if there are fewer.
-        seed: chooses the rows.
-        spread: computes shards.
-
     Returns:
-        `CANDIDATE` records `[n]` with the uid, the position in `shards` of the row's shard, and the row's position in
-        it, in an order that only the uids decide; and the embeddings, float16 `[n, d]`.
+        The rows as `CANDIDATE` records `[n]`, whose shard is a position in `shards`, in an order that only the uids
+        decide; and their image embeddings, float16 `[n, d]`.
     """
     from selection.scores.negatives import merge
 
