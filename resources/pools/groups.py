@@ -18,6 +18,7 @@ FOLDER = "shard_groups"
 TAR_STRIDE = 1 << 40
 """Bytes between the beginnings of two tars of a group in `image_offset`: number of the tar x this + byte in the tar."""
 MOST_IN_NAME = 100
+_JOINT = "-"
 
 
 class ShardGroups:
@@ -61,11 +62,11 @@ class ShardGroups:
         return {shard: tars for location in sorted(self._read) for shard, tars in self._read[location].items()}
 
     def tars(self, shard: str) -> list[str] | None:
-        """Return the tars of a group; None where the shard is no recorded group."""
+        """Return the tars of a group; None where the shard is no recorded group of several tars."""
         for known in self._read.values():
             if shard in known:
                 return known[shard]
-        return self.recorded().get(shard)
+        return self.recorded().get(shard) if _JOINT in shard else None  # other names cost no request
 
     def single(self) -> set[str]:
         """Return the shards that the lake knows from before: each is one tar, and stays so."""
@@ -100,4 +101,4 @@ def group_name(tars: Sequence[str]) -> str:
     if len(tars) == 1:
         return tars[0]
     first, last = tars[0], tars[-1]
-    return f"{first[:MOST_IN_NAME]}-{last[-MOST_IN_NAME:]}"
+    return f"{first[:MOST_IN_NAME]}{_JOINT}{last[-MOST_IN_NAME:]}"
