@@ -8,12 +8,14 @@ import datetime
 import errno
 import fnmatch
 import glob
+import io
 import itertools
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
@@ -95,7 +97,7 @@ class _RemoteFiles(AbstractFileSystem):
         copy = self._copies.get(entry.location)
         if copy is None or not copy.exists():
             copy = self._copy_ahead(entry)
-        return open(copy, "rb")
+        return cast("BinaryIO", _Copy(os.open(copy, os.O_RDONLY)))
 
     def _copy_ahead(self, entry: Entry) -> Path:
         """Copy a file, and at the same time the next ones of its folder: more of them each time."""
@@ -116,6 +118,30 @@ class _RemoteFiles(AbstractFileSystem):
             return self._store.local(entry.location, entry)
         except OSError:
             return None
+
+
+class _Copy(io.RawIOBase):
+    """A local file that closes with its last reference: DuckDB does not close what it opens."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return os.lseek(self._descriptor, offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        return os.readv(self._descriptor, [buffer])
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
 def _fits(name: str, parts: list[str]) -> bool:

@@ -71,7 +71,7 @@ def test_a_lake_in_a_bucket_holds_the_same_bytes_and_answers_the_same(
     assert steps["verdict"].to_list() == ["kept", "kept", "kept"]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="werkzeug"):
-        assert project.explain(manifest["uid"][1]).height > steps.height
+        assert project.explain(manifest["uid"][0]).height > steps.height
     requests = [record.getMessage() for record in caplog.records if record.name == "werkzeug"]
     assert requests
     assert not [request for request in requests if "list-type=2" not in request and "HEAD" not in request]
