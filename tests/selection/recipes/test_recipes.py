@@ -752,19 +752,24 @@ def test_uids_of_the_manifest_are_the_numbers_as_text(con):
 PAGE = Path(__file__).resolve().parents[3] / "docs/recipes.md"
 PAGE_SCORES = ["clip_score/b32", "neg_clip_loss/b32", "norm_sim_2/b32/imagenet", "norm_sim_inf/b32/imagenet"]
 PAGE_SCORES += ["near_duplicate/b32", "cluster/b32/imagenet", "language/facts"]
+PAGE_CONCEPTS = ["concepts/b32", "concept_values/b32", "nearest_target/b32/imagenet"]
+PAGE_TABLES = ["target_concepts/b32/imagenet", "target_embeddings/b32/imagenet"]
 
 
 def test_the_examples_of_the_page_are_recipes_that_choose_rows(con):
     recipes = {}
     for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL):
         recipes |= {name: Recipe.model_validate(text) for name, text in yaml.safe_load(block)["recipes"].items()}
-    check_recipes(recipes, scores=PAGE_SCORES, pool_columns=["width", "height", "caption", "sha256"])
+    columns = ["width", "height", "caption", "sha256"]
+    check_recipes(recipes, scores=PAGE_SCORES + PAGE_CONCEPTS, pool_columns=columns, tables=PAGE_TABLES)
     assert {step.kind for mine in recipes.values() for step in mine.steps} == set(KINDS)
+    # steps that read a target's concepts choose rows in test_matching and test_balance
+    recipes = {name: mine for name, mine in recipes.items() if not any(step.tables for step in mine.steps)}
     scores = ", ".join(f'(hash(i, {n}) % 1000) / 999.0 AS "{name}"' for n, name in enumerate(PAGE_SCORES))
     con.execute(
         f"""
         CREATE TABLE source AS SELECT hash(i) AS f0, i::UBIGINT AS f1, '' AS shard, '' AS key, 150 + i % 100 AS width,
-            300 AS height, 'a picture of ' || i AS caption, (i % 3900)::VARCHAR AS sha256,
+            300 AS height, 'a picture of dog ' || i AS caption, (i % 3900)::VARCHAR AS sha256,
             i % 3 = 0 AS "in lists/dfn.npy", i % 7 = 0 AS "in lists/hype.npy", {scores}
         FROM range(4000) t(i)
         """
