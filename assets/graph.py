@@ -68,6 +68,10 @@ class Graph:
         by_key: dict[str, Node | SubsetAsset] = {node.key: node for node in (*self.nodes, *self.subsets)}
         return [by_key[key] for key in _upstream_first(by_key)]
 
+    def by_key(self, key: str) -> Any:
+        """Return the node or subset of a key."""
+        return next(node for node in (*self.nodes, *self.subsets) if node.key == key)
+
     def needed_by(self, recipes: Iterable[str]) -> set[str]:
         """List the keys of some recipes' subsets and of everything that they are computed from."""
         by_key = {node.key: node for node in self.in_order}

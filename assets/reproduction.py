@@ -28,6 +28,7 @@ from assets.subsets.subset import manifest, read_uid_list
 from core.hashing import sha256
 from resources.lake.files import Lake, LakeError, Provenance, sample_digest
 from resources.lake.versions import Versions, set_file, write_selection
+from resources.pools.base import TarPool
 from resources.settings import ExternalUids
 from selection.recipes.execute import Selection
 from selection.recipes.recipe import UID_LIST_ASSETS, is_uid_list_asset
@@ -133,6 +134,8 @@ def rebuild(record: Mapping[str, Any], folder: Path, kinds: Kinds = KINDS) -> Pa
     config = folder / "project.yaml"
     config.write_text(yaml.safe_dump({**record["project"], "lake": str(folder / "lake")}), encoding="utf-8")
     context = open_context(load_settings(config, kinds), config)
+    if isinstance(context.pool, TarPool) and context.pool.groups is not None and "shard_groups" in record:
+        context.pool.groups.record(record["shard_groups"])  # an interrupted call has done it
     _check_encoders(record, context)
     _refuse_subsets(record)
     graph = build_graph(context)

@@ -336,7 +336,7 @@ def open_context(settings: ProjectSettings, config: Path) -> Context:
             f"{config}: lake: {settings.lake} can't be opened: {error}. Remedy: a folder, or a URL whose file "
             "system is installed"
         ) from error
-    pool = open_pool(settings.pool, settings.encoders)
+    pool = open_pool(settings.pool, settings.encoders, settings.lake)
     models = Models(settings.encoders, settings.captioners, settings.text_encoders)
     return Context(settings, config, lake, pool, models)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import discovery, growth, overhead, reading, scores, selecting
+from benchmarks import discovery, engines, growth, overhead, reading, scores, selecting
 from benchmarks.bars import Compared, compare, read_bars, still_broken
 
 
@@ -35,6 +35,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "framework": overhead.measure,
     "discovery": lambda: discovery.measure(1_000),
     "growth": growth.measure,
+    "engines": engines.measure,
 }
 
 

@@ -5,7 +5,6 @@ second. Not here: the work of a pass (`headless`), and the printing (`console`).
 """
 
 import functools
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import click
 
 from core.errors import UserError
 from core.links import BROWSE_PORT
-from core.names import suggestion
+from dagster_project.command_line import Age, Sections
 from dagster_project.interrupts import run_interruptible
 from dagster_project.location import DEMO_CONFIG, ENGINES, lake_of
 
@@ -27,32 +26,6 @@ if TYPE_CHECKING:
 
     from assets.base.context import Context
     from dagster_project.interrupts import Interrupts
-
-SECTIONS = {
-    "Compute": ("check", "run", "compute", "status", "ui"),
-    "Understand": ("browse", "explain", "rejects", "study", "verify"),
-    "Subsets": ("versions", "diff", "lineage", "evaluate", "reproduce", "export", "prune"),
-}
-"""Headings of the help, with their commands."""
-
-
-class _Sections(click.Group):
-    """A group whose help lists the commands under headings, and that suggests the closest name of a command."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the headings, each with its commands."""
-        del ctx
-        for title, names in SECTIONS.items():
-            with formatter.section(title):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=90)) for name in names])
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; for a misspelt name, suggest the closest ones."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            raise click.UsageError(f"No such command {args[0]!r}; {suggestion(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def _config(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +66,7 @@ _workers = click.option("--workers", type=click.IntRange(1), help="Number of the
 _limit = click.option("--limit", type=click.IntRange(0), help="Rows to print at most. [default: 20; all with --json]")
 
 
-@click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version("clip-data-selection"), prog_name="clip-select")
 def commands() -> None:
     """Select training data for CLIP from a pool of image-text pairs.
@@ -111,6 +84,31 @@ def check(config: Path, only: tuple[str, ...], as_json: bool) -> int:
     from dagster_project import console
 
     return console.check(_open(config), _console(), only=only, as_json=as_json)
+
+
+@commands.command()
+@_config
+@_only
+@_engine
+@_workers
+@click.option("--no-calibration", is_flag=True, help="Use recorded rates only; measure nothing.")
+@_document
+def plan(
+    config: Path, only: tuple[str, ...], engine: str | None, workers: int | None, no_calibration: bool, as_json: bool
+) -> int:
+    """Estimate what a run would compute: rows, bytes, operations, disk space and time; compute nothing.
+
+    Times follow from the rates that earlier runs recorded with the engine. Without a record, parts of real shards are
+    computed for about ten seconds into a temporary folder.
+    """
+    from dagster_project import console
+    from dagster_project.plan import report
+
+    settings: dict[str, Any] = {"only": only, "engine": engine, "workers": workers, "calibration": not no_calibration}
+    if not as_json:
+        return report.plan(_open(config), _console(), **settings)
+    with console.json_document() as document:
+        return report.plan(_open(config), document, **settings, as_json=True)
 
 
 @commands.command()
@@ -385,27 +383,10 @@ def reproduce(config: Path, recipe: str, version_name: str, into: Path) -> int:
     return 0
 
 
-class _Age(click.ParamType):
-    """A number of hours, days or weeks, such as 30d."""
-
-    name = "age"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        """Return the time span of a text."""
-        if isinstance(value, timedelta):
-            return value
-        found = re.fullmatch(r"([1-9][0-9]{0,4})([hdw])", str(value), re.ASCII)
-        if found is None:
-            self.fail(
-                f"{value!r} is not an age. Remedy: a number from 1 to 99999 and h, d or w, such as 30d", param, ctx
-            )
-        return int(found[1]) * {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}[found[2]]
-
-
 @commands.command()
 @_config
 @click.option("--keep", type=click.IntRange(1), help="Newest versions of each recipe to keep.")
-@click.option("--runs-older-than", type=_Age(), metavar="AGE", help="Age of Dagster's runs to delete: 12h, 30d, 8w.")
+@click.option("--runs-older-than", type=Age(), metavar="AGE", help="Age of Dagster's runs to delete: 12h, 30d, 8w.")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
 @_json
 def prune(config: Path, keep: int | None, runs_older_than: timedelta | None, dry_run: bool, as_json: bool) -> int:

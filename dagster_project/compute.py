@@ -20,6 +20,7 @@ from assets.graph import build_graph
 from core.errors import UserError
 from core.names import suggestion
 from dagster_project.interrupts import Interrupts
+from dagster_project.staleness import record_groups
 from resources.lake.files import Provenance
 
 
@@ -72,6 +73,7 @@ def compute(
     """
     asset = _asset(project, key)
     snapshot = Snapshot(project)
+    record_groups(snapshot)
     shards = part.shards(list(snapshot.listing))
     wanted: dict[str | None, Provenance] = {}
     errors: dict[str, Exception] = {}

@@ -17,6 +17,7 @@ from dagster_project.early_checks import require_inputs
 from dagster_project.executor import one_process_after
 from dagster_project.jobs import build_jobs
 from dagster_project.location import config_path
+from dagster_project.plan.job import plan_job
 from dagster_project.resources import build_resources, engine
 from dagster_project.sensors import build_sensors
 from dagster_project.staleness import shards_per_run
@@ -43,7 +44,7 @@ def build_defs(
     graph = graph or build_graph(context)
     return dg.Definitions(
         assets=_assets(graph),
-        jobs=build_jobs(graph),
+        jobs=[*build_jobs(graph), plan_job(context, graph)],
         sensors=build_sensors(context, graph),
         resources={**build_resources(context.settings), "engine": engine(opened), **overrides},
         executor=one_process_after(partial(require_inputs, context, graph)),

@@ -193,13 +193,18 @@ def write_retry(project: "Context", reason: str | None, into: Path, console: Con
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from resources.pools.base import TarPool
     from resources.pools.retry import RETRY_SCHEMA, failed_downloads
 
     keys: dict[str, list[str]] = {}
     rows = _rejects(project.lake, reason or DOWNLOAD_FAILED)
     for row in rows:
         keys.setdefault(row["shard"], []).append(row["key"])
-    tables = [failed_downloads(project.settings.pool, shard, some) for shard, some in keys.items()]
+    groups = project.pool.groups if isinstance(project.pool, TarPool) else None
+    tables = [
+        failed_downloads(project.settings.pool, shard, some, None if groups is None else groups.tars(shard))
+        for shard, some in keys.items()
+    ]
     table = pa.concat_tables([RETRY_SCHEMA.empty_table(), *tables])
     into.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, into, compression="zstd")

@@ -50,6 +50,7 @@ class PoolResource(dg.ConfigurableResource[Pool]):
 
     settings: Settings = Field(description="`pool` in the project's YAML.")
     encoders: Settings = Field(description="`encoders` there: a pool may carry an encoder's embeddings.")
+    lake: str | None = Field(default=None, description="The lake, which records the groups of `tars_per_shard`.")
 
     def open(self) -> Pool:
         """Return the pool; nothing is read yet.
@@ -57,7 +58,7 @@ class PoolResource(dg.ConfigurableResource[Pool]):
         Raises:
             PoolError: its format and the encoders don't match.
         """
-        return open_pool(PoolSettings.model_validate(self.settings), _each(EncoderSettings, self.encoders))
+        return open_pool(PoolSettings.model_validate(self.settings), _each(EncoderSettings, self.encoders), self.lake)
 
     def create_resource(self, context: dg.InitResourceContext) -> Pool:
         """Return the pool to a step."""
@@ -154,7 +155,7 @@ def build_resources(settings: ProjectSettings) -> dict[str, Any]:
     encoders = _dumped(settings.encoders)
     return {
         "lake": LakeResource(root=settings.lake),
-        "pool": PoolResource(settings=_dump(settings.pool), encoders=encoders),
+        "pool": PoolResource(settings=_dump(settings.pool), encoders=encoders, lake=settings.lake),
         "models": ModelsResource(
             encoders=encoders,
             captioners=_dumped(settings.captioners),

@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.hashing import digest
 from resources.lake.check_records import remove_checks
 from resources.lake.files import Lake, Provenance
+from resources.pools.base import TarPool
 from selection.recipes.recipe import set_kind
 
 PARTITION = "dagster/partition"
@@ -74,6 +75,7 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
     Raises:
         PoolError: the pool's folder is missing or holds no shard, so that it is unknown which shards are gone.
     """
+    record_groups(snapshot)
     listed = snapshot.listing
     partitions = set(instance.get_dynamic_partitions(SHARDS_NAME))
     lake = snapshot.context.lake
@@ -81,6 +83,16 @@ def diff_partitions(snapshot: Snapshot, graph: Graph, instance: dg.DagsterInstan
     return PartitionChanges(
         added=sorted(listed.keys() - partitions), gone=sorted((partitions | stored) - listed.keys())
     )
+
+
+def record_groups(snapshot: Snapshot) -> None:
+    """Record the groups of new tars (`tars_per_shard`), and let the snapshot list the pool as they are."""
+    pool = snapshot.context.pool
+    if not isinstance(pool, TarPool) or pool.groups is None or (pool.settings.tars_per_shard or 1) == 1:
+        return
+    if snapshot.listing.keys() - pool.groups.recorded().keys():
+        pool.record_groups()
+        snapshot.refresh_listing()
 
 
 def clear(lake: Lake, graph: Graph, shards: Sequence[str]) -> None:

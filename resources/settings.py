@@ -104,6 +104,13 @@ class PoolSettings(Settings):
         description="image_folder: shards that each folder's files are divided into, by a hash of the file's name. "
         "Default: one shard for each folder.",
     )
+    tars_per_shard: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="webdataset: consecutive tars that are one shard, for pools of more than about 10,000 tars. It "
+        "applies to new tars; a group never changes. Default: 1.",
+    )
     min_side: int = Field(
         default=16,
         ge=1,

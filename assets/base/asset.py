@@ -43,6 +43,27 @@ class Dep:
     recorded: bool = True
 
 
+@dataclass(frozen=True)
+class Amount:
+    """Numbers that the operations of a computation follow from.
+
+    Attributes:
+        rows: rows to be computed.
+        pool: rows of the pool.
+        inputs: rows of the unpartitioned assets that it reads, by the first part of their key.
+        dimensions: d, the length of the encoder's embeddings.
+        image: floating-point operations of the encoder for one image; None where they are not known.
+        text: the same for one caption.
+    """
+
+    rows: int
+    pool: int
+    inputs: Mapping[str, int]
+    dimensions: int
+    image: float | None = None
+    text: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Template:
     """An asset for every encoder, target or other name that a project gives it.
@@ -62,6 +83,9 @@ class Template:
         pool: Dagster's concurrency pool: `gpu` or `cpu`.
         parameters: settings that its rows depend on, JSON values, for provenance.
         inputs: fingerprints of further inputs, by name; raises NotReady.
+        operations: floating-point operations of a computation, two for each multiply-add, for estimates; None where
+            they are not known. Additions that are few beside them do not count.
+        reads_pool: whether it reads the pool's files.
         function: the decorated function.
     """
 
@@ -76,6 +100,8 @@ class Template:
     pool: str | None = None
     parameters: "Callable[[Context, Declared], Mapping[str, Any]] | None" = None
     inputs: "Callable[[FileAsset, Snapshot, str | None], Mapping[str, str]] | None" = None
+    operations: "Callable[[Declared, Amount], float | None] | None" = None
+    reads_pool: bool = False
     function: Callable[..., Any]
 
     def declare(self, settings: ProjectSettings, **names: str) -> "Declared":

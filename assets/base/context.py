@@ -75,6 +75,10 @@ class Snapshot:
         found = self.context.pool.list_shards()
         return found if self._shards is None else {name: found[name] for name in found if name in self._shards}
 
+    def refresh_listing(self) -> None:
+        """Have the pool listed again when it is next asked for."""
+        self.__dict__.pop("listing", None)
+
     def target_fingerprint(self, target: str, encoder: str) -> str:
         """Return the fingerprint of the files that an encoder's embeddings of a target set are made from."""
         key = ("target", target, encoder)

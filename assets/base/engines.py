@@ -26,7 +26,15 @@ def map_here(snapshot: Any, function: Callable[..., T], arguments: Iterable[tupl
 
 
 class Engine(Protocol):
-    """Computes shards and writes their files to the lake, and computes the parts of unpartitioned assets."""
+    """Computes shards and writes their files to the lake, and computes the parts of unpartitioned assets.
+
+    Attributes:
+        name: as a deployment chooses it.
+        workers: how many shards or parts it computes at once, at most.
+    """
+
+    name: str
+    workers: int
 
     def compute(self, asset: Any, step: Any, shards: Sequence[str]) -> Computed:
         """Compute a `PartitionedAsset`'s shards of a `Step`, and yield each when its file is written or it failed."""
@@ -57,8 +65,16 @@ class Engine(Protocol):
         ...
 
 
+def measured_with(engine: Engine) -> dict[str, Any]:
+    """Return the metadata of an event that holds the engine which its time was measured with."""
+    return {"engine": engine.name, "workers": engine.workers}
+
+
 class InProcess:
     """Computes one shard or part after the other in this process."""
+
+    name = "in_process"
+    workers = 1
 
     def compute(self, asset: Any, step: Any, shards: Sequence[str]) -> Computed:
         """Compute and write shards in order."""

@@ -12,6 +12,7 @@ import dagster as dg
 
 from assets.base.asset import FileAsset, event_metadata
 from assets.base.checks import EventContext, findings_of, log_checks
+from assets.base.engines import Engine, measured_with
 from assets.base.keys import asset_key
 from resources.lake.files import Lake, Stored
 
@@ -57,10 +58,12 @@ class EventLog:
         context: where they go.
         asset: a `PartitionedAsset`.
         lake: the lake.
+        engine: computes the files of this run, whose events state it beside their time.
     """
 
-    def __init__(self, context: EventContext, asset: FileAsset, lake: Lake) -> None:
+    def __init__(self, context: EventContext, asset: FileAsset, lake: Lake, engine: Engine | None = None) -> None:
         self.context, self.asset, self.lake = context, asset, lake
+        self._measured = measured_with(engine) if engine else {}
         self._pointers: dict[str, Mapping[str, int]] = {}
 
     def write(self, records: Iterable[Record]) -> None:
@@ -70,7 +73,8 @@ class EventLog:
                 dg.AssetMaterialization(
                     asset_key=asset_key(self.asset.key),
                     partition=record.shard,
-                    metadata=event_metadata(record.stored, record.computed, record.seconds),
+                    metadata=event_metadata(record.stored, record.computed, record.seconds)
+                    | (self._measured if record.seconds else {}),
                     tags=self._tags(record),
                 )
             )

@@ -231,10 +231,11 @@ def _run(context: dg.AssetExecutionContext, asset: PartitionedAsset, step: Step)
             wanted[shard] = provenance
 
     is_followed = _is_followed(context, asset)
-    log = EventLog(context, asset, step.context.lake)
+    engine = context.resources.engine
+    log = EventLog(context, asset, step.context.lake, engine)
     if not is_followed:
         log.write(records)
-    for record in _compute(asset, replace(step, wanted=wanted), errors, context.resources.engine):
+    for record in _compute(asset, replace(step, wanted=wanted), errors, engine):
         records.append(record)
         if not is_followed:
             log.write([record])

@@ -23,6 +23,7 @@ from assets.base.checks import (
     log_checks,
 )
 from assets.base.context import Context, Snapshot
+from assets.base.engines import measured_with
 from assets.base.keys import asset_key
 from assets.base.results import NotReady, Result
 from assets.base.runtime import REQUIRED_RESOURCES, begin_step
@@ -190,6 +191,7 @@ def _run(
             log_checks(context, asset.key, None, error.findings)
             raise dg.Failure(str(error), allow_retries=False) from error
     metadata = event_metadata(stored, computed, time.perf_counter() - started)
+    metadata |= measured_with(context.resources.engine) if computed else {}
     metadata["dagster/row_count"] = metadata.pop("dagster/partition_row_count")
     return dg.MaterializeResult(
         asset_key=asset_key(asset.key),

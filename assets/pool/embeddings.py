@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from assets.base.asset import Declared, FileAsset, Step
+from assets.base.asset import Amount, Declared, FileAsset, Step
 from assets.base.context import Context, Snapshot
 from assets.base.partitioned import PartitionedAsset, partitioned
 from assets.base.results import NotReady, Outcome, Result
@@ -40,6 +40,12 @@ def _source(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     return {"source": snapshot.listing[shard]} if encoder.precomputed is not None else {}
 
 
+def _operations(asset: Declared, amount: Amount) -> float | None:
+    if asset.settings.encoders[asset.names["encoder"]].precomputed is not None:
+        return 0.0
+    return None if amount.image is None or amount.text is None else amount.rows * (amount.image + amount.text)
+
+
 @partitioned(
     key="embeddings/{encoder}",
     deps=["raw_pool"],
@@ -54,6 +60,8 @@ def _source(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[
     parameters=encoder_parameters,
     inputs=_source,
     streams=True,
+    operations=_operations,
+    reads_pool=True,
 )
 def embeddings(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
     """Embed shards in order."""

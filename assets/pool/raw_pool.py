@@ -62,7 +62,8 @@ UIDS_UNIQUE = Check("uids_unique", "Each uid occurs once in the shard, and f0, f
 def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     settings = context.settings
     return {
-        "pool": json_settings(settings.pool),
+        # how new tars are grouped changes no shard
+        "pool": {k: v for k, v in json_settings(settings.pool).items() if k != "tars_per_shard"},
         "precomputed": {
             name: encoder.precomputed if isinstance(encoder.precomputed, str) else json_settings(encoder.precomputed)
             for name, encoder in settings.encoders.items()
@@ -107,6 +108,7 @@ def _content(found: ShardRead) -> str:
     parameters=_parameters,
     inputs=_source,
     every_row=False,
+    reads_pool=True,
 )
 def raw_pool(shard: Shard) -> Result:
     """Read one shard and check every sample in it."""

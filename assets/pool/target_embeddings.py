@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from assets.base.asset import FileAsset, Step
+from assets.base.asset import Amount, Declared, FileAsset, Step
 from assets.base.context import Snapshot
 from assets.base.results import Result
 from assets.base.standard_checks import unit_norm
@@ -27,6 +27,12 @@ def _files(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[s
     return {f"target/{target}": snapshot.target_fingerprint(target, encoder)}
 
 
+def _operations(asset: Declared, amount: Amount) -> float | None:
+    if asset.names["encoder"] in asset.settings.targets[asset.names["target"]].features:
+        return 0.0
+    return None if amount.image is None else amount.rows * amount.image
+
+
 @unpartitioned(
     key="target_embeddings/{encoder}/{target}",
     deps=[],
@@ -39,6 +45,7 @@ def _files(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[s
     description="Image embeddings of target set `{target}` by encoder `{encoder}`, with class and file name.",
     parameters=encoder_parameters,
     inputs=_files,
+    operations=_operations,
 )
 def target_embeddings(step: Step) -> Result:
     """Embed a target set, or read its ready-made features."""

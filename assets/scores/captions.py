@@ -82,6 +82,7 @@ def _description(asset: Declared) -> str:
     inputs=_rows_to_describe,
     streams=True,
     every_row=False,
+    reads_pool=True,
 )
 def captions(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
     """Generate the captions of shards in order."""

@@ -59,6 +59,7 @@ def near_the_pools_own(asset: Declared) -> Check | None:
     kinds={"pytorch", "parquet"},
     pool="gpu",
     description="CLIPScore by encoder `{encoder}`: cosine of image and caption, larger is better.",
+    operations=lambda asset, amount: 2.0 * amount.rows * amount.dimensions,
 )
 def clip_score(shard: Shard) -> Result:
     """Compute CLIPScore of one shard."""

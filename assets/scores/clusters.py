@@ -229,6 +229,9 @@ def _means(step: Step) -> Means:
     description="The centroid nearest to each image by encoder `{encoder}`, and whether it is also the nearest of an "
     "image of target set `{target}`.",
     prepare=_means,
+    operations=lambda asset, amount: (
+        2.0 * amount.rows * amount.dimensions * amount.inputs["centroids"] if "centroids" in amount.inputs else None
+    ),
 )
 def clusters(shard: Shard, means: Means) -> Result:
     """Assign the images of one shard to clusters."""

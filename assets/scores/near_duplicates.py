@@ -119,6 +119,9 @@ def _search_description(asset: Declared) -> str:
     description=_search_description,
     parameters=_parameters,
     inputs=_complete_shards,
+    operations=lambda asset, amount: (  # every pair once
+        float(amount.rows) ** 2 * amount.dimensions if _settings(asset).of is None else None
+    ),
 )
 def duplicate_search(step: Step) -> Result:
     """Search the most similar higher-scoring image of every image."""

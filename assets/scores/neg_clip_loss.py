@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 import selection
-from assets.base.asset import Declared, Step
+from assets.base.asset import Amount, Declared, Step
 from assets.base.columns import Column
 from assets.base.context import Context
 from assets.base.partitioned import partitioned
@@ -49,6 +49,13 @@ def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     if not _uses_reference_negatives(asset):
         parameters |= {name: getattr(settings, name) for name in ("batch_size", "draws", "seed")}
     return parameters
+
+
+def _operations(asset: Declared, amount: Amount) -> float:
+    """Return the operations of the similarities of each row with the images and with the captions of all draws."""
+    settings = _settings(asset)
+    negatives = settings.draws * min(settings.batch_size, amount.pool)
+    return 2.0 * 2 * amount.rows * negatives * amount.dimensions
 
 
 Estimator = Callable[[Shard], Result]
@@ -162,6 +169,7 @@ def _result(shard: Shard, scores: np.ndarray, stderr: np.ndarray, shape: tuple[i
     "with others, mean over the draws; at most 0, larger is better; with its standard error.",
     parameters=_parameters,
     prepare=_estimator,
+    operations=_operations,
 )
 def neg_clip_loss(shard: Shard, score: Estimator) -> Result:
     """Compute negCLIPLoss of one shard."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 import selection
-from assets.base.asset import Step
+from assets.base.asset import Amount, Declared, Step
 from assets.base.checks import Tables
 from assets.base.columns import Bounds, Column
 from assets.base.partitioned import partitioned
@@ -53,6 +53,12 @@ def _index_bounds(tables: Tables) -> Bounds:
     return 0, _number_of_targets(tables) - 1
 
 
+def _operations(asset: Declared, amount: Amount) -> float | None:
+    """Return the operations of the similarities with all targets, and of the product with their second moment."""
+    targets = amount.inputs.get("target_embeddings")
+    return None if targets is None else 2.0 * amount.rows * amount.dimensions * (targets + amount.dimensions)
+
+
 @partitioned(
     key="norm_sim/{encoder}/{target}",
     deps=["embeddings/{encoder}", TARGETS],
@@ -88,6 +94,7 @@ def _index_bounds(tables: Tables) -> Bounds:
     description="NormSim of each image to target set `{target}` by encoder `{encoder}`: p = 2 (root of the sum of "
     "squared cosines), p = ∞ (largest absolute cosine), and the index of the nearest target.",
     prepare=_targets,
+    operations=_operations,
 )
 def norm_sim(shard: Shard, targets: Targets) -> Result:
     """Compute NormSim of one shard, and count its rows that are images of the target set."""

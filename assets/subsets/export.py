@@ -17,10 +17,10 @@ from assets.base.partitioned import partitioned
 from assets.base.results import NotReady, Outcome, Result
 from core.uids import UID_DTYPE
 from resources.lake.versions import Version, Versions
-from resources.pools.base import TarPool
+from resources.pools.base import TarPool, place_in_tar
 from resources.storage import files, tars
 from resources.storage.tar_samples import members_by_key
-from resources.storage.tar_writer import copies, write_tar
+from resources.storage.tar_writer import copies, copy_samples, new_tar
 
 SCHEMA = pa.schema(
     [
@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
         pa.field("url", pa.string()),
     ]
 )
+
+_COPY = ["key", "source_key", "copy"]
 
 
 def _tar(context: Context, recipe: str, version: str, shard: str) -> str:
@@ -105,9 +107,9 @@ def export(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]:
 
 
 def _selected(context: Context, version: Version, shards: Sequence[str]) -> pl.DataFrame:
-    """Read the version's rows of some shards (shard, key, f0, f1), and how often its `.npy` lists each (times)."""
+    """Read the version's rows of some shards (shard, f0, f1), and how often its `.npy` lists each (times)."""
     versions = Versions(context.lake, version.recipe)
-    rows = pl.read_parquet(versions.verified_path(version), columns=["shard", "key", "f0", "f1"])
+    rows = pl.read_parquet(versions.verified_path(version), columns=["shard", "f0", "f1"])
     rows = rows.filter(pl.col("shard").is_in(shards))
     uids = np.load(versions.verified_path(version, "subset.npy"), allow_pickle=False)
     wanted = np.empty(len(rows), UID_DTYPE)
@@ -118,15 +120,19 @@ def _selected(context: Context, version: Version, shards: Sequence[str]) -> pl.D
 
 def _write(context: Context, shard: str, selected: pl.DataFrame, tar: str) -> pa.Table:
     """Write a shard's tar, in the order of the source, unless nothing of the shard is selected; return its list."""
-    pool = pl.DataFrame(context.lake.read("raw_pool", shard, ["key", "uid", "caption", "url"]))
-    rows = pool.join(selected.select("key", "times"), on="key", how="inner", maintain_order="left")
+    read = context.lake.read("raw_pool", shard, ["f0", "f1", "key", "uid", "caption", "url", "image_offset"])
+    rows = pl.DataFrame(read).join(selected.drop("shard"), on=["f0", "f1"], how="inner", maintain_order="left")
     wanted = copies(rows.select("key", "times").iter_rows())
     if not wanted:
         return SCHEMA.empty_table()
     assert isinstance(context.pool, TarPool)
-    url = context.pool.tar_url(shard)
-    with files.mapped(url) as view, context.lake.replacing(tar) as path:
-        write_tar(path, view, members_by_key(tars.walk(view, url)), wanted)
-    listed = pl.DataFrame([(c.key, c.source_key, c.copy) for c in wanted], ["key", "source_key", "copy"], orient="row")
-    listed = listed.join(rows, left_on="source_key", right_on="key", maintain_order="left")
+    numbers = [place_in_tar(offset)[0] for offset in rows["image_offset"]]  # of each row's tar in the shard
+    with context.lake.replacing(tar) as path, new_tar(path) as written:
+        for number, url in enumerate(context.pool.tars(shard)):
+            if some := [copy for copy in wanted if numbers[copy.row] == number]:
+                with files.mapped(url) as view:
+                    copy_samples(written, view, members_by_key(tars.walk(view, url)), some)
+    listed = pl.DataFrame([(c.key, c.source_key, c.copy, c.row) for c in wanted], [*_COPY, "row"], orient="row")
+    described = rows.with_row_index("row").select("uid", "caption", "url", pl.col("row").cast(pl.Int64))
+    listed = listed.join(described, on="row", maintain_order="left")
     return listed.select(SCHEMA.names).to_arrow().cast(SCHEMA)

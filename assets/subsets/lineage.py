@@ -7,7 +7,7 @@ Here: the content of `lineage.json`. Not here: selecting a subset (`assets.subse
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from assets.base.score_kind import Scores
 from assets.base.settings import ProjectSettings, json_settings
 from resources.lake.files import Stored
 from resources.lake.versions import step_file
+from resources.pools.base import TarPool
 from selection.recipes.execute import Selection
 
 FORMAT = 3
@@ -104,6 +105,7 @@ def lineage_record(
         "samples": selection.samples,
         "shards": {shard: dict(read) for shard, read in shards.items()},
         "shards_missing": dict(missing),
+        **_shard_groups(context, [*shards, *missing]),
         **({"rows_in_targets": overlap} if overlap else {}),
         "encoders": {encoder: context.models.encoder(encoder).identity() for encoder in encoders},
         "temperatures": temperatures,
@@ -123,6 +125,14 @@ def lineage_record(
         },
         "packages": packages(),
     }
+
+
+def _shard_groups(context: Context, shards: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Return the tars of the shards that are groups of tars, under `shard_groups`; nothing without such shards."""
+    groups = context.pool.groups if isinstance(context.pool, TarPool) else None
+    recorded = {} if groups is None else groups.recorded()
+    found = {shard: recorded[shard] for shard in shards if recorded.get(shard, [shard]) != [shard]}
+    return {"shard_groups": found} if found else {}
 
 
 def _rows_in_targets(context: Context, scores: Sequence[str], shards: Collection[str]) -> dict[str, dict[str, int]]:

@@ -19,7 +19,7 @@ from core.uids import format_uid
 from dagster_project.browser import search
 from dagster_project.browser.queries import BrowseError, Place, Table, find, shard_order
 from resources.catalog.build import read_catalog
-from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool
+from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool, place_in_tar
 
 NEGATIVES = 4
 PERCENTILE_ROWS = 2_000_000
@@ -99,9 +99,18 @@ def describe(table: Table, uid: str) -> dict[str, Any]:
         "neighbours": _neighbours(table, row),
         "negatives": _negatives(table, place),
         "encoders": search.encoders(table),
-        "tar": table.context.pool.tar_url(place.shard) if isinstance(table.context.pool, TarPool) else None,
+        "tar": _tar(table, place, row["image_offset"]),
         "raw_pool": table.context.lake.path("raw_pool", place.shard),
     }
+
+
+def _tar(table: Table, place: Place, image_offset: int | None) -> tuple[str, int] | None:
+    """Return the tar that a sample is in, and the byte where its image begins; None for pools of other files."""
+    pool = table.context.pool
+    if image_offset is None or not isinstance(pool, TarPool):
+        return None
+    number, byte = place_in_tar(image_offset)
+    return pool.tars(place.shard)[number], byte
 
 
 def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:

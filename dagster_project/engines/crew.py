@@ -31,6 +31,8 @@ class Crew(ABC):
         decode: whether encoders keep their own decoding processes in a worker.
     """
 
+    name: str
+
     def __init__(self, workers: int, *, decode: bool = False) -> None:
         self.workers, self.decode = workers, decode
         self._idle: list[Any] = []

@@ -39,6 +39,8 @@ class Processes(Crew):
         gpus: number of GPUs; worker i gets GPU i modulo this.
     """
 
+    name = "processes"
+
     def __init__(self, workers: int, gpus: int = 0) -> None:
         super().__init__(workers, decode=gpus > 0)
         self.gpus = gpus
@@ -123,12 +125,16 @@ def _end_with(lifeline: int) -> None:
 def main(connection: Connection, lifeline: int) -> None:
     """Answer jobs until the main process closes the connection."""
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    from dagster_project.engines.work import Worker
+    from dagster_project.engines.work import Worker, WorkerError
 
     worker = Worker()
     with contextlib.suppress(EOFError):
         while True:
-            _send(connection, worker.compute(pickle.loads(connection.recv_bytes())))
+            done = worker.compute(pickle.loads(connection.recv_bytes()))
+            try:
+                _send(connection, done)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a function's result
+                _send(connection, Done(WorkerError(f"The result can't be sent: {error}")))
 
 
 if __name__ == "__main__":

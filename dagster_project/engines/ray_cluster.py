@@ -31,6 +31,8 @@ class RayCluster(Crew):
         connected: the caller has connected this process to the cluster, and closes the connection.
     """
 
+    name = "ray"
+
     def __init__(self, workers: int | None = None, *, connected: bool = False) -> None:
         super().__init__(workers or 0)
         self.gpu_share = 0.0

@@ -31,6 +31,7 @@ from resources.catalog.views import Place, catalog_views, moved
 from resources.lake.files import Lake
 from resources.lake.sealed import mapped
 from resources.lake.versions import Versions
+from resources.pools.groups import FOLDER
 from resources.storage.checksums import ChecksumError, seal
 
 _TARGETS = pa.schema(
@@ -91,7 +92,7 @@ def _write(path: Path, lake: Lake, place: Place, records: Sequence[Mapping[str, 
         if not lake.is_local:
             con.register_filesystem(remote_files(lake.root))
             con.execute(f"CREATE MACRO {_REMOTE_ROOT}() AS {sql.text(lake.root)}").fetchall()
-        for name, query in catalog_views(place, scores).items():
+        for name, query in catalog_views(place, scores, grouped=_has_groups(lake)).items():
             con.execute(f"CREATE VIEW {sql.quoted(name)} AS {query}").fetchall()
         con.execute(f"CREATE MACRO catalog_place() AS {sql.text(place.listed)}").fetchall()
         for macro in (
@@ -104,6 +105,10 @@ def _write(path: Path, lake: Lake, place: Place, records: Sequence[Mapping[str, 
 
 class CatalogError(UserError):
     """The catalog can't answer; the message has the remedy."""
+
+
+def _has_groups(lake: Lake) -> bool:
+    return any(entry.name.endswith(".json") for entry in lake.store.files(f"{lake.root}/{FOLDER}"))
 
 
 def read_catalog(path: Path) -> duckdb.DuckDBPyConnection:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from core import sql
 from resources.catalog.scores import CatalogColumn, Scores
+from resources.pools.groups import FOLDER, TAR_STRIDE
 
 POOL_COLUMNS = {
     "uid": "VARCHAR",
@@ -88,8 +89,14 @@ class Place:
         return "" if self.catalog is None else os.path.realpath(self.catalog)
 
 
-def catalog_views(place: Place, scores: Scores) -> dict[str, str]:
-    """Return the query of each view by its name."""
+def catalog_views(place: Place, scores: Scores, *, grouped: bool = False) -> dict[str, str]:
+    """Return the query of each view by its name.
+
+    Args:
+        place: folder of the lake, and path of the catalog.
+        scores: the score assets.
+        grouped: whether the lake records groups of tars, so that there is a view of where samples are in them.
+    """
     views = {
         "pool": _files(place, f"raw_pool/{_VISIBLE}.parquet", POOL_COLUMNS),
         "rejects": _files(place, f"rejects/{_VISIBLE}.parquet", _REJECT_COLUMNS),
@@ -105,7 +112,24 @@ def catalog_views(place: Place, scores: Scores) -> dict[str, str]:
         FROM (SELECT shard, count(*) AS n FROM pool GROUP BY shard) AS p
         FULL JOIN (SELECT shard, count(*) AS n FROM rejects GROUP BY shard) AS r USING (shard)
         ORDER BY shard"""
+    if grouped:
+        views |= _group_views(place)
     return views | _subset_views(place) | _evaluation_views(place)
+
+
+def _group_views(place: Place) -> dict[str, str]:
+    """Return views of the tars of shards that are groups, and of the place of each image in its tar."""
+    records = sql.pattern(place.root, f"{FOLDER}/{_VISIBLE}.json")
+    stride = f"{TAR_STRIDE}::BIGINT"
+    return {
+        "shard_tars": f"""
+            SELECT member.key AS shard, tar.key::BIGINT AS number, tar.value->>'$' AS tar
+            FROM read_text({records}), json_each(content::JSON->'groups') AS member, json_each(member.value) AS tar""",
+        "image_places": f"""
+            SELECT uid, shard, key, coalesce(tar, shard) AS tar, image_offset % {stride} AS image_offset, image_size
+            FROM pool LEFT JOIN shard_tars USING (shard)
+            WHERE tar IS NULL OR number = image_offset // {stride}""",
+    }
 
 
 def _types(columns: Sequence[CatalogColumn]) -> dict[str, str]:

@@ -80,6 +80,17 @@ class Target:
             return files.fingerprint(self._feature_files(features))
         return files.fingerprint([file for _, file in self._listing()])
 
+    def count(self, encoder_name: str) -> int | None:
+        """Return how many images there are to embed; None where they are in tars, or features are read.
+
+        Raises:
+            TargetError: a file is missing.
+        """
+        if encoder_name in self.settings.features:
+            return None
+        listed = self._listing()
+        return None if any(file.name.endswith(".tar") for _, file in listed) else len(listed)
+
     def images(self, on_listed: Callable[[int], None] | None = None) -> Iterator[TargetImage]:
         """Yield all images; bytes are read one image at a time.
 

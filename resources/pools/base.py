@@ -49,6 +49,7 @@ import numpy as np
 import pyarrow as pa
 
 from resources.pools.errors import PoolError as PoolError
+from resources.pools.groups import TAR_STRIDE, ShardGroups
 from resources.settings import EncoderSettings, PoolSettings
 from resources.storage import files
 
@@ -128,8 +129,15 @@ class Pool(Protocol):
     settings: PoolSettings
     has_images: bool
 
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """Return the files of each shard by name, from the listing alone.
+
+        Raises:
+            PoolError: the folder or its shards are missing.
+        """
+
     def list_shards(self) -> dict[str, str]:
-        """Return the fingerprint of each shard by name, from the listing alone.
+        """Return the fingerprint of each shard by name, which follows from `shard_files`.
 
         Raises:
             PoolError: the folder or its shards are missing.
@@ -169,10 +177,24 @@ class Pool(Protocol):
 
 @runtime_checkable
 class TarPool(Protocol):
-    """A pool whose shards are tars, so that the members of a sample can be copied."""
+    """A pool whose shards are tars, or groups of tars, so that the members of a sample can be copied.
 
-    def tar_url(self, shard: str) -> str:
-        """Return the path or URL of a shard's tar."""
+    Attributes:
+        groups: the recorded groups; None where every tar is a shard.
+    """
+
+    groups: ShardGroups | None
+
+    def tars(self, shard: str) -> list[str]:
+        """Return the paths or URLs of a shard's tars, in their order."""
+
+    def record_groups(self) -> None:
+        """Record the groups of new tars, so that they never change; nothing without `tars_per_shard`."""
+
+
+def place_in_tar(image_offset: int) -> tuple[int, int]:
+    """Return the number of the tar in its shard, and the byte in it, of an `image_offset`."""
+    return divmod(image_offset, TAR_STRIDE)
 
 
 @dataclass(frozen=True)
@@ -220,6 +242,11 @@ def list_folder(settings: PoolSettings) -> list[files.Listed]:
         raise PoolError(
             f"the pool's path {settings.path} is a file. Set pool.path to the folder that holds it."
         ) from error
+
+
+def fingerprints(shards: Mapping[str, Sequence[files.Listed]]) -> dict[str, str]:
+    """Return the fingerprint of each shard's files."""
+    return {name: files.fingerprint(listed) for name, listed in shards.items()}
 
 
 def shard_name(stem: str) -> str:

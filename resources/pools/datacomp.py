@@ -113,9 +113,13 @@ class DatacompPool:
             )
         return dict(sorted(shards.items()))
 
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """See `pools.Pool`."""
+        return {name: parts.all() for name, parts in self._shards().items()}
+
     def list_shards(self) -> dict[str, str]:
         """See `pools.Pool`."""
-        return {name: files.fingerprint(parts.all()) for name, parts in self._shards().items()}
+        return pools.fingerprints(self.shard_files())
 
     def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
         """See `pools.Pool`: there are none."""

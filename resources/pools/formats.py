@@ -7,7 +7,8 @@ To add a format: a module beside this one with a `FORMAT`, its line in `_DECLARE
 from collections.abc import Iterable, Mapping
 
 from resources.pools import datacomp, image_folder, parquet_images, webdataset
-from resources.pools.base import Pool, PoolError, PoolFormat
+from resources.pools.base import Pool, PoolError, PoolFormat, TarPool
+from resources.pools.groups import ShardGroups
 from resources.settings import EncoderSettings, PoolSettings
 
 _DECLARED = (
@@ -27,12 +28,13 @@ def pool_format(settings: PoolSettings) -> PoolFormat:
     return FORMATS[settings.format]
 
 
-def open_pool(settings: PoolSettings, encoders: Mapping[str, EncoderSettings]) -> Pool:
+def open_pool(settings: PoolSettings, encoders: Mapping[str, EncoderSettings], lake: str | None = None) -> Pool:
     """Return the reader of a pool. Nothing is read yet.
 
     Args:
         settings: the pool.
         encoders: all encoders by name.
+        lake: path or URL of the lake, which records groups of tars; without it every tar is a shard.
 
     Raises:
         PoolError: an encoder needs images or embeddings that the format does not have, or a setting belongs to
@@ -55,7 +57,10 @@ def open_pool(settings: PoolSettings, encoders: Mapping[str, EncoderSettings]) -
                 f"encoder {name} has a model only, but the {declared.name} pool {settings.path} carries no images. Set "
                 "`precomputed` to the embeddings it is to read (such as b32)."
             )
-    return declared.open(settings, encoders)
+    pool = declared.open(settings, encoders)
+    if isinstance(pool, TarPool) and lake is not None:
+        pool.groups = ShardGroups(lake)
+    return pool
 
 
 def _either(names: Iterable[str]) -> str:

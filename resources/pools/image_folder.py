@@ -83,16 +83,20 @@ class ImageFolderPool:
 
     def list_shards(self) -> dict[str, str]:
         """See `pools.Pool`."""
+        return pools.fingerprints(self.shard_files())
+
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """See `pools.Pool`."""
         top = _visible(pools.list_folder(self.settings))
         tables = [file for file in top if file.name in _TABLES]
         above = [files.Listed(f"../{table.name}", table.url, table.stamp) for table in tables]
-        found: dict[str, str] = {}
+        found: dict[str, list[files.Listed]] = {}
         for folder in self._folders(top):
             listed = self._tree(folder) if folder else top
             own = [file for file in listed if file.name in _TABLES and folder]
             for shard, inside in self._divided(folder, listed).items():
                 if any(_is_image(file.name) for file in inside):
-                    found[shard] = files.fingerprint([*inside, *own, *above])
+                    found[shard] = [*inside, *own, *above]
         if not found:
             raise PoolError(
                 f"no shards: there is no image in {self._root} or its folders; looked for files ending in "

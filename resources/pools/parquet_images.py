@@ -72,9 +72,13 @@ class ParquetImagesPool:
         pools.check_shard_name(file.name.removesuffix(".parquet"), file.url)
         return file
 
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """See `pools.Pool`."""
+        return {name: [file] for name, file in self._shards().items()}
+
     def list_shards(self) -> dict[str, str]:
         """See `pools.Pool`."""
-        return {name: files.fingerprint([file]) for name, file in self._shards().items()}
+        return pools.fingerprints(self.shard_files())
 
     def read_shard(self, name: str) -> ShardRead:
         """See `pools.Pool`."""

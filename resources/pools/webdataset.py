@@ -1,5 +1,7 @@
 """The format `webdataset`: shards as img2dataset writes them, a tar and perhaps a Parquet file beside it.
 
+With `tars_per_shard`, a shard is a group of consecutive tars (`resources.pools.groups`).
+
 A sample's caption is its .txt, else the Parquet file's, else its .json's. Every other field is the first that is not
 null of Parquet file and .json; a uid that neither has is a hash of the content.
 
@@ -7,9 +9,9 @@ Which members form a sample is decided in `resources.storage.tar_samples`. Membe
 and noted.
 """
 
+import contextlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 
 from resources.pools import base as pools
 from resources.pools.base import PoolError, PoolFormat, ShardRead
+from resources.pools.groups import TAR_STRIDE, ShardGroups, grouped
 from resources.pools.samples import (
     METADATA,
     CheckedImage,
@@ -42,6 +45,9 @@ from resources.storage.tar_samples import (
     split_name,
 )
 
+_Parts = dict[str, files.Listed]
+"""The files of a tar by suffix: tar and parquet."""
+
 
 class WebdatasetPool:
     """A folder of tars. See `pools.Pool`."""
@@ -50,12 +56,15 @@ class WebdatasetPool:
 
     def __init__(self, settings: PoolSettings) -> None:
         self.settings = settings
+        self.groups: ShardGroups | None = None
 
-    def _shards(self) -> dict[str, dict[str, files.Listed]]:
-        found: dict[str, dict[str, files.Listed]] = {}
+    def _listed(self) -> dict[str, _Parts]:
+        """List the tars by name."""
+        found: dict[str, _Parts] = {}
         compressed = []
         for file in pools.list_folder(self.settings):
-            stem, suffix = os.path.splitext(file.name)
+            stem, dot, suffix = file.name.rpartition(".")
+            stem, suffix = stem or file.name, dot + suffix
             stem = pools.shard_name(stem)
             if suffix == ".tar":
                 found.setdefault(stem, {})["tar"] = file
@@ -64,8 +73,8 @@ class WebdatasetPool:
             elif file.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz")):
                 compressed.append(file.name)
         # img2dataset numbers its shards: a numbered parquet without its tar is a shard that lost it
-        shards = {name: parts for name, parts in found.items() if "tar" in parts or name.isdecimal()}
-        if not any("tar" in parts for parts in shards.values()):
+        found = {name: parts for name, parts in found.items() if "tar" in parts or name.isdecimal()}
+        if not any("tar" in parts for parts in found.values()):
             hint = (
                 f"It has compressed tars ({compressed[0]}): images are read in place, so decompress them."
                 if compressed
@@ -73,64 +82,153 @@ class WebdatasetPool:
                 "pool.format to datacomp for parquet with npz."
             )
             raise PoolError(f"no shards: there is no *.tar in {self.settings.path}. {hint}")
-        return shards
+        return found
+
+    def _shards(self) -> dict[str, dict[str, _Parts]]:
+        """Return the tars of each shard by name, as far as they are there."""
+        listed = self._listed()
+        shards = self._grouped(listed)
+        found = {name: {tar: listed[tar] for tar in tars if tar in listed} for name, tars in shards.items()}
+        return {name: tars for name, tars in found.items() if tars}
+
+    def _grouped(self, listed: Iterable[str]) -> dict[str, list[str]]:
+        """Return the recorded groups, and those that new tars would be."""
+        number = self.settings.tars_per_shard or 1
+        recorded = {} if self.groups is None else self.groups.recorded()
+        known = {tar for tars in recorded.values() for tar in tars}
+        new = sorted(tar for tar in listed if tar not in known)
+        taken = next((tar for tar in new if tar in recorded), None)
+        if taken is not None:
+            raise PoolError(
+                f"{self.settings.path}: {taken}.tar has the name of a group of tars. Remedy: rename the tar"
+            )
+        if self.groups is None or number == 1 or not new:
+            return recorded | {tar: [tar] for tar in new}
+        return recorded | grouped(new, number, self.groups.single())
+
+    def record_groups(self) -> None:
+        """See `pools.TarPool`."""
+        while self.groups is not None and (self.settings.tars_per_shard or 1) > 1:
+            shards = self._grouped(self._listed())
+            recorded = self.groups.recorded()
+            new = {name: tars for name, tars in shards.items() if name not in recorded}
+            if not new or self.groups.record(new):
+                return
+
+    def shard_files(self) -> dict[str, list[files.Listed]]:
+        """See `pools.Pool`."""
+        return {
+            name: [file for parts in tars.values() for file in parts.values()] for name, tars in self._shards().items()
+        }
 
     def list_shards(self) -> dict[str, str]:
         """See `pools.Pool`."""
-        return {name: files.fingerprint(list(parts.values())) for name, parts in self._shards().items()}
+        return pools.fingerprints(self.shard_files())
 
-    def tar_url(self, shard: str) -> str:
+    def tars(self, shard: str) -> list[str]:
         """See `pools.TarPool`."""
-        return f"{self.settings.path.rstrip('/')}/{shard}.tar"
+        names = None if self.groups is None else self.groups.tars(shard)
+        return [f"{self.settings.path.rstrip('/')}/{name}.tar" for name in names or [shard]]
 
     def read_images(self, shard: str, rows: pa.Table) -> list[bytes | PoolError]:
-        """See `pools.Pool`. Neighbouring images are read together; if the tar is too short, all get the error."""
-        ranges = list(zip(rows["image_offset"].to_pylist(), rows["image_size"].to_pylist(), strict=True))
-        try:
-            return list(files.read_ranges(self.tar_url(shard), ranges))
-        except OSError as error:
-            return [PoolError(str(error))] * len(ranges)
+        """See `pools.Pool`. Neighbouring images are read together; if a tar is too short, all of its get the error."""
+        sizes, urls = rows["image_size"].to_pylist(), self.tars(shard)
+        by_tar: dict[int, list[tuple[int, int]]] = {}  # the row, and the byte of its image
+        for row, offset in enumerate(rows["image_offset"].to_pylist()):
+            number, byte = pools.place_in_tar(offset)
+            by_tar.setdefault(number, []).append((row, byte))
+        found: list[bytes | PoolError] = [PoolError(f"shard {shard} has no such tar")] * len(sizes)
+        for number, places in by_tar.items():
+            if number >= len(urls):
+                continue
+            read: Iterable[bytes | PoolError]
+            try:
+                read = list(files.read_ranges(urls[number], [(byte, sizes[row]) for row, byte in places]))
+            except OSError as error:
+                read = [PoolError(str(error))] * len(places)
+            for (row, _), image in zip(places, read, strict=True):
+                found[row] = image
+        return found
 
     def embeddings(self, name: str, rows: pa.Table, encoder_name: str) -> tuple[np.ndarray, np.ndarray]:
         """See `pools.Pool`: there are none."""
         raise pools.no_embeddings(self.settings, name, rows, encoder_name)
 
     def read_shard(self, name: str) -> ShardRead:
-        """See `pools.Pool`."""
-        parts = self._shards().get(name)
-        if parts is None:
+        """See `pools.Pool`. The tars of a group follow one another."""
+        samples, notes = ShardSamples(name, self.settings), list[str]()
+        for number, (tar, parts) in enumerate(self._parts(name).items()):
+            if not parts:
+                notes.append(f"{tar}.tar is gone, and was one of the tars of this shard")
+            else:
+                notes += _read_tar(tar, parts, samples, number)
+        return samples.result(notes)
+
+    def _parts(self, name: str) -> dict[str, _Parts]:
+        """Return the files of each tar of a shard; no files for a tar of a group that is gone.
+
+        Raises:
+            PoolError: the shard is not there.
+        """
+        tars = None if self.groups is None else self.groups.tars(name)
+        if tars is not None and len(tars) > 1:  # without listing a folder of very many tars
+            found = {tar: self._stat(tar) for tar in tars}
+        else:
+            found = self._shards().get(name, {})
+        if not any(found.values()):
             raise PoolError(f"there is no shard {name} (no {name}.tar) in {self.settings.path}")
-        if "tar" not in parts:
-            raise PoolError(
-                f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet."
-            )
-        url = parts["tar"].url
-        pools.check_shard_name(parts["tar"].name.removesuffix(".tar"), url)
-        sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else _Sidecar("")
-        with files.mapped(url) as view:
-            try:
-                index = tars.walk(view, url)
-            except tars.TarError as error:
-                raise PoolError(str(error)) from error
-            groups, unrelated = group_samples(index)
-            if not groups and not sidecar.all_failed:
-                raise _no_samples(name, url, sidecar, unrelated)
-            sidecar.match([group.key for group in groups])
-            shard = _Shard(name, self.settings, view, sidecar)
-            with ThreadPoolExecutor(available_cores()) as threads:
-                # Decoding and hashing release the interpreter's lock.
-                for group, image in zip(groups, threads.map(shard.check, groups), strict=True):
-                    shard.add(group, image)
-        shard.add_sidecar_only()
-        notes = list(sidecar.notes)
-        if index.fault is not None:
-            notes.append(f"{name}.tar is incomplete ({index.fault}); the samples before that point are used")
-        notes += _remarks(name, groups)
-        if index.after_end is not None:
-            notes.append(f"{name}.tar: {index.after_end}")
-        if unrelated:
-            notes.append(f"ignored members that are no part of a sample: {shown(unrelated)}")
-        return shard.samples.result(notes)
+        return found
+
+    def _stat(self, tar: str) -> _Parts:
+        found: _Parts = {}
+        for suffix in ("tar", "parquet"):
+            with contextlib.suppress(FileNotFoundError):
+                found[suffix] = files.stat(f"{self.settings.path.rstrip('/')}/{tar}.{suffix}")
+        return found
+
+
+def _read_tar(name: str, parts: _Parts, samples: ShardSamples, number: int) -> list[str]:
+    """Add the samples of a shard's tar, and return remarks.
+
+    Args:
+        name: the tar's, without `.tar`.
+        parts: its files.
+        samples: gets the samples.
+        number: its place among the shard's tars.
+
+    Raises:
+        PoolError: it can't be read, or has no samples.
+    """
+    if "tar" not in parts:
+        raise PoolError(f"{parts['parquet'].url} has no {name}.tar beside it. Bring the tar, or remove the parquet.")
+    url = parts["tar"].url
+    pools.check_shard_name(parts["tar"].name.removesuffix(".tar"), url)
+    sidecar = _read_sidecar(parts["parquet"].url) if "parquet" in parts else _Sidecar("")
+    samples.keys.clear()  # keys are those of a tar
+    with files.mapped(url) as view:
+        try:
+            index = tars.walk(view, url)
+        except tars.TarError as error:
+            raise PoolError(str(error)) from error
+        groups, unrelated = group_samples(index)
+        if not groups and not sidecar.all_failed:
+            raise _no_samples(name, url, sidecar, unrelated)
+        sidecar.match([group.key for group in groups])
+        shard = _Tar(samples, view, sidecar, number * TAR_STRIDE)
+        with ThreadPoolExecutor(available_cores()) as threads:
+            # Decoding and hashing release the interpreter's lock.
+            for group, image in zip(groups, threads.map(shard.check, groups), strict=True):
+                shard.add(group, image)
+    shard.add_sidecar_only()
+    notes = list(sidecar.notes)
+    if index.fault is not None:
+        notes.append(f"{name}.tar is incomplete ({index.fault}); the samples before that point are used")
+    notes += _remarks(name, groups)
+    if index.after_end is not None:
+        notes.append(f"{name}.tar: {index.after_end}")
+    if unrelated:
+        notes.append(f"ignored members that are no part of a sample: {shown(unrelated)}")
+    return notes
 
 
 class _Sidecar:
@@ -185,26 +283,21 @@ class _Sidecar:
         return {key: row for key, row in self.rows.items() if key not in matched}
 
 
-class _Shard:
-    """One shard while it is read.
+class _Tar:
+    """One tar while it is read.
 
     Args:
-        name: the shard's.
-        settings: the pool's.
-        view: the tar's bytes.
+        samples: of its shard.
+        view: its bytes.
         sidecar: the Parquet file beside it.
+        base: `image_offset` of its first byte.
     """
 
-    def __init__(
-        self,
-        name: str,
-        settings: PoolSettings,
-        view: memoryview,
-        sidecar: _Sidecar,
-    ) -> None:
-        self.samples = ShardSamples(name, settings)
+    def __init__(self, samples: ShardSamples, view: memoryview, sidecar: _Sidecar, base: int) -> None:
+        self.samples = samples
         self.view = view
         self.sidecar = sidecar
+        self.base = base
 
     def _bytes(self, member: tars.Member) -> bytes:
         return bytes(self.view[member.offset : member.offset + member.size])
@@ -246,7 +339,7 @@ class _Shard:
             raise RejectedError("image_missing", _suffixes_found(sample))
         metadata = self._metadata(sample)
         caption = metadata.get("caption") if sample.text is None else self._bytes(sample.text)
-        return self.samples.row(key, image, caption, metadata, offset=sample.image.offset)
+        return self.samples.row(key, image, caption, metadata, offset=self.base + sample.image.offset)
 
     def _metadata(self, sample: TarSample) -> Mapping[str, Any]:
         """Return the sample's description, merged from the Parquet file and the .json."""
@@ -372,5 +465,6 @@ FORMAT = PoolFormat(
     files="*.tar, each with an optional *.parquet of the same stem, as img2dataset writes them",
     has_images=True,
     has_tars=True,
+    options=frozenset({"tars_per_shard"}),
     open=lambda settings, _: WebdatasetPool(settings),
 )

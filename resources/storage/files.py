@@ -35,6 +35,12 @@ class Listed:
     url: str
     stamp: str
 
+    @property
+    def size(self) -> int:
+        """The size in bytes; 0 where the store does not list it."""
+        size = self.stamp.partition(" ")[0]
+        return int(size) if size.isdecimal() else 0
+
 
 def is_remote(url: str) -> bool:
     """Return whether `url` is a URL and no local path."""
@@ -50,11 +56,9 @@ def list_folder(url: str) -> list[Listed]:
     """
     if not is_remote(url):
         with os.scandir(url) as entries:
-            found = [entry for entry in entries if entry.is_file()]
-        return sorted(
-            (Listed(entry.name, entry.path, f"{entry.stat().st_size} {entry.stat().st_mtime_ns}") for entry in found),
-            key=lambda file: file.name,
-        )
+            found = [(entry.name, entry.path, entry.stat()) for entry in entries if entry.is_file()]
+        found.sort()
+        return [Listed(name, path, f"{read.st_size} {read.st_mtime_ns}") for name, path, read in found]
     fs, path = _filesystem(url)
     fs.invalidate_cache(path)  # a store's listing is kept for as long as the process lives
     listed = [_listed(fs, info) for info in fs.ls(path, detail=True) if info["type"] == "file"]

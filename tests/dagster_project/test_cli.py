@@ -14,6 +14,7 @@ from rich.console import Console
 from assets.graph import build_graph
 from assets.study import figures
 from dagster_project import cli, console
+from dagster_project.command_line import SECTIONS
 from tests.support.pool_factory import sample, write_shard, write_tar
 from tests.support.scenario import SHARDS, Scenario
 
@@ -72,8 +73,8 @@ def test_a_failure_is_one_message_with_the_file_and_without_a_traceback(scenario
 def test_the_help_lists_every_command_under_a_heading_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert sorted(name for names in cli.SECTIONS.values() for name in names) == sorted(cli.commands.commands)
-    for title, names in cli.SECTIONS.items():
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(cli.commands.commands)
+    for title, names in SECTIONS.items():
         assert f"\n{title}:\n" in text
         assert all(f"\n  {name} " in text for name in names)
     assert cli.main(["--version"]) == 0

@@ -96,6 +96,7 @@ def test_parts_of_unpartitioned_assets_have_the_same_bits_from_workers_and_after
     monkeypatch.setattr(clusters, "CHUNK_ROWS", 4)
     monkeypatch.setattr(near_duplicates, "_BLOCK", {"cpu": 4})
     monkeypatch.setattr(norm_sim_dynamic, "GROUP_ROWS", 1)
+    others = running_workers()
     engine = Mortal(2, {"2": 2})
     try:
         assert run(finished, engine, keys).failures == {}
@@ -105,20 +106,23 @@ def test_parts_of_unpartitioned_assets_have_the_same_bits_from_workers_and_after
     assert all(engine.parts[key] >= 3 for key in keys)
     assert len(before) >= 4
     assert of_them() == before
-    assert running_workers() == []
+    assert running_workers() == others
 
 
 def test_a_part_that_fails_has_the_error_of_its_function_and_the_workers_go_on(scenario: Scenario) -> None:
     project, graph = scenario.open_graph()
     step = Step(graph.nodes[0], Snapshot(project), {})
+    others = running_workers()
     engine = Processes(2)
     try:
         with pytest.raises(LakeError, match="part 3 is odd"):
             list(engine.map(step, odd_part, ((number,) for number in range(1_000))))
         assert list(engine.map(step, echoed, ((number,) for number in (0, 2, 4)))) == [0, 2, 4]
+        with pytest.raises(WorkerError, match="The result can't be sent"):
+            list(engine.map(step, echoed, [(7,)]))
     finally:
         engine.close()
-    assert running_workers() == []
+    assert running_workers() == others
 
 
 @pytest.mark.slow

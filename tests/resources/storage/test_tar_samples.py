@@ -10,7 +10,7 @@ from resources.pools.formats import open_pool
 from resources.settings import PoolSettings
 from resources.storage import tars
 from resources.storage.tar_samples import group_samples, members_by_key, split_name
-from resources.storage.tar_writer import Copy, write_tar
+from resources.storage.tar_writer import Copy, copy_samples, new_tar
 from tests.support.pool_factory import caption, picture
 from tests.support.pool_factory import write_tar as write_source
 
@@ -98,7 +98,8 @@ def test_of_samples_with_one_key_the_first_is_written_with_all_its_members(tmp_p
         "b": [b"3", b"4", b"5"],
     }
     out = tmp_path / "b.tar"
-    write_tar(out, data, found, [Copy("b", "b", 0), Copy("x/a", "x/a", 0), Copy("b", "b_1", 1)])
+    with new_tar(out) as tar:
+        copy_samples(tar, data, found, [Copy("b", "b", 0), Copy("x/a", "x/a", 0), Copy("b", "b_1", 1)])
     with tarfile.open(out) as tar:
         assert tar.getnames() == [
             "b.seg.png",
@@ -147,7 +148,9 @@ def test_what_is_exported_of_a_row_is_what_was_read_of_it(tmp_path: Path, make: 
     out = tmp_path / "exported" / "00000.tar"
     out.parent.mkdir()
     data = memoryview(path.read_bytes())
-    write_tar(out, data, members_by_key(index_of(path)), [Copy(key, key, 0) for key in read["key"].to_pylist()])
+    with new_tar(out) as tar:
+        wanted = [Copy(key, key, 0) for key in read["key"].to_pylist()]
+        copy_samples(tar, data, members_by_key(index_of(path)), wanted)
     again = open_pool(PoolSettings(path=str(out.parent)), {}).read_shard("00000")
     assert again.rejects.num_rows == 0
     same = ["uid", "key", "caption", "sha256", "url"]
