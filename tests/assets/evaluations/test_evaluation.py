@@ -79,7 +79,7 @@ def final_values(rows: pl.DataFrame, arm: str, like: dict[str, object]) -> list[
 
 @pytest.mark.slow
 def test_a_killed_evaluation_leaves_no_process_and_resumes_from_its_checkpoint(finished: Scenario) -> None:
-    points = 20
+    points = 6
     small_evaluation(
         finished,
         arms=["pool", "clip_third"],
