@@ -3,7 +3,6 @@
 import io
 import re
 import urllib.parse
-from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
@@ -17,24 +16,10 @@ from dagster_project.browser.site import Site as Pages
 from dagster_project.browser.trials import Trials
 from resources.lake.files import LakeError
 from selection.recipes.recipe import Recipe
-from tests.support.browse_site import Site, open_site
-from tests.support.scenario import ROWS, SHARDS, FinishedPass, Scenario, keep
+from tests.support.browse_site import Site
+from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
 ALL = ROWS * len(SHARDS)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_clip, finished_pass: FinishedPass) -> Iterator[Scenario]:
-    scenario = Scenario(tmp_path_factory.mktemp("browse"), tiny_clip)
-    finished_pass.restore(scenario)
-    yield scenario
-    scenario.instance.dispose()
-
-
-@pytest.fixture(scope="module")
-def site(project: Scenario) -> Iterator[Site]:
-    with open_site(project.open()) as opened:
-        yield opened
 
 
 def shown_uids(found) -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 
 from tests.support.browse_site import TOKEN, Site, open_site
 from tests.support.pool_factory import sample, uid, write_shard
-from tests.support.scenario import ROWS, SHARDS, FinishedPass, Scenario
+from tests.support.scenario import ROWS, SHARDS, Scenario
 
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
@@ -26,20 +26,6 @@ OFFLINE = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgro
 ALL = ROWS * len(SHARDS)
 PATIENCE = 180_000  # milliseconds; a machine may be busy
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202ereversed"
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_clip, finished_pass: FinishedPass) -> Iterator[Scenario]:
-    scenario = Scenario(tmp_path_factory.mktemp("pages"), tiny_clip)
-    finished_pass.restore(scenario)
-    yield scenario
-    scenario.instance.dispose()
-
-
-@pytest.fixture(scope="module")
-def site(project: Scenario) -> Iterator[Site]:
-    with open_site(project.open()) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
