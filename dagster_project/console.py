@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -158,21 +158,12 @@ def export(
         The exit status: 1 if a shard failed, else 0.
     """
     from assets.graph import build_graph
-    from dagster_project.dead_runs import close_dead_runs
-    from dagster_project.instance import only_pass, open_instance
     from dagster_project.on_demand import write_export
-    from dagster_project.progress import shown_progress
     from dagster_project.queries import require
     from resources.lake.versions import Versions
 
     require("recipe", recipe, project.settings.recipes)
-    with open_instance(project) as instance, only_pass(project):
-        close_dead_runs(instance)
-        graph = build_graph(project)
-        with shown_progress() as shown:
-            outcome = write_export(
-                project, graph, instance, recipe, notice=shown.notice, progress=shown.advance, interrupts=interrupts
-            )
+    outcome = _alone(project, build_graph(project), write_export, recipe, interrupts)
     status = 1 if outcome.failures else 0
     version = None if status else Versions(project.lake, recipe).newest()
     folder = f"{project.lake.root}/export/{recipe}/{version}" if version else None
@@ -207,22 +198,14 @@ def evaluate(
         The exit status: 1 if it failed, else 0.
     """
     from assets.graph import build_graph
-    from dagster_project.dead_runs import close_dead_runs
     from dagster_project.early_checks import require_inputs
-    from dagster_project.instance import only_pass, open_instance
     from dagster_project.on_demand import evaluate as compute
-    from dagster_project.progress import shown_progress
     from dagster_project.queries import require
 
     require("evaluation", name, project.settings.evaluations)
     graph, key = build_graph(project), f"evaluation/{name}"
     require_inputs(project, graph, [key])
-    with open_instance(project) as instance, only_pass(project):
-        close_dead_runs(instance)
-        with shown_progress() as shown:
-            outcome = compute(
-                project, graph, instance, name, notice=shown.notice, progress=shown.advance, interrupts=interrupts
-            )
+    outcome = _alone(project, graph, compute, name, interrupts)
     status = 1 if outcome.failures else 0
     stored = None if status else project.lake.stored(key)
     summary = stored.summary if stored is not None else {}
@@ -235,6 +218,26 @@ def evaluate(
         page = f"{project.lake.root}/{summary['report']}"
         console.print("\n".join([*lines, f"The page: {page}"]), soft_wrap=True, highlight=False, markup=False)
     return status
+
+
+def _alone(
+    project: "Context",
+    graph: "Graph",
+    compute: "Callable[..., Outcome]",
+    name: str,
+    interrupts: "Interrupts | None",
+) -> "Outcome":
+    """Compute one asset by name, as `on_demand` does, with a progress bar, while no other pass works on the lake."""
+    from dagster_project.dead_runs import close_dead_runs
+    from dagster_project.instance import only_pass, open_instance
+    from dagster_project.progress import shown_progress
+
+    with open_instance(project) as instance, only_pass(project):
+        close_dead_runs(instance)
+        with shown_progress() as shown:
+            return compute(
+                project, graph, instance, name, notice=shown.notice, progress=shown.advance, interrupts=interrupts
+            )
 
 
 # The outcome of a pass
