@@ -3,8 +3,6 @@
 Here: from a relation to the rows that stay. Not here: the rules (`selection.recipes.balance`).
 """
 
-from dataclasses import dataclass
-
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
@@ -12,37 +10,14 @@ from numpy.typing import NDArray
 from core.sql import one, quoted, text
 from selection.recipes.balance import RowConcepts, chances, keep_by_chance, keep_greedily
 from selection.recipes.ranking import StepError, with_column_at
-from selection.recipes.set_steps import CAPTION, FEATURES, NEAREST, Balance, feature_columns
+from selection.recipes.set_steps import CAPTION, FEATURES, NEAREST, Balance, SelectedSet, feature_columns
 
 _SHOWN = 3  # concepts of a row, the rarest
 
 
-@dataclass(frozen=True)
-class Balanced:
-    """The result of the step.
-
-    Attributes:
-        relation: A view of the source with two more columns, as an SQL identifier.
-        predicate: SQL over one row of it: whether the row stays.
-        value: SQL over one row: the chance to stay, or the gain when it was taken, 0 if it was not.
-        kept: Number of rows that stay.
-        rows: Query of the rows that entered (f0, f1): `kept`, `value`, and their rarest `concepts` by number.
-        concepts: Query of the concepts by `number`: `label`, and the rows that `entered` and that were `selected`.
-        note: A remark for the reader.
-    """
-
-    relation: str
-    predicate: str
-    value: str
-    kept: int
-    rows: str
-    concepts: str
-    note: str | None
-
-
 def balance(
     con: duckdb.DuckDBPyConnection, step: Balance, column: str, relation: str, inside: str, wanted: int | None
-) -> Balanced:
+) -> SelectedSet:
     """Cut common concepts.
 
     Args:
@@ -52,6 +27,11 @@ def balance(
         relation: The source as an SQL identifier.
         inside: SQL over one row: whether it entered the step.
         wanted: Rows to take greedily; None to keep by chance.
+
+    Returns:
+        The set. `value` is the chance to stay, or the gain when a row was taken, 0 if it was not. Each of `rows`, which
+        entered (f0, f1), has `kept`, `value`, and its rarest `concepts` by number. `concepts` has by `number` the
+        `label`, and the rows that `entered` and that were `selected`.
 
     Raises:
         StepError: No row has a concept.
@@ -88,7 +68,7 @@ def balance(
     note = None
     if wanted is not None and kept.sum() < wanted:
         note = f"every concept of the other rows has reached the cap, so {int(kept.sum())} of {wanted} rows were taken"
-    return Balanced(
+    return SelectedSet(
         relation=relation,
         predicate=quoted(f"{column}_kept"),
         value=f"({quoted(f'{column}_value')} + 0.0)",

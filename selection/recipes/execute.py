@@ -245,10 +245,9 @@ def _execute_step(
         return *_keep_top(con, step.keep_top, report, relation, inside, basis), None
     if step.soft_cap_sample is not None:
         return *_draw(con, step.soft_cap_sample, report, relation, inside, basis), None
-    if step.match_distribution is not None:
-        return _match(con, step.match_distribution, report, relation, inside, basis, concepts)
-    if step.balance is not None:
-        return _balance(con, step.balance, report, relation, inside, basis, concepts)
+    set_step = step.match_distribution or step.balance
+    if set_step is not None:
+        return _select_set(con, set_step, report, relation, inside, basis, concepts)
     if step.stratify is not None:
         found = top_of_strata(con, step.stratify, column, relation, inside, counted)
     elif step.deduplicate is not None and step.deduplicate.equal is not None:
@@ -301,20 +300,25 @@ def _grouped(report: StepReport, step: Step, found: Grouped) -> StepReport:
     return replace(report, by=like.by, scores=() if like.best is None else (like.best,))
 
 
-def _match(
+def _select_set(
     con: duckdb.DuckDBPyConnection,
-    step: MatchDistribution,
+    step: MatchDistribution | Balance,
     report: StepReport,
     relation: str,
     inside: str,
     basis: int,
     concepts: dict[int, str],
 ) -> tuple[StepReport, str, str]:
-    """Execute `match_distribution`."""
+    """Execute `match_distribution` or `balance`."""
     wanted = step.wanted(basis)
-    if not wanted:
+    if wanted == 0:
         raise _less_than_one(step.fraction, basis)
-    found = match(con, step, f"step{report.step}", relation, inside, wanted)
+    column = f"step{report.step}"
+    if isinstance(step, Balance):
+        found = balance(con, step, column, relation, inside, wanted)
+    else:
+        assert wanted is not None  # only `balance` has a form without a number of rows
+        found = match(con, step, column, relation, inside, wanted)
     concepts[report.step] = found.concepts
     report = replace(
         report,
@@ -322,33 +326,6 @@ def _match(
         predicate=found.predicate,
         score=step.label,
         scores=step.scores,
-        value=found.value,
-        wanted=wanted,
-        note=found.note,
-    )
-    return report, found.relation, found.rows
-
-
-def _balance(
-    con: duckdb.DuckDBPyConnection,
-    step: Balance,
-    report: StepReport,
-    relation: str,
-    inside: str,
-    basis: int,
-    concepts: dict[int, str],
-) -> tuple[StepReport, str, str]:
-    """Execute `balance`."""
-    wanted = step.wanted(basis)
-    if wanted == 0:
-        raise _less_than_one(step.fraction, basis)
-    found = balance(con, step, f"step{report.step}", relation, inside, wanted)
-    concepts[report.step] = found.concepts
-    report = replace(
-        report,
-        kept=found.kept,
-        predicate=found.predicate,
-        score=step.label,
         value=found.value,
         wanted=wanted,
         note=found.note,

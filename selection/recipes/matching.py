@@ -5,7 +5,6 @@ Here: from a relation to the selected rows. Not here: the objective and its maxi
 """
 
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 import duckdb
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from core.sql import literal, one, quoted
 from selection.recipes.distribution import Features, Matched, last_gains, match_distribution
 from selection.recipes.ranking import StepError, nth, ranked_value, with_column_at
-from selection.recipes.set_steps import MatchDistribution, feature_columns
+from selection.recipes.set_steps import MatchDistribution, SelectedSet, feature_columns
 from selection.recipes.steps import Ranking
 
 _BATCH = 1 << 16  # rows read at once
@@ -25,34 +24,9 @@ CONCEPTS = "concepts"
 """Ends the name of the table with a step's concepts."""
 
 
-@dataclass(frozen=True)
-class MatchedRows:
-    """The result of the step.
-
-    Attributes:
-        relation: A view of the source with two more columns, as an SQL identifier.
-        predicate: SQL over one row of it: whether the row stays.
-        value: SQL over one row: what a selected row added to F when it was taken, and what another would add now.
-        kept: Number of rows that stay.
-        rows: Query of the selected rows (f0, f1): `position` from 1, `gain`, and the `concepts` that added most of it
-            with their `parts`.
-        concepts: Query of the concepts by their number in F: `features`, `concept`, `label`, and their shares of the
-            `target`, of the rows that `entered`, and of those that were `selected`; and the `mass` of those.
-        note: A remark for the reader.
-    """
-
-    relation: str
-    predicate: str
-    value: str
-    kept: int
-    rows: str
-    concepts: str
-    note: str | None
-
-
 def match(
     con: duckdb.DuckDBPyConnection, step: MatchDistribution, column: str, relation: str, inside: str, wanted: int
-) -> MatchedRows:
+) -> SelectedSet:
     """Select the rows that match a target's distribution.
 
     Args:
@@ -62,6 +36,12 @@ def match(
         relation: The source as an SQL identifier.
         inside: SQL over one row: whether it entered the step.
         wanted: Rows to keep, at least 1; all, if fewer entered.
+
+    Returns:
+        The set. `value` is what a selected row added to F when it was taken, and what another would add now. Each of
+        `rows`, which were selected (f0, f1), has its `position` from 1, `gain`, and the `concepts` that added most of
+        it with their `parts`. `concepts` has by number in F `features`, `concept`, `label`, and their shares of the
+        `target`, of the rows that `entered`, and of those that were `selected`; and the `mass` of those.
 
     Raises:
         StepError: A row that entered has no features or no quality, or features and target do not fit.
@@ -93,7 +73,7 @@ def match(
     rows, concepts = quoted(f"{column}_matched"), quoted(f"{column}_{CONCEPTS}")
     _store_rows(con, rows, matched, found)
     _store_concepts(con, concepts, target, entered, matched.mass)
-    return MatchedRows(
+    return SelectedSet(
         relation=relation,
         predicate=f"{quoted(f'{column}_rank')} IS NOT NULL",
         value=f"({quoted(f'{column}_gain')} + 0.0)",

@@ -1,8 +1,9 @@
 """Steps that judge the selected set and not single rows: their models, the columns and the tables that they read.
 
-Their execution is in `selection.recipes.matching`.
+Also what their execution returns, which is in `selection.recipes.matching` and `balancing`.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,6 +14,29 @@ FEATURES = "sparse_features/"
 AUTOENCODER = "sparse_autoencoder/"
 NEAREST = "nearest_target/"
 CAPTION = "caption"
+
+
+@dataclass(frozen=True)
+class SelectedSet:
+    """The result of a step.
+
+    Attributes:
+        relation: A view of the source with two more columns, as an SQL identifier.
+        predicate: SQL over one row of it: whether the row stays.
+        value: SQL over one row: what the step ranked it by.
+        kept: Number of rows that stay.
+        rows: Query of rows (f0, f1) and why they stayed.
+        concepts: Query of the concepts, with their counts before and after.
+        note: A remark for the reader.
+    """
+
+    relation: str
+    predicate: str
+    value: str
+    kept: int
+    rows: str
+    concepts: str
+    note: str | None
 
 
 class MatchDistribution(Model):
