@@ -186,6 +186,10 @@ def _refuse_subsets(record: Mapping[str, Any]) -> None:
         if name.startswith("subset/")
     ]
     started += [f"{asset} started from {read['of']}" for asset, read in record["scores"].items() if read.get("of")]
+    encoders = record["project"]["encoders"]
+    started += [
+        f"embeddings/{name} started from {of}" for name in record["encoders"] if (of := encoders[name].get("of"))
+    ]
     remedy = "which `rebuild` does not make first. Remedy: `choose_again` in its own lake"
     _refuse(record, [f"{start}, {remedy}" for start in started])
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, Validat
 
 from assets.base.context import Context
 from assets.base.evaluation_settings import check_evaluation
-from assets.base.score_kind import ScoreKind, Scores
+from assets.base.score_kind import ScoreKind, Scores, check_embedded_subsets
 from assets.base.settings import Name, ProjectSettings
 from assets.scores import KINDS
 from core.errors import UserError
@@ -143,6 +143,7 @@ class _CheckedSettings(ProjectSettings):
             uid_lists=[f"external_uids/{name}" for name in self.external_uids],
             tables=[declared.key for kind in self.kinds for declared in kind.upstream(self)],
         )
+        check_embedded_subsets(self)
         for kind in self.kinds:
             kind.validate_recipes(self)
         for name, evaluation in self.evaluations.items():

@@ -107,3 +107,17 @@ def subset_words(subset: NDArray[np.void]) -> tuple[Words, Words]:
 def _not_a_uid(texts: Sequence[str]) -> ValueError:
     position, text = next((i, t) for i, t in enumerate(texts) if not _UID.fullmatch(t))
     return ValueError(f"{text!r} at position {position} is no uid: a uid is 32 hexadecimal digits.")
+
+
+def first_places(uids: NDArray[np.void], wanted: NDArray[np.void]) -> NDArray[np.int64]:
+    """Return the places in `uids` of the first row of each uid that is wanted, ascending.
+
+    Args:
+        uids: `UID_DTYPE` records `[n]`.
+        wanted: the same, `[m]`; those that are not in `uids` have no place.
+
+    Returns:
+        int64 of at most m places.
+    """
+    known, first = np.unique(uids, return_index=True)
+    return np.sort(first[np.isin(known, wanted)]).astype(np.int64)

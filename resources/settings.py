@@ -61,6 +61,14 @@ ModelName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_reso
 Pretrained = Annotated[str, StringConstraints(min_length=1), AfterValidator(_resolve_weights_file)]
 
 
+SubsetKey = Annotated[str, StringConstraints(pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+def recipe_of(subset: str | None) -> str | None:
+    """Return the recipe of a subset that settings name as `subset/<recipe>`."""
+    return subset.removeprefix("subset/") if subset is not None else None
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown field is an error."""
 
@@ -196,6 +204,10 @@ class EncoderSettings(Settings):
         description="τ of negCLIPLoss. Default: the model's own, 1/exp(logit_scale). Required for "
         "precomputed embeddings without a model.",
     )
+    of: SubsetKey | None = Field(
+        default=None,
+        description="The subset whose rows are embedded, as subset/<recipe>. Default: the whole pool.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "EncoderSettings":
@@ -210,7 +222,16 @@ class EncoderSettings(Settings):
             )
         if self.model is not None and self.model.startswith((LOCAL_DIR, HF_HUB)) and self.pretrained is not None:
             raise ValueError("`pretrained` is for model names only: this model brings its weights")
+        if self.of is not None and self.precomputed is not None:
+            raise ValueError(
+                "`of` saves the work of a model, and `precomputed` embeddings are only read. Remedy: leave `of` out"
+            )
         return self
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe whose subset is embedded."""
+        return recipe_of(self.of)
 
 
 class TargetFeatures(Settings):
@@ -375,9 +396,8 @@ class CaptionerSettings(Settings):
         description="open_clip pretrained tag (mscoco_finetuned_laion2b_s13b_b90k) or a weights file; only for a "
         "CoCa's name.",
     )
-    of: str | None = Field(
+    of: SubsetKey | None = Field(
         default=None,
-        pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$",
         description="The subset whose images get captions, as subset/<recipe>. Default: the whole pool.",
     )
     prompt: str | None = Field(
@@ -436,7 +456,7 @@ class CaptionerSettings(Settings):
     @property
     def recipe(self) -> str | None:
         """The recipe whose subset gets captions."""
-        return self.of.removeprefix("subset/") if self.of is not None else None
+        return recipe_of(self.of)
 
 
 class TextEncoderSettings(Settings):

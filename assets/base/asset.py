@@ -136,9 +136,18 @@ class Declared:
         return tuple(replace(dep, key=dep.key.format(**self.names)) for dep in deps)
 
     @cached_property
+    def of(self) -> str | None:
+        """The subset whose rows its encoder embeds, as `subset/<recipe>`; None for the whole pool."""
+        encoder = self.settings.encoders.get(self.names.get("encoder", ""))
+        return None if encoder is None else encoder.of
+
+    @cached_property
     def _columns(self) -> pa.Schema | Sequence[Column]:
         columns = self.template.columns
-        return columns(self) if callable(columns) else columns
+        found = columns(self) if callable(columns) else columns
+        if self.of is None or isinstance(found, pa.Schema):
+            return found
+        return [replace(column, nullable=True) for column in found]
 
     @property
     def columns(self) -> Sequence[Column]:
@@ -210,7 +219,7 @@ class FileAsset:
 
     @property
     def row_source(self) -> str:
-        """Key of the asset whose rows it has: the embeddings that it reads, else `raw_pool`."""
+        """Key of the asset that its rows are computed from: the embeddings that it reads, else `raw_pool`."""
         return next((key for key in self.deps if key.startswith("embeddings/")), "raw_pool")
 
     def tables(self, snapshot: Snapshot, shard: str | None, new: Mapping[str, pa.Table] | None = None) -> Tables:

@@ -55,6 +55,11 @@ def _check_encoder(settings: ProjectSettings, field: str, evaluation: Evaluation
     models = {other: (found.model, found.pretrained) for other, found in settings.encoders.items()}
     if settings.encoders[name].model is None:
         raise ValueError(f"{field}.encoder: encoder {name!r} has no model to embed the tasks with. Remedy: another one")
+    if settings.encoders[name].of is not None:
+        raise ValueError(
+            f"{field}.encoder: encoder {name!r} embeds only {settings.encoders[name].of}, and the arms have other rows "
+            "too. Remedy: an encoder without `of`"
+        )
     scores = Scores(settings)
     for recipe in evaluation.recipes:
         for asset in sorted(_read(scores, recipe, settings.recipes)):

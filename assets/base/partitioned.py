@@ -72,14 +72,14 @@ class PartitionedTemplate(Template):
         prepare: computes a value that all shards of a step share, such as tensors of the targets.
         streams: the function computes many shards together.
         every_row: it reports each row of `raw_pool` as done. Otherwise shards are counted: the rows are not known
-            before, or only some are computed.
+            before, or only some are computed. May be a function of the `Declared` asset.
         spread: shards may be computed by several workers, each by itself. Otherwise the step's process computes them.
         beside: keys of the assets whose files the function's `Result` has beside its own, such as `rejects`.
     """
 
     prepare: Callable[[Step], Any] | None = None
     streams: bool = False
-    every_row: bool = True
+    every_row: "bool | Callable[[Declared], bool]" = True
     spread: bool = True
     beside: Sequence[str] = ()
 
@@ -174,7 +174,8 @@ class PartitionedAsset(FileAsset):
         """Return the number of rows that computing shards reports as done; None where it is not known beforehand."""
         template = self.declared.template
         assert isinstance(template, PartitionedTemplate)
-        if not template.every_row:
+        every_row = template.every_row
+        if not (every_row(self.declared) if callable(every_row) else every_row):
             return None
         stored = (snapshot.context.lake.stored("raw_pool", shard) for shard in shards)
         return sum(record.rows for record in stored if record is not None)

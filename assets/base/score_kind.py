@@ -15,6 +15,7 @@ from assets.base.columns import Column
 from assets.base.partitioned import PartitionedTemplate
 from assets.base.settings import ProjectSettings, json_settings
 from core.names import suggestion
+from resources.settings import recipe_of
 
 S = TypeVar("S")
 
@@ -42,6 +43,7 @@ class ScoreKind(Generic[S]):
         recorded: the parts of the YAML that a lineage record keeps, given the keys of the score assets it needs.
         extra_settings: further fields under `scores` in the YAML: type and default, by name.
         user_columns: the user names the columns, so recipes call them `<asset>/<column>`.
+        partial: its scores may be computed from embeddings of a subset's rows alone (`of` of an encoder).
     """
 
     name: str
@@ -58,6 +60,7 @@ class ScoreKind(Generic[S]):
     recorded: Callable[[ProjectSettings, Collection[str]], dict[str, Any]]
     extra_settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     user_columns: bool = False
+    partial: bool = False
 
     def declared(self, settings: ProjectSettings) -> list[Declared]:
         """Return the score assets that the settings ask for."""
@@ -117,7 +120,7 @@ class Scores:
 
     def starts_from(self, asset: str) -> str | None:
         """Return the recipe whose subset a score asset is computed over; None for the whole pool."""
-        return self.kinds[asset].starts_from(self.assets[asset])
+        return self.kinds[asset].starts_from(self.assets[asset]) or recipe_of(self.assets[asset].of)
 
     def of_recipe(self, recipe: str) -> set[str]:
         """List the score assets that a recipe reads, and those that they are computed from."""
@@ -190,6 +193,28 @@ def require_recipe(settings: ProjectSettings, field: str, recipe: str | None) ->
     """
     if recipe is not None and recipe not in settings.recipes:
         raise ValueError(f"{field}: there is no recipe {recipe!r}; {suggestion(recipe, settings.recipes)}")
+
+
+def check_embedded_subsets(settings: ProjectSettings) -> None:
+    """Check the subsets whose rows encoders embed, `of`: that they exist, and what is computed from the embeddings.
+
+    Raises:
+        ValueError: a recipe does not exist or reads a score of its encoder, or a score needs the embeddings of all
+            rows.
+    """
+    for name, encoder in settings.encoders.items():
+        require_recipe(settings, f"encoders.{name}.of", encoder.recipe)
+    scores = Scores(settings)
+    for key, asset in scores.assets.items():
+        if asset.of is None:
+            continue
+        field = f"encoders.{asset.names['encoder']}.of"
+        if not scores.kinds[key].partial:
+            raise ValueError(
+                f"{field}: {key} needs the embeddings of all rows. Remedy: leave `of` out, or compute the score with "
+                "another encoder"
+            )
+        require_no_cycle(settings, field, key, recipe_of(asset.of))
 
 
 def require_no_cycle(settings: ProjectSettings, field: str, asset: str, recipe: str | None) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from assets.base.standard_checks import uid_records
+from core.uids import first_places
 from resources.lake.sealed import Vectors
 
 if TYPE_CHECKING:
@@ -81,6 +83,22 @@ def score_table(shard: str, identity: pa.Table, **columns: np.ndarray) -> pa.Tab
             **{name: pa.array(values) for name, values in columns.items()},
         }
     )
+
+
+def in_pool_order(shard: str, table: pa.Table, pool: pa.Table) -> pa.Table:
+    """Return scores of some of a shard's rows as a table of all its rows, without values for the others.
+
+    Args:
+        shard: its name.
+        table: their scores beside shard, f0 and f1, in the order of `pool`, each uid once.
+        pool: a table with f0 and f1 of all rows.
+    """
+    places = first_places(uid_records(pool), uid_records(table))
+    row = np.full(pool.num_rows, -1)
+    row[places] = np.arange(table.num_rows)
+    values = table.drop_columns(["shard", "f0", "f1"]).take(pa.array(row, mask=row < 0))
+    identity = {"shard": pa.array([shard] * pool.num_rows, pa.string()), "f0": pool["f0"], "f1": pool["f1"]}
+    return pa.table({**identity, **{name: values[name] for name in values.column_names}})
 
 
 def score_stats(name: str, values: np.ndarray) -> dict[str, float | str]:

@@ -13,8 +13,10 @@ from resources.settings import (
     Location,
     PoolSettings,
     Settings,
+    SubsetKey,
     TargetSettings,
     TextEncoderSettings,
+    recipe_of,
 )
 from resources.training.settings import EvaluationSettings
 from selection.recipes.recipe import Recipe
@@ -29,12 +31,12 @@ class OfSubset(Settings):
         of: the subset whose rows are compared, as `subset/<recipe>`; by default the whole pool.
     """
 
-    of: str | None = Field(default=None, pattern=r"^subset/[A-Za-z_][A-Za-z0-9_]*$")
+    of: SubsetKey | None = None
 
     @property
     def recipe(self) -> str | None:
         """Name of the recipe of that subset."""
-        return self.of.removeprefix("subset/") if self.of is not None else None
+        return recipe_of(self.of)
 
 
 class ProjectSettings(BaseModel):

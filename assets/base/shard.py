@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from assets.base.asset import Step
 from assets.base.results import Result
-from assets.base.score_tables import chunks, device, score_stats, score_table
+from assets.base.score_tables import chunks, device, in_pool_order, score_stats, score_table
 from resources.lake.files import Lake
 from resources.lake.sealed import Vectors
 
@@ -108,9 +108,11 @@ class Shard:
     def scores(self, summary: dict[str, Any] | None = None, /, **columns: np.ndarray) -> Result:
         """Return the shard's score table, with statistics of each column that ranks.
 
+        Its rows are those of `raw_pool`. If the encoder embeds only the rows of a subset, the others have no values.
+
         Args:
             summary: further statistics.
-            columns: `[n]` values of each column of the asset.
+            columns: `[n]` values of each column of the asset, one for each row of its embeddings.
 
         Raises:
             ValueError: a score is not finite.
@@ -121,4 +123,7 @@ class Shard:
         for name, values in columns.items():
             if declared[name].direction is not None:
                 stats.update(score_stats(name, values))
-        return Result(score_table(self.name, identity, **columns), {**(summary or {}), **stats})
+        table = score_table(self.name, identity, **columns)
+        if self.step.asset.declared.of is not None:
+            table = in_pool_order(self.name, table, self.read("raw_pool", ["f0", "f1"]))
+        return Result(table, {**(summary or {}), **stats})

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from assets.base.asset import Declared
 from assets.base.checks import Check, Finding, Tables, not_compared
-from core.uids import UID_DTYPE
+from core.uids import UID_DTYPE, first_places
 from resources.lake.files import column_to_vectors
 
 NORM_TOLERANCE = 0.01  # float16 of a unit vector is nearer than 0.001; the pool readers reject beyond this too
@@ -16,17 +16,31 @@ COSINE_TOLERANCE = 1e-3
 ZERO_TOLERANCE = 1e-6  # of a float32 difference that is zero by its equation
 COSINE_BOUNDS = (-1 - COSINE_TOLERANCE, 1 + COSINE_TOLERANCE)
 CHUNK_ROWS = 16_384
+EMBEDDINGS = "embeddings/"
 
 
 def rows_aligned(asset: Declared) -> Check:
-    """Check that the rows are those of `raw_pool` and of the embeddings that the asset reads, in the same order."""
-    embeddings = [dep.key for dep in asset.deps if dep.key.startswith("embeddings/")]
+    """Check that the rows are those of `raw_pool` and of the embeddings that the asset reads, in the same order.
+
+    Embeddings by an encoder with `of` have some of the rows of `raw_pool`, in its order.
+    """
+    embeddings = [dep.key for dep in asset.deps if dep.key.startswith(EMBEDDINGS)]
     others = ["raw_pool", *embeddings]
 
     def run(tables: Tables) -> Finding:
         own = uid_records(tables.read(columns=["f0", "f1"]))
         for other in others:
             theirs = uid_records(tables.read(other, ["f0", "f1"]))
+            if asset.of is not None and other.startswith(EMBEDDINGS) != asset.key.startswith(EMBEDDINGS):
+                # One of the two has the subset's rows, the other those of the pool.
+                pool, some = (own, theirs) if other.startswith(EMBEDDINGS) else (theirs, own)
+                places = first_places(pool, some)
+                if len(places) != len(some) or (pool[places] != some).any():
+                    figures = {"rows": len(own), f"rows/{other}": len(theirs)}
+                    return Finding(
+                        False, figures, f"the embedded rows are not rows of {other}, in its order, each once"
+                    )
+                continue
             if len(own) != len(theirs):
                 return Finding(False, {"rows": len(own)}, f"{len(own)} rows, and {other} has {len(theirs)}")
             wrong = np.flatnonzero(own != theirs)
@@ -35,7 +49,10 @@ def rows_aligned(asset: Declared) -> Check:
                 return Finding(False, {"rows": len(own), "rows_out_of_step": len(wrong)}, where)
         return Finding(True, {"rows": len(own)})
 
-    return Check("rows_aligned", f"Row for row the uids of {' and '.join(others)}.", run)
+    text = f"Row for row the uids of {' and '.join(others)}."
+    if asset.of is not None:
+        text += f" The embeddings have only the rows of {asset.of}."
+    return Check("rows_aligned", text, run)
 
 
 def unit_norm(*columns: str) -> Callable[[Declared], Check]:

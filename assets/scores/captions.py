@@ -10,10 +10,8 @@ describe changes, existing captions are reused.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,10 +23,10 @@ from assets.base.freshness import newest_version
 from assets.base.partitioned import partitioned
 from assets.base.results import NotReady, Outcome, Result
 from assets.base.standard_checks import rows_aligned
+from assets.base.subset_rows import SubsetRows, subset_rows_input
 from core.hashing import digest
 from resources.lake.files import LakeError, Provenance
 from resources.lake.scratch import WorkFolder
-from resources.lake.versions import Version, Versions
 from resources.models.decoding import EncoderError
 from resources.settings import CaptionerSettings
 
@@ -58,7 +56,7 @@ def _deps(asset: Declared) -> Sequence[str | Dep]:
 def _rows_to_describe(asset: FileAsset, snapshot: Snapshot, shard: str | None) -> Mapping[str, str]:
     assert shard is not None
     of = _settings(asset.declared).of
-    return {} if of is None else {f"rows of {of}": _rows_digest(asset, snapshot, shard)}
+    return {} if of is None else subset_rows_input(asset, snapshot, of, shard)
 
 
 def _description(asset: Declared) -> str:
@@ -100,35 +98,6 @@ def captions(step: Step, shards: Sequence[str]) -> Iterator[tuple[str, Outcome]]
                 work.clear(shard, step.wanted[shard])
 
 
-def _subset(asset: FileAsset, snapshot: Snapshot) -> Version | None:
-    of = _settings(asset.declared).of
-    return None if of is None else newest_version(snapshot, asset.assets[of])
-
-
-def _rows_digest(asset: FileAsset, snapshot: Snapshot, shard: str) -> str:
-    """Return a digest of a shard's rows in the subset: a shard in which they stay the same is not captioned again.
-
-    Raises:
-        NotReady: the subset is missing, out of date, or was selected without this shard.
-    """
-    version = _subset(asset, snapshot)
-    assert version is not None
-    key = f"subset/{version.recipe}"
-    if shard not in version.lineage["shards"]:
-        raise NotReady(f"{key} was selected without shard {shard}. Remedy: materialize {key} again")
-
-    def read() -> dict[str, str]:
-        with duckdb.connect() as con:
-            rows = con.execute(
-                "SELECT shard, count(*), bit_xor(md5_number(concat(f0, '/', f1))) FROM read_parquet(?) GROUP BY 1",
-                [Versions(snapshot.context.lake, version.recipe).verified_path(version)],
-            ).fetchall()
-        return {name: digest([count, str(mixed)]) for name, count, mixed in rows}
-
-    digests = snapshot.memoized(f"{key} {version.lineage['fingerprint']} rows", read)
-    return digests.get(shard, digest([0, ""]))
-
-
 class _Work(Mapping[str, pa.Table]):
     """The rows of shards that still need captions, each shard read when its turn comes, and the captions so far.
 
@@ -140,8 +109,9 @@ class _Work(Mapping[str, pa.Table]):
     def __init__(self, step: Step, shards: Sequence[str]) -> None:
         self.step = step
         self.shards = shards
-        self.subset = _subset(step.asset, step.snapshot)
-        self.lake = step.context.lake
+        self.lake, of = step.context.lake, _settings(step.asset.declared).of
+        newest = None if of is None else newest_version(step.snapshot, step.asset.assets[of])
+        self.subset = None if newest is None else SubsetRows(self.lake, newest)
         # Everything that decides a caption, apart from the image.
         self._maker = digest([CODE_VERSION, _captioner(step.context, step.asset.declared)])
         self._left: dict[str, pa.Table] = {}
@@ -153,7 +123,7 @@ class _Work(Mapping[str, pa.Table]):
             try:
                 pool = self.step.read("raw_pool", shard)
                 self._captions[shard] = self._kept(shard)
-                wanted = set(_uids(pool if self.subset is None else self._subset_uids(shard)))
+                wanted = set(_uids(pool if self.subset is None else self.subset.uids(shard)))
             except (LakeError, NotReady) as error:
                 raise OSError(str(error)) from error  # which stays with its shard
             kept = self._captions[shard]
@@ -183,7 +153,7 @@ class _Work(Mapping[str, pa.Table]):
     def result(self, shard: str) -> Result:
         """Return the shard's table: NULL for rows that get no captions."""
         pool = self.step.read("raw_pool", shard, ["f0", "f1"])
-        wanted = None if self.subset is None else set(_uids(self._subset_uids(shard)))
+        wanted = None if self.subset is None else set(_uids(self.subset.uids(shard)))
         known = self._captions[shard]
         found = [known[uid] if wanted is None or uid in wanted else None for uid in _uids(pool)]
         column = pa.array(found, pa.list_(pa.string()))
@@ -201,18 +171,6 @@ class _Work(Mapping[str, pa.Table]):
         stored = self.step.stored(self.step.asset.key, shard)
         if stored is not None and stored.is_from(written):
             self._folder(shard).clear()
-
-    @cached_property
-    def _manifest(self) -> str:
-        assert self.subset is not None
-        return Versions(self.lake, self.subset.recipe).verified_path(self.subset)
-
-    def _subset_uids(self, shard: str) -> pa.Table:
-        with duckdb.connect() as con:
-            return con.sql(
-                "SELECT f0, f1 FROM read_parquet($path) WHERE shard = $shard",
-                params={"path": self._manifest, "shard": shard},
-            ).to_arrow_table()
 
     def _folder(self, shard: str) -> WorkFolder:
         return WorkFolder(self.lake, f"captioning/{self.step.names['captioner']}/{shard}")

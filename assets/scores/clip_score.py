@@ -84,4 +84,5 @@ CLIP_SCORE = ScoreKind(
     recorded=lambda settings, wanted: {
         "scores": {"clip_score": [encoder for encoder in encoders(settings) if f"clip_score/{encoder}" in wanted]}
     },
+    partial=True,
 )

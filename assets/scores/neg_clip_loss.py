@@ -193,4 +193,5 @@ NEG_CLIP_LOSS = ScoreKind(
     recorded=lambda settings, wanted: recorded_entries(
         "neg_clip_loss", configured(settings), wanted, lambda encoder: [f"neg_clip_loss/{encoder}"]
     ),
+    partial=True,
 )

@@ -19,7 +19,7 @@ from assets.base.freshness import embedded_shards
 from assets.base.results import NotReady, Result
 from assets.base.standard_checks import uid_records, unit_norm
 from assets.base.unpartitioned import unpartitioned
-from assets.pool.embeddings import embeddings, encoder_parameters
+from assets.pool.embeddings import embedding_parameters, embeddings
 from assets.scores.draws import SCHEMA, draw
 from assets.scores.drift import drift, growth
 from assets.scores.neg_clip_loss_settings import NegClipLossSettings, configured
@@ -58,7 +58,7 @@ DRAWS_COMPLETE = Check(
 def _parameters(context: Context, asset: Declared) -> Mapping[str, Any]:
     settings = _settings(asset)
     return {
-        **encoder_parameters(context, asset),
+        **embedding_parameters(context, asset),
         "embeddings_version": embeddings.code_version,
         "batch_size": settings.batch_size,
         "draws": settings.draws,

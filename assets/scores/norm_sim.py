@@ -152,4 +152,5 @@ NORM_SIM = ScoreKind(
     upstream=lambda settings: (target_embeddings.declare(settings, **names) for names in _instances(settings)),
     validate=_validate,
     recorded=_recorded,
+    partial=True,
 )

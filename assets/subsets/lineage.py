@@ -18,6 +18,7 @@ from assets.base.settings import ProjectSettings, json_settings
 from resources.lake.files import Stored
 from resources.lake.versions import step_file
 from resources.pools.base import TarPool
+from resources.settings import EncoderSettings
 from selection.recipes.execute import Selection
 from selection.recipes.matching import CONCEPTS
 
@@ -177,7 +178,8 @@ def packages() -> dict[str, str]:
 def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
     """Return the part of a project's YAML that a recipe needs, with absolute paths and without the lake.
 
-    All encoders stay, because the pool's readers check the embeddings of every precomputed one.
+    All encoders stay, because the pool's readers check the embeddings of every precomputed one. Those that no score of
+    the recipe reads stay without the subset that they embed.
     """
     scores = Scores(settings)
     recipes, waiting = {}, [name]
@@ -193,7 +195,7 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": settings.name,
         "pool": json_settings(settings.pool),
-        "encoders": {encoder: json_settings(model) for encoder, model in settings.encoders.items()},
+        "encoders": {encoder: _encoder(model, recipes) for encoder, model in settings.encoders.items()},
         "targets": {},
         "scores": {},
         "external_uids": {
@@ -207,6 +209,11 @@ def project_document(settings: ProjectSettings, name: str) -> dict[str, Any]:
         for field, value in kind.recorded(settings, wanted).items():
             document[field] = {**document.get(field, {}), **value}
     return document
+
+
+def _encoder(model: EncoderSettings, recipes: Collection[str]) -> dict[str, Any]:
+    found = json_settings(model)
+    return found if model.recipe in recipes else {name: value for name, value in found.items() if name != "of"}
 
 
 def _is_file(asset: str) -> bool:

@@ -32,8 +32,9 @@ class Found:
 
 
 def encoders(table: Table) -> list[str]:
-    """List the encoders that have embeddings in the lake."""
-    return [name for name in table.context.settings.encoders if table.context.lake.shards(f"embeddings/{name}")]
+    """List the encoders that have embeddings in the lake, of all rows and not only of a subset's (`of`)."""
+    settings, lake = table.context.settings, table.context.lake
+    return [name for name, model in settings.encoders.items() if model.of is None and lake.shards(f"embeddings/{name}")]
 
 
 def of_text(table: Table, encoder: str, text: str) -> np.ndarray:

@@ -86,7 +86,9 @@ def calibrate(
     number = max(SHARDS, 2 * engine.workers)
     first = max(0, (len(by_size) - number) // 2)
     with tempfile.TemporaryDirectory(prefix="clip-select-plan-") as folder:
-        settings = project.settings.model_copy(update={"lake": f"{folder}/lake"})
+        # An encoder with `of` is measured on all rows: there is no subset yet.
+        encoders = {name: model.model_copy(update={"of": None}) for name, model in project.settings.encoders.items()}
+        settings = project.settings.model_copy(update={"lake": f"{folder}/lake", "encoders": encoders})
         context = open_context(settings, project.config)
         calibration = _Calibration(context, engine, by_size[first : first + number], dimensions)
         return calibration.run(wanted, seconds)
