@@ -36,10 +36,8 @@ def rows_aligned(asset: Declared) -> Check:
                 pool, some = (own, theirs) if other.startswith(EMBEDDINGS) else (theirs, own)
                 places = first_places(pool, some)
                 if len(places) != len(some) or (pool[places] != some).any():
-                    figures = {"rows": len(own), f"rows/{other}": len(theirs)}
-                    return Finding(
-                        False, figures, f"the embedded rows are not rows of {other}, in its order, each once"
-                    )
+                    why = f"the {len(some)} embedded rows are not among the {len(pool)} of the shard, in their order"
+                    return Finding(False, {"rows": len(own)}, why)
                 continue
             if len(own) != len(theirs):
                 return Finding(False, {"rows": len(own)}, f"{len(own)} rows, and {other} has {len(theirs)}")
