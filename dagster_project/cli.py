@@ -255,8 +255,16 @@ def rejects(config: Path, reason: str | None, retry: Path | None, limit: int | N
 @click.option(
     "--truth", type=click.Path(path_type=Path), help="Parquet of uid and kind: clean, or the name of a fault."
 )
+@click.option(
+    "--cascade",
+    "cascades",
+    type=(str, str),
+    multiple=True,
+    metavar="FULL CASCADE",
+    help="Two recipes: a selection from all rows, and the one by an encoder with `of` to compare with it. Repeatable.",
+)
 @click.option("--rows", type=click.IntRange(1), help="Rows to study at most. [default: 8192]")
-def study(config: Path, into: Path, truth: Path | None, rows: int | None) -> int:
+def study(config: Path, into: Path, truth: Path | None, cascades: tuple[tuple[str, str], ...], rows: int | None) -> int:
     """Compare all scores and subsets on a page.
 
     With a truth, the page also shows which score finds which fault.
@@ -264,7 +272,7 @@ def study(config: Path, into: Path, truth: Path | None, rows: int | None) -> int
     from assets.study import figures
     from assets.study.page import write_page
 
-    found = figures.study(_open(config), truth, rows=figures.ROWS if rows is None else rows)
+    found = figures.study(_open(config), truth, pairs=cascades, rows=figures.ROWS if rows is None else rows)
     _console().print(f"The page: {write_page(found, into)}", markup=False, soft_wrap=True)
     return 0
 

@@ -13,11 +13,24 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 from tests.support.automation import automation
 from tests.support.captioning import tiny_coca
+from tests.support.cascading import cascade, computed_cascade, small_clip
 from tests.support.pool_factory import tiny_clip
 from tests.support.s3 import bucket, s3_address
 from tests.support.scenario import finished, finished_pass, scenario
 
-__all__ = ["automation", "bucket", "finished", "finished_pass", "s3_address", "scenario", "tiny_clip", "tiny_coca"]
+__all__ = [
+    "automation",
+    "bucket",
+    "cascade",
+    "computed_cascade",
+    "finished",
+    "finished_pass",
+    "s3_address",
+    "scenario",
+    "small_clip",
+    "tiny_clip",
+    "tiny_coca",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

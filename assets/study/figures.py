@@ -18,6 +18,7 @@ import polars as pl
 from assets.base.context import Context
 from assets.base.score_kind import Scores
 from assets.scores.neg_clip_loss_settings import configured
+from assets.study.cascades import cascades
 from assets.study.results import FAULTS, SEED, Group, Overlap, Separation, Study, StudyError, interval
 from assets.study.sensitivity import sensitivity
 from assets.study.sets import set_measures
@@ -45,6 +46,7 @@ def study(
     truth: Path | None = None,
     *,
     ranking: Sequence[str] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
     rows: int = ROWS,
     resamples: int = RESAMPLES,
 ) -> Study:
@@ -55,13 +57,14 @@ def study(
         truth: A Parquet file with columns `uid` and `kind` (`clean`, or the name of a fault). An optional `variant`
             divides the faults further, and each boolean column is a property that is wanted.
         ranking: Score columns to compare, by their names in recipes; by default `ranking_columns(project)`.
+        pairs: Recipes of full selections and of the cascades to compare them with.
         rows: Largest number of studied rows. With a truth, only its rows are studied.
         resamples: Number of resamples in each bootstrap.
 
     Raises:
         FileNotFoundError: There is no catalog, or no such truth.
-        StudyError: The truth lacks columns or clean rows, contradicts itself, or belongs to another pool; or the pool
-            is empty.
+        StudyError: The truth lacks columns or clean rows, contradicts itself, or belongs to another pool; the pool
+            is empty; or a pair is not one of a full selection and a cascade.
     """
     labels = None if truth is None else _read_truth(truth)
     with read_catalog(project.catalog_path()) as con:
@@ -75,6 +78,7 @@ def study(
         unknown = 0 if labels is None else len(labels.join(con.sql("SELECT uid FROM pool").pl(), on="uid", how="anti"))
         selections, overlaps = _overlaps(con, list(project.settings.recipes))
         sets = set_measures(project, con, list(selections))
+        compared_cascades = cascades(project, con, pairs)
     columns = frame.columns[frame.columns.index("key") + 1 :]
     columns = [name for name in columns if labels is None or name not in labels.columns]
     ranks = set(ranking_columns(project) if ranking is None else ranking)
@@ -98,6 +102,7 @@ def study(
         sensitivities=[found for found in sensitivities if found is not None],
         resamples=resamples,
         sets=sets,
+        cascades=compared_cascades,
     )
 
 

@@ -4,7 +4,17 @@ import math
 from collections.abc import Sequence
 
 from assets.study.numbers import auc, difference, plain, rate, small
-from assets.study.results import BEST, CHANCE, Overlap, Sensitivity, Separation, Study, Variant
+from assets.study.results import (
+    BEST,
+    CHANCE,
+    TARGET_OVERLAP,
+    Cascade,
+    Overlap,
+    Sensitivity,
+    Separation,
+    Study,
+    Variant,
+)
 
 SHOWN_OVERLAPS = 3  # of more, the largest and the smallest
 VARIED = ("τ", "B", "K")
@@ -18,7 +28,7 @@ def findings(study: Study) -> list[tuple[str, str]]:
     for group in study.separations:
         if group.within is None and group.auc:
             found.append(_separation(group, [g for g in study.separations if g.within == group.name]))
-    found += [*_agreement(study), *_selections(study)]
+    found += [*_agreement(study), *_selections(study), *map(_cascade, study.cascades)]
     for sensitivity in study.sensitivities:
         found.append(_sensitivity(sensitivity))
         found += _gains(sensitivity)
@@ -96,6 +106,14 @@ def _selections(study: Study) -> list[tuple[str, str]]:
     ordered = sorted(study.overlaps, key=lambda overlap: -overlap.jaccard)
     shown = ordered if len(ordered) <= SHOWN_OVERLAPS else [ordered[0], ordered[-1]]
     return [(f"{overlap.a} and {overlap.b}", shared(overlap)) for overlap in shown]
+
+
+def _cascade(cascade: Cascade) -> tuple[str, str]:
+    embedded = " and ".join(f"{name} embeds {share:.1%} of the rows" for name, share in cascade.embedded.items())
+    text = f"keeps {cascade.overlap:.1%} of {cascade.full}, and {embedded}."
+    if cascade.needed is not None:
+        text += f" {TARGET_OVERLAP:.0%} of {cascade.full} are within the top {cascade.needed:.1%} by {cascade.cheap}."
+    return cascade.cascade, text
 
 
 def _sensitivity(sensitivity: Sensitivity) -> tuple[str, str]:

@@ -17,7 +17,18 @@ from assets.base.pages import render
 from assets.study.findings import findings
 from assets.study.numbers import bounds, plain, rate, small
 from assets.study.plots import Panel, Plot, matrix_plot, sensitivity_plot, separation_plot
-from assets.study.results import BEST, CONFIGURED, FAULTS, POOL, SAMPLE, SIMILAR, Interval, Sensitivity, Study
+from assets.study.results import (
+    BEST,
+    CONFIGURED,
+    FAULTS,
+    POOL,
+    SAMPLE,
+    SIMILAR,
+    TARGET_OVERLAP,
+    Interval,
+    Sensitivity,
+    Study,
+)
 
 PAGE_FILE, FIGURES_FILE = "index.html", "figures.json"
 
@@ -50,6 +61,7 @@ def _page(study: Study) -> str:
         separation=separation,
         agreement=matrix_plot([spearman], "Rank correlation of each two scores"),
         overlap={"plot": _overlap_plot(study), "table": _overlap_table(study)} if study.selections else {},
+        cascades=_cascade_table(study) if study.cascades else None,
         sets=[{"encoder": encoder, "table": _set_table(study, encoder)} for encoder in _encoders(study)],
         similar=f"{SIMILAR:g}",
         sampled=f"{SAMPLE:,}",
@@ -143,6 +155,20 @@ def _overlap_plot(study: Study) -> Plot | None:
         Panel("Share of the row's selection in the column's", names, share, (0.0, 1.0), "Blues"),
     ]
     return matrix_plot(panels, "Overlap of each two selections")
+
+
+def _cascade_table(study: Study) -> _Table:
+    """Return overlap, rows embedded, and the share of the full selection within each top by the cheap score."""
+    shares = sorted({share for cascade in study.cascades for share in cascade.within})
+    rows = []
+    for c in study.cascades:
+        embedded = ", ".join(f"{share:.1%} by {name}" for name, share in c.embedded.items())
+        cells = [c.full, f"{c.rows:,}", embedded, f"{c.overlap:.1%}", c.cheap or "–"]
+        cells += [f"{c.within[share]:.1%}" if share in c.within else "–" for share in shares]
+        rows.append(_Row(c.cascade, _cells([*cells, "–" if c.needed is None else f"{c.needed:.1%}"])))
+    tops = [f"within its top {share:.0%}" for share in shares]
+    head = ["cascade", "of", "rows", "embedded", "overlap", "cheap score", *tops, f"top for {TARGET_OVERLAP:.0%}"]
+    return _Table(head, rows)
 
 
 def _encoders(study: Study) -> list[str]:

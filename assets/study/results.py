@@ -15,6 +15,7 @@ CONFIGURED = "as configured"
 SEED = 0
 POOL = "the pool"
 SIMILAR = 0.95  # cosine from which two images are near duplicates
+TARGET_OVERLAP = 0.98  # share of a full selection that a cascade should keep
 SAMPLE = 2_048  # rows of a set that are compared with all others
 
 
@@ -146,6 +147,32 @@ class SetMeasures:
 
 
 @dataclass(frozen=True)
+class Cascade:
+    """A selection by an encoder that embeds a subset, compared with that from all rows.
+
+    Attributes:
+        full: Recipe of the selection from all rows.
+        cascade: Recipe of the cascade.
+        rows: Number of rows of the full selection.
+        overlap: Share of them that the cascade also keeps.
+        embedded: Share of the pool's rows that each encoder with `of` embeds.
+        cheap: The score whose top rows those are; None if the subset is selected otherwise.
+        within: Share of the full selection within the top by the cheap score, by the share of the pool that the top is.
+            A cascade over that top can't keep more. Empty without a cheap score.
+        needed: Smallest top that has `TARGET_OVERLAP` of the full selection, as a share of the pool.
+    """
+
+    full: str
+    cascade: str
+    rows: int
+    overlap: float
+    embedded: dict[str, float]
+    cheap: str | None
+    within: dict[float, float]
+    needed: float | None
+
+
+@dataclass(frozen=True)
 class Study:
     """All statistics of a page.
 
@@ -165,6 +192,7 @@ class Study:
         sensitivities: One for each encoder with a negCLIPLoss.
         resamples: Number of resamples in each bootstrap.
         sets: Measures of the pool and of each recipe's newest version as sets, by each encoder with sparse features.
+        cascades: One for each pair of recipes that the study was asked for.
     """
 
     project: str
@@ -182,6 +210,7 @@ class Study:
     sensitivities: list[Sensitivity]
     resamples: int
     sets: list[SetMeasures] = field(default_factory=list)
+    cascades: list[Cascade] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all statistics as JSON values, rounded to six places; NaN is null."""

@@ -1,7 +1,6 @@
 """An encoder that embeds only the rows of a subset, `of: subset/<recipe>`, and recipes that rank by its scores."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +16,11 @@ from assets.reproduction import rebuild
 from assets.settings import ConfigError
 from core.uids import first_places
 from resources.lake.files import LakeError, column_to_vectors
+from tests.support.cascading import POOL, UPPER
 from tests.support.pool_factory import picture
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
-POOL = ROWS * len(SHARDS)
-UPPER = POOL // 2
 LARGE, FULL = "embeddings/large", "embeddings/tiny"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
-    """Return the folder of a cheap encoder: the tiny one with other weights."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("small_clip")
-    (folder / "open_clip_config.json").write_bytes((tiny_clip / "open_clip_config.json").read_bytes())
-    state = load_file(tiny_clip / "open_clip_model.safetensors")
-    save_file(
-        {name: value.flip(0).contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors"
-    )
-    return folder
-
-
-def with_cascade(scenario: Scenario, small: Path) -> Scenario:
-    """Return the scenario with a cheap encoder, an expensive one of the upper half, and the same one of all rows."""
-    tiny = scenario.document["encoders"]["tiny"]
-    scenario.document["encoders"] = {
-        "small": {**tiny, "model": f"local-dir:{small}"},
-        "tiny": tiny,
-        "large": {**tiny, "of": "subset/upper"},
-    }
-    scenario.document["scores"] = {
-        "neg_clip_loss": {"large": {"batch_size": UPPER, "draws": 1}},
-        "norm_sim": {"large": ["pets"]},
-    }
-    scenario.document["recipes"] = {
-        "upper": {"steps": [keep("clip_score/small", fraction=0.5)]},
-        "best": {"steps": [{"intersect": "upper"}, keep("clip_score/large", fraction=0.25)]},
-        "full": {"steps": [keep("clip_score/tiny", fraction=0.25)]},
-    }
-    return scenario
-
-
-@pytest.fixture
-def cascade(scenario: Scenario, small: Path) -> Scenario:
-    """Return that project, in which nothing has run."""
-    return with_cascade(scenario, small)
-
-
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, small: Path) -> Iterator[Scenario]:
-    """Yield that project after a pass, for tests that only read it."""
-    scenario = with_cascade(Scenario(tmp_path_factory.mktemp("cascade"), tiny_clip), small)
-    assert not scenario.run().failures
-    yield scenario
-    scenario.instance.dispose()
 
 
 def vectors(scenario: Scenario, key: str) -> dict[tuple[int, int], bytes]:
@@ -102,29 +51,29 @@ def assert_embedded_as_the_upper_part(cascade: Scenario) -> None:
     assert vectors(cascade, LARGE) == {uid: full[uid] for uid in uids(cascade.manifest("upper"))}
 
 
-def test_the_expensive_encoder_embeds_the_upper_part_and_a_recipe_ranks_by_it_there(computed: Scenario) -> None:
-    upper = uids(computed.manifest("upper"))
+def test_the_expensive_encoder_embeds_the_upper_part_and_a_recipe_ranks_by_it_there(computed_cascade: Scenario) -> None:
+    upper = uids(computed_cascade.manifest("upper"))
     assert len(upper) == UPPER
-    assert_embedded_as_the_upper_part(computed)
-    pool = computed.scores("clip_score/tiny")
+    assert_embedded_as_the_upper_part(computed_cascade)
+    pool = computed_cascade.scores("clip_score/tiny")
     for asset, column in (
         ("clip_score/large", "clip_score"),
         ("neg_clip_loss/large", "neg_clip_loss"),
         ("norm_sim/large/pets", "norm_sim_inf"),
     ):
-        rows = computed.scores(asset)
+        rows = computed_cascade.scores(asset)
         assert rows.select("f0", "f1").equals(pool.select("f0", "f1"))
         assert uids(rows.filter(pl.col(column).is_not_null())) == upper
-    ranked = pool.join(computed.manifest("upper"), on=["f0", "f1"], how="semi").sort(
+    ranked = pool.join(computed_cascade.manifest("upper"), on=["f0", "f1"], how="semi").sort(
         ["clip_score", "f0", "f1"], descending=[True, False, False]
     )
-    assert uids(computed.manifest("best")) == uids(ranked.head(POOL // 4))
-    assert not computed.run().computed
+    assert uids(computed_cascade.manifest("best")) == uids(ranked.head(POOL // 4))
+    assert not computed_cascade.run().computed
 
 
-def test_neg_clip_loss_is_normalised_over_the_upper_part_alone(computed: Scenario) -> None:
+def test_neg_clip_loss_is_normalised_over_the_upper_part_alone(computed_cascade: Scenario) -> None:
     """With one draw of all embedded rows, each row is compared with the others of the upper part: in float64."""
-    project = computed.open()
+    project = computed_cascade.open()
     tables = [project.lake.read(LARGE, shard) for shard in SHARDS]
     image, text = (
         np.concatenate([column_to_vectors(table[side]) for table in tables]).astype(np.float64)
@@ -135,13 +84,13 @@ def test_neg_clip_loss_is_normalised_over_the_upper_part_alone(computed: Scenari
     normalisation = sum(np.log(np.exp(cosines / tau).sum(axis)) for axis in (0, 1))
     wanted = np.diag(cosines) - tau / 2 * normalisation
     embedded = [row for table in tables for row in zip(table["f0"].to_pylist(), table["f1"].to_pylist(), strict=True)]
-    rows = computed.scores("neg_clip_loss/large").select("f0", "f1", "neg_clip_loss").rows()
+    rows = computed_cascade.scores("neg_clip_loss/large").select("f0", "f1", "neg_clip_loss").rows()
     found = {(f0, f1): value for f0, f1, value in rows}
     np.testing.assert_allclose([found[uid] for uid in embedded], wanted, atol=2e-5)
     assert sum(value is None for value in found.values()) == POOL - UPPER
 
 
-def test_only_rows_that_are_new_in_the_upper_part_are_embedded(cascade: Scenario, small: Path) -> None:
+def test_only_rows_that_are_new_in_the_upper_part_are_embedded(cascade: Scenario, small_clip: Path) -> None:
     assert not cascade.run().failures
     assert (summed(cascade, "embedded"), summed(cascade, "taken_over")) == (UPPER, 0)
 
@@ -166,7 +115,7 @@ def test_only_rows_that_are_new_in_the_upper_part_are_embedded(cascade: Scenario
     assert (changed.summary["embedded"], changed.summary["taken_over"]) == (changed.rows, 0)
     assert_embedded_as_the_upper_part(cascade)
 
-    cascade.set("encoders", "large", "model", value=f"local-dir:{small}")
+    cascade.set("encoders", "large", "model", value=f"local-dir:{small_clip}")
     assert not cascade.run().failures
     assert summed(cascade, "taken_over") == 0
 
@@ -204,8 +153,8 @@ def test_the_graph_has_an_edge_from_the_subset_to_the_embeddings(cascade: Scenar
     assert "only the rows of `subset/upper`" in (spec.description or "")
 
 
-def test_embeddings_in_another_order_or_of_a_row_twice_are_not_written(computed: Scenario) -> None:
-    project, graph = computed.open_graph()
+def test_embeddings_in_another_order_or_of_a_row_twice_are_not_written(computed_cascade: Scenario) -> None:
+    project, graph = computed_cascade.open_graph()
     table, shard = max(((project.lake.read(LARGE, shard), shard) for shard in SHARDS), key=lambda some: len(some[0]))
     stored = project.lake.stored(LARGE, shard)
     assert stored is not None
@@ -215,17 +164,17 @@ def test_embeddings_in_another_order_or_of_a_row_twice_are_not_written(computed:
 
 
 def test_a_version_is_chosen_again_from_its_lake_and_not_rebuilt_from_the_pool(
-    computed: Scenario, tmp_path: Path
+    computed_cascade: Scenario, tmp_path: Path
 ) -> None:
-    record = computed.subset("best").lineage
+    record = computed_cascade.subset("best").lineage
     assert record["project"]["encoders"]["large"]["of"] == "subset/upper"
     assert "upper" in record["project"]["recipes"]
     with pytest.raises(LakeError, match="embeddings/large started from subset/upper"):
         rebuild(record, tmp_path / "rebuilt")
-    other = computed.subset("full").lineage
+    other = computed_cascade.subset("full").lineage
     assert "of" not in other["project"]["encoders"]["large"]
     built = rebuild(other, tmp_path / "other")
-    assert pl.read_parquet(built / "manifest.parquet").equals(computed.manifest("full"))
+    assert pl.read_parquet(built / "manifest.parquet").equals(computed_cascade.manifest("full"))
 
 
 def near_duplicates(document: dict[str, Any]) -> None:
