@@ -15,7 +15,8 @@ graph LR
   subset --> evaluation["evaluation/&lt;name&gt;"]
 ```
 
-Some scores compare the rows of a subset with each other, so a subset may also be upstream of a score.
+Some scores compare the rows of a subset with each other, and an encoder may embed only a subset's rows, so a subset may
+also be upstream of a score or of embeddings.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

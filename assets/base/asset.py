@@ -138,7 +138,9 @@ class Declared:
     @cached_property
     def of(self) -> str | None:
         """The subset whose rows its encoder embeds, as `subset/<recipe>`; None for the whole pool."""
-        encoder = self.settings.encoders.get(self.names.get("encoder", ""))
+        if "encoder" not in self.names:
+            return None
+        encoder = self.settings.encoders.get(self.names["encoder"])
         return None if encoder is None else encoder.of
 
     @cached_property
