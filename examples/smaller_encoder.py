@@ -1,4 +1,4 @@
-"""A cheaper encoder from a CLIP with a convolutional trunk: `python -m examples.smaller_encoder MODEL INTO --pixels 128`.
+"""A cheaper encoder from a CLIP with a convolutional trunk: `python -m examples.smaller_encoder MODEL INTO`.
 
 The weights are the same, and images are resized to fewer pixels. INTO is a `local-dir:` folder.
 """

@@ -16,6 +16,7 @@ from assets.reproduction import rebuild
 from assets.settings import ConfigError
 from core.uids import first_places
 from resources.lake.files import LakeError, column_to_vectors
+from tests.support.automation import Automation
 from tests.support.cascading import POOL, UPPER
 from tests.support.pool_factory import picture
 from tests.support.scenario import ROWS, SHARDS, Scenario, keep
@@ -225,3 +226,20 @@ def test_places_of_uids_are_those_of_their_first_rows() -> None:
     assert first_places(records(7, 5, 7, 9, 5), records(5, 7, 8)).tolist() == [0, 1]
     assert first_places(records(), records(5)).tolist() == []
     assert first_places(records(5), records()).tolist() == []
+
+
+def test_sensors_follow_a_shard_through_the_subset_to_the_expensive_encoder(
+    cascade: Scenario, automation: Automation
+) -> None:
+    del cascade.document["recipes"]["full"]
+    cascade.document["scores"] = {"clip_score": ["small", "large"], "neg_clip_loss": {}, "norm_sim": {}}
+    automation.document = cascade.document
+    automation.load()
+    automation.settle()
+    cascade.write_shard("00003")
+    runs = automation.settle()
+    asked = [keys for keys, _ in runs]
+    upper, large = (next(n for n, keys in enumerate(asked) if key in keys.split()) for key in ("subset/upper", LARGE))
+    assert upper < large < max(n for n, keys in enumerate(asked) if "subset/best" in keys.split())
+    assert "00003" in automation.subset("best").lineage["shards"]
+    automation.assert_nothing_is_left()
