@@ -6,7 +6,7 @@ The same statistics give the same bytes: nothing on the page depends on the time
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,16 @@ def _cascade_table(study: Study) -> _Table:
     rows = []
     for c in study.cascades:
         embedded = ", ".join(f"{share:.1%} by {name}" for name, share in c.embedded.items())
-        cells = [c.full, f"{c.rows:,}", embedded, f"{c.overlap:.1%}", c.cheap or "–"]
-        cells += [f"{c.within[share]:.1%}" if share in c.within else "–" for share in shares]
-        rows.append(_Row(c.cascade, _cells([*cells, "–" if c.needed is None else f"{c.needed:.1%}"])))
-    tops = [f"within its top {share:.0%}" for share in shares]
-    head = ["cascade", "of", "rows", "embedded", "overlap", "cheap score", *tops, f"top for {TARGET_OVERLAP:.0%}"]
+        needed = "–" if c.needed is None else f"{c.needed:.1%}"
+        cells = [c.full, f"{c.rows:,}", embedded, f"{c.overlap:.1%}", needed, c.cheap or "–"]
+        rows.append(_Row(c.cascade, _cells([*cells, *(_share(c.within, share) for share in shares)])))
+    tops = [f"top {share:.0%}" for share in shares]
+    head = ["cascade", "full", "rows", "embedded", "overlap", f"top for {TARGET_OVERLAP:.0%}", "cheap score", *tops]
     return _Table(head, rows)
+
+
+def _share(shares: Mapping[float, float], share: float) -> str:
+    return f"{shares[share]:.1%}" if share in shares else "–"
 
 
 def _encoders(study: Study) -> list[str]:
