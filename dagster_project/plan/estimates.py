@@ -18,7 +18,11 @@ from dagster_project.plan.calibration import RUN_SECONDS, Calibrated
 from dagster_project.plan.recorded import Deployment, Rate
 from dagster_project.plan.sizes import FileSize, PoolSize
 from dagster_project.plan.work import Work
+from resources.lake.versions import Versions
 from resources.models.operations import ModelSize
+from resources.settings import recipe_of
+from selection.recipes.model import POOL
+from selection.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from assets.graph import Node
@@ -124,7 +128,7 @@ def _estimate(sources: Sources, work: Work) -> Estimate:
     if isinstance(node, SubsetAsset):
         rows = sources.pool.total
         return Estimate(work, rows, None, None, None, *_selecting(sources, work, rows))
-    rows = sources.pool.rows_of(work.shards) if work.shards else _rows_of_one(sources, node)
+    rows = _rows_of_shards(sources, node, work.shards) if work.shards else _rows_of_one(sources, node)
     amount = None if rows is None else _amount(sources, node, rows)
     operations = None if amount is None else _operations(node, amount)
     cost = _of_shards(sources, node, amount) if work.shards else _of_one(sources, node, amount)
@@ -237,6 +241,25 @@ def _amount(sources: Sources, node: "Node", rows: int) -> Amount:
 def _by_kind(inputs: Mapping[str, int], node: "Node") -> dict[str, int]:
     """Return the rows of the inputs of an asset by the first part of their key."""
     return {key.partition("/")[0]: rows for key, rows in inputs.items() if key in node.deps}
+
+
+def _rows_of_shards(sources: Sources, node: "Node", shards: Sequence[str]) -> int | None:
+    """Return the rows to compute in shards; of an encoder with `of`, their part of the rows that its subset keeps."""
+    rows, total = sources.pool.rows_of(shards), sources.pool.total
+    recipe = recipe_of(node.declared.of)
+    if rows is None or not total or recipe is None or not node.key.startswith("embeddings/"):
+        return rows
+    context = sources.snapshot.context
+    version = Versions(context.lake, recipe).current()
+    kept = _asked(context.settings.recipes[recipe], total) if version is None else int(version.lineage["rows"])
+    return round(rows * min(1.0, kept / total))
+
+
+def _asked(recipe: Recipe, total: int) -> int:
+    """Return the rows that a recipe keeps at most, from its last step over `total` rows."""
+    top = recipe.steps[-1].keep_top if recipe.steps and recipe.source == POOL else None
+    wanted = None if top is None else top.wanted(total)
+    return total if wanted is None else wanted
 
 
 def _rows_of_one(sources: Sources, node: "Node") -> int | None:

@@ -11,7 +11,8 @@ from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET
 from dagster_project.plan.recorded import Deployment, fitted
 from dagster_project.plan.report import Plan, document, make_plan
-from tests.support.scenario import ROWS, SHARDS, Scenario
+from tests.support.cascading import POOL, UPPER
+from tests.support.scenario import ROWS, SHARDS, Scenario, keep
 
 
 def plan(scenario: Scenario, *, calibration: bool = False) -> Plan:
@@ -50,6 +51,20 @@ def test_rates_of_changed_settings_are_not_used(finished: Scenario) -> None:
     found = {estimate.work.asset: estimate for estimate in plan(finished).assets if estimate.work.due}
     assert found["neg_clip_loss/tiny"].seconds is None
     assert found["subset/paper"].seconds is not None
+
+
+def test_an_encoder_of_a_subset_has_only_the_rows_that_it_keeps(
+    computed_cascade: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(computed_cascade.document["encoders"]["large"], "precision", "amp_bf16")
+    found = {estimate.work.asset: estimate for estimate in plan(computed_cascade).assets}
+    assert found["embeddings/large"].rows == UPPER
+    assert found["clip_score/large"].rows == POOL
+    recipe = {"steps": [keep("clip_score/small", fraction=0.25)]}
+    monkeypatch.setitem(computed_cascade.document["recipes"], "quarter", recipe)
+    monkeypatch.setitem(computed_cascade.document["encoders"]["large"], "of", "subset/quarter")
+    found = {estimate.work.asset: estimate for estimate in plan(computed_cascade).assets}
+    assert found["embeddings/large"].rows == POOL // 4  # no version yet: as its recipe asks
 
 
 def test_operations_and_bytes(finished: Scenario) -> None:
