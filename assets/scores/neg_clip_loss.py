@@ -115,6 +115,8 @@ def _by_random_partitions(
     from selection.scores.negatives import keyed_hash, outside
 
     f0, f1 = shard.embeddings["f0"].to_numpy(), shard.embeddings["f1"].to_numpy()
+    if not len(f0):
+        return _result(shard, np.empty(0, np.float32), np.empty(0, np.float32), drawn.shape, tau)
     # The rows of a batch depend on the seed and the uids, not on the order in the shard.
     order = np.lexsort((f1, f0, keyed_hash(settings.seed, 0, f0, f1)))
     image, text = (to_tensor(shard.vectors(side)[order]) for side in ("image", "text"))

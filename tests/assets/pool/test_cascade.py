@@ -133,6 +133,7 @@ def test_embeddings_of_all_rows_are_taken_over_by_an_encoder_that_gets_a_subset(
 
 
 def test_a_shard_outside_the_upper_part_has_no_rows_and_a_step_over_it_is_an_error(cascade: Scenario) -> None:
+    cascade.set("scores", "neg_clip_loss", "large", "estimator", value="random_partitions")
     cascade.set("recipes", "upper", value={"steps": [{"where": f"shard = '{SHARDS[0]}'"}]})
     cascade.set("recipes", "everywhere", value={"steps": [keep("clip_score/large", fraction=0.25)]})
     outcome = cascade.run()
