@@ -1,6 +1,6 @@
 """The rows of a subset by shard, for assets that cover only those: `of: subset/<recipe>`.
 
-Here: the input that makes such a file stale, and the rows' uids. Not here: what is computed for them.
+Here: the input that makes such a file stale, and the rows' uids. Not here: the computation.
 """
 
 from collections.abc import Mapping
