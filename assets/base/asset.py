@@ -24,6 +24,7 @@ from assets.base.results import NotReady
 from assets.base.settings import ProjectSettings
 from core.links import asset_link
 from resources.lake.files import Provenance, Stored
+from resources.lake.scratch import WorkFolder
 
 T = TypeVar("T")
 
@@ -268,17 +269,13 @@ class Step:
         """The project."""
         return self.snapshot.context
 
-    def map(
-        self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
-    ) -> Iterator[T]:
-        """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order; the engine computes them.
+    def map(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order, as `Engine.map` does."""
+        return self.engine.map(self, function, arguments)
 
-        Args:
-            function: see `Engine.map`.
-            arguments: of each part.
-            local: the function reads a work folder of the lake.
-        """
-        return self.engine.map(self, function, arguments, local=local)
+    def shared(self, work: WorkFolder, name: str) -> str:
+        """Return where workers read an array of a work folder that is complete: a path, or a URL of the lake."""
+        return str(work.path / name) if self.engine.has_files(self.context) else work.share(name)
 
     @property
     def names(self) -> Mapping[str, str]:
