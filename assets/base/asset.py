@@ -219,11 +219,19 @@ class FileAsset:
 
     def _provenance(self, snapshot: Snapshot, shard: str | None) -> Provenance:
         template, context = self.declared.template, snapshot.context
-        inputs = {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
+        inputs = self.recorded_deps(snapshot, shard)
         if template.inputs is not None:
             inputs |= template.inputs(self, snapshot, shard)
         parameters = template.parameters(context, self.declared) if template.parameters is not None else {}
         return Provenance(self.key, shard, template.code_version, parameters, inputs)
+
+    def recorded_deps(self, snapshot: Snapshot, shard: str | None) -> dict[str, str]:
+        """Return the fingerprints of the deps that the provenance records, by key.
+
+        Raises:
+            NotReady: one is missing or out of date.
+        """
+        return {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
 
     def _input(self, snapshot: Snapshot, dep: Dep, shard: str | None) -> str:
         """Return the fingerprint of a dep's file: of the shard's, or of the unpartitioned asset's."""
