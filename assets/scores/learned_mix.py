@@ -17,7 +17,6 @@ from assets.base.score_kind import (
     recorded_entries,
     recorded_targets,
     require_encoders,
-    require_no_cycle,
     require_targets,
 )
 from assets.base.score_tables import score_stats
@@ -127,11 +126,8 @@ def _validate_recipes(settings: ProjectSettings) -> None:
     for name, chosen in configured(settings).items():
         field, asset = f"scores.learned_mix.{name}.columns", f"learned_mix/{name}"
         for column in chosen.columns:
-            upstream = scores.with_upstream({scores.by_name[column].asset})
-            if asset in upstream:
+            if asset in scores.with_upstream({scores.by_name[column].asset}):
                 raise ValueError(f"{field}: {column} is computed from {asset} itself. Remedy: leave it out")
-            for key in upstream:
-                require_no_cycle(settings, field, asset, scores.starts_from(key))
 
 
 def _recorded(settings: ProjectSettings, wanted: Collection[str]) -> dict[str, Any]:
