@@ -4,6 +4,7 @@ They are learned from a sample of the pool and kept while shards arrive. They ar
 target, or what a column is computed with changes, such as its reference negatives (`docs/methods/learned_mix.md`).
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from resources.lake.files import Lake, LakeError, column_to_vectors
 from resources.settings import Settings
 
 if TYPE_CHECKING:
-    from selection.scores.learned_mix import Target
+    from selection.scores.learned_mix import LearnedMix, Target
 
 WEIGHTS = "mix_weights/{name}"
 _IMAGES = 5 << 60  # draw number of the keyed hash that chooses images of a target
@@ -49,8 +50,12 @@ SCHEMA = pa.schema(
         pa.field("weight", pa.float64(), nullable=False),
         pa.field("spread", pa.float64()),
         pa.field("by_seed", pa.list_(pa.float64()), nullable=False),
+        pa.field("classes", pa.int64(), nullable=False),
+        pa.field("loss_at_start", pa.float64(), nullable=False),
+        pa.field("loss_at_end", pa.list_(pa.float64()), nullable=False),
     ]
 )
+"""One row for each column. The target's classes and losses, the last by seed, are the same in every row."""
 
 
 class LearnedMixSettings(Settings):
@@ -206,25 +211,31 @@ def _finite(tables: Tables) -> Finding:
 
 
 def _agree(tables: Tables) -> Finding:
-    table = tables.read().to_pylist()
+    table = [row for row in tables.read().to_pylist() if row["deviation"] > 0]
     if any(row["spread"] is None for row in table):
         return not_compared("a single seed has no spread")
     unsure = [row["column"] for row in table if row["spread"] > abs(row["weight"])]
     figures = {f"spread_over_weight/{r['column']}": r["spread"] / abs(r["weight"]) for r in table if r["weight"]}
-    return Finding(
-        not unsure,
-        figures,
+    why = (
         f"the spread across seeds exceeds the weight of {', '.join(unsure)}: its sign is not known. Remedy: leave the "
         "column out, or more steps or seeds"
-        if unsure
-        else "",
     )
+    return Finding(not unsure, figures, why if unsure else "")
+
+
+def _above_chance(tables: Tables) -> Finding:
+    first = tables.read(columns=["classes", "loss_at_start"]).slice(0, 1).to_pylist()[0]
+    loss, chance = first["loss_at_start"], math.log(first["classes"])
+    why = (
+        f"before training the target's loss is {loss:.3f}, and guessing has {chance:.3f}: weights that make the heads "
+        "less sure lower it too. Remedy: a target that the encoder knows, other templates, or a larger temperature"
+    )
+    return Finding(loss < chance, {"loss_at_start": loss, "loss_of_chance": chance}, "" if loss < chance else why)
 
 
 def _weights_table(context: Context, asset: Declared) -> Mapping[str, Any]:
     """Return the weights, and the target's loss by seed, as metadata."""
-    stored = context.lake.stored(asset.key)
-    if stored is None:
+    if context.lake.stored(asset.key) is None:
         return {}
     rows = context.lake.read(asset.key).to_pylist()
     seeds = range(len(rows[0]["by_seed"]))
@@ -234,8 +245,8 @@ def _weights_table(context: Context, asset: Declared) -> Mapping[str, Any]:
         spread = "" if row["spread"] is None else f"{row['spread']:.3f}"
         weights = " | ".join(f"{weight:+.3f}" for weight in row["by_seed"])
         lines.append(f"| {row['column']} | {row['weight']:+.3f} | {spread} | {weights} |")
-    ends = " | ".join(f"{loss:.3f}" for loss in stored.summary["loss_at_end_by_seed"])
-    lines.append(f"| loss at the end; {stored.summary['loss_at_start']:.3f} at the start | | | {ends} |")
+    ends = " | ".join(f"{loss:.3f}" for loss in rows[0]["loss_at_end"])
+    lines.append(f"| loss at the end; {rows[0]['loss_at_start']:.3f} at the start | | | {ends} |")
     return {"weights": dg.MetadataValue.md("\n".join(lines))}
 
 
@@ -247,6 +258,12 @@ def _weights_table(context: Context, asset: Declared) -> Mapping[str, Any]:
         lambda _: Check("weights_finite", "All weights are finite.", _finite),
         lambda _: Check(
             "weights_agree", "No column's weight varies more across seeds than it is large.", _agree, blocking=False
+        ),
+        lambda _: Check(
+            "above_chance",
+            "Before training, the target's loss is below that of guessing: the logarithm of the number of classes.",
+            _above_chance,
+            blocking=False,
         ),
     ],
     code_version="1",
@@ -295,41 +312,45 @@ def mix_weights(step: Step) -> Result:
             seed=settings.seed + seed,
         )
         learned.append(learn_mix(columns, image, text, target, training, on_step=lambda: step.progress(settings.batch)))
-    by_seed = np.stack([found.weights.double().cpu().numpy() for found in learned])
-    summary: dict[str, Any] = {
+    summary = {
         "rows_sampled": int(known.sum()),
         "rows_without_value": int((~known).sum()),
         "target_images": len(target.image),
         "classes": len(target.text),
-        "loss_at_start": learned[0].loss_at_start,
-        "loss_at_end": float(np.mean([found.loss_at_end for found in learned])),
-        "loss_at_end_by_seed": [found.loss_at_end for found in learned],
     }
-    return _result(settings, mean, deviation, by_seed, summary)
+    return _result(settings, mean, deviation, learned, summary)
 
 
 def _result(
-    settings: LearnedMixSettings, mean: np.ndarray, deviation: np.ndarray, by_seed: np.ndarray, summary: dict[str, Any]
+    settings: LearnedMixSettings,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    learned: "Sequence[LearnedMix]",
+    summary: dict[str, Any],
 ) -> Result:
-    """Return the table of the weights `[seeds, S]`, and the numbers that describe them."""
+    """Return the table of the weights, and the numbers that describe them."""
+    by_seed = np.stack([found.weights.double().cpu().numpy() for found in learned])
     weight = by_seed.mean(axis=0)
-    spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else np.full(len(weight), np.nan)
+    spread = by_seed.std(axis=0, ddof=1) if len(learned) > 1 else np.full(len(weight), np.nan)
+    start, ends = learned[0].loss_at_start, [found.loss_at_end for found in learned]
+    summary |= {"loss_at_start": start, "loss_at_end": float(np.mean(ends))}
     for column, value, off in zip(settings.columns, weight, spread, strict=True):
         summary |= {f"weight/{column}": float(value)} | ({} if np.isnan(off) else {f"spread/{column}": float(off)})
     if flat := [column for column, off in zip(settings.columns, deviation, strict=True) if off == 0]:
         summary["notes"] = f"{' and '.join(flat)}: the same for every sampled row, so without effect"
-    table = pa.table(
-        {
-            "column": list(settings.columns),
-            "mean": mean,
-            "deviation": deviation,
-            "weight": weight,
-            "spread": pa.array(spread, from_pandas=True),
-            "by_seed": pa.array(list(by_seed.T), pa.list_(pa.float64())),
-        },
-        schema=SCHEMA,
-    )
-    return Result(table, summary)
+    each = len(settings.columns)
+    columns = {
+        "column": list(settings.columns),
+        "mean": mean,
+        "deviation": deviation,
+        "weight": weight,
+        "spread": pa.array(spread, from_pandas=True),
+        "by_seed": by_seed.T.tolist(),
+        "classes": [summary["classes"]] * each,
+        "loss_at_start": [start] * each,
+        "loss_at_end": [ends] * each,
+    }
+    return Result(pa.table(columns, schema=SCHEMA), summary)
 
 
 def _labelled(step: Step, settings: LearnedMixSettings) -> "Target":

@@ -107,14 +107,14 @@ def test_the_weights_their_spread_and_the_losses_are_metadata(finished: Scenario
         assert metadata[f"weight/{column}"].value == weight
         assert metadata[f"spread/{column}"].value == spread
         assert f"| {column} | {weight:+.3f} | {spread:.3f} |" in metadata["weights"].value
-    by_seed = stored.summary["loss_at_end_by_seed"]
+    (by_seed,) = {tuple(losses) for losses in weights["loss_at_end"]}
     assert len(set(by_seed)) == 3
     assert metadata["loss_at_end"].value == pytest.approx(sum(by_seed) / 3)
     assert metadata["loss_at_start"].value != metadata["loss_at_end"].value
     assert (stored.summary["rows_sampled"], stored.summary["classes"], stored.summary["target_images"]) == (ROWS, 2, 6)
 
 
-def test_a_spread_above_the_weight_warns_and_a_weight_that_is_not_finite_is_not_written(finished: Scenario) -> None:
+def test_doubtful_weights_warn_and_weights_that_are_not_finite_are_not_written(finished: Scenario) -> None:
     project = finished.open()
     table = project.lake.read(WEIGHTS)
 
@@ -131,6 +131,11 @@ def test_a_spread_above_the_weight_warns_and_a_weight_that_is_not_finite_is_not_
     assert not unsure["blocking"]
     assert "exceeds the weight of neg_clip_loss/tiny:" in unsure["why"]
     assert checked([1.0, -1.0, 0.5], [None] * 3)["weights_agree"]["compared"] is False
+    start = table.schema.get_field_index("loss_at_start")
+    for loss, passed in ((0.69, True), (0.70, False)):  # ln 2 = 0.693
+        changed = table.set_column(start, table.schema.field(start), pa.array([loss] * 3))
+        chance = findings(project, WEIGHTS, None, {WEIGHTS: changed})["above_chance"]
+        assert (chance["passed"], chance["blocking"]) == (passed, False)
     wrong = checked([1.0, np.nan, 0.5], [0.5, 0.5, 0.1])["weights_finite"]
     assert not wrong["passed"]
     assert wrong["blocking"]
