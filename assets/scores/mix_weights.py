@@ -228,7 +228,7 @@ def _above_chance(tables: Tables) -> Finding:
     loss, chance = first["loss_at_start"], math.log(first["classes"])
     why = (
         f"before training the target's loss is {loss:.3f}, and guessing has {chance:.3f}: weights that make the heads "
-        "less sure lower it too. Remedy: a target that the encoder knows, or other templates"
+        "less sure lower it too. Remedy: a larger temperature, other templates, or a target that the encoder knows"
     )
     return Finding(loss < chance, {"loss_at_start": loss, "loss_of_chance": chance}, "" if loss < chance else why)
 
