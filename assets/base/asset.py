@@ -218,12 +218,18 @@ class FileAsset:
         return Tables(snapshot, self.key, shard, new)
 
     def _provenance(self, snapshot: Snapshot, shard: str | None) -> Provenance:
-        template, context = self.declared.template, snapshot.context
+        template = self.declared.template
         inputs = self.recorded_deps(snapshot, shard)
         if template.inputs is not None:
             inputs |= template.inputs(self, snapshot, shard)
-        parameters = template.parameters(context, self.declared) if template.parameters is not None else {}
-        return Provenance(self.key, shard, template.code_version, parameters, inputs)
+        return Provenance(self.key, shard, template.code_version, self.parameters(snapshot), inputs)
+
+    def parameters(self, snapshot: Snapshot) -> Mapping[str, Any]:
+        """Return the settings that the rows depend on."""
+        parameters = self.declared.template.parameters
+        if parameters is None:
+            return {}
+        return snapshot.memoized(f"{self.key}: parameters", lambda: parameters(snapshot.context, self.declared))
 
     def recorded_deps(self, snapshot: Snapshot, shard: str | None) -> dict[str, str]:
         """Return the fingerprints of the deps that the provenance records, by key.

@@ -112,9 +112,8 @@ class UnpartitionedAsset(FileAsset):
         assert isinstance(template, UnpartitionedTemplate)
         stored = snapshot.context.lake.stored(self.key)
         if stored is not None and not redraw and template.keeps(self.declared, stored, snapshot):
-            parameters = template.parameters(snapshot.context, self.declared) if template.parameters else {}
             inputs = {**stored.provenance.inputs, **self.recorded_deps(snapshot, None)}
-            kept = Provenance(self.key, None, template.code_version, parameters, inputs)
+            kept = Provenance(self.key, None, template.code_version, self.parameters(snapshot), inputs)
             if stored.is_from(kept):
                 return kept
         return self._provenance(snapshot, None)
