@@ -31,7 +31,7 @@ from assets.scores.draws import sample
 from core.hashing import digest
 from resources.inputs.targets import require_classes
 from resources.lake.files import Lake, LakeError, column_to_vectors
-from resources.settings import Settings
+from resources.settings import Settings, check_templates
 
 if TYPE_CHECKING:
     from selection.scores.learned_mix import LearnedMix, Target
@@ -94,9 +94,7 @@ class LearnedMixSettings(Settings):
         twice = sorted({column for column in self.columns if self.columns.count(column) > 1})
         if twice:
             raise ValueError(f"columns: {', '.join(twice)} is given twice. Remedy: keep one")
-        for template in self.templates:
-            if "{}" not in template:
-                raise ValueError(f"templates: {template!r} has no {{}}. Remedy: put {{}} where the class name goes")
+        check_templates(self.templates)
         return self
 
 
@@ -204,9 +202,15 @@ def _stays(asset: Declared) -> bool:
 
 def _finite(tables: Tables) -> Finding:
     table = tables.read()
-    for name in ("mean", "deviation", "weight"):
-        if not np.isfinite(table[name].to_numpy()).all():
-            return Finding(False, why=f"{name} is not finite. Remedy: a smaller weight_rate or head_rate")
+    for name, remedy in (
+        ("mean", "leave out the column with such large values"),
+        ("deviation", "leave out the column with such large values"),
+        ("weight", "a smaller weight_rate or head_rate"),
+    ):
+        wrong = np.flatnonzero(~np.isfinite(table[name].to_numpy()))
+        if len(wrong):
+            column = table["column"][wrong[0]]
+            return Finding(False, why=f"{name} of {column} is not finite. Remedy: {remedy}")
     return Finding(True, {"columns": table.num_rows})
 
 

@@ -80,10 +80,11 @@ def moments(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
         values: Finite scores, [n, S].
 
     Returns:
-        Two arrays [S].
+        Two arrays [S]; not finite where values are too large to square.
     """
     constant = values.min(axis=0) == values.max(axis=0)
-    return values.mean(axis=0), np.where(constant, 0.0, values.std(axis=0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.mean(axis=0), np.where(constant, 0.0, values.std(axis=0))
 
 
 def standardise(

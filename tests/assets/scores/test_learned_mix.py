@@ -139,6 +139,7 @@ def test_doubtful_weights_warn_and_weights_that_are_not_finite_are_not_written(f
     wrong = checked([1.0, np.nan, 0.5], [0.5, 0.5, 0.1])["weights_finite"]
     assert not wrong["passed"]
     assert wrong["blocking"]
+    assert wrong["why"] == "weight of neg_clip_loss/tiny is not finite. Remedy: a smaller weight_rate or head_rate"
 
 
 def test_rows_without_a_value_are_not_learned_from_and_have_no_score(finished: Scenario) -> None:
@@ -265,6 +266,7 @@ def test_a_target_without_labels_is_found_before_a_row_is_read(scenario: Scenari
         (("main", "encoder"), "tinny", "there is no encoder 'tinny'"),
         (("main", "encoder"), "stored", "encoder 'stored' has no model to embed the names of classes with"),
         (("main", "templates"), ["a photo"], "'a photo' has no {}"),
+        (("main", "templates"), ["a {} of {name}"], "'a {} of {name}' has no {}, or other braces"),
         (("main", "steps"), 0, "scores.learned_mix.main.steps: expected at least 1"),
     ],
 )  # fmt: skip
