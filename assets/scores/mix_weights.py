@@ -275,8 +275,8 @@ def _weights_table(context: Context, asset: Declared) -> Mapping[str, Any]:
     kinds={"pytorch", "parquet"},
     pool="gpu",
     description=lambda asset: (
-        f"Weights of {', '.join(f'`{column}`' for column in _settings(asset).columns)}, learned on the classes of target "
-        f"set `{_settings(asset).target}`. Kept while shards arrive."
+        f"Weights of {', '.join(f'`{column}`' for column in _settings(asset).columns)}, learned on the classes of "
+        f"target set `{_settings(asset).target}`. Kept while shards arrive."
     ),
     parameters=_parameters,
     inputs=_complete_shards,
