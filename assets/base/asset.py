@@ -220,15 +220,25 @@ class FileAsset:
 
     def _provenance(self, snapshot: Snapshot, shard: str | None) -> Provenance:
         template = self.declared.template
-        inputs = {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
+        inputs = self.recorded_deps(snapshot, shard)
         if template.inputs is not None:
             inputs |= template.inputs(self, snapshot, shard)
-        parameters = snapshot.memoized(f"{self.key}: parameters", lambda: self._parameters(snapshot.context))
-        return Provenance(self.key, shard, template.code_version, parameters, inputs)
+        return Provenance(self.key, shard, template.code_version, self.parameters(snapshot), inputs)
 
-    def _parameters(self, context: Context) -> Mapping[str, Any]:
+    def parameters(self, snapshot: Snapshot) -> Mapping[str, Any]:
+        """Return the settings that the rows depend on."""
         parameters = self.declared.template.parameters
-        return {} if parameters is None else parameters(context, self.declared)
+        if parameters is None:
+            return {}
+        return snapshot.memoized(f"{self.key}: parameters", lambda: parameters(snapshot.context, self.declared))
+
+    def recorded_deps(self, snapshot: Snapshot, shard: str | None) -> dict[str, str]:
+        """Return the fingerprints of the deps that the provenance records, by key.
+
+        Raises:
+            NotReady: one is missing or out of date.
+        """
+        return {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
 
     def _input(self, snapshot: Snapshot, dep: Dep, shard: str | None) -> str:
         """Return the fingerprint of a dep's file: of the shard's, or of the unpartitioned asset's."""
