@@ -14,42 +14,99 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
+from assets.base.context import Context, Snapshot
+from assets.base.selection_table import CachedTable, open_selection
+from assets.graph import Node, build_graph
 from assets.settings import open_project
+from assets.subsets.lineage import lineage_record
+from assets.subsets.subset import CODE_VERSION, SubsetAsset, manifest
 from dagster_project.browser.queries import Query, Table
-from resources.lake.files import Lake, Provenance
+from resources.lake.versions import Versions
+from resources.pools.base import RAW_POOL_SCHEMA, REJECTS_SCHEMA
 
 ROWS = 100_000
+SCORES = ("external_scores/clip", "external_scores/neg")
+RECIPES = {
+    "both": {
+        "steps": [
+            {"keep_top": {"score": SCORES[0], "fraction": 0.3}},
+            {"keep_top": {"score": SCORES[1], "fraction": 0.2}},
+        ]
+    },
+    "one": {"steps": [{"keep_top": {"score": SCORES[1], "fraction": 0.2}}]},
+}
 
 
 def make(folder: Path, shards: int) -> Path:
-    """Write a project with clip_score and neg_clip_loss of `shards` shards; return its YAML."""
-    lake, rng = Lake(str(folder / "lake")), np.random.default_rng(0)
-    for number in range(shards):
-        uids = {name: rng.integers(0, 2**64, ROWS, np.uint64) for name in ("f0", "f1")}
-        pool = {"raw_pool": f"of-shard-{number}"}
-        for asset in ("clip_score", "neg_clip_loss"):
-            scores = {asset: rng.random(ROWS, np.float32)}
-            lake.write(pa.table({**uids, **scores}), Provenance(f"{asset}/b32", f"{number:05d}", "1", inputs=pool))
+    """Write a project with two scores of `shards` shards and a version of each recipe; return its YAML."""
     config = folder / "project.yaml"
+    files = {name.split("/")[1]: {"files": ["scores.parquet"], "columns": "value"} for name in SCORES}
     document = {
         "name": "browsing",
         "lake": "lake",
         "pool": {"path": "pool", "format": "webdataset"},
         "encoders": {"b32": {"model": "local-dir:none", "batch_size": 256}},
-        "recipes": {},
+        "external_scores": files,
+        "recipes": RECIPES,
     }
+    (folder / "pool").mkdir(parents=True)
+    for number in range(shards):
+        (folder / f"pool/{number:05d}.tar").touch()
+    pq.write_table(pa.table({"uid": ["0" * 32], "value": [0.5]}), folder / "scores.parquet")
     config.write_text(yaml.safe_dump(document), encoding="utf-8")
+    context = open_project(config)
+    graph, snapshot, rng = build_graph(context), Snapshot(context), np.random.default_rng(0)
+    nodes = {node.key: node for node in graph.nodes}
+    for name in files:
+        context.lake.write(pa.table({"file": [""]}), nodes[f"external_files/{name}"].provenance(snapshot))
+    keys = pa.array([f"{row:05d}" for row in range(ROWS)])
+    for shard in snapshot.listing:
+        uids = {name: rng.integers(0, 2**64, ROWS, np.uint64) for name in ("f0", "f1")}
+        columns = {**uids, "shard": pa.array([shard] * ROWS), "key": keys}
+        rows = [pa.array(columns[f.name]) if f.name in columns else pa.nulls(ROWS, f.type) for f in RAW_POOL_SCHEMA]
+        origin = nodes["raw_pool"].provenance(snapshot, shard)
+        context.lake.write(REJECTS_SCHEMA.empty_table(), replace(origin, asset="rejects"))
+        context.lake.write(pa.table(rows, schema=RAW_POOL_SCHEMA), origin)
+        for name in SCORES:
+            scores = pa.table({**uids, "value": rng.random(ROWS, np.float32).astype(np.float64)})
+            context.lake.write(scores, nodes[name].provenance(snapshot, shard))
+    with closing(CachedTable(memory="6GB")) as cached:
+        for subset in graph.subsets:
+            write_version(context, subset, nodes, cached)
     return config
+
+
+def write_version(context: Context, subset: SubsetAsset, nodes: Mapping[str, Node], cached: CachedTable) -> None:
+    """Select a version as a run does, without its report."""
+    inputs = subset.inputs(Snapshot(context))
+    opened = open_selection(context.lake, subset.recipe, subset.model, subset.scores, inputs.shards, {}, cached)
+    with opened as (selection, duplicates):
+        lineage = lineage_record(
+            context,
+            subset.recipe,
+            selection,
+            assets=nodes,
+            shards=inputs.shards,
+            missing=inputs.missing,
+            source=inputs.source,
+            sets={},
+            duplicates=duplicates,
+            fingerprint=inputs.fingerprint(subset.model),
+            code_version=CODE_VERSION,
+        )
+        Versions(context.lake, subset.recipe).write(manifest(selection), lineage, lambda _: None)
 
 
 def main(folder: Path, shards: int) -> None:
@@ -59,11 +116,11 @@ def main(folder: Path, shards: int) -> None:
         config = make(folder, shards)
     query = Query(Table(open_project(config)))
     cases = {
-        "sort": lambda: query.order_by("clip_score/b32").places(60),
-        "filter": lambda: query.where('"clip_score/b32" > 0.9').places(60),
-        "count of a filter": lambda: query.where('"clip_score/b32" > 0.9').count(),
+        "sort": lambda: query.order_by("external_scores/clip").places(60),
+        "filter": lambda: query.where('"external_scores/clip" > 0.9').places(60),
+        "count of a filter": lambda: query.where('"external_scores/clip" > 0.9').count(),
         "filter and sort by another score": lambda: (
-            query.where('"clip_score/b32" > 0.9').order_by("neg_clip_loss/b32").places(60)
+            query.where('"external_scores/clip" > 0.9').order_by("external_scores/neg").places(60)
         ),
     }
     for name, ask in cases.items():

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from core.errors import UserError
 from dagster_project.browser import samples, search
+from dagster_project.browser.parts import Part
 from dagster_project.browser.queries import BrowseError, Place, Query, find
 from dagster_project.browser.site import Site, whole
 from resources.storage.images import ImageError
@@ -44,17 +45,25 @@ def rows(site: Site, request: Request) -> Response:
         return JSONResponse(_rejected(site, asked, offset))
     if asked.get("text") or asked.get("like"):
         return JSONResponse(_searched(site, asked, shown))
-    query = _query(site, asked)
+    query, part = _query(site, asked)
     places = query.places(PAGE, offset)
     total = query.count() if query.is_counted else None
     sorted_by = [query.sort] if query.sort in site.table.scores.by_name else []
     listed = site.tiles(places, [*shown, *sorted_by])
-    return JSONResponse({"rows": listed, "total": total, "note": "", "last": len(places) < PAGE})
+    return JSONResponse({"rows": listed, "total": total, "note": _note(part), "last": len(places) < PAGE})
 
 
 def count(site: Site, request: Request) -> Response:
-    """Return the number of rows that the filters of the grid leave, as JSON."""
-    return JSONResponse({"total": _query(site, request.query_params).count()})
+    """Return the number of rows that the filters of the grid leave, as JSON; `about` if it is scaled from a part."""
+    query, part = _query(site, request.query_params)
+    rows = query.count()
+    if part is None or part.is_whole:
+        return JSONResponse({"total": rows, "about": False, "note": ""})
+    return JSONResponse({"total": round(rows * part.scale), "about": True, "note": _note(part)})
+
+
+def _note(part: Part | None) -> str:
+    return "" if part is None or part.is_whole else part.note("Shown are rows among", "counts are scaled to the pool")
 
 
 def _rejected(site: Site, asked: Asked, offset: int) -> dict[str, Any]:
@@ -78,36 +87,38 @@ def _searched(site: Site, asked: Asked, shown: list[str]) -> dict[str, Any]:
         query = search.of_row(site.table, encoder, find(site.table, asked["like"]), side)
     else:
         query = search.of_text(site.table, encoder, asked["text"][:LONGEST_TEXT])
-    among = _query(site, asked)
+    among, _ = _query(site, asked)
     found = search.nearest(site.table, encoder, query, side, among=among if among.restricts else None)
     listed = site.tiles(found.places, shown)
     for row, cosine in zip(listed, found.cosines, strict=True):
         row["scores"]["cosine"] = cosine
-    return {"rows": listed, "total": len(listed), "note": found.note}
+    return {"rows": listed, "total": len(listed), "note": found.part.note("Searched")}
 
 
-def _query(site: Site, asked: Asked) -> Query:
-    query = Query(site.table)
+def _query(site: Site, asked: Asked) -> tuple[Query, Part | None]:
+    """Return the query that is asked for; and the part of the pool that the rows of a subset are looked for in."""
+    query, part = Query(site.table), None
     if asked.get("where", "").strip():
         query = query.where(asked["where"])
     if asked.get("shard"):
         query = query.shard(asked["shard"])
     if asked.get("recipe"):
-        uids, score = _members(site, asked)
-        query = query.among(uids)
+        part = site.trials.part((asked["recipe"], asked.get("version") or None))
+        uids, score = _members(site, asked, part)
+        query = query.among(uids) if part.is_whole else query.among(uids).within(part.shards)
         query = query.order_by(score) if score in site.table.scores.by_name else query
     if asked.get("sort"):
         descending = asked.get("order", "desc") != "asc"
         query = query.order_by(asked["sort"], descending=descending, seed=whole(asked.get("seed", "0")))
-    return query
+    return query, part
 
 
-def _members(site: Site, asked: Asked) -> tuple[pa.Table, str]:
-    """Return f0 and f1 of the rows of a subset that are asked for, and the score to sort them by, if any."""
+def _members(site: Site, asked: Asked, part: Part) -> tuple[pa.Table, str]:
+    """Return f0 and f1 of a part's rows of a subset that are asked for, and the score to sort them by, if any."""
     recipe, version, kind = asked["recipe"], asked.get("version") or None, asked.get("member", "kept")
     if kind == "kept":
-        return site.trials.kept(recipe, version), ""
-    trial, step = site.trials.of(recipe, version), whole(asked.get("step", "1"))
+        return site.trials.kept(recipe, version, part), ""
+    trial, step = site.trials.of(recipe, version, part), whole(asked.get("step", "1"))
     if kind not in ("near", "dropped"):
         raise BrowseError(f"member: {kind[:40]!r}; known: kept, dropped, near")
     uids = trial.near(step) if kind == "near" else trial.dropped_at(step)

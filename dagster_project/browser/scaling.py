@@ -1,0 +1,124 @@
+"""A recipe over a part of the pool: which steps keep the rows of a version, and the limits of the others.
+
+A limit in rows is divided by the rows of the pool for each row of the part. That number is the recorded rows after a
+step over the rows that the version kept there in the part, so that with nothing changed the same rows stay.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dagster_project.browser.parts import Part
+from dagster_project.browser.recorded import Recorded
+from dagster_project.browser.trial import Scaled, Trial
+from resources.lake.versions import Version
+from selection.recipes.model import POOL, part_of
+from selection.recipes.recipe import Recipe
+from selection.recipes.steps import Step
+
+LIMITED = ("keep_top", "match_distribution", "balance")
+"""Kinds of steps whose fraction or count is the number of rows that stay."""
+COUNTED = ("cap", "batch")
+"""Other settings that are numbers of rows."""
+_LIMITS = {"fraction", "count", "threshold", "rule", "above"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A version that was selected from the same inputs.
+
+    Attributes:
+        version: the version.
+        recorded: its steps.
+        trial: its verdicts on the part; None while they are found.
+    """
+
+    version: Version
+    recorded: Recorded
+    trial: Trial | None = None
+
+
+def in_part(recipe: Recipe, part: Part, reference: Reference | None) -> Scaled:
+    """Return a recipe as it is executed over a part.
+
+    Args:
+        recipe: for the whole pool.
+        part: the part.
+        reference: the version that a recipe with other limits is compared with, if there is one.
+    """
+    if part.is_whole:
+        return Scaled(recipe, (1.0,) * (len(recipe.steps) + 1))
+    if reference is None:
+        scales = (part.scale,) * (len(recipe.steps) + 1)
+        total = part.total if recipe.source == POOL else None
+        return _with_limits(Scaled(recipe, scales, source_rows=total))
+    old = Recipe.model_validate(reference.version.lineage["definition"])
+    same = next((n for n, (a, b) in enumerate(zip(recipe.steps, old.steps, strict=False)) if a != b), len(old.steps))
+    same = min(same, len(recipe.steps))
+    if not same == len(recipe.steps) == len(old.steps):
+        same = min(same, reference.recorded.known)
+    return _with_limits(
+        Scaled(
+            recipe,
+            _scales(recipe, old, part, reference),
+            begun=reference.recorded.reports[:same],
+            sets=reference.recorded.sets if same else {},
+            source_rows=reference.version.lineage["source"]["rows"],
+        )
+    )
+
+
+def _scales(recipe: Recipe, old: Recipe, part: Part, reference: Reference) -> tuple[float, ...]:
+    """Return recorded rows over the version's rows in the part where a step is the same but for its limit."""
+    if reference.trial is None:
+        return (part.scale,) * (len(recipe.steps) + 1)
+    sampled = reference.trial.source_rows
+    scales = [reference.version.lineage["source"]["rows"] / sampled if sampled else part.scale]
+    for number, step in enumerate(recipe.steps, start=1):
+        known = number <= reference.recorded.known or number == len(old.steps)
+        kept = reference.trial.steps[number - 1]["sampled"] if number <= len(old.steps) else 0
+        alike = known and kept and _without_limits(step) == _without_limits(old.steps[number - 1])
+        scales.append(reference.recorded.reports[number - 1].kept / kept if alike else scales[-1])
+    return tuple(scales)
+
+
+def _without_limits(step: Step) -> dict[str, Any]:
+    found = step.model_dump(by_alias=True, exclude_defaults=True)
+    settings = found[step.kind]
+    if isinstance(settings, dict):
+        found[step.kind] = {name: value for name, value in settings.items() if name not in _LIMITS}
+    return found
+
+
+def _with_limits(scaled: Scaled) -> Scaled:
+    """Return the recipe with the limits of the steps that are executed divided by their scale."""
+    steps, wanted, basis = list(scaled.recipe.steps[: len(scaled.begun)]), {}, scaled.source_rows
+    if any(step.kind == "within" for step in steps):
+        basis = None  # a fraction of what a `within` kept is that fraction of it in the part
+    for number, step in enumerate(scaled.recipe.steps[len(steps) :], start=len(steps) + 1):
+        basis = None if step.kind == "within" else basis
+        divided, asked = _divided(step, scaled.scales[number], basis)
+        steps.append(divided)
+        if asked is not None and step.kind in LIMITED:
+            wanted[number] = asked
+    recipe = scaled.recipe.model_copy(update={"steps": tuple(steps)})
+    return replace(scaled, recipe=recipe, wanted=wanted)
+
+
+def _divided(step: Step, scale: float, basis: int | None) -> tuple[Step, int | None]:
+    """Return a step with its numbers of rows divided, and the number of rows that it asks for of the pool."""
+    settings = getattr(step, step.kind, None)
+    definition = step.model_dump(by_alias=True, exclude_defaults=True)
+    limits = definition[step.kind]
+    if not isinstance(limits, dict):
+        return step, None
+    limits, asked = dict(limits), limits.get("count")
+    if "fraction" in limits and basis is not None and step.kind != "stratify" and limits.get("rule") != "datacomp":
+        asked = part_of(basis, limits.pop("fraction"))
+    if asked == 0:
+        return step, None  # which is an error where it is executed
+    if asked is not None:
+        limits["count"] = max(1, round(asked / scale))
+    for name in COUNTED:
+        if (value := getattr(settings, name, None)) is not None:
+            limits[name] = max(1, round(value / scale))
+    return Step.model_validate({**definition, step.kind: limits}), asked
