@@ -137,18 +137,53 @@ def main(folder: Path, shards: int) -> None:
             f"peak memory {peak:.2f} GB",
             flush=True,
         )
+    try_out(config)
+
+
+def try_out(config: Path) -> None:
+    """Print seconds of the pages that run recipes, each of a first and of a repeated kind; and the server's memory."""
+    recipes = {name: recipe.steps for name, recipe in open_project(config).settings.recipes.items()}
+    name = next(iter(recipes))
+    last = len(recipes[name])
+    other = list(recipes)[1]
+    threshold = 0.7
+    with browser(config) as (port, cookie, process):
+        user = User(port, cookie)
+
+        def timed(text: str, path: str, *asked: dict[str, object]) -> None:
+            seconds = []
+            for one in asked:
+                start = time.perf_counter()
+                user.get(path, **one)
+                seconds.append(time.perf_counter() - start)
+            status = Path(f"/proc/{process}/status").read_text()
+            peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e6  # type: ignore[index]
+            then = f", then {max(seconds[1:]):.2f} s at most" if seconds[1:] else ""
+            print(f"{text}: {seconds[0]:.2f} s{then}; peak memory {peak:.2f} GB", flush=True)
+
+        near = {"recipe": name, "member": "near", "step": 1}
+        moved = [{"recipe": name, "limit1": f"threshold:{threshold * (1 + part / 100)!r}"} for part in range(1, 6)]
+        parts = [{"recipe": name, f"limit{last}": f"fraction:{part / 100}"} for part in range(15, 20)]
+        timed("grid, kept", "/api/rows", *[{"recipe": name, "where": f"key <> '{n}'"} for n in range(3)])
+        timed("grid, kept, counted", "/api/count", {"recipe": name})
+        timed("what if, first trial", "/api/trial", {"recipe": name})
+        timed("what if, another threshold of the first step", "/api/trial", *moved)
+        timed("what if, another fraction of the last step", "/api/trial", *parts)
+        timed("compare", "/compare", *[{"left": name, "right": other}] * 2)
+        timed("grid, dropped at step 1", "/api/rows", {**near, "member": "dropped"})
+        timed("grid, near step 1", "/api/rows", *[{**near, "where": f"key <> '{n}'"} for n in range(3)])
 
 
 @contextmanager
-def browser(config: Path) -> Iterator[tuple[int, str]]:
-    """Start `clip-select browse`, and yield its port and its cookie."""
+def browser(config: Path) -> Iterator[tuple[int, str, int]]:
+    """Start `clip-select browse`, and yield its port, its cookie and the number of its process."""
     command = [sys.executable, "-m", "dagster_project.cli", "browse", str(config), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         found = re.search(r":(\d+)/\?token=(\S+)", process.stdout.readline())
         assert found is not None
-        yield int(found[1]), f"browse-{found[1]}={found[2]}"
+        yield int(found[1]), f"browse-{found[1]}={found[2]}", process.pid
     finally:
         process.terminate()
         process.wait()
@@ -197,7 +232,7 @@ def serve(config: Path, seconds: float) -> None:
             user.rows(**one)
         print(f"{name}: {time.perf_counter() - start:.2f} s", flush=True)
 
-    with browser(config) as (port, cookie):
+    with browser(config) as (port, cookie, _):
         user = User(port, cookie)
         start = time.perf_counter()
         user.get("/")

@@ -5,6 +5,7 @@ a checked predicate. Not here: the queries.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -45,25 +46,49 @@ def rows(site: Site, request: Request) -> Response:
         return JSONResponse(_rejected(site, asked, offset))
     if asked.get("text") or asked.get("like"):
         return JSONResponse(_searched(site, asked, shown))
-    query, part = _query(site, asked)
+    query, members = _query(site, asked)
     places = query.places(PAGE, offset)
     total = query.count() if query.is_counted else None
     sorted_by = [query.sort] if query.sort in site.table.scores.by_name else []
     listed = site.tiles(places, [*shown, *sorted_by])
-    return JSONResponse({"rows": listed, "total": total, "note": _note(part), "last": len(places) < PAGE})
+    return JSONResponse({"rows": listed, "total": total, "note": _note(members), "last": len(places) < PAGE})
 
 
 def count(site: Site, request: Request) -> Response:
     """Return the number of rows that the filters of the grid leave, as JSON; `about` if it is scaled from a part."""
-    query, part = _query(site, request.query_params)
+    query, members = _query(site, request.query_params)
     rows = query.count()
-    if part is None or part.is_whole:
+    if members is None or not members.is_sample:
         return JSONResponse({"total": rows, "about": False, "note": ""})
-    return JSONResponse({"total": round(rows * part.scale), "about": True, "note": _note(part)})
+    if members.total is None or not len(members.uids):
+        return JSONResponse({"total": round(rows * members.part.scale), "about": True, "note": _note(members)})
+    total = round(rows * members.total / len(members.uids))
+    return JSONResponse({"total": total, "about": bool(query.predicates), "note": _note(members)})
 
 
-def _note(part: Part | None) -> str:
-    return "" if part is None or part.is_whole else part.note("Shown are rows among", "counts are scaled to the pool")
+@dataclass(frozen=True)
+class Members:
+    """The rows of a subset that are asked for.
+
+    Attributes:
+        part: the rows that were judged.
+        uids: f0 and f1 of those of them that are asked for.
+        total: their number in the pool, where it is known.
+        score: to sort them by.
+        is_sample: whether the part stands for the pool.
+    """
+
+    part: Part
+    uids: pa.Table
+    total: int | None
+    score: str
+    is_sample: bool
+
+
+def _note(members: Members | None) -> str:
+    if members is None or not members.is_sample:
+        return ""
+    return members.part.note("Shown are rows among", "counts are scaled to the pool")
 
 
 def _rejected(site: Site, asked: Asked, offset: int) -> dict[str, Any]:
@@ -95,35 +120,42 @@ def _searched(site: Site, asked: Asked, shown: list[str]) -> dict[str, Any]:
     return {"rows": listed, "total": len(listed), "note": found.part.note("Searched")}
 
 
-def _query(site: Site, asked: Asked) -> tuple[Query, Part | None]:
-    """Return the query that is asked for; and the part of the pool that the rows of a subset are looked for in."""
-    query, part = Query(site.table), None
+def _query(site: Site, asked: Asked) -> tuple[Query, Members | None]:
+    """Return the query that is asked for, and the rows of the subset that it is restricted to."""
+    query, members = Query(site.table), None
     if asked.get("where", "").strip():
         query = query.where(asked["where"])
     if asked.get("shard"):
         query = query.shard(asked["shard"])
     if asked.get("recipe"):
-        part = site.trials.part((asked["recipe"], asked.get("version") or None))
-        uids, score = _members(site, asked, part)
-        query = query.among(uids) if part.is_whole else query.among(uids).within(part.shards)
-        query = query.order_by(score) if score in site.table.scores.by_name else query
+        members = _members(site, asked)
+        query = query.among(members.uids)
+        query = query if members.part.is_whole else query.within(members.part.shards)
+        query = query.order_by(members.score) if members.score in site.table.scores.by_name else query
     if asked.get("sort"):
         descending = asked.get("order", "desc") != "asc"
         query = query.order_by(asked["sort"], descending=descending, seed=whole(asked.get("seed", "0")))
-    return query, part
+    return query, members
 
 
-def _members(site: Site, asked: Asked, part: Part) -> tuple[pa.Table, str]:
-    """Return f0 and f1 of a part's rows of a subset that are asked for, and the score to sort them by, if any."""
+def _members(site: Site, asked: Asked) -> Members:
+    """Return the rows of a subset that are asked for; of a large pool in one shard, if that is asked for."""
     recipe, version, kind = asked["recipe"], asked.get("version") or None, asked.get("member", "kept")
+    part, trials = site.trials.part((recipe, version)), site.trials
+    is_sample = not part.is_whole and not asked.get("shard")
+    if asked.get("shard") and not part.is_whole:
+        part = trials.part_of_shard(part, asked["shard"])
     if kind == "kept":
-        return site.trials.kept(recipe, version, part), ""
-    trial, step = site.trials.of(recipe, version, part), whole(asked.get("step", "1"))
+        uids, score, found = trials.kept(recipe, version, part), "", trials.version(recipe, version)
+        total = None if found is None else found.lineage["rows"]
+        return Members(part, uids, total, score, is_sample)
     if kind not in ("near", "dropped"):
         raise BrowseError(f"member: {kind[:40]!r}; known: kept, dropped, near")
+    trial, step = trials.of(recipe, version, part), whole(asked.get("step", "1"))
     uids = trial.near(step) if kind == "near" else trial.dropped_at(step)
-    found = trial.step(step)
-    return uids, found["score"] or ""
+    shown = trial.step(step)
+    total = shown["left"] if kind == "dropped" and not trial.is_estimated else None
+    return Members(part, uids, total, shown["score"] or "", is_sample)
 
 
 def image(site: Site, request: Request) -> Response:

@@ -5,8 +5,6 @@ from threading import Lock, RLock
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MOST = 256 << 20
-"""Bytes of the results of one `Memory`; the newest one stays, however large."""
 
 
 class Memory(Generic[T]):
@@ -14,10 +12,10 @@ class Memory(Generic[T]):
 
     Args:
         size: returns the bytes of a result.
-        most: bytes of all results.
+        most: bytes of all results; the newest one stays, however large.
     """
 
-    def __init__(self, size: Callable[[T], int], most: int = MOST) -> None:
+    def __init__(self, size: Callable[[T], int], most: int) -> None:
         self._size, self._most = size, most
         self._found: dict[str, T] = {}
         self._reading, self._computing = Lock(), RLock()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from core.hashing import digest
 
-JUDGED = 2_000_000
-"""Rows that are searched or judged at most."""
+SEARCHED, JUDGED = 2_000_000, 1_000_000
+"""Rows that are searched, and rows on which recipes are judged, at most."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from core.uids import parse_uids
 from resources.pools.base import RAW_POOL_SCHEMA
 from selection.recipes.predicates import predicate_columns
 
-MEMORY, THREADS = "1GB", 2
+MEMORY, THREADS = "512MB", 2
 POOL = "raw_pool"
 RANDOM = "random"
 BATCH = 32

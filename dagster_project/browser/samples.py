@@ -17,13 +17,12 @@ from core.errors import UserError
 from core.names import suggestion
 from core.uids import format_uid
 from dagster_project.browser import search
-from dagster_project.browser.parts import first_part
+from dagster_project.browser.parts import SEARCHED, first_part
 from dagster_project.browser.queries import BrowseError, Place, Table, find
 from resources.catalog.build import read_catalog
 from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool, place_in_tar
 
 NEGATIVES = 4
-PERCENTILE_ROWS = 2_000_000
 ANY_REASON = "any"
 """In the place of a reason: every rejected sample."""
 _decoding = threading.Semaphore(4)
@@ -117,7 +116,7 @@ def _tar(table: Table, place: Place, image_offset: int | None) -> tuple[str, int
 def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
     """Return the share of rows with a smaller value of each score, in %, half of the equal ones counted; and a note.
 
-    Reads whole shards, the row's own first and the others in the order of a keyed hash, up to PERCENTILE_ROWS rows.
+    Reads whole shards, the row's own first and the others in the order of a keyed hash, up to SEARCHED rows.
     """
     lake = table.context.lake
     by_asset: dict[str, list[str]] = {}
@@ -129,7 +128,7 @@ def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
     for asset, names in by_asset.items():
         if lake.stored(asset, place.shard) is None:
             continue
-        part = first_part(table.sizes([asset]), PERCENTILE_ROWS, first=place.shard)
+        part = first_part(table.sizes([asset]), SEARCHED, first=place.shard)
         (row,) = table.read([place], names)
         known = {n: v for n in names if (v := row[n]) is not None and not (isinstance(v, float) and math.isnan(v))}
         if not known:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dagster_project.browser.parts import JUDGED, Part, first_part
+from dagster_project.browser.parts import SEARCHED, Part, first_part
 from dagster_project.browser.queries import BrowseError, Place, Query, Table
 from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
@@ -56,7 +56,7 @@ def nearest(
     *,
     among: Query | None = None,
     count: int = 120,
-    rows: int = JUDGED,
+    rows: int = SEARCHED,
     seconds: float = SECONDS,
 ) -> Found:
     """Find the rows whose image or caption is nearest to a vector.

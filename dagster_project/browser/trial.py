@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -99,13 +100,12 @@ class Trial:
         found = self.step(step)
         if found["threshold"] is None or f"value{step}" not in self.rows.column_names:
             raise BrowseError(f"step {step} has no threshold. Remedy: a step with keep_top or deduplicate")
-        reached = pc.or_(pc.equal(self.rows["dropped"], 0), pc.greater_equal(self.rows["dropped"], step))
-        rows = self.rows.filter(reached)
-        distance = pc.abs(pc.subtract(rows[f"value{step}"], found["threshold"]))
-        nearest = pc.select_k_unstable(
-            pa.table({"d": distance}), min(len(rows), max(24, int(share * len(rows)))), [("d", "ascending")]
-        )
-        return rows.take(nearest).select(["f0", "f1"])
+        dropped, value = (self.rows[name].to_numpy() for name in ("dropped", f"value{step}"))
+        reached = np.flatnonzero((dropped == 0) | (dropped >= step))
+        distance = np.abs(value[reached] - found["threshold"])
+        count = min(len(reached), max(24, int(share * len(reached))))
+        nearest = np.argpartition(distance, count - 1)[:count] if count else np.empty(0, np.int64)
+        return self.rows.select(["f0", "f1"]).take(pa.array(reached[nearest]))
 
 
 def judge(recipe: Recipe, selection: Selection, part: Part, scaled: Scaled) -> Trial:

@@ -6,6 +6,7 @@ files (`assets.reproduction`).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pyarrow as pa
 import yaml
@@ -31,7 +32,7 @@ from selection.recipes.recipe import Recipe
 
 NOW = "now"
 """In the place of a version: the recipe as the project's YAML has it, over today's scores."""
-MEMORY = "512MB"
+MEMORY = "384MB"
 """DuckDB's, for the table that recipes select from."""
 Named = tuple[str, str | None]
 """A recipe's name, and a version as `Trials.of` takes it."""
@@ -50,9 +51,11 @@ class Trials:
         self.context = table.context
         self.subsets = {node.recipe: node for node in build_graph(table.context).subsets}
         self._cached = CachedTable(memory=MEMORY, threads=THREADS)
-        self._trials: Memory[Trial] = Memory(lambda trial: trial.rows.nbytes)
-        self._uids: Memory[pa.Table] = Memory(lambda table: table.nbytes)
-        self._recorded: Memory[Recorded] = Memory(lambda found: sum(uids.nbytes for uids in found.sets.values()))
+        self._trials: Memory[Trial] = Memory(lambda trial: trial.rows.nbytes, most=192 << 20)
+        self._uids: Memory[pa.Table] = Memory(lambda table: table.nbytes, most=128 << 20)
+        self._recorded: Memory[Recorded] = Memory(
+            lambda found: sum(uids.nbytes for uids in found.sets.values()), most=64 << 20
+        )
 
     def subset(self, recipe: str) -> SubsetAsset:
         """Return the asset of a recipe.
@@ -104,6 +107,17 @@ class Trials:
             {shard: rows for shard, rows in self.table.sizes([POOL]).items() if shard in shards}, self.rows
         )
 
+    def part_of_shard(self, part: Part, shard: str) -> Part:
+        """Return one shard of the pool of which `part` is a part.
+
+        Raises:
+            BrowseError: there is no such shard.
+        """
+        sizes = self.table.sizes([POOL])
+        if shard not in sizes:
+            raise BrowseError(f"there is no shard {shard!r}; {suggestion(shard, sizes)}")
+        return Part((shard,), sizes[shard], part.total, part.of)
+
     def run(self, name: str, recipe: Recipe | None = None, part: Part | None = None) -> Trial:
         """Run a recipe over today's scores, by default as the project's YAML has it.
 
@@ -127,6 +141,8 @@ class Trials:
             raise BrowseError(str(error)) from error
         reference = None if part.is_whole else self._reference(name, inputs, part)
         scaled = in_part(recipe, part, reference)
+        if reference is not None and reference.trial is not None and len(scaled.begun) == len(recipe.steps):
+            return replace(reference.trial, recipe=recipe)
 
         def compute() -> Trial:
             read = {other: how for other, how in inputs.sets.items() if other not in scaled.sets}

@@ -97,9 +97,11 @@ document.addEventListener("keydown", (event) => {
 
 const grid = byId("grid");
 let offset = 0, total = 0, loading = false, round = 0;
-function showTotal(rows, note) {
-  total = rows;
-  byId("status").textContent = `${rows.toLocaleString("en")} rows. ${note}`;
+const number = (rows, isAbout) => (isAbout ? "about " : "") + rows.toLocaleString("en");
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+function showTotal(rows, note, isAbout) {
+  if (!isAbout) total = rows;
+  byId("status").textContent = sentence(`${number(rows, isAbout)} rows. ${note}`);
 }
 async function more() {
   if (loading || (offset && offset >= total)) return;
@@ -115,8 +117,8 @@ async function more() {
   if (found.total !== null) showTotal(found.total, found.note);
   else if (!offset) {
     total = Infinity;
-    byId("status").textContent = "Counting …";
-    ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, ""); });
+    byId("status").textContent = `Counting … ${found.note}`;
+    ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, counted.note, counted.about); });
   }
   if (found.last) total = offset + found.rows.length;
   grid.append(...found.rows.map(tile));
@@ -174,22 +176,31 @@ if (grid) {
 // What if
 
 const trial = byId("trial");
-let limits = {}, asking = 0;
+let limits = {}, asking = false, again = false;
 async function tryOut() {
-  const mine = ++asking;
+  again = asking; // one request at a time, and then the newest limits
+  if (asking) return;
+  asking = true;
+  try { await tryLimits(); } finally { asking = false; }
+  if (again) tryOut();
+}
+async function tryLimits() {
   const asked = new URLSearchParams({ recipe: trial.dataset.recipe });
   for (const [step, limit] of Object.entries(limits)) asked.set(`limit${step}`, limit);
   history.replaceState(null, "", `/what-if?${asked}`);
   const found = await ask(`/api/trial?${asked}`);
-  if (!found || mine !== asking) return;
-  byId("status").textContent =
-    `${found.rows.toLocaleString("en")} rows; ${found.version || "the recipe as it is"} has ` +
-    `${found.current.toLocaleString("en")}, of which ${found.overlap.toLocaleString("en")} stay.`;
+  if (!found || again) return;
+  const last = found.steps[found.steps.length - 1], isChanged = found.enter.total || found.leave.total;
+  const isAbout = found.about && Boolean(isChanged);
+  byId("status").textContent = sentence(
+    `${number(found.rows, last && last.about)} rows; ${found.version || "the recipe as it is"} has ` +
+    `${found.current.toLocaleString("en")}, of which ${number(found.overlap, isAbout)} stay.`);
+  byId("note").textContent = found.note;
   if (trial.childElementCount !== found.steps.length) trial.replaceChildren(...found.steps.map(stepBox));
   found.steps.forEach((step, n) => showStep(trial.children[n], step));
   for (const [id, label] of [["enter", "entering"], ["leave", "leaving"]]) {
     byId(id).replaceChildren(...found[id].rows.map(tile));
-    byId(label).textContent = `(${found[id].total.toLocaleString("en")})`;
+    byId(label).textContent = `(${number(found[id].total, isAbout)})`;
   }
   byId("yaml").textContent = found.yaml;
   showTags();
@@ -244,7 +255,8 @@ let waiting = 0;
 const wait = () => { clearTimeout(waiting); waiting = setTimeout(tryOut, 120); };
 function showStep(box, step) {
   box.children[0].textContent = `${step.step}. ${step.text}`;
-  box.children[1].textContent = `${step.entered.toLocaleString("en")} entered, ${step.kept.toLocaleString("en")} remain` +
+  const entered = number(step.entered, step.about_entered), kept = number(step.kept, step.about);
+  box.children[1].textContent = sentence(`${entered} entered, ${kept} remain`) +
     (step.threshold === null ? "" : `; threshold ${step.threshold.toFixed(5)}`);
   if (!step.histogram) return;
   const field = box.querySelector("input[type=number]");
