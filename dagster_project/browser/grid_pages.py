@@ -60,10 +60,9 @@ def count(site: Site, request: Request) -> Response:
     rows = query.count()
     if members is None or not members.is_sample:
         return JSONResponse({"total": rows, "about": False, "note": ""})
-    if members.total is None or not len(members.uids):
-        return JSONResponse({"total": round(rows * members.part.scale), "about": True, "note": _note(members)})
-    total = round(rows * members.total / len(members.uids))
-    return JSONResponse({"total": total, "about": bool(query.predicates), "note": _note(members)})
+    about = members.total is None or not len(members.uids) or bool(query.predicates)
+    scale = members.part.scale if members.total is None else members.total / max(1, len(members.uids))
+    return JSONResponse({"total": round(rows * scale), "about": about, "note": _note(members, about)})
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,10 @@ class Members:
     is_sample: bool
 
 
-def _note(members: Members | None) -> str:
+def _note(members: Members | None, about: bool = False) -> str:
     if members is None or not members.is_sample:
         return ""
-    return members.part.note("Shown are rows among", "counts are scaled to the pool")
+    return members.part.note("Shown are rows among", "counts are scaled to the pool" if about else "")
 
 
 def _rejected(site: Site, asked: Asked, offset: int) -> dict[str, Any]:

@@ -180,15 +180,15 @@ def select(
     for number, step in enumerate(recipe.steps, start=1):
         text = step.describe(basis_name)
         start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")
-        if number <= len(begun):
-            start = replace(begun[number - 1], entered=entered, joined=0)
         try:
             if number <= len(begun):
-                report, table = _count(con, start, relation, inside[-1]), None
-            else:
+                report, table = _count(con, replace(begun[number - 1], entered=entered), relation, inside[-1]), None
+            elif entered:
                 report, relation, table = _execute_step(
                     con, step, start, relation, inside[-1], basis, counted, concepts
                 )
+            else:
+                raise StepError("no row reaches this step. Remedy: loosen an earlier one")
             after = combine(inside[-1], step.kind, report.predicate)
             report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
         except (duckdb.Error, StepError, ValueError) as error:
