@@ -80,7 +80,7 @@ def make(folder: Path, shards: int) -> Path:
         context.lake.write(REJECTS_SCHEMA.empty_table(), replace(origin, asset="rejects"))
         context.lake.write(pa.table(rows, schema=RAW_POOL_SCHEMA), origin)
         for name in SCORES:
-            scores = pa.table({**uids, "value": rng.random(ROWS, np.float32).astype(np.float64)})
+            scores = pa.table({**uids, "value": rng.random(ROWS, np.float32)})
             context.lake.write(scores, nodes[name].provenance(snapshot, shard))
     with closing(CachedTable(memory="6GB")) as cached:
         for subset in graph.subsets:

@@ -69,7 +69,7 @@ class Part:
 
 
 def first_part(sizes: Mapping[str, int], rows: int, first: str | None = None) -> Part:
-    """Return the first shards in the order of a keyed hash: at least one, and no more than fit.
+    """Return the first shards in the order of a keyed hash: at least one with rows, and no more than fit.
 
     Args:
         sizes: rows of each shard of the pool.
@@ -79,7 +79,7 @@ def first_part(sizes: Mapping[str, int], rows: int, first: str | None = None) ->
     taken: list[str] = []
     count = 0
     for shard in sorted(sizes, key=lambda name: (name != first, shard_order(name))):
-        if taken and count + sizes[shard] > rows:
+        if count and count + sizes[shard] > rows:
             break
         taken.append(shard)
         count += sizes[shard]

@@ -218,7 +218,7 @@ class Trials:
         sets = {**lineage.get("sets", {}), **({} if source["kind"] == "pool" else {source["name"]: source})}
         usable = self.table.shards([POOL, *{asset for asset, _ in self.subset(name).scores.values()}])
         if (
-            lineage["code_version"] != CODE_VERSION
+            lineage.get("code_version") != CODE_VERSION
             or lineage["shards"].keys() != set(usable)
             or any(lineage["shards"][shard] != read for shard, read in inputs.shards.items())
             or {other: read["fingerprint"] for other, read in sets.items()}

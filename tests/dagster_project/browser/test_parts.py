@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dagster_project.browser.memory import Memory
-from dagster_project.browser.parts import Part
+from dagster_project.browser.parts import Part, first_part
 from dagster_project.browser.queries import BrowseError, Table
 from dagster_project.browser.trial import Trial
 from dagster_project.browser.trials import NOW, Trials, as_yaml
@@ -22,6 +22,7 @@ CLIP, NEG, NORM = "clip_score/tiny", "neg_clip_loss/tiny", "norm_sim_inf/tiny/pe
 ORDERS = {"weighted": {CLIP: 1.0, NEG: 0.5}, "normalise": "z_score"}
 RECIPES = {
     "thresholds": [{"where": f'"{CLIP}" > -0.9'}, {"keep_top": {**ORDERS, "fraction": 0.6}}, keep(NORM, count=9)],
+    "one": [keep(CLIP, count=1)],
     "duplicates": [{"deduplicate": {"by": "width", "best": CLIP}}, keep(NEG, fraction=0.2)],
     "sets": [keep(NEG, fraction=0.7), {"except": "clip_third"}, {"union": "inside"}, keep(NORM, fraction=0.3)],
     "balanced": [{"balance": {"concepts": "caption", "cap": 9}}, keep(CLIP, fraction=0.2)],
@@ -193,6 +194,17 @@ def test_rows_of_a_version_are_found_by_uid_where_its_scores_are_gone(large: Sce
         assert (tried.is_estimated, tried.source_rows) == (True, ROWS)
     finally:
         context.lake.put(path, content)
+
+
+def test_a_part_has_rows_and_no_more_shards_than_fit() -> None:
+    sizes = {f"{number:05d}": 10 * (number % 3) for number in range(30)}
+    for budget in (1, 25, 60, 1000):
+        part = first_part(sizes, budget)
+        assert part.rows == sum(sizes[shard] for shard in part.shards) > 0
+        assert part.rows <= max(budget, 20)
+        assert part.is_whole == (budget == 1000)
+    assert first_part(sizes, 60).shards == first_part(sizes, 1000).shards[: len(first_part(sizes, 60).shards)]
+    assert first_part(sizes, 1, first="00002").shards[0] == "00002"
 
 
 def test_the_stated_error_is_that_of_all_samples_of_shards() -> None:
