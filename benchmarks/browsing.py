@@ -3,10 +3,10 @@
     python -m benchmarks.browsing FOLDER [SHARDS]
     python -m benchmarks.browsing CONFIG.yaml [SECONDS]
 
-Each shard has 100,000 rows and two scores; two threads, as the browser uses. Two recipes have a version each, selected by
-the project's own code in 6 GB of memory. With a YAML: the first page of a new process, filter and sort, images a second,
-and 20 users who scroll for some seconds. Both: what *What if*, *Compare* and the grid's filters by subset take, and the
-peak memory of the server. Here: these measurements alone.
+Each shard has 100,000 rows and two scores; two threads, as the browser uses. Two recipes have a version each, selected
+by the project's own code in 6 GB of memory. With a YAML: the first page of a new process, filter and sort, images a
+second, and 20 users who scroll for some seconds. Both: seconds of *What if*, *Compare* and the grid's filters by
+subset, and the peak memory of the server. Here: these measurements alone.
 """
 
 import http.client
