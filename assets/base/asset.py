@@ -218,12 +218,16 @@ class FileAsset:
         return Tables(snapshot, self.key, shard, new)
 
     def _provenance(self, snapshot: Snapshot, shard: str | None) -> Provenance:
-        template, context = self.declared.template, snapshot.context
+        template = self.declared.template
         inputs = {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
         if template.inputs is not None:
             inputs |= template.inputs(self, snapshot, shard)
-        parameters = template.parameters(context, self.declared) if template.parameters is not None else {}
+        parameters = snapshot.memoized(f"{self.key}: parameters", lambda: self._parameters(snapshot.context))
         return Provenance(self.key, shard, template.code_version, parameters, inputs)
+
+    def _parameters(self, context: Context) -> Mapping[str, Any]:
+        parameters = self.declared.template.parameters
+        return {} if parameters is None else parameters(context, self.declared)
 
     def _input(self, snapshot: Snapshot, dep: Dep, shard: str | None) -> str:
         """Return the fingerprint of a dep's file: of the shard's, or of the unpartitioned asset's."""

@@ -159,7 +159,7 @@ class PartitionedAsset(FileAsset):
         assert isinstance(template, PartitionedTemplate)
         for key in (*template.beside, self.key):
             stored = lake.stored(key, wanted.shard)
-            if stored is None or not stored.is_from(replace(wanted, asset=key)):
+            if stored is None or not stored.is_from(wanted if key == self.key else replace(wanted, asset=key)):
                 return None
         return stored
 

@@ -18,6 +18,7 @@ from resources.lake.stored import Stored, as_record, from_record
 from resources.storage.stores import Entry
 
 KNOWN_FILES = 100_000  # whose records are kept in memory; some 4 kB each, so 400 MB at most
+AHEAD = 1000  # records that are fetched together, because files are mostly asked for in order
 
 
 class Records:
@@ -69,22 +70,43 @@ class RecordCache:
         self._path = path
         self._lock = threading.Lock()
         self._opened: tuple[int, sqlite3.Connection] | None = None
+        self._fetched: dict[str, tuple[str, bytes]] = {}
+        self._until = ("", "")  # the first location that was fetched, and the last up to which nothing was left out
 
     def get(self, location: str, tag: str) -> dict[str, Any] | None:
         """Return the record of a file with this tag; None if it is not known, or the cache can't be read."""
+        with contextlib.suppress(OSError, sqlite3.Error, zlib.error, ValueError):
+            packed = self._packed(location, tag)
+            if packed is not None:
+                return dict(json.loads(zlib.decompress(packed)))
+        return None
+
+    def _packed(self, location: str, tag: str) -> bytes | None:
+        kept = self._fetched.get(location)
+        if kept is not None and kept[0] == tag:
+            return kept[1]
         if not self._path.exists():
             return None
-        with contextlib.suppress(OSError, sqlite3.Error, zlib.error, ValueError), self._connection() as con:
-            found = con.execute("SELECT record FROM records WHERE location = ? AND tag = ?", (location, tag)).fetchone()
-            if found is not None:
-                return dict(json.loads(zlib.decompress(found[0])))
-        return None
+        with self._connection() as con:
+            if self._until[0] <= location <= self._until[1]:  # another process may have written it since
+                query = "SELECT record FROM records WHERE location = ? AND tag = ?"
+                found: tuple[bytes] | None = con.execute(query, (location, tag)).fetchone()
+                return None if found is None else found[0]
+            after_folder = location.rpartition("/")[0] + chr(ord("/") + 1)
+            query = "SELECT location, tag, record FROM records WHERE location >= ? AND location < ? ORDER BY 1 LIMIT ?"
+            rows = con.execute(query, (location, after_folder, AHEAD)).fetchall()
+            self._fetched = {where: (its_tag, record) for where, its_tag, record in rows}
+            self._until = (location, rows[-1][0] if len(rows) == AHEAD else after_folder)
+        kept = self._fetched.get(location)
+        return kept[1] if kept is not None and kept[0] == tag else None
 
     def put(self, found: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         """Keep records of files by location and tag. A cache that can't be written costs time only."""
         packed = [(location, tag, zlib.compress(json.dumps(record).encode())) for location, tag, record in found]
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as con, con:
             con.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", packed)
+            for location, _, _ in packed:
+                self._fetched.pop(location, None)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,22 @@ def test_the_values_fit_the_chart_of_dagster() -> None:
     schema = json.loads((Path(chart) / "values.schema.json").read_text())
     values = merged(yaml.safe_load((Path(chart) / "values.yaml").read_text()), load("kubernetes/dagster-values.yaml"))
     jsonschema.validate(values, schema)
+
+
+def test_the_rendered_ray_cluster_asks_for_no_more_than_its_limits() -> None:
+    """The chart's own limits stay where the values have none, and Kubernetes refuses a request above a limit."""
+    chart, helm = os.environ.get("CLIP_SELECTION_KUBERAY_CHART"), shutil.which("helm")
+    if chart is None or helm is None:
+        pytest.skip("no helm, or CLIP_SELECTION_KUBERAY_CHART does not name the folder of KubeRay's chart ray-cluster")
+    values = DEPLOY / "kubernetes/ray-values.yaml"
+    rendered = subprocess.run(
+        [helm, "template", "ray", chart, "-f", values], capture_output=True, check=True, text=True
+    )
+    spec = yaml.safe_load(rendered.stdout)["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        resources = container["resources"]
+        assert {name: resources["limits"][name] for name in resources["requests"]} == resources["requests"]
 
 
 def merged(below: Any, above: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from resources.lake import records
 from resources.lake.files import Lake, Provenance
 from resources.lake.records import RecordCache
 from resources.storage.stores import cache_folder
@@ -88,3 +89,22 @@ def test_a_lake_can_be_passed_to_another_process(tmp_path: Path) -> None:
     fill(lake)
     assert versions(lake) == {"1"}
     assert versions(pickle.loads(pickle.dumps(lake))) == {"1"}
+
+
+def test_a_cache_returns_what_was_written_after_its_records_were_fetched_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "AHEAD", 3)
+    path = tmp_path / "records.sqlite"
+    locations = [f"/lake/{folder}/{number}" for folder in ("a", "b") for number in range(4)]
+    mine, other = RecordCache(path), RecordCache(path)
+    mine.put([(location, "old", {"of": location}) for location in locations[1:]])
+    assert [mine.get(location, "old") for location in locations] == [None, *({"of": one} for one in locations[1:])]
+    other.put([(locations[0], "new", {"rows": 1}), (locations[1], "new", {"rows": 2})])
+    mine.put([(locations[2], "old", {"rows": 3})])
+    found = [mine.get(*asked) for asked in zip(locations, ["new", "new", "old", "old"], strict=False)]
+    assert found == [{"rows": 1}, {"rows": 2}, {"rows": 3}, {"of": locations[3]}]
+    assert mine.get(locations[1], "old") is None
+    assert [other.get(location, "old") for location in reversed(locations[4:])] == [
+        {"of": location} for location in reversed(locations[4:])
+    ]
