@@ -46,7 +46,7 @@ class Part:
         how = f"; {scaled}" if scaled else ""
         return f"{done} {self.rows:,} of {self.total:,} rows: whole shards, in the order of a keyed hash{how}."
 
-    def error(self, counted: Sequence[int], known: Sequence[int], total: float) -> int | None:
+    def error(self, counted: Sequence[int], known: Sequence[int], total: float) -> int:
         """Return two standard errors of a count of the pool that is estimated as total · Σ counted / Σ known.
 
         The ratio estimator of cluster sampling, whose clusters are shards drawn without replacement (Cochran,
@@ -58,14 +58,18 @@ class Part:
             total: that number.
 
         Returns:
-            None where it can't be estimated, from fewer than two shards.
+            0 where it can't be estimated, from fewer than two shards.
         """
         m, mean = len(counted), sum(known) / max(1, len(known))
         if m < 2 or not mean:
-            return None
+            return 0
         ratio = sum(counted) / sum(known)
         residuals = sum((k - ratio * n) ** 2 for k, n in zip(counted, known, strict=True))
         return round(2 * total / mean * math.sqrt(max(0.0, 1 - m / self.of) * residuals / (m * (m - 1))))
+
+    def random_error(self, counted: int, scale: float) -> int:
+        """Return two standard errors of scale · counted, as if rows were drawn at random and not by shards."""
+        return round(2 * scale * math.sqrt(counted * (1 - self.rows / self.total)))
 
 
 def first_part(sizes: Mapping[str, int], rows: int, first: str | None = None) -> Part:

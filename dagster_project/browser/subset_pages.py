@@ -54,7 +54,7 @@ def trial(site: Site, request: Request) -> Response:
             "version": "" if version is None else version.name,
             "overlap": current - leaving,
             "about": not part.is_whole,
-            "note": _note(site, part, tried, before, current),
+            "note": _note(site, part, tried, before, enter, leave, scale),
             "enter": {"total": round(len(enter) * scale), "rows": site.some(part, enter, SHOWN)},
             "leave": {"total": leaving, "rows": site.some(part, leave, SHOWN)},
             "yaml": as_yaml(f"{name}_tried", recipe),
@@ -67,15 +67,19 @@ def _scale(rows: int, judged: pa.Table, part: Part) -> float:
     return rows / len(judged) if len(judged) and not part.is_whole else part.scale
 
 
-def _note(site: Site, part: Part, tried: Trial, before: pa.Table, current: int) -> str:
-    """Return how many rows were judged, and how exact the number of rows that remain is."""
+def _note(
+    site: Site, part: Part, tried: Trial, before: pa.Table, enter: pa.Table, leave: pa.Table, scale: float
+) -> str:
+    """Return how many rows were judged, and how exact the numbers of rows that enter, leave and remain are."""
     if part.is_whole:
         return ""
     if not tried.is_estimated:
         return part.note("Judged on", "counts of rows are those of the version")
-    counted, known = (site.trials.by_shard(part, uids) for uids in (tried.kept, before))
-    error = part.error(counted, known, current)
-    return part.note("Judged on", f"counts are scaled to the pool{'' if error is None else f', about ± {error:,}'}")
+    known, entering, leaving = (site.trials.by_shard(part, uids) for uids in (before, enter, leave))
+    remaining = [n + more - less for n, more, less in zip(known, entering, leaving, strict=True)]
+    errors = [part.error(counts, known, scale * len(before)) for counts in (entering, leaving, remaining)]
+    error = max(part.random_error(max(len(enter), len(leave)), scale), *errors)
+    return part.note("Judged on", f"counts are scaled to the pool, about ± {error:,}")
 
 
 def compare(site: Site, request: Request) -> Response:

@@ -216,7 +216,8 @@ def test_the_stated_error_is_that_of_all_samples_of_shards() -> None:
     true = np.mean((estimates - counted.sum()) ** 2)
     assert np.mean((np.array(errors) / 2.0) ** 2) == pytest.approx(true, rel=1e-6)
     assert part.error([5, 5, 5], [9, 9, 9], 1e6) == 0
-    assert Part(("a",), 1, 9, 9).error([1], [1], 9) is None
+    assert Part(("a",), 1, 9, 9).error([1], [1], 9) == 0
+    assert part.random_error(10_000, 2.0) == round(2 * 2.0 * np.sqrt(10_000 * 0.5))
 
 
 def test_results_are_kept_up_to_a_number_of_bytes_and_computed_once() -> None:
