@@ -60,7 +60,7 @@ def count(site: Site, request: Request) -> Response:
     rows = query.count()
     if members is None or not members.is_sample:
         return JSONResponse({"total": rows, "about": False, "note": ""})
-    about = members.total is None or not len(members.uids) or bool(query.predicates)
+    about = members.is_estimated or not len(members.uids) or bool(query.predicates)
     scale = members.part.scale if members.total is None else members.total / max(1, len(members.uids))
     return JSONResponse({"total": round(rows * scale), "about": about, "note": _note(members, about)})
 
@@ -72,7 +72,8 @@ class Members:
     Attributes:
         part: the rows that were judged.
         uids: f0 and f1 of those of them that are asked for.
-        total: their number in the pool, where it is known.
+        total: their number in the pool; None to scale the number of `uids`.
+        is_estimated: whether the total is.
         score: to sort them by.
         is_sample: whether the part stands for the pool.
     """
@@ -80,6 +81,7 @@ class Members:
     part: Part
     uids: pa.Table
     total: int | None
+    is_estimated: bool
     score: str
     is_sample: bool
 
@@ -145,16 +147,18 @@ def _members(site: Site, asked: Asked) -> Members:
     if asked.get("shard") and not part.is_whole:
         part = trials.part_of_shard(part, asked["shard"])
     if kind == "kept":
-        uids, score, found = trials.kept(recipe, version, part), "", trials.version(recipe, version)
-        total = None if found is None else found.lineage["rows"]
-        return Members(part, uids, total, score, is_sample)
+        found = trials.version(recipe, version)
+        if found is not None:
+            return Members(part, trials.kept(recipe, version, part), found.lineage["rows"], False, "", is_sample)
+        trial = trials.run(recipe, part=part)
+        return Members(part, trial.kept, trial.kept_rows, trial.is_estimated, "", is_sample)
     if kind not in ("near", "dropped"):
         raise BrowseError(f"member: {kind[:40]!r}; known: kept, dropped, near")
     trial, step = trials.of(recipe, version, part), whole(asked.get("step", "1"))
     uids = trial.near(step) if kind == "near" else trial.dropped_at(step)
     shown = trial.step(step)
-    total = shown["left"] if kind == "dropped" and not trial.is_estimated else None
-    return Members(part, uids, total, shown["score"] or "", is_sample)
+    total = shown["left"] if kind == "dropped" else None
+    return Members(part, uids, total, total is None or trial.is_estimated, shown["score"] or "", is_sample)
 
 
 def image(site: Site, request: Request) -> Response:

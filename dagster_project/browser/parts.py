@@ -67,9 +67,13 @@ class Part:
         residuals = sum((k - ratio * n) ** 2 for k, n in zip(counted, known, strict=True))
         return round(2 * total / mean * math.sqrt(max(0.0, 1 - m / self.of) * residuals / (m * (m - 1))))
 
-    def random_error(self, counted: int, scale: float) -> int:
-        """Return two standard errors of scale · counted, as if rows were drawn at random and not by shards."""
-        return round(2 * scale * math.sqrt(counted * (1 - self.rows / self.total)))
+    def random_error(self, counted: float) -> int:
+        """Return two standard errors of scale · counted, as if rows were drawn at random and not by shards.
+
+        Args:
+            counted: k, or of k of n rows whose number in the pool is known, k · (n - k) / n.
+        """
+        return round(2 * self.scale * math.sqrt(counted * (1 - self.rows / self.total)))
 
 
 def first_part(sizes: Mapping[str, int], rows: int, first: str | None = None) -> Part:

@@ -74,10 +74,13 @@ def _scales(recipe: Recipe, old: Recipe, part: Part, reference: Reference) -> tu
     sampled = reference.trial.source_rows
     scales = [reference.version.lineage["source"]["rows"] / sampled if sampled else part.scale]
     for number, step in enumerate(recipe.steps, start=1):
-        known = number <= reference.recorded.known or number == len(old.steps)
-        kept = reference.trial.steps[number - 1]["sampled"] if number <= len(old.steps) else 0
-        alike = known and kept and _without_limits(step) == _without_limits(old.steps[number - 1])
-        scales.append(reference.recorded.reports[number - 1].kept / kept if alike else scales[-1])
+        scale = scales[-1]
+        for other in (number, number + len(old.steps) - len(recipe.steps)):  # counted from the first or the last step
+            known = 1 <= other <= reference.recorded.known or other == len(old.steps)
+            kept = reference.trial.steps[other - 1]["sampled"] if known else 0
+            if kept and _without_limits(step) == _without_limits(old.steps[other - 1]):
+                scale = reference.recorded.reports[other - 1].kept / kept
+        scales.append(scale)
     return tuple(scales)
 
 

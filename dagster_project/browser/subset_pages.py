@@ -44,8 +44,8 @@ def trial(site: Site, request: Request) -> Response:
     tried, before = trials.run(name, recipe, part), trials.kept(name, None, part)
     current = trials.run(name, None, part).kept_rows if version is None else version.lineage["rows"]
     enter, leave = _without(tried.kept, before), _without(before, tried.kept)
-    scale = _scale(current, before, part)
-    leaving = round(len(leave) * scale)
+    leaving = round(len(leave) * _scale(current, before, part))
+    entering = round(len(enter) * _scale(tried.kept_rows, tried.kept, part))
     return JSONResponse(
         {
             "steps": tried.steps,
@@ -54,8 +54,8 @@ def trial(site: Site, request: Request) -> Response:
             "version": "" if version is None else version.name,
             "overlap": current - leaving,
             "about": not part.is_whole,
-            "note": _note(site, part, tried, before, enter, leave, scale),
-            "enter": {"total": round(len(enter) * scale), "rows": site.some(part, enter, SHOWN)},
+            "note": _note(site, part, tried, before, enter, leave),
+            "enter": {"total": entering, "rows": site.some(part, enter, SHOWN)},
             "leave": {"total": leaving, "rows": site.some(part, leave, SHOWN)},
             "yaml": as_yaml(f"{name}_tried", recipe),
         }
@@ -67,9 +67,7 @@ def _scale(rows: int, judged: pa.Table, part: Part) -> float:
     return rows / len(judged) if len(judged) and not part.is_whole else part.scale
 
 
-def _note(
-    site: Site, part: Part, tried: Trial, before: pa.Table, enter: pa.Table, leave: pa.Table, scale: float
-) -> str:
+def _note(site: Site, part: Part, tried: Trial, before: pa.Table, enter: pa.Table, leave: pa.Table) -> str:
     """Return how many rows were judged, and how exact the numbers of rows that enter, leave and remain are."""
     if part.is_whole:
         return ""
@@ -77,9 +75,10 @@ def _note(
         return part.note("Judged on", "counts of rows are those of the version")
     known, entering, leaving = (site.trials.by_shard(part, uids) for uids in (before, enter, leave))
     remaining = [n + more - less for n, more, less in zip(known, entering, leaving, strict=True)]
-    errors = [part.error(counts, known, scale * len(before)) for counts in (entering, leaving, remaining)]
-    error = max(part.random_error(max(len(enter), len(leave)), scale), *errors)
-    return part.note("Judged on", f"counts are scaled to the pool, about ± {error:,}")
+    total, stay = part.scale * len(before), len(before) - len(leave)
+    errors = [part.error(counts, known, total) for counts in (entering, leaving, remaining)]
+    error = max(part.random_error(len(enter)), part.random_error(len(leave) * stay / max(1, len(before))), *errors)
+    return part.note("Judged on", f"counts are scaled to the pool{f', about ± {error:,}' if error else ''}")
 
 
 def compare(site: Site, request: Request) -> Response:

@@ -100,7 +100,7 @@ class Trials:
         for name, version in named:
             found = self.version(name, version)
             if found is None:
-                shards.update(self.table.shards([POOL, *{asset for asset, _ in self.subset(name).scores.values()}]))
+                shards |= self._usable(name)
             else:
                 shards.update(found.lineage["shards"])
         return first_part(
@@ -140,6 +140,7 @@ class Trials:
         except NotReady as error:
             raise BrowseError(str(error)) from error
         reference = None if part.is_whole else self._reference(name, inputs, part)
+        part = part if part.is_whole else self._readable(name, inputs, part)
         scaled = in_part(recipe, part, reference)
         if reference is not None and reference.trial is not None and len(scaled.begun) == len(recipe.steps):
             return replace(reference.trial, recipe=recipe)
@@ -208,6 +209,17 @@ class Trials:
         key = f"{version.folder} {version.lineage['fingerprint']} {part}"
         return self._recorded.once(key, lambda: recorded(versions, version, within))
 
+    def _readable(self, name: str, inputs: Inputs, part: Part) -> Part:
+        """Return the shards of a part that a recipe can read, as a part of all that it can read."""
+        usable = self._usable(name)
+        sizes = {shard: rows for shard, rows in self.table.sizes([POOL]).items() if shard in usable}
+        shards = tuple(shard for shard in part.shards if shard in inputs.shards)
+        return Part(shards, sum(sizes[shard] for shard in shards), sum(sizes.values()), len(sizes))
+
+    def _usable(self, name: str) -> set[str]:
+        """Return the shards that have all that a recipe reads."""
+        return set(self.table.shards([POOL, *{asset for asset, _ in self.subset(name).scores.values()}]))
+
     def _reference(self, name: str, inputs: Inputs, part: Part) -> Reference | None:
         """Return the newest version with its verdicts on a part, if it was selected from the same inputs."""
         version = self.version(name)
@@ -216,10 +228,9 @@ class Trials:
         lineage = version.lineage
         source = lineage["source"]
         sets = {**lineage.get("sets", {}), **({} if source["kind"] == "pool" else {source["name"]: source})}
-        usable = self.table.shards([POOL, *{asset for asset, _ in self.subset(name).scores.values()}])
         if (
             lineage.get("code_version") != CODE_VERSION
-            or lineage["shards"].keys() != set(usable)
+            or lineage["shards"].keys() != self._usable(name)
             or any(lineage["shards"][shard] != read for shard, read in inputs.shards.items())
             or {other: read["fingerprint"] for other, read in sets.items()}
             != {other: read["fingerprint"] for other, read in inputs.sets.items()}

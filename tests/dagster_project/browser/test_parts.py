@@ -151,6 +151,19 @@ def test_without_a_version_limits_are_shares_of_the_part(large: Scenario) -> Non
         large.open()
 
 
+def test_limits_are_those_of_the_version_also_behind_a_new_step(large: Scenario) -> None:
+    wanted = large.document["recipes"]["paper"]
+    large.set("recipes", "paper", value={"steps": [{"where": "width > 0"}, *wanted["steps"]]})
+    try:
+        with open_site(large.open(), JUDGED) as site:
+            found = site.json("/api/trial", recipe="paper")
+    finally:
+        large.set("recipes", "paper", value=wanted)
+        large.open()
+    assert [step["kept"] for step in found["steps"][1:]] == [ALL // 2, ALL // 4]
+    assert (found["enter"]["total"], found["leave"]["total"], found["overlap"]) == (0, 0, ALL // 4)
+
+
 def test_the_grid_shows_rows_of_the_part_with_the_number_in_the_pool(
     large: Scenario, trials: Trials, site: Site
 ) -> None:
@@ -191,7 +204,8 @@ def test_rows_of_a_version_are_found_by_uid_where_its_scores_are_gone(large: Sce
     try:
         assert set(fresh.kept("paper")["f0"].to_pylist()) == set(in_part(large, trials, "paper")["f0"])
         tried = fresh.run("paper", part=fresh.part(("paper", NOW), ("paper", None)))
-        assert (tried.is_estimated, tried.source_rows) == (True, ROWS)
+        assert (tried.is_estimated, tried.source_rows, tried.pool_rows) == (True, ROWS, 2 * ROWS)
+        assert [step["kept"] for step in tried.steps] == [ROWS, ROWS // 2]
     finally:
         context.lake.put(path, content)
 
@@ -217,7 +231,7 @@ def test_the_stated_error_is_that_of_all_samples_of_shards() -> None:
     assert np.mean((np.array(errors) / 2.0) ** 2) == pytest.approx(true, rel=1e-6)
     assert part.error([5, 5, 5], [9, 9, 9], 1e6) == 0
     assert Part(("a",), 1, 9, 9).error([1], [1], 9) == 0
-    assert part.random_error(10_000, 2.0) == round(2 * 2.0 * np.sqrt(10_000 * 0.5))
+    assert part.random_error(10_000) == round(2 * 2.0 * np.sqrt(10_000 * 0.5))
 
 
 def test_results_are_kept_up_to_a_number_of_bytes_and_computed_once() -> None:
