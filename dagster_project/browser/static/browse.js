@@ -187,9 +187,8 @@ async function tryOut() {
 async function tryLimits() {
   const asked = new URLSearchParams({ recipe: trial.dataset.recipe });
   for (const [step, limit] of Object.entries(limits)) asked.set(`limit${step}`, limit);
-  history.replaceState(null, "", `/what-if?${asked}`);
   const found = await ask(`/api/trial?${asked}`);
-  if (!found || again) return;
+  if (!found) return;
   const last = found.steps[found.steps.length - 1], isChanged = found.enter.total || found.leave.total;
   const isAbout = found.about && Boolean(isChanged);
   byId("status").textContent = sentence(
@@ -198,11 +197,12 @@ async function tryLimits() {
   byId("note").textContent = found.note;
   if (trial.childElementCount !== found.steps.length) trial.replaceChildren(...found.steps.map(stepBox));
   found.steps.forEach((step, n) => showStep(trial.children[n], step));
-  for (const [id, label] of [["enter", "entering"], ["leave", "leaving"]]) {
-    byId(id).replaceChildren(...found[id].rows.map(tile));
+  for (const [id, label] of [["enter", "entering"], ["leave", "leaving"]])
     byId(label).textContent = `(${number(found[id].total, isAbout)})`;
-  }
   byId("yaml").textContent = found.yaml;
+  if (again) return; // images follow when the limits rest
+  for (const id of ["enter", "leave"]) byId(id).replaceChildren(...found[id].rows.map(tile));
+  history.replaceState(null, "", `/what-if?${asked}`);
   showTags();
 }
 const svg = (name, values) => {
@@ -221,7 +221,7 @@ function stepBox(step) {
     range.type = "range";
     range.step = "any";
     range.setAttribute("aria-label", `Threshold of step ${step.step}`);
-    const set = () => { limits[step.step] = `threshold:${range.value}`; wait(); };
+    const set = () => { limits[step.step] = `threshold:${range.value}`; tryOut(); };
     range.addEventListener("input", set);
     const drag = (event) => {
       if (!event.buttons) return;
@@ -231,7 +231,8 @@ function stepBox(step) {
       set();
     };
     chart.classList.add("draggable");
-    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); drag(event); });
+    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); box.dataset.held = "1"; drag(event); });
+    chart.addEventListener("lostpointercapture", () => delete box.dataset.held);
     chart.addEventListener("pointermove", drag);
     box.append(range);
   }
@@ -251,8 +252,6 @@ function markThreshold(chart, x) {
   line.setAttribute("x1", x);
   line.setAttribute("x2", x);
 }
-let waiting = 0;
-const wait = () => { clearTimeout(waiting); waiting = setTimeout(tryOut, 120); };
 function showStep(box, step) {
   box.children[0].textContent = `${step.step}. ${step.text}`;
   const entered = number(step.entered, step.about_entered), kept = number(step.kept, step.about);
@@ -267,9 +266,9 @@ function showStep(box, step) {
   chart.replaceChildren(...counts.map((count, n) =>
     svg("rect", { x: n * 10, width: 9, y: 90 - (88 * count) / most, height: (88 * count) / most })));
   if (step.threshold === null) return;
-  markThreshold(chart, (600 * (step.threshold - low)) / (high - low || 1));
-  const range = box.querySelector("input[type=range]");
-  if (range && document.activeElement !== range) Object.assign(range, { min: low, max: high, value: step.threshold });
+  const range = box.querySelector("input[type=range]"), isHeld = Boolean(box.dataset.held);
+  markThreshold(chart, (600 * ((isHeld ? Number(range.value) : step.threshold) - low)) / (high - low || 1));
+  if (range && !isHeld && document.activeElement !== range) Object.assign(range, { min: low, max: high, value: step.threshold });
 }
 if (trial) {
   for (const [name, value] of new URLSearchParams(location.search)) if (name.startsWith("limit")) limits[name.slice(5)] = value;
