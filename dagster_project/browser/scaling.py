@@ -1,7 +1,8 @@
 """A recipe over a part of the pool: which steps keep the rows of a version, and the limits of the others.
 
-A limit in rows is divided by the rows of the pool for each row of the part. That number is the recorded rows after a
-step over the rows that the version kept there in the part, so that with nothing changed the same rows stay.
+Numbers of rows of the part and of the pool are interpolated between those that are known of both: of a version that
+was selected from the same inputs, the rows that entered a step and those that it kept. So with nothing changed the same
+rows stay, and a limit that keeps all rows keeps all of the pool.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from dagster_project.browser.parts import Part
 from dagster_project.browser.recorded import Recorded
-from dagster_project.browser.trial import Scaled, Trial
+from dagster_project.browser.trial import Scale, Scaled, Trial
 from resources.lake.versions import Version
 from selection.recipes.model import POOL, part_of
 from selection.recipes.recipe import Recipe
@@ -46,11 +47,10 @@ def in_part(recipe: Recipe, part: Part, reference: Reference | None) -> Scaled:
         reference: the version that a recipe with other limits is compared with, if there is one.
     """
     if part.is_whole:
-        return Scaled(recipe, (1.0,) * (len(recipe.steps) + 1))
+        return Scaled(recipe, (Scale(),) * (len(recipe.steps) + 1))
     if reference is None:
-        scales = (part.scale,) * (len(recipe.steps) + 1)
-        total = part.total if recipe.source == POOL else None
-        return _with_limits(Scaled(recipe, scales, source_rows=total))
+        scales = (Scale.through((part.rows, part.total)),) * (len(recipe.steps) + 1)
+        return _with_limits(Scaled(recipe, scales, source_rows=part.total if recipe.source == POOL else None))
     old = Recipe.model_validate(reference.version.lineage["definition"])
     same = next((n for n, (a, b) in enumerate(zip(recipe.steps, old.steps, strict=False)) if a != b), len(old.steps))
     same = min(same, len(recipe.steps))
@@ -67,19 +67,22 @@ def in_part(recipe: Recipe, part: Part, reference: Reference | None) -> Scaled:
     )
 
 
-def _scales(recipe: Recipe, old: Recipe, part: Part, reference: Reference) -> tuple[float, ...]:
-    """Return recorded rows over the version's rows in the part where a step is the same but for its limit."""
+def _scales(recipe: Recipe, old: Recipe, part: Part, reference: Reference) -> tuple[Scale, ...]:
+    """Return the scale of each step, from the version's step that is the same but for its limit, if there is one."""
     if reference.trial is None:
-        return (part.scale,) * (len(recipe.steps) + 1)
-    sampled = reference.trial.source_rows
-    scales = [reference.version.lineage["source"]["rows"] / sampled if sampled else part.scale]
+        return (Scale.through((part.rows, part.total)),) * (len(recipe.steps) + 1)
+    reports = reference.recorded.reports
+    of_part = [reference.trial.source_rows, *(step["sampled"] for step in reference.trial.steps)]
+    of_pool = [reference.version.lineage["source"]["rows"], *(report.kept for report in reports)]
+    whole = (part.rows, part.total)
+    scales = [Scale.through((of_part[0], of_pool[0]), whole)]
     for number, step in enumerate(recipe.steps, start=1):
         scale = scales[-1]
         for other in (number, number + len(old.steps) - len(recipe.steps)):  # counted from the first or the last step
             known = 1 <= other <= reference.recorded.known or other == len(old.steps)
-            kept = reference.trial.steps[other - 1]["sampled"] if known else 0
-            if kept and _without_limits(step) == _without_limits(old.steps[other - 1]):
-                scale = reference.recorded.reports[other - 1].kept / kept
+            if known and _without_limits(step) == _without_limits(old.steps[other - 1]):
+                known_rows = [(of_part[n], of_pool[n]) for n in (other, other - 1, 0)]
+                scale = Scale.through(*known_rows, whole)
         scales.append(scale)
     return tuple(scales)
 
@@ -107,7 +110,7 @@ def _with_limits(scaled: Scaled) -> Scaled:
     return replace(scaled, recipe=recipe, wanted=wanted)
 
 
-def _divided(step: Step, scale: float, basis: int | None) -> tuple[Step, int | None]:
+def _divided(step: Step, scale: Scale, basis: int | None) -> tuple[Step, int | None]:
     """Return a step with its numbers of rows divided, and the number of rows that it asks for of the pool."""
     settings = getattr(step, step.kind, None)
     definition = step.model_dump(by_alias=True, exclude_defaults=True)
@@ -120,8 +123,8 @@ def _divided(step: Step, scale: float, basis: int | None) -> tuple[Step, int | N
     if asked == 0:
         return step, None  # which is an error where it is executed
     if asked is not None:
-        limits["count"] = max(1, round(asked / scale))
+        limits["count"] = max(1, scale.to_part(asked))
     for name in COUNTED:
         if (value := getattr(settings, name, None)) is not None:
-            limits[name] = max(1, round(value / scale))
+            limits[name] = max(1, scale.to_part(value))
     return Step.model_validate({**definition, step.kind: limits}), asked

@@ -45,7 +45,7 @@ def trial(site: Site, request: Request) -> Response:
     current = trials.run(name, None, part).kept_rows if version is None else version.lineage["rows"]
     enter, leave = _without(tried.kept, before), _without(before, tried.kept)
     leaving = round(len(leave) * _scale(current, before, part))
-    entering = round(len(enter) * _scale(tried.kept_rows, tried.kept, part))
+    entering = max(0, tried.kept_rows - current + leaving) if len(enter) else 0
     return JSONResponse(
         {
             "steps": tried.steps,

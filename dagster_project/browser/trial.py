@@ -5,7 +5,7 @@ Here: from a selection that was executed to `Trial`. Not here: which recipes are
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +24,49 @@ BINS = 60
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Numbers of rows of a part beside those of the pool, interpolated between known ones; by default equal numbers.
+
+    Attributes:
+        part: known numbers of rows of the part, rising, from 0.
+        pool: the same rows of the pool.
+    """
+
+    part: tuple[int, ...] = ()
+    pool: tuple[int, ...] = ()
+
+    @classmethod
+    def through(cls, *known: tuple[int, int]) -> Self:
+        """Return the scale through known numbers of the part and of the pool; one that contradicts an earlier is out."""
+        points = [(0, 0)]
+        for rows in known:
+            if all((rows[0] - part) * (rows[1] - pool) > 0 for part, pool in points):
+                points.append(rows)
+        return cls(*zip(*sorted(points), strict=True))
+
+    def to_pool(self, rows: int) -> int:
+        """Return rows of the pool for rows of the part."""
+        return _interpolated(rows, self.part, self.pool)
+
+    def to_part(self, rows: int) -> int:
+        """Return rows of the part for rows of the pool."""
+        return _interpolated(rows, self.pool, self.part)
+
+
+def _interpolated(rows: int, known: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    if len(known) < 2:
+        return rows
+    beyond = max(0, rows - known[-1]) * wanted[-1] / known[-1]
+    return round(float(np.interp(rows, known, wanted)) + beyond)
+
+
+@dataclass(frozen=True)
 class Scaled:
     """A recipe as it is executed over a part of the pool.
 
     Attributes:
         recipe: with limits for the part.
-        scales: rows of the pool for each row of the part, before the first step and after each.
+        scales: of the rows before the first step, and of those that each step keeps.
         begun: the recorded reports of the first steps, which are not executed.
         sets: further sets of uids that these read.
         wanted: rows of the pool that stay after a step if it reaches its limit, by the step's number.
@@ -37,7 +74,7 @@ class Scaled:
     """
 
     recipe: Recipe
-    scales: tuple[float, ...]
+    scales: tuple[Scale, ...]
     begun: tuple[StepReport, ...] = ()
     sets: Mapping[str, pa.Table] = field(default_factory=dict)
     wanted: Mapping[int, int] = field(default_factory=dict)
@@ -157,22 +194,21 @@ def _counted(selection: Selection, part: Part, scaled: Scaled) -> list[dict[str,
     The first entry is of the rows before the first step. `about` marks numbers that are estimated.
     """
     source = scaled.source_rows
-    kept = round(selection.source_rows * scaled.scales[0]) if part.is_whole or source is None else source
+    kept = scaled.scales[0].to_pool(selection.source_rows) if source is None else source
     found = [{"kept": kept, "about": not part.is_whole and source is None}]
     for step, definition in zip(selection.steps, scaled.recipe.steps, strict=True):
-        entered, number = found[-1]["kept"], step.step
-        about = not part.is_whole
-        joined = round(step.joined * scaled.scales[number])
+        entered, number, about = found[-1]["kept"], step.step, not part.is_whole
         limit = getattr(getattr(definition, definition.kind, None), "count", None)
         if part.is_whole:
             kept = step.kept
         elif number <= len(scaled.begun):
-            kept, joined, about = scaled.begun[number - 1].kept, scaled.begun[number - 1].joined, False
+            kept, about = scaled.begun[number - 1].kept, False
         elif number in scaled.wanted and step.kept == limit:
             kept, about = min(entered, scaled.wanted[number]), False
         else:
-            kept = entered + joined if step.kind == "union" else min(entered, round(step.kept * scaled.scales[number]))
-        counts = {"entered": entered, "kept": kept, "left": entered + joined - kept}
+            estimated = scaled.scales[number].to_pool(step.kept)
+            kept = max(entered, estimated) if step.kind == "union" else min(entered, estimated)
+        counts = {"entered": entered, "kept": kept, "left": max(0, entered - kept)}
         found.append({**counts, "about": about, "about_entered": found[-1]["about"], "sampled": step.kept})
     return found
 

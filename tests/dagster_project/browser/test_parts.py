@@ -12,7 +12,7 @@ import yaml
 from dagster_project.browser.memory import Memory
 from dagster_project.browser.parts import Part, first_part
 from dagster_project.browser.queries import BrowseError, Table
-from dagster_project.browser.trial import Trial
+from dagster_project.browser.trial import Scale, Trial
 from dagster_project.browser.trials import NOW, Trials, as_yaml
 from tests.support.browse_site import Site, open_site
 from tests.support.scenario import ROWS, SHARDS, FinishedPass, Scenario, keep
@@ -109,17 +109,25 @@ def test_a_changed_threshold_has_the_verdicts_of_the_whole_pool_and_scaled_count
     judged, wanted = verdicts(trials.run("clip_third", recipe)), verdicts(whole.run("clip_third", recipe))
     assert judged == {uid: wanted[uid] for uid in judged}
     version = trials.of("clip_third")
-    stay, kept = sum(not step for step in judged.values()), len(version.kept)
+    kept, more = len(version.kept), sum(not step for step in judged.values()) - len(version.kept)
+    entering = round(more * (ALL - version.kept_rows) / (JUDGED - kept))
     found = site.json("/api/trial", recipe="clip_third", limit1=f"threshold:{limit!r}")
     (step,) = found["steps"]
     assert (step["entered"], step["about_entered"]) == (ALL, False)
-    assert (step["kept"], step["about"]) == (round(stay * version.kept_rows / kept), True)
-    assert found["enter"]["total"] == round((stay - kept) * version.kept_rows / kept)
+    assert (step["kept"], step["about"]) == (version.kept_rows + entering, True)
+    assert found["enter"]["total"] == entering > 0
     assert found["leave"]["total"] == 0
     start = (
         f"Judged on {JUDGED} of {ALL} rows: whole shards, in the order of a keyed hash; counts are scaled to the pool"
     )
     assert found["note"].startswith(f"{start}, about ± ")
+
+
+def test_rows_of_the_pool_are_interpolated_between_known_numbers() -> None:
+    scale = Scale.through((10, 30), (20, 50), (15, 20), (40, 120))
+    assert [scale.to_pool(rows) for rows in (0, 5, 10, 15, 20, 30, 40)] == [0, 15, 30, 40, 50, 85, 120]
+    assert [scale.to_part(rows) for rows in (0, 15, 30, 40, 50, 85, 120, 240)] == [0, 5, 10, 15, 20, 30, 40, 80]
+    assert (Scale().to_pool(7), Scale().to_part(7), Scale.through((0, 0)).to_pool(7)) == (7, 7, 7)
 
 
 def test_limits_in_rows_are_scaled_and_shown_and_copied_as_they_are(trials: Trials, site: Site) -> None:
