@@ -37,7 +37,7 @@ class Scale:
 
     @classmethod
     def through(cls, *known: tuple[int, int]) -> Self:
-        """Return the scale through known numbers of the part and of the pool; one that contradicts an earlier is out."""
+        """Return the scale through known numbers of the part and the pool; one that contradicts an earlier is out."""
         points = [(0, 0)]
         for rows in known:
             if all((rows[0] - part) * (rows[1] - pool) > 0 for part, pool in points):

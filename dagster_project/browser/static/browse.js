@@ -221,7 +221,11 @@ function stepBox(step) {
     range.type = "range";
     range.step = "any";
     range.setAttribute("aria-label", `Threshold of step ${step.step}`);
-    const set = () => { limits[step.step] = `threshold:${range.value}`; tryOut(); };
+    const set = () => { // the browser rounds the value of a slider, so that its lower end would drop a row
+      const isLowest = range.value - range.min < 1e-9 * (range.max - range.min);
+      limits[step.step] = `threshold:${isLowest ? range.min : range.value}`;
+      tryOut();
+    };
     range.addEventListener("input", set);
     const drag = (event) => {
       if (!event.buttons) return;
