@@ -36,6 +36,7 @@ from assets.base.runtime import REQUIRED_RESOURCES, begin_step
 from assets.base.score_tables import processor
 from assets.base.shard import Shard
 from core.errors import UserError
+from resources.lake.ahead import read_ahead
 from resources.lake.files import Lake, LakeError, Provenance, Stored
 
 Outcomes = Generator[tuple[str, Outcome], None, None]
@@ -93,7 +94,9 @@ class PartitionedTemplate(Template):
         except UserError as error:
             yield from ((name, error) for name in shards)
             return
-        for name in shards:
+        read = [key for key in step.asset.deps if step.asset.assets[key].partitioned]
+        ahead = read_ahead(step.context.lake, [[(key, name) for key in read] for name in shards])
+        for name, _ in zip(shards, ahead, strict=True):
             try:
                 yield name, self.function(Shard(step, name), *prepared)
             except Exception as error:  # noqa: BLE001 - raised with all others when the shards are through

@@ -1,4 +1,4 @@
-"""The demo's evaluation: `python -m examples.demo.evaluation`, about half an hour on two idle cores.
+"""The demo's evaluation: `python -m examples.demo.evaluation`, about 25 minutes on two idle cores.
 
 Draws the pool and the held-out pictures as far as they are missing, selects the subsets, trains fifteen small models
 and prints what they show. `docs/evaluation.md` has the result. An interrupted run resumes.

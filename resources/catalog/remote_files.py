@@ -20,14 +20,14 @@ from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 
-from resources.storage.by_location import open_store
+from resources.storage.objects import ObjectStore
 from resources.storage.stores import Entry
 
 COPIED = 1 << 20
 """Bytes of the files that are copied to the local cache as a whole; of larger ones, ranges are read."""
 AHEAD = 128
 """How many files are copied together at most."""
-READERS = 32
+READERS = 16
 LISTED_SECONDS = 5.0
 """How long a listing answers: a query looks at the same folder several times."""
 
@@ -46,7 +46,7 @@ class _RemoteFiles(AbstractFileSystem):
     def __init__(self, root: str) -> None:
         super().__init__()
         self._root = root
-        self._store = open_store(root)
+        self._store = ObjectStore(root)
         self._listed: dict[str, tuple[float, dict[str, Entry]]] = {}
         self._entries: dict[str, Entry] = {}
         self._copies: dict[str, Path] = {}
@@ -104,12 +104,20 @@ class _RemoteFiles(AbstractFileSystem):
         self._copies[entry.location] = copy = self._store.local(entry.location, entry)
         _, listed = self._listed.get(entry.location.rpartition("/")[0], (0.0, {}))
         after = itertools.islice(itertools.dropwhile(lambda one: one != entry, listed.values()), 1, self._ahead)
-        wanted = [one for one in after if one.size <= COPIED and one.location not in self._copies]
         self._ahead = min(2 * self._ahead, AHEAD)
-        with ThreadPoolExecutor(READERS) as pool:
-            copies = pool.map(self._copy, wanted)
-            self._copies |= {one.location: path for one, path in zip(wanted, copies, strict=True) if path is not None}
-
+        wanted = []
+        for one in after:
+            if one.size > COPIED or one.location in self._copies:
+                continue
+            found = self._store.copied(one)
+            if found is None:
+                wanted.append(one)
+            else:  # a thread for each would wait for the interpreter, which DuckDB's own threads take turns with
+                self._copies[one.location] = found
+        if wanted:
+            with ThreadPoolExecutor(READERS) as pool:
+                copies = zip(wanted, pool.map(self._copy, wanted), strict=True)
+                self._copies |= {one.location: path for one, path in copies if path is not None}
         return copy
 
     def _copy(self, entry: Entry) -> Path | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from resources.lake.ahead import read_ahead
 from resources.lake.files import Lake
 from resources.lake.sealed import Vectors
 
@@ -77,8 +78,10 @@ def gather(
     numbers, starts = np.unique(shard_numbers[order], return_index=True)
     # Without chosen rows, the first shard still gives the width d.
     parts = list(zip(numbers, np.split(order, starts[1:]), strict=True)) if len(order) else [(0, order)]
-    chosen = ((shards[number], rows[places]) for number, places in parts)
-    read = spread(chosen) if spread else (read_rows(lake, asset, columns, shard, some) for shard, some in chosen)
+    chosen = [(shards[number], rows[places]) for number, places in parts]
+    ahead = read_ahead(lake, [] if spread else [[(asset, shard)] for shard, _ in chosen])
+    here = (read_rows(lake, asset, columns, *some) for some, _ in zip(chosen, ahead, strict=True))
+    read = spread(chosen) if spread else here
     found: list[np.ndarray] = []
     for (_, places), arrays in zip(parts, read, strict=True):
         found = found or [np.empty((len(rows), array.shape[1]), np.float16) for array in arrays]

@@ -100,13 +100,17 @@ def stat(url: str) -> Listed:
         found = os.stat(url)
         return Listed(name, url, f"{found.st_size} {found.st_mtime_ns}")
     fs, path = _filesystem(url)
-    return _listed(fs, fs.info(path))
+    return Listed(name, url, _stamp(fs.info(path)))  # obstore's `info` has no bucket in its name
 
 
 def _listed(fs: Any, info: dict[str, Any]) -> Listed:
     name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+    return Listed(name, fs.unstrip_protocol(info["name"]), _stamp(info))
+
+
+def _stamp(info: dict[str, Any]) -> str:
     mark = next((str(info[key]) for key in _STAMPS if info.get(key) is not None), "")
-    return Listed(name, fs.unstrip_protocol(info["name"]), f"{info['size']} {mark}")
+    return f"{info['size']} {mark}"
 
 
 def fingerprint(files: Sequence[Listed]) -> str:

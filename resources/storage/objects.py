@@ -221,16 +221,26 @@ class ObjectStore:
     def local(self, location: str, entry: Entry | None = None) -> Path:
         """Return a local copy of an object, downloaded unless there is one with the same ETag."""
         found = entry or self._present(location)
-        folder = cache_folder(self._root) / "objects"
-        name = hashlib.sha256(f"{location}\0{found.tag}".encode()).hexdigest()[:40]
-        path = folder / f"{name}{Path(location).suffix}"
-        try:
-            os.utime(path)  # its time of use
-        except FileNotFoundError:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(folder, found.size)
+        path = self.copied(found)
+        if path is None:
+            path = self._copy_path(found)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(path.parent, found.size)
             self._download(found, path)
         return path
+
+    def copied(self, entry: Entry) -> Path | None:
+        """Return the local copy of an object, and note that it is used; None if there is none."""
+        path = self._copy_path(entry)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
+    def _copy_path(self, entry: Entry) -> Path:
+        name = hashlib.sha256(f"{entry.location}\0{entry.tag}".encode()).hexdigest()[:40]
+        return cache_folder(self._root) / "objects" / f"{name}{Path(entry.location).suffix}"
 
     def _make_room(self, folder: Path, size: int) -> None:
         """Keep the copies within their limit, to 5 %: looking at all of them for each copy would take long."""

@@ -14,6 +14,8 @@ from dagster_project.browser.queries import Table
 from dagster_project.browser.samples import describe
 from resources.pools.base import PoolError, place_in_tar
 from resources.pools.groups import ShardGroups, grouped
+from resources.pools.webdataset import WebdatasetPool
+from resources.storage.by_location import open_store
 from tests.support.scenario import ROWS, Scenario
 
 
@@ -122,3 +124,18 @@ def test_a_damaged_record_is_one_error_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "shard_groups/00000001.json").write_text(json.dumps([1]))
     with pytest.raises(PoolError, match=r"00000001\.json: damaged.*Remedy"):
         ShardGroups(str(tmp_path)).recorded()
+
+
+def test_groups_of_a_pool_in_an_object_store_are_read_tar_by_tar(tars: Scenario, bucket: str) -> None:
+    local = tars.open().pool
+    for file in (tars.folder / "pool").iterdir():
+        open_store(bucket).put(f"{bucket}/pool/{file.name}", file)
+    settings = tars.open().settings.pool.model_copy(update={"path": f"{bucket}/pool"})
+    remote = WebdatasetPool(settings)
+    remote.groups = ShardGroups(f"{bucket}/lake")
+    remote.record_groups()
+    assert list(remote.list_shards()) == list(local.list_shards())
+    for shard in remote.list_shards():
+        rows = remote.read_shard(shard).rows
+        assert rows.equals(local.read_shard(shard).rows)
+        assert remote.read_images(shard, rows) == local.read_images(shard, rows)
