@@ -78,7 +78,18 @@ def _note(site: Site, part: Part, tried: Trial, before: pa.Table, enter: pa.Tabl
     total, stay = part.scale * len(before), len(before) - len(leave)
     errors = [part.error(counts, known, total) for counts in (entering, leaving, remaining)]
     error = max(part.random_error(len(enter)), part.random_error(len(leave) * stay / max(1, len(before))), *errors)
-    return part.note("Judged on", f"counts are scaled to the pool{f', about ± {error:,}' if error else ''}")
+    return part.note("Judged on", _scaled(error))
+
+
+def _scaled(error: int) -> str:
+    return f"counts are scaled to the pool{f', about ± {error:,}' if error else ''}"
+
+
+def _error(site: Site, part: Part, uids: pa.Table, known: pa.Table) -> int:
+    """Return two standard errors of a number of rows that are among others whose number in the pool is known."""
+    counts = (site.trials.by_shard(part, some) for some in (uids, known))
+    share = len(uids) / max(1, len(known))
+    return max(part.error(*counts, part.scale * len(known)), part.random_error(len(uids) * (1 - share)))
 
 
 def compare(site: Site, request: Request) -> Response:
@@ -105,7 +116,10 @@ def compare(site: Site, request: Request) -> Response:
         for title, uids, other, scale in groups
     ]
     options = [f"{name}{suffix}" for name in names for suffix in ["", *_suffixes(site, name)]]
-    note = "" if part.is_whole else part.note("Judged on", "counts are scaled to the pool")
+    note = ""
+    if not part.is_whole:
+        errors = (_error(site, part, uids, sides[named]) for named, uids in ((left, only_left), (right, only_right)))
+        note = part.note("Judged on", _scaled(max(errors)))
     return site.page("compare.html", left=left, right=right, groups=shown, options=options, note=note)
 
 

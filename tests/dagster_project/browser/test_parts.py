@@ -195,6 +195,8 @@ def test_the_grid_shows_rows_of_the_part_with_the_number_in_the_pool(
 def test_a_comparison_is_scaled_from_the_same_shards(large: Scenario, trials: Trials, site: Site) -> None:
     page = site.text("/compare?left=clip_third&right=paper")
     assert f"Judged on {JUDGED} of {ALL} rows: whole shards, in the order of a keyed hash; counts are scaled" in page
+    assert "scaled to the pool, about ± " in page
+    assert "scaled to the pool.<" in site.text("/compare?left=paper&right=paper:v0001")
     left, right = (set(in_part(large, trials, name)["uid"]) for name in ("clip_third", "paper"))
     total = large.subset("clip_third").lineage["rows"]
     assert f"Only in clip_third: about {round(len(left - right) * total / len(left))}<" in page
