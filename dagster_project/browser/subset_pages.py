@@ -87,9 +87,9 @@ def _scaled(error: int) -> str:
 
 def _error(site: Site, part: Part, uids: pa.Table, known: pa.Table) -> int:
     """Return two standard errors of a number of rows that are among others whose number in the pool is known."""
-    counts = (site.trials.by_shard(part, some) for some in (uids, known))
+    counted, among = (site.trials.by_shard(part, some) for some in (uids, known))
     share = len(uids) / max(1, len(known))
-    return max(part.error(*counts, part.scale * len(known)), part.random_error(len(uids) * (1 - share)))
+    return max(part.error(counted, among, part.scale * len(known)), part.random_error(len(uids) * (1 - share)))
 
 
 def compare(site: Site, request: Request) -> Response:

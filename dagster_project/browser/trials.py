@@ -234,7 +234,7 @@ class Trials:
             or any(lineage["shards"][shard] != read for shard, read in inputs.shards.items())
             or {other: read["fingerprint"] for other, read in sets.items()}
             != {other: read["fingerprint"] for other, read in inputs.sets.items()}
-            or any(lineage["inputs"].get(key, {}).get("fingerprint") != print_ for key, print_ in inputs.tables.items())
+            or any(lineage["inputs"].get(key, {}).get("fingerprint") != wanted for key, wanted in inputs.tables.items())
         ):
             return None
         try:
