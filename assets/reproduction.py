@@ -18,6 +18,7 @@ from assets.base.context import Context, Snapshot
 from assets.base.partitioned import PartitionedAsset, write_unchecked
 from assets.base.score_kind import Scores
 from assets.base.selection_table import CachedTable, open_selection
+from assets.base.settings import ProjectSettings
 from assets.base.unpartitioned import UnpartitionedAsset
 from assets.graph import Node, build_graph
 from assets.scores import KINDS
@@ -94,12 +95,9 @@ def open_recorded(
     Raises:
         LakeError: a file is not the one that the version was selected from.
     """
-    _check_format(record)
-    settings = settings_model(kinds).model_validate({**record["project"], "lake": str(lake.root)})
     name = record["recipe"]
+    settings = recorded_settings(lake, record, record["shards"], kinds)
     recipe = settings.recipes[name]
-    _refuse(record, _other_files(lake, record["shards"]))
-    _refuse(record, _other_files(lake, {None: {key: record["inputs"][key]["fingerprint"] for key in recipe.tables}}))
     if sets is None:
         versions = Versions(lake, name)
         version = versions.of_record(record["version"], dict(record))
@@ -107,6 +105,28 @@ def open_recorded(
     scores = Scores(settings).places(recipe.columns().scores)
     with open_selection(lake, name, recipe, scores, record["shards"], sets, cached) as (selection, _):
         yield selection
+
+
+def recorded_settings(
+    lake: Lake, record: Mapping[str, Any], shards: Mapping[str, Mapping[str, str]], kinds: Kinds = KINDS
+) -> ProjectSettings:
+    """Return the settings that a version was selected with, for reading the same files.
+
+    Args:
+        lake: the lake.
+        record: the version's lineage record.
+        shards: those of the record that are read.
+        kinds: the score kinds that the record may use.
+
+    Raises:
+        LakeError: a file is not the one that the version was selected from.
+    """
+    _check_format(record)
+    settings = settings_model(kinds).model_validate({**record["project"], "lake": str(lake.root)})
+    tables = settings.recipes[record["recipe"]].tables
+    _refuse(record, _other_files(lake, shards))
+    _refuse(record, _other_files(lake, {None: {key: record["inputs"][key]["fingerprint"] for key in tables}}))
+    return settings
 
 
 def rebuild(record: Mapping[str, Any], folder: Path, kinds: Kinds = KINDS) -> Path:

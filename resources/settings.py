@@ -6,6 +6,7 @@ folder of the YAML, which the caller passes as pydantic's validation context:
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,6 +74,23 @@ class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Check that every caption of a class has one place for its name.
+
+    Raises:
+        ValueError: one has not, or has other fields in braces.
+    """
+    for template in templates:
+        try:
+            placed = template.format("name") != template.format("other")
+        except (IndexError, KeyError, ValueError, AttributeError):
+            placed = False
+        if "{}" not in template or not placed:
+            raise ValueError(
+                f"templates: {template!r} has no {{}}, or other braces. Remedy: one {{}}, for the class name"
+            )
 
 
 FormatName = Literal["webdataset", "datacomp", "parquet_images", "image_folder"]

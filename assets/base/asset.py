@@ -24,6 +24,7 @@ from assets.base.results import NotReady
 from assets.base.settings import ProjectSettings
 from core.links import asset_link
 from resources.lake.files import Provenance, Stored
+from resources.lake.scratch import WorkFolder
 
 T = TypeVar("T")
 
@@ -230,15 +231,25 @@ class FileAsset:
 
     def _provenance(self, snapshot: Snapshot, shard: str | None) -> Provenance:
         template = self.declared.template
-        inputs = {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
+        inputs = self.recorded_deps(snapshot, shard)
         if template.inputs is not None:
             inputs |= template.inputs(self, snapshot, shard)
-        parameters = snapshot.memoized(f"{self.key}: parameters", lambda: self._parameters(snapshot.context))
-        return Provenance(self.key, shard, template.code_version, parameters, inputs)
+        return Provenance(self.key, shard, template.code_version, self.parameters(snapshot), inputs)
 
-    def _parameters(self, context: Context) -> Mapping[str, Any]:
+    def parameters(self, snapshot: Snapshot) -> Mapping[str, Any]:
+        """Return the settings that the rows depend on."""
         parameters = self.declared.template.parameters
-        return {} if parameters is None else parameters(context, self.declared)
+        if parameters is None:
+            return {}
+        return snapshot.memoized(f"{self.key}: parameters", lambda: parameters(snapshot.context, self.declared))
+
+    def recorded_deps(self, snapshot: Snapshot, shard: str | None) -> dict[str, str]:
+        """Return the fingerprints of the deps that the provenance records, by key.
+
+        Raises:
+            NotReady: one is missing or out of date.
+        """
+        return {dep.key: self._input(snapshot, dep, shard) for dep in self.declared.deps if dep.recorded}
 
     def _input(self, snapshot: Snapshot, dep: Dep, shard: str | None) -> str:
         """Return the fingerprint of a dep's file: of the shard's, or of the unpartitioned asset's."""
@@ -279,17 +290,13 @@ class Step:
         """The project."""
         return self.snapshot.context
 
-    def map(
-        self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
-    ) -> Iterator[T]:
-        """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order; the engine computes them.
+    def map(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order, as `Engine.map` does."""
+        return self.engine.map(self, function, arguments)
 
-        Args:
-            function: see `Engine.map`.
-            arguments: of each part.
-            local: the function reads a work folder of the lake.
-        """
-        return self.engine.map(self, function, arguments, local=local)
+    def shared(self, work: WorkFolder, name: str) -> str:
+        """Return where workers read an array of a work folder that is complete: a path, or a URL of the lake."""
+        return str(work.path / name) if self.engine.has_files(self.context) else work.share(name)
 
     @property
     def names(self) -> Mapping[str, str]:

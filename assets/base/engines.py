@@ -40,9 +40,11 @@ class Engine(Protocol):
         """Compute a `PartitionedAsset`'s shards of a `Step`, and yield each when its file is written or it failed."""
         ...
 
-    def map(
-        self, step: Any, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
-    ) -> Iterator[T]:
+    def has_files(self, context: Any) -> bool:
+        """Check whether workers see the work folders of the lake: they are on this machine, or share its disks."""
+        ...
+
+    def map(self, step: Any, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """Yield `function(snapshot, *some)` for `some` in `arguments`, in their order.
 
         Workers compute them side by side, so a function must be importable, and it, its arguments and its result must
@@ -52,8 +54,6 @@ class Engine(Protocol):
             step: the step whose snapshot the function gets.
             function: computes a part.
             arguments: of each part. They are asked for when a worker is free.
-            local: the function reads a work folder of the lake. Of a remote lake, that is on this machine, so a cluster
-                does not compute it.
 
         Raises:
             Exception: the first error of the function, in the order of the arguments.
@@ -80,11 +80,13 @@ class InProcess:
         """Compute and write shards in order."""
         yield from asset.computed(step, shards)
 
-    def map(
-        self, step: Any, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
-    ) -> Iterator[T]:
+    def has_files(self, context: Any) -> bool:
+        """Return True."""
+        del context
+        return True
+
+    def map(self, step: Any, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """Compute parts in order."""
-        del local
         return map_here(step.snapshot, function, arguments)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ Here: which files become that table, and when it can be reused. Not here: how fi
 
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from resources.lake.files import Lake
 from resources.lake.pool_scores import Source, mark_sets, source_relation
 from selection.recipes.execute import Selection, select, set_column
 from selection.recipes.recipe import Recipe
+from selection.recipes.step_report import StepReport
 
 IDENTITY = ("f0", "f1")
 
@@ -28,9 +29,15 @@ _Mark = tuple[str, str, tuple[str, ...]]
 
 
 class CachedTable:
-    """The pool's rows with every score that was asked for so far; built again when other shards are asked for."""
+    """The pool's rows with every score that was asked for so far; built again when other shards are asked for.
 
-    def __init__(self) -> None:
+    Args:
+        memory: DuckDB's `memory_limit`; by default half of the memory.
+        threads: of DuckDB; by default one per core.
+    """
+
+    def __init__(self, *, memory: str | None = None, threads: int | None = None) -> None:
+        self._memory, self._threads = memory, threads
         self._finalizer: weakref.finalize[..., CachedTable] | None = None
         self._pool: dict[str, str] = {}
         self._scores: dict[str, _Mark] = {}
@@ -74,7 +81,7 @@ class CachedTable:
 
     def _make(self, lake: Lake, scores: Mapping[str, _Mark], columns: set[str], shards: list[str]) -> None:
         spill = tempfile.mkdtemp(prefix="selection-")
-        self._con = open_duckdb(spill)
+        self._con = open_duckdb(spill, memory=self._memory, threads=self._threads)
         self._finalizer = weakref.finalize(self, close_duckdb, self._con, spill)
         self._source = source_relation(
             self._con,
@@ -93,6 +100,7 @@ def open_selection(
     shards: Mapping[str, Mapping[str, str]],
     sets: Mapping[str, pa.Table],
     cached: CachedTable | None = None,
+    begun: Sequence[StepReport] = (),
 ) -> Iterator[tuple[Selection, int]]:
     """Run a recipe over the lake's files.
 
@@ -102,8 +110,9 @@ def open_selection(
         recipe: the recipe.
         scores: asset and column of every score that it reads.
         shards: the shards to select from, with the fingerprints of their files, by asset.
-        sets: f0 and f1 of each of the recipe's sets, by name.
+        sets: f0 and f1 of each of the recipe's sets, by name, and of those that `begun` reads.
         cached: reused by the next recipe; without it the rows are read for this recipe alone.
+        begun: as `select` takes it.
 
     Yields:
         The selection, valid within the block, and the number of rows left out because an earlier row has their uid.
@@ -117,7 +126,7 @@ def open_selection(
         for key in recipe.tables:
             con.register(key, _without_vectors(lake.read(key)))
         mark_sets(con, "source", columns)
-        yield select(con, name, recipe), source.duplicates
+        yield select(con, name, recipe, begun=begun), source.duplicates
     finally:
         if cached is None:
             table.close()

@@ -56,8 +56,8 @@ class UnpartitionedTemplate(Template):
     """A template of assets of one file.
 
     Attributes:
-        keeps: whether a stored file stays although its inputs have changed, as long as its parameters are the same and
-            no redraw is asked for. By default it does not.
+        keeps: whether a stored file stays although the files of shards that it was computed from have changed, as long
+            as its parameters and its recorded `deps` are the same and no redraw is asked for. By default it does not.
         stays: whether a stored file that is up to date is certain to stay when only shards arrive or change. Sensors
             then compute what reads it in the same run as the shard's other assets.
         metadata: further metadata of the stored file for Dagster's UI, such as pictures.
@@ -112,8 +112,8 @@ class UnpartitionedAsset(FileAsset):
         assert isinstance(template, UnpartitionedTemplate)
         stored = snapshot.context.lake.stored(self.key)
         if stored is not None and not redraw and template.keeps(self.declared, stored, snapshot):
-            parameters = template.parameters(snapshot.context, self.declared) if template.parameters else {}
-            kept = Provenance(self.key, None, template.code_version, parameters, stored.provenance.inputs)
+            inputs = {**stored.provenance.inputs, **self.recorded_deps(snapshot, None)}
+            kept = Provenance(self.key, None, template.code_version, self.parameters(snapshot), inputs)
             if stored.is_from(kept):
                 return kept
         return self._provenance(snapshot, None)

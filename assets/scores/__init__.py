@@ -8,6 +8,7 @@ from assets.scores.clip_score import CLIP_SCORE
 from assets.scores.clusters import CLUSTERS
 from assets.scores.external_scores import EXTERNAL_SCORES
 from assets.scores.hype import HYPE
+from assets.scores.learned_mix import LEARNED_MIX
 from assets.scores.near_duplicates import NEAR_DUPLICATES
 from assets.scores.neg_clip_loss import NEG_CLIP_LOSS
 from assets.scores.norm_sim import NORM_SIM
@@ -27,5 +28,6 @@ KINDS: tuple[ScoreKind[Any], ...] = (
     SIEVE,
     HYPE,
     EXTERNAL_SCORES,
+    LEARNED_MIX,
 )
 """All kinds of scores, in the order of the catalog's columns."""

@@ -29,7 +29,7 @@ from assets.pool.target_embeddings import target_embeddings
 from assets.scores.draws import sample
 from core.hashing import sha256
 from resources.lake.files import LakeError, Stored, column_to_vectors
-from resources.lake.scratch import WorkFolder
+from resources.lake.scratch import WorkFolder, shared_file
 from resources.settings import Location, Settings
 
 if TYPE_CHECKING:
@@ -142,18 +142,19 @@ def _k_means(step: Step, rows: np.ndarray, settings: ClusterSettings) -> np.ndar
     work.begin({}, {ROWS: (np.float16, rows.shape)})
     work.array(ROWS, np.float16, rows.shape, "r+")[:] = rows
     work.flush()
-    iteration = 0
+    all_rows, iteration = step.shared(work, ROWS), 0
 
     def nearest(centroid: torch.Tensor) -> torch.Tensor:
         nonlocal iteration
+        work.remove(f"means-{iteration}.npy")
         iteration += 1
         np.save(work.path / f"means-{iteration}.npy", centroid.numpy())
-        (work.path / f"means-{iteration - 1}.npy").unlink(missing_ok=True)
+        means = step.shared(work, f"means-{iteration}.npy")
         blocks = (
-            (work.name, rows.shape, iteration, start, min(start + CHUNK_ROWS, len(rows)))
+            (all_rows, rows.shape, means, start, min(start + CHUNK_ROWS, len(rows)))
             for start in range(0, len(rows), CHUNK_ROWS)
         )
-        return torch.from_numpy(np.concatenate(list(step.map(_nearest, blocks, local=True))))
+        return torch.from_numpy(np.concatenate(list(step.map(_nearest, blocks))))
 
     try:
         means = spherical_k_means(
@@ -165,16 +166,16 @@ def _k_means(step: Step, rows: np.ndarray, settings: ClusterSettings) -> np.ndar
 
 
 def _nearest(
-    snapshot: Snapshot, name: str, shape: tuple[int, int], iteration: int, start: int, stop: int
+    snapshot: Snapshot, all_rows: str, shape: tuple[int, int], means: str, start: int, stop: int
 ) -> np.ndarray:
-    """Assign a block of rows to centroids, int64 `[stop - start]`; both are in the work folder `name`."""
+    """Assign a block of rows to centroids, int64 `[stop - start]`; `all_rows` and `means` are locations."""
     from selection.scores.clustering import nearest_centroid
 
-    work = WorkFolder(snapshot.context.lake, name)
-    rows = work.array(ROWS, np.float16, shape)[start:stop]
-    kept: dict[str, Any] = snapshot.memoized(f"{name}: the last centroids", dict)
-    if kept.get("iteration") != iteration:
-        kept.update(iteration=iteration, means=to_tensor(np.load(work.path / f"means-{iteration}.npy")))
+    lake = snapshot.context.lake
+    rows = np.memmap(shared_file(lake, all_rows), np.float16, "r", shape=shape)[start:stop]
+    kept: dict[str, Any] = snapshot.memoized(f"centroids of {all_rows}", dict)
+    if kept.get("at") != means:
+        kept.update(at=means, means=to_tensor(np.load(shared_file(lake, means))))
     return nearest_centroid(to_tensor(rows), kept["means"]).cpu().numpy()
 
 

@@ -132,20 +132,26 @@ def _rows(
 
 
 def sample(
-    snapshot: Snapshot, embeddings: str, shards: Sequence[str], *, size: int, seed: int, spread: Spread
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read the image embeddings of a sample of the pool.
+    snapshot: Snapshot,
+    embeddings: str,
+    shards: Sequence[str],
+    *,
+    size: int,
+    seed: int,
+    spread: Spread,
+    columns: Sequence[str] = ("image",),
+) -> tuple[np.ndarray, ...]:
+    """Read the embeddings of a sample of the pool.
 
     Returns:
         The rows as `CANDIDATE` records `[n]`, whose shard is a position in `shards`, in an order that only the uids
-        decide; and their image embeddings, float16 `[n, d]`.
+        decide; and their embeddings, float16 `[n, d]` for each of `columns`.
     """
     from selection.scores.negatives import merge
 
     drawn = ((embeddings, shard, number, 1, size, seed) for number, shard in enumerate(shards))
     (chosen,) = merge(spread(_candidates, drawn), size)
-    (found,) = _gathered(spread, snapshot, embeddings, ["image"], shards, chosen)
-    return chosen, found
+    return chosen, *_gathered(spread, snapshot, embeddings, columns, shards, chosen)
 
 
 def _gathered(

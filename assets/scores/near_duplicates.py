@@ -136,11 +136,13 @@ def duplicate_search(step: Step) -> Result:
         work.begin(wanted, None if of is None else newest_version(step.snapshot, step.asset.assets[of]))
     if not work.is_complete():
         step.expect(work.state["rows"] - work.state["done"])
+        vectors = work.vectors()
+        location = step.shared(work.folder, "vectors")
         found = nearest_before(
-            work.vectors(),
+            vectors,
             device=device(),
             done=work.state["done"],
-            compute=lambda pairs: step.map(compare_pair, ((work.folder.name, pair) for pair in pairs), local=True),
+            compute=lambda pairs: step.map(compare_pair, ((location, vectors.shape, pair) for pair in pairs)),
         )
         for at, value, better in found:
             work.add(at, value, better)

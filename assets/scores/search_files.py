@@ -16,7 +16,7 @@ from assets.base.selection_table import rows_of
 from core.uids import format_uids
 from resources.lake.files import Lake, LakeError, Provenance
 from resources.lake.gather import ShardVectors
-from resources.lake.scratch import Arrays, WorkFolder
+from resources.lake.scratch import Arrays, WorkFolder, shared_file
 from resources.lake.versions import Version, Versions
 
 if TYPE_CHECKING:
@@ -25,16 +25,14 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 2 << 30  # of embeddings that are gathered at a time; they are written in any order
 
 
-def compare_pair(snapshot: Snapshot, name: str, pair: "Pair") -> "Nearest":
-    """Compare a block of rows of a search, whose folder is `name`, with earlier ones."""
+def compare_pair(snapshot: Snapshot, location: str, shape: tuple[int, int], pair: "Pair") -> "Nearest":
+    """Compare a block of rows of a search with earlier ones; its vectors are at a location."""
     from selection.scores.near_duplicates import compare
 
     def opened() -> np.memmap:
-        folder = WorkFolder(snapshot.context.lake, name)
-        dtype, shape = _arrays(folder.state)["vectors"]
-        return folder.array("vectors", dtype, shape)
+        return np.memmap(shared_file(snapshot.context.lake, location), np.float16, "r", shape=shape)
 
-    return compare(snapshot.memoized(f"{name}: vectors", opened), pair, device=device())
+    return compare(snapshot.memoized(f"vectors at {location}", opened), pair, device=device())
 
 
 class SearchFiles:

@@ -79,13 +79,10 @@ def lineage_record(
         if asset != "raw_pool" and not asset.startswith("embeddings/"):
             files[asset] = _stored(context, asset, any_shard)
     read = {name for stored in files.values() for name in stored.provenance.inputs}
-    for table in settings.recipes[name].tables:
-        read |= {table, *_stored(context, table).provenance.inputs}
+    read = _with_inputs(context, assets, {*read, *settings.recipes[name].tables})
     encoders = sorted(name.removeprefix("embeddings/") for name in read if name.startswith("embeddings/"))
     # Subsets have records of their own, and uid lists stand among the sets.
-    unpartitioned = [
-        asset for asset in sorted(read) if asset in assets and not assets[asset].partitioned and _is_file(asset)
-    ]
+    unpartitioned = [asset for asset in sorted(read) if _is_unpartitioned(assets, asset)]
     wholes = {asset: _stored(context, asset) for asset in unpartitioned}
     upstream = {
         asset: _stored(context, asset, any_shard) for asset in ("raw_pool", *(f"embeddings/{e}" for e in encoders))
@@ -216,8 +213,21 @@ def _encoder(model: EncoderSettings, recipes: Collection[str]) -> dict[str, Any]
     return found if model.recipe in recipes else {name: value for name, value in found.items() if name != "of"}
 
 
-def _is_file(asset: str) -> bool:
-    return not asset.startswith(("subset/", "external_uids/"))
+def _with_inputs(context: Context, assets: Mapping[str, Any], read: set[str]) -> set[str]:
+    """Add the inputs of the unpartitioned files among some assets, and the inputs of those."""
+    further = {
+        name
+        for asset in read
+        if _is_unpartitioned(assets, asset)
+        for name in _stored(context, asset).provenance.inputs
+        if name in assets
+    }
+    return read if further <= read else _with_inputs(context, assets, read | further)
+
+
+def _is_unpartitioned(assets: Mapping[str, Any], asset: str) -> bool:
+    """Whether an asset is one file of the lake; subsets and uid lists are not."""
+    return asset in assets and not assets[asset].partitioned and not asset.startswith(("subset/", "external_uids/"))
 
 
 def _stored(context: Context, asset: str, shard: str | None = None) -> Stored:

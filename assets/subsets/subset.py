@@ -4,7 +4,7 @@ A subset is selected from the shards whose scores are complete and belong togeth
 shards with the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,8 +119,12 @@ class SubsetAsset:
         """Check whether a run is to measure something on demand, such as the drift of negatives."""
         return is_any_due(snapshot, self.assets, self.upstream)
 
-    def inputs(self, snapshot: Snapshot) -> Inputs:
+    def inputs(self, snapshot: Snapshot, only: Collection[str] | None = None) -> Inputs:
         """Return the inputs that the subset would be selected from now.
+
+        Args:
+            snapshot: the project's inputs.
+            only: the shards to look at; by default all.
 
         Raises:
             NotReady: no shard is complete, or another set is missing.
@@ -128,7 +132,7 @@ class SubsetAsset:
         shards: dict[str, dict[str, str]] = {}
         missing: dict[str, str] = {}
         score_assets = sorted({asset for asset, _ in self.scores.values()})
-        for shard in sorted(snapshot.listing):
+        for shard in sorted(snapshot.listing if only is None else snapshot.listing.keys() & set(only)):
             try:
                 shards[shard] = shard_inputs(snapshot, shard, score_assets, self.assets)
             except NotReady as error:

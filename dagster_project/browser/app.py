@@ -21,6 +21,7 @@ from assets.base.context import Context
 from core.errors import UserError
 from dagster_project.browser import grid_pages, subset_pages
 from dagster_project.browser.guard import Guard
+from dagster_project.browser.parts import JUDGED
 from dagster_project.browser.queries import BrowseError
 from dagster_project.browser.site import FOLDER, Site
 from dagster_project.browser.token import stored_token
@@ -39,14 +40,15 @@ PAGES: dict[str, Callable[[Site, Request], Response]] = {
 }
 
 
-def application(context: Context, token: str) -> Starlette:
+def application(context: Context, token: str, judged: int = JUDGED) -> Starlette:
     """Return the application of a project.
 
     Args:
         context: the opened project.
         token: which a request must carry once in its address (`?token=`), and then as a cookie.
+        judged: rows on which recipes are judged at most.
     """
-    site = Site(context)
+    site = Site(context, judged)
 
     def get(page: Callable[[Site, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         @functools.wraps(page)

@@ -5,6 +5,7 @@ a checked predicate. Not here: the queries.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from core.errors import UserError
 from dagster_project.browser import samples, search
+from dagster_project.browser.parts import Part
 from dagster_project.browser.queries import BrowseError, Place, Query, find
 from dagster_project.browser.site import Site, whole
 from resources.storage.images import ImageError
@@ -44,17 +46,50 @@ def rows(site: Site, request: Request) -> Response:
         return JSONResponse(_rejected(site, asked, offset))
     if asked.get("text") or asked.get("like"):
         return JSONResponse(_searched(site, asked, shown))
-    query = _query(site, asked)
+    query, members = _query(site, asked)
     places = query.places(PAGE, offset)
     total = query.count() if query.is_counted else None
     sorted_by = [query.sort] if query.sort in site.table.scores.by_name else []
     listed = site.tiles(places, [*shown, *sorted_by])
-    return JSONResponse({"rows": listed, "total": total, "note": "", "last": len(places) < PAGE})
+    return JSONResponse({"rows": listed, "total": total, "note": _note(members), "last": len(places) < PAGE})
 
 
 def count(site: Site, request: Request) -> Response:
-    """Return the number of rows that the filters of the grid leave, as JSON."""
-    return JSONResponse({"total": _query(site, request.query_params).count()})
+    """Return the number of rows that the filters of the grid leave, as JSON; `about` if it is scaled from a part."""
+    query, members = _query(site, request.query_params)
+    rows = query.count()
+    if members is None or not members.is_sample:
+        return JSONResponse({"total": rows, "about": False, "note": ""})
+    about = members.is_estimated or not len(members.uids) or bool(query.predicates)
+    scale = members.part.scale if members.total is None else members.total / max(1, len(members.uids))
+    return JSONResponse({"total": round(rows * scale), "about": about, "note": _note(members, about)})
+
+
+@dataclass(frozen=True)
+class Members:
+    """The rows of a subset that are asked for.
+
+    Attributes:
+        part: the rows that were judged.
+        uids: f0 and f1 of those of them that are asked for.
+        total: their number in the pool; None to scale the number of `uids`.
+        is_estimated: whether the total is.
+        score: to sort them by.
+        is_sample: whether the part stands for the pool.
+    """
+
+    part: Part
+    uids: pa.Table
+    total: int | None
+    is_estimated: bool
+    score: str
+    is_sample: bool
+
+
+def _note(members: Members | None, about: bool = False) -> str:
+    if members is None or not members.is_sample:
+        return ""
+    return members.part.note("Shown are rows among", "counts are scaled to the pool" if about else "")
 
 
 def _rejected(site: Site, asked: Asked, offset: int) -> dict[str, Any]:
@@ -78,41 +113,52 @@ def _searched(site: Site, asked: Asked, shown: list[str]) -> dict[str, Any]:
         query = search.of_row(site.table, encoder, find(site.table, asked["like"]), side)
     else:
         query = search.of_text(site.table, encoder, asked["text"][:LONGEST_TEXT])
-    among = _query(site, asked)
+    among, _ = _query(site, asked)
     found = search.nearest(site.table, encoder, query, side, among=among if among.restricts else None)
     listed = site.tiles(found.places, shown)
     for row, cosine in zip(listed, found.cosines, strict=True):
         row["scores"]["cosine"] = cosine
-    return {"rows": listed, "total": len(listed), "note": found.note}
+    return {"rows": listed, "total": len(listed), "note": found.part.note("Searched")}
 
 
-def _query(site: Site, asked: Asked) -> Query:
-    query = Query(site.table)
+def _query(site: Site, asked: Asked) -> tuple[Query, Members | None]:
+    """Return the query that is asked for, and the rows of the subset that it is restricted to."""
+    query, members = Query(site.table), None
     if asked.get("where", "").strip():
         query = query.where(asked["where"])
     if asked.get("shard"):
         query = query.shard(asked["shard"])
     if asked.get("recipe"):
-        uids, score = _members(site, asked)
-        query = query.among(uids)
-        query = query.order_by(score) if score in site.table.scores.by_name else query
+        members = _members(site, asked)
+        query = query.among(members.uids)
+        query = query if members.part.is_whole else query.within(members.part.shards)
+        query = query.order_by(members.score) if members.score in site.table.scores.by_name else query
     if asked.get("sort"):
         descending = asked.get("order", "desc") != "asc"
         query = query.order_by(asked["sort"], descending=descending, seed=whole(asked.get("seed", "0")))
-    return query
+    return query, members
 
 
-def _members(site: Site, asked: Asked) -> tuple[pa.Table, str]:
-    """Return f0 and f1 of the rows of a subset that are asked for, and the score to sort them by, if any."""
+def _members(site: Site, asked: Asked) -> Members:
+    """Return the rows of a subset that are asked for; of a large pool in one shard, if that is asked for."""
     recipe, version, kind = asked["recipe"], asked.get("version") or None, asked.get("member", "kept")
+    part, trials = site.trials.part((recipe, version)), site.trials
+    is_sample = not part.is_whole and not asked.get("shard")
+    if asked.get("shard") and not part.is_whole:
+        part = trials.part_of_shard(part, asked["shard"])
     if kind == "kept":
-        return site.trials.kept(recipe, version), ""
-    trial, step = site.trials.of(recipe, version), whole(asked.get("step", "1"))
+        found = trials.version(recipe, version)
+        if found is not None:
+            return Members(part, trials.kept(recipe, version, part), found.lineage["rows"], False, "", is_sample)
+        trial = trials.run(recipe, part=part)
+        return Members(part, trial.kept, trial.kept_rows, trial.is_estimated, "", is_sample)
     if kind not in ("near", "dropped"):
         raise BrowseError(f"member: {kind[:40]!r}; known: kept, dropped, near")
+    trial, step = trials.of(recipe, version, part), whole(asked.get("step", "1"))
     uids = trial.near(step) if kind == "near" else trial.dropped_at(step)
-    found = trial.step(step)
-    return uids, found["score"] or ""
+    shown = trial.step(step)
+    total = shown["left"] if kind == "dropped" else None
+    return Members(part, uids, total, total is None or trial.is_estimated, shown["score"] or "", is_sample)
 
 
 def image(site: Site, request: Request) -> Response:

@@ -22,14 +22,13 @@ from assets.base.context import Context
 from assets.base.score_kind import Scores
 from core import sql
 from core.errors import UserError
-from core.hashing import digest
 from core.machine import close_duckdb, open_duckdb
 from core.names import suggestion
 from core.uids import parse_uids
 from resources.pools.base import RAW_POOL_SCHEMA
 from selection.recipes.predicates import predicate_columns
 
-MEMORY, THREADS = "1GB", 2
+MEMORY, THREADS = "512MB", 2
 POOL = "raw_pool"
 RANDOM = "random"
 BATCH = 32
@@ -110,6 +109,12 @@ class Table:
         listed = [set(self.context.lake.shards(asset)) for asset in assets]
         return sorted(set.intersection(*listed))
 
+    def sizes(self, assets: Sequence[str]) -> dict[str, int]:
+        """Return the rows of each shard of which all these assets have a file; by the file of the first one."""
+        lake = self.context.lake
+        found = {shard: lake.stored(assets[0], shard) for shard in self.shards(assets)}
+        return {shard: stored.rows for shard, stored in found.items() if stored is not None}
+
     def file(self, asset: str, shard: str, columns: frozenset[str]) -> str:
         """Return a file as an SQL string, for reading these columns, verified once for each version of the file."""
         stored = self.context.lake.stored(asset, shard)
@@ -152,7 +157,7 @@ class Table:
         except (duckdb.Error, ValueError) as error:
             raise BrowseError(str(error).split("\n", 1)[0]) from error
 
-    def scan(self, names: frozenset[str], *, uids: bool, only: Collection[str] | None = None) -> str:
+    def scan(self, names: frozenset[str], *, uids: bool, only: Sequence[str] | None = None) -> str:
         """Write a query of some columns, with `the file` and `the row` of each row.
 
         Args:
@@ -167,7 +172,7 @@ class Table:
         return query
 
     def scans(
-        self, names: frozenset[str], *, uids: bool, only: Collection[str] | None = None, size: int | None
+        self, names: frozenset[str], *, uids: bool, only: Sequence[str] | None = None, size: int | None
     ) -> list[str]:
         """Write what `scan` writes as several queries, of `size` shards each."""
         wanted: dict[str, dict[str, str]] = {}
@@ -177,7 +182,7 @@ class Table:
         wanted = wanted or {POOL: {}}
         shards = [name for name in self.shards(list(wanted)) if only is None or name in only]
         if not shards:
-            where = f"shard {', '.join(only)} has no" if only else "no shard has"
+            where = f"shard {only[0]} has no" if only and len(only) == 1 else "no shard has"
             raise BrowseError(f"{where} {' and '.join(wanted)}. Remedy: clip-select run computes what is missing")
         self._check_aligned(list(wanted), shards)
         self._verify({(a, n, _read(c, uids)) for a, c in wanted.items() for n in shards} - self._verified.keys())
@@ -310,7 +315,7 @@ class Query:
     Attributes:
         table: the project's rows.
         predicates: DuckDB predicates over the pool's columns and scores, as in a recipe's `where`.
-        only_shard: the one shard to read.
+        only: the shards to read; None for all.
         marks: tables of f0 and f1 that the rows are in, by name.
         sort: a score, a column, or `random`; None for the pool's order.
         descending: largest first.
@@ -319,7 +324,7 @@ class Query:
 
     table: Table
     predicates: tuple[str, ...] = ()
-    only_shard: str | None = None
+    only: tuple[str, ...] | None = None
     marks: Mapping[str, pa.Table] = field(default_factory=dict)
     sort: str | None = None
     descending: bool = True
@@ -342,7 +347,12 @@ class Query:
 
     def shard(self, name: str) -> "Query":
         """Return the rows of one shard."""
-        return replace(self, only_shard=name)
+        return self.within((name,))
+
+    def within(self, shards: Collection[str]) -> "Query":
+        """Return the rows of some shards."""
+        kept = shards if self.only is None else [name for name in self.only if name in shards]
+        return replace(self, only=tuple(kept))
 
     def among(self, uids: pa.Table) -> "Query":
         """Return the rows whose uid is in a table with columns f0 and f1."""
@@ -373,13 +383,13 @@ class Query:
     @property
     def restricts(self) -> bool:
         """Whether anything but the order was asked for."""
-        return bool(self.predicates or self.marks or self.only_shard)
+        return bool(self.predicates or self.marks) or self.only is not None
 
     def rows_of(self, shard: str) -> np.ndarray:
         """Return the numbers of the rows of a shard, int64, ascending; empty where the shard lacks a score."""
-        if self.only_shard not in (None, shard):
+        within = replace(self.shard(shard), sort=None)
+        if not within.only:
             return np.empty(0, np.int64)
-        within = replace(self, only_shard=shard, sort=None)
         if not self.table.shards([self.table.place(name)[0] for name in within._names(sorting=False)] or [POOL]):
             return np.empty(0, np.int64)
         (rows,) = within._rows(sorting=False)
@@ -394,9 +404,8 @@ class Query:
     def count(self) -> int:
         """Return the number of rows."""
         if self.is_counted:
-            lake = self.table.context.lake
-            shards = [name for name in self.table.shards([POOL]) if self.only_shard in (None, name)]
-            return sum(stored.rows for shard in shards if (stored := lake.stored(POOL, shard)) is not None)
+            sizes = self.table.sizes([POOL])
+            return sum(rows for shard, rows in sizes.items() if self.only is None or shard in self.only)
         queries = [f"SELECT count(*) AS n FROM ({part})" for part in self._rows(sorting=False, size=BATCH)]
         return sum(found["n"][0].as_py() for found in self.table.run_all(queries, self.marks))
 
@@ -414,18 +423,12 @@ class Query:
         """Write the queries of the rows, of `size` shards each where that is faster."""
         names = self._names(sorting=sorting)
         uids = bool(self.marks) or (sorting and self.sort == RANDOM)
-        only = None if self.only_shard is None else [self.only_shard]
         joins = len({self.table.place(name)[0] for name in names}) > 1
-        parts = self.table.scans(names, uids=uids, only=only, size=size if joins and not self.marks else None)
+        parts = self.table.scans(names, uids=uids, only=self.only, size=size if joins and not self.marks else None)
         members = "".join(f" SEMI JOIN {mark} USING (f0, f1)" for mark in self.marks)
         tests = [f"({predicate}\n)" for predicate in self.predicates]  # the line break ends a comment
         condition = f" WHERE {' AND '.join(tests)}" if tests else ""
         return [f"SELECT * FROM ({part}) AS rows{members}{condition}" for part in parts]
-
-
-def shard_order(shard: str) -> str:
-    """Return a keyed hash of a shard's name; in its order, the first shards are a sample of the pool."""
-    return digest({"browse": shard})
 
 
 def uid_table(uids: Sequence[str]) -> pa.Table:

@@ -17,12 +17,12 @@ from core.errors import UserError
 from core.names import suggestion
 from core.uids import format_uid
 from dagster_project.browser import search
-from dagster_project.browser.queries import BrowseError, Place, Table, find, shard_order
+from dagster_project.browser.parts import SEARCHED, first_part
+from dagster_project.browser.queries import BrowseError, Place, Table, find
 from resources.catalog.build import read_catalog
 from resources.pools.base import IMAGE_COLUMNS, PoolError, TarPool, place_in_tar
 
 NEGATIVES = 4
-PERCENTILE_ROWS = 2_000_000
 ANY_REASON = "any"
 """In the place of a reason: every rejected sample."""
 _decoding = threading.Semaphore(4)
@@ -116,7 +116,7 @@ def _tar(table: Table, place: Place, image_offset: int | None) -> tuple[str, int
 def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
     """Return the share of rows with a smaller value of each score, in %, half of the equal ones counted; and a note.
 
-    Reads whole shards, the row's own first and the others in the order of a keyed hash, up to PERCENTILE_ROWS rows.
+    Reads whole shards, the row's own first and the others in the order of a keyed hash, up to SEARCHED rows.
     """
     lake = table.context.lake
     by_asset: dict[str, list[str]] = {}
@@ -124,28 +124,25 @@ def _percentiles(table: Table, place: Place) -> tuple[dict[str, float], str]:
         if table.scores.by_name[name].column.direction is not None:  # an index, such as of the nearest target, has none
             by_asset.setdefault(table.place(name)[0], []).append(name)
     found: dict[str, float] = {}
-    fewest, most = 0, 0
+    note = ""
     for asset, names in by_asset.items():
         if lake.stored(asset, place.shard) is None:
             continue
-        shards = sorted(table.shards([asset]), key=lambda shard: (shard != place.shard, shard_order(shard)))
-        sizes = {shard: stored.rows for shard in shards if (stored := lake.stored(asset, shard)) is not None}
-        ends = np.cumsum(list(sizes.values()))
-        only = shards[: max(1, int(np.searchsorted(ends, PERCENTILE_ROWS, side="right")))]
+        part = first_part(table.sizes([asset]), SEARCHED, first=place.shard)
         (row,) = table.read([place], names)
         known = {n: v for n in names if (v := row[n]) is not None and not (isinstance(v, float) and math.isnan(v))}
         if not known:
             continue
-        fewest, most = sum(sizes[shard] for shard in only), int(ends[-1])
+        note = "" if part.is_whole else part.note("Percentiles are among")
         columns = ", ".join(
             f"100 * (count(*) FILTER (WHERE {sql.quoted(name)} < {sql.literal(float(value))}) + 0.5 * "
             f"count(*) FILTER (WHERE {sql.quoted(name)} = {sql.literal(float(value))})) / count({sql.quoted(name)}) "
             f"AS {sql.quoted(name)}"
             for name, value in known.items()
         )
-        query = f"SELECT {columns} FROM ({table.scan(frozenset(known), uids=False, only=only)})"
+        query = f"SELECT {columns} FROM ({table.scan(frozenset(known), uids=False, only=part.shards)})"
         found |= table.run(query).to_pylist()[0]
-    return found, "" if fewest == most else f"Percentiles are among {fewest:,} of {most:,} rows."
+    return found, note
 
 
 def _explained(table: Table, uid: str) -> tuple[dict[str, list[dict[str, Any]]], str]:

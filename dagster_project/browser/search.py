@@ -5,30 +5,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dagster_project.browser.queries import BrowseError, Place, Query, Table, shard_order
+from dagster_project.browser.parts import SEARCHED, Part, first_part
+from dagster_project.browser.queries import BrowseError, Place, Query, Table
 from resources.models.decoding import EncoderError
 from resources.models.text_encoders import TextEncoder
 from resources.settings import TextEncoderSettings
 
-ROWS, SECONDS = 2_000_000, 5.0
+SECONDS = 5.0
 BLOCK = 16_384
 
 
 @dataclass(frozen=True)
 class Found:
-    """The nearest rows, nearest first, with their cosines; and how much of the pool was searched."""
+    """The nearest rows, nearest first, with their cosines; and the part of the pool that was searched."""
 
     places: list[Place]
     cosines: list[float]
-    searched: int
-    total: int
-
-    @property
-    def note(self) -> str:
-        """One sentence about the part that was searched."""
-        if self.searched == self.total:
-            return f"Searched all {self.total:,} rows."
-        return f"Searched {self.searched:,} of {self.total:,} rows: whole shards, in the order of a keyed hash."
+    part: Part
 
 
 def encoders(table: Table) -> list[str]:
@@ -64,7 +57,7 @@ def nearest(
     *,
     among: Query | None = None,
     count: int = 120,
-    rows: int = ROWS,
+    rows: int = SEARCHED,
     seconds: float = SECONDS,
 ) -> Found:
     """Find the rows whose image or caption is nearest to a vector.
@@ -80,13 +73,13 @@ def nearest(
         seconds: after which no further shard is started.
     """
     lake, asset = table.context.lake, f"embeddings/{encoder}"
-    shards = sorted(lake.shards(asset), key=shard_order)
-    sizes = {shard: stored.rows for shard in shards if (stored := lake.stored(asset, shard)) is not None}
+    sizes = table.sizes([asset])
     best: list[tuple[float, str, int]] = []
     searched, start = 0, time.monotonic()
-    for shard, size in sizes.items():
-        if searched and (searched + size > rows or time.monotonic() - start > seconds):
+    for shard in first_part(sizes, rows).shards:
+        if searched and time.monotonic() - start > seconds:
             break
+        size = sizes[shard]
         wanted = None if among is None else among.rows_of(shard)
         (vectors,) = lake.vectors(asset, shard, columns=[side])
         for first in range(0, size, BLOCK):
@@ -100,4 +93,4 @@ def nearest(
         best = sorted(best)[:count]
         searched += size
     places = [Place(shard, row) for _, shard, row in best]
-    return Found(places, [-cosine for cosine, _, _ in best], searched, sum(sizes.values()))
+    return Found(places, [-cosine for cosine, _, _ in best], first_part(sizes, searched))

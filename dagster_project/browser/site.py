@@ -13,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
 from assets.base.context import Context
-from dagster_project.browser.queries import BrowseError, Place, Query, Table
+from dagster_project.browser.parts import JUDGED, Part
+from dagster_project.browser.queries import BrowseError, Place, Table
 from dagster_project.browser.trials import Trials
 
 FOLDER = Path(__file__).parent
@@ -25,12 +26,13 @@ class Site:
 
     Args:
         context: the opened project.
+        judged: rows on which recipes are judged at most.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, judged: int = JUDGED) -> None:
         self.context = context
         self.table = Table(context)
-        self.trials = Trials(self.table)
+        self.trials = Trials(self.table, judged)
         self.templates = Environment(
             loader=FileSystemLoader(FOLDER / "templates"),
             autoescape=True,
@@ -67,9 +69,9 @@ class Site:
             for row in rows
         ]
 
-    def some(self, uids: pa.Table, count: int) -> list[dict[str, Any]]:
-        """Return tiles of some rows of a table of uids, in random order, the same in every call."""
-        return self.tiles(Query(self.table).among(uids).order_by("random").places(count), []) if len(uids) else []
+    def some(self, part: Part, uids: pa.Table, count: int) -> list[dict[str, Any]]:
+        """Return tiles of some rows of a part that have one of these uids, in random order, the same in every call."""
+        return self.tiles(self.trials.places(part, uids, count), [])
 
 
 def _finite(value: Any) -> Any:

@@ -1,106 +1,61 @@
 """Recipes run in memory: a version's own recipe, and recipes with other thresholds.
 
-Here: running a recipe over the lake without writing anything. Not here: the selection itself (`selection.recipes`), and
-reproducing a version as files (`assets.reproduction`).
+Here: running a recipe over the lake without writing anything, and which rows a version kept. Not here: the selection
+itself (`selection.recipes`), how limits are scaled to a part of the pool (`scaling`), and reproducing a version as
+files (`assets.reproduction`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from threading import Lock
-from typing import Any
+from dataclasses import replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 
 from assets.base.context import Snapshot
 from assets.base.results import NotReady
+from assets.base.score_kind import Scores
 from assets.base.selection_table import CachedTable, open_selection
 from assets.graph import build_graph
-from assets.reproduction import open_recorded
-from assets.subsets.subset import SubsetAsset, set_uids
-from core import sql
+from assets.reproduction import open_recorded, recorded_settings
+from assets.subsets.subset import CODE_VERSION, Inputs, SubsetAsset, set_uids
+from core.errors import UserError
 from core.names import suggestion
-from dagster_project.browser.queries import BrowseError, Table
+from dagster_project.browser import members
+from dagster_project.browser.memory import Memory
+from dagster_project.browser.parts import JUDGED, Part, first_part
+from dagster_project.browser.queries import POOL, THREADS, BrowseError, Place, Table
+from dagster_project.browser.recorded import Recorded, recorded
+from dagster_project.browser.scaling import Reference, in_part
+from dagster_project.browser.trial import LIMITS, Trial, judge
 from resources.lake.versions import Version, Versions
-from selection.recipes.execute import Selection, StepReport
-from selection.recipes.ranking import score_value
 from selection.recipes.recipe import Recipe
 
-LIMITS = ("fraction", "count", "threshold")
-BINS = 60
 NOW = "now"
 """In the place of a version: the recipe as the project's YAML has it, over today's scores."""
-KNOWN = 8
-"""Results that are kept in memory."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The result of a recipe.
-
-    Attributes:
-        recipe: the recipe as tried.
-        rows: f0, f1, `dropped` (the step that dropped the row; 0 for kept, -1 for a row outside `from`) and `value<n>`
-            of each step that ranks.
-        steps: of each step its number, kind, text, score, threshold, rows that entered, were kept and left; `limits`
-            that can be tried, `basis` (rows that a fraction refers to) and histogram.
-    """
-
-    recipe: Recipe
-    rows: pa.Table
-    steps: list[dict[str, Any]]
-
-    @property
-    def kept(self) -> pa.Table:
-        """f0 and f1 of the selected rows."""
-        return self.dropped_at(0)
-
-    def dropped_at(self, step: int) -> pa.Table:
-        """Return f0 and f1 of the rows that a step dropped; 0 for the rows that were kept."""
-        return self.rows.filter(pc.equal(self.rows["dropped"], step)).select(["f0", "f1"])
-
-    def step(self, number: int) -> dict[str, Any]:
-        """Return a step by its number, from 1.
-
-        Raises:
-            BrowseError: there is none.
-        """
-        if not 1 <= number <= len(self.steps):
-            raise BrowseError(f"there is no step {number}; the recipe has {len(self.steps)}")
-        return self.steps[number - 1]
-
-    def near(self, step: int, share: float = 0.02) -> pa.Table:
-        """Return f0 and f1 of the rows that reached a step and are nearest to its threshold, 2 % and at least 24.
-
-        Raises:
-            BrowseError: the step has no threshold.
-        """
-        found = self.step(step)
-        if found["threshold"] is None or f"value{step}" not in self.rows.column_names:
-            raise BrowseError(f"step {step} has no threshold. Remedy: a step with keep_top or deduplicate")
-        reached = pc.or_(pc.equal(self.rows["dropped"], 0), pc.greater_equal(self.rows["dropped"], step))
-        rows = self.rows.filter(reached)
-        distance = pc.abs(pc.subtract(rows[f"value{step}"], found["threshold"]))
-        nearest = pc.select_k_unstable(
-            pa.table({"d": distance}), min(len(rows), max(24, int(share * len(rows)))), [("d", "ascending")]
-        )
-        return rows.take(nearest).select(["f0", "f1"])
+MEMORY = "384MB"
+"""DuckDB's, for the table that recipes select from."""
+Named = tuple[str, str | None]
+"""A recipe's name, and a version as `Trials.of` takes it."""
 
 
 class Trials:
-    """Recipes of a project, run over the lake's rows in memory.
+    """Recipes of a project, run in memory over the lake's rows, or over a part of them.
 
     Args:
         table: the project's rows.
+        rows: rows to judge at most; of a larger pool, whole shards are judged.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, rows: int = JUDGED) -> None:
+        self.table, self.rows = table, rows
         self.context = table.context
         self.subsets = {node.recipe: node for node in build_graph(table.context).subsets}
-        self._cached = CachedTable()
-        self._known: dict[str, Trial] = {}
-        self._lock = Lock()
+        self._cached = CachedTable(memory=MEMORY, threads=THREADS)
+        self._trials: Memory[Trial] = Memory(lambda trial: trial.rows.nbytes, most=192 << 20)
+        self._uids: Memory[pa.Table] = Memory(lambda table: table.nbytes, most=128 << 20)
+        self._recorded: Memory[Recorded] = Memory(
+            lambda found: sum(uids.nbytes for uids in found.sets.values()), most=64 << 20
+        )
 
     def subset(self, recipe: str) -> SubsetAsset:
         """Return the asset of a recipe.
@@ -139,36 +94,79 @@ class Trials:
         except ValueError as error:
             raise BrowseError("; ".join(str(error).split("\n")[2:3]).strip() or str(error)) from error
 
-    def run(self, name: str, recipe: Recipe | None = None) -> Trial:
+    def part(self, *named: Named) -> Part:
+        """Return the rows on which recipes or versions are judged: all, or whole shards up to the budget of rows."""
+        shards: set[str] = set()
+        for name, version in named:
+            found = self.version(name, version)
+            if found is None:
+                shards |= self._usable(name)
+            else:
+                shards.update(found.lineage["shards"])
+        return first_part(
+            {shard: rows for shard, rows in self.table.sizes([POOL]).items() if shard in shards}, self.rows
+        )
+
+    def part_of_shard(self, part: Part, shard: str) -> Part:
+        """Return one shard of the pool of which `part` is a part.
+
+        Raises:
+            BrowseError: there is no such shard.
+        """
+        sizes = self.table.sizes([POOL])
+        if shard not in sizes:
+            raise BrowseError(f"there is no shard {shard!r}; {suggestion(shard, sizes)}")
+        return Part((shard,), sizes[shard], part.total, part.of)
+
+    def run(self, name: str, recipe: Recipe | None = None, part: Part | None = None) -> Trial:
         """Run a recipe over today's scores, by default as the project's YAML has it.
+
+        In a part of the pool, the steps before the first one that differs from the newest version's keep the rows that
+        they kept there, if that was selected from the same inputs; and the limits of later ones are scaled.
+
+        Args:
+            name: of the recipe.
+            recipe: the recipe to run.
+            part: the rows to judge; by default as `part` returns them.
 
         Raises:
             BrowseError: a step keeps no row, or an input is missing.
         """
         subset = self.subset(name)
-        recipe = recipe or subset.model
-        with self._lock:
-            snapshot = Snapshot(self.context)
-            try:
-                inputs = subset.inputs(snapshot)
-            except NotReady as error:
-                raise BrowseError(str(error)) from error
+        recipe, part = recipe or subset.model, part or self.part((name, NOW))
+        only = None if part.is_whole else part.shards
+        try:
+            inputs = subset.inputs(Snapshot(self.context), only)
+        except NotReady as error:
+            raise BrowseError(str(error)) from error
+        reference = None if part.is_whole else self._reference(name, inputs, part)
+        part = part if part.is_whole else self._readable(name, inputs, part)
+        scaled = in_part(recipe, part, reference)
+        if reference is not None and reference.trial is not None and len(scaled.begun) == len(recipe.steps):
+            return replace(reference.trial, recipe=recipe)
 
-            def compute() -> Trial:
-                sets = {other: set_uids(self.context, read) for other, read in inputs.sets.items()}
-                with open_selection(
-                    self.context.lake, name, recipe, subset.scores, inputs.shards, sets, self._cached
-                ) as (selection, _):
-                    return _trial(recipe, selection)
+        def compute() -> Trial:
+            read = {other: how for other, how in inputs.sets.items() if other not in scaled.sets}
+            sets = {**scaled.sets, **{other: self._set(how, part) for other, how in read.items()}}
+            with open_selection(
+                self.context.lake, name, scaled.recipe, subset.scores, inputs.shards, sets, self._cached, scaled.begun
+            ) as (selection, _):
+                return judge(recipe, selection, part, scaled)
 
-            return self._once(f"{name} {recipe.definition()} {inputs.fingerprint(recipe)}", compute)
+        key = (
+            f"{name} {recipe.definition()} {inputs.fingerprint(recipe)} {part} {reference and reference.version.folder}"
+        )
+        return self._once(key, compute, part)
 
-    def of(self, name: str, version: str | None = None) -> Trial:
-        """Run a version's own recipe over the scores that it was selected from.
+    def of(self, name: str, version: str | None = None, part: Part | None = None) -> Trial:
+        """Apply a version's own recipe to the scores that it was selected from.
+
+        In a part of the pool, the recorded thresholds and files are applied.
 
         Args:
             name: of the recipe.
             version: by default the newest; `now`, or a recipe without a version: today's recipe over today's scores.
+            part: the rows to judge; by default as `part` returns them.
 
         Raises:
             BrowseError: there is no such recipe or version.
@@ -176,26 +174,96 @@ class Trials:
         """
         found = self.version(name, version)
         if found is None:
-            return self.run(name)
-        with self._lock:
+            return self.run(name, part=part)
+        part = part or self.part((name, version))
+        whole = part.is_whole
+        key = f"{name} {found.name} {found.lineage['fingerprint']} {part}"
+        return self._once(key, lambda: self._all_of(found, part) if whole else self._part_of(found, part), part)
 
-            def compute() -> Trial:
-                kinds = type(self.context.settings).kinds
-                with open_recorded(self.context.lake, found.lineage, kinds=kinds, cached=self._cached) as selection:
-                    return _trial(Recipe.model_validate(found.lineage["definition"]), selection)
+    def _all_of(self, version: Version, part: Part) -> Trial:
+        kinds = type(self.context.settings).kinds
+        with open_recorded(self.context.lake, version.lineage, kinds=kinds, cached=self._cached) as selection:
+            recipe = Recipe.model_validate(version.lineage["definition"])
+            return judge(recipe, selection, part, in_part(recipe, part, None))
 
-            return self._once(f"{name} {found.name} {found.lineage['fingerprint']}", compute)
+    def _part_of(self, version: Version, part: Part) -> Trial:
+        lake, lineage = self.context.lake, version.lineage
+        shards = {shard: lineage["shards"][shard] for shard in part.shards if shard in lineage["shards"]}
+        if not shards:
+            raise BrowseError(f"{version.recipe} {version.name} read none of the shards that are judged")
+        settings = recorded_settings(lake, lineage, shards, type(self.context.settings).kinds)
+        recipe = settings.recipes[version.recipe]
+        found = self._steps(version, part)
+        scores = Scores(settings).places(recipe.columns().scores)
+        scaled = in_part(recipe, part, Reference(version, found))
+        with open_selection(lake, version.recipe, recipe, scores, shards, found.sets, self._cached, found.reports) as (
+            selection,
+            _,
+        ):
+            return judge(recipe, selection, part, scaled)
 
-    def _once(self, key: str, compute: Callable[[], Trial]) -> Trial:
-        if key not in self._known:
+    def _steps(self, version: Version, part: Part) -> Recorded:
+        """Return the recorded steps of a version, with the uids of the part that they refer to."""
+        versions = Versions(self.context.lake, version.recipe)
+        within = lambda blocks: members.among(self.table, self._rows(part), blocks)  # noqa: E731
+        key = f"{version.folder} {version.lineage['fingerprint']} {part}"
+        return self._recorded.once(key, lambda: recorded(versions, version, within))
+
+    def _readable(self, name: str, inputs: Inputs, part: Part) -> Part:
+        """Return the shards of a part that a recipe can read, as a part of all that it can read."""
+        usable = self._usable(name)
+        sizes = {shard: rows for shard, rows in self.table.sizes([POOL]).items() if shard in usable}
+        shards = tuple(shard for shard in part.shards if shard in inputs.shards)
+        return Part(shards, sum(sizes[shard] for shard in shards), sum(sizes.values()), len(sizes))
+
+    def _usable(self, name: str) -> set[str]:
+        """Return the shards that have all that a recipe reads."""
+        return set(self.table.shards([POOL, *{asset for asset, _ in self.subset(name).scores.values()}]))
+
+    def _reference(self, name: str, inputs: Inputs, part: Part) -> Reference | None:
+        """Return the newest version with its verdicts on a part, if it was selected from the same inputs."""
+        version = self.version(name)
+        if version is None:
+            return None
+        lineage = version.lineage
+        source = lineage["source"]
+        sets = {**lineage.get("sets", {}), **({} if source["kind"] == "pool" else {source["name"]: source})}
+        if (
+            lineage.get("code_version") != CODE_VERSION
+            or lineage["shards"].keys() != self._usable(name)
+            or any(lineage["shards"][shard] != read for shard, read in inputs.shards.items())
+            or {other: read["fingerprint"] for other, read in sets.items()}
+            != {other: read["fingerprint"] for other, read in inputs.sets.items()}
+            or any(lineage["inputs"].get(key, {}).get("fingerprint") != wanted for key, wanted in inputs.tables.items())
+        ):
+            return None
+        try:
+            return Reference(version, self._steps(version, part), self.of(name, version.name, part))
+        except UserError:  # its rows are those of its manifest, and its thresholds are estimated
+            return None
+
+    def _set(self, read: Mapping[str, str], part: Part) -> pa.Table:
+        """Return f0 and f1 of a set that a recipe reads, of a part of the pool those that are in it."""
+        if part.is_whole:
+            return set_uids(self.context, read)
+        if read["kind"] == "recipe":
+            return self.members(read["name"], read["version"], part)
+
+        def compute() -> pa.Table:
+            uids = set_uids(self.context, read)
+            return members.among(self.table, self._rows(part), [uids])
+
+        return self._uids.once(f"{dict(read)} {part}", compute)
+
+    def _once(self, key: str, compute: Callable[[], Trial], part: Part) -> Trial:
+        def told() -> Trial:
             try:
-                trial = compute()
+                return compute()
             except ValueError as error:
-                raise BrowseError(str(error)) from error
-            while len(self._known) >= KNOWN:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = trial
-        return self._known[key]
+                note = "" if part.is_whole else f" {part.note('Judged on')}"
+                raise BrowseError(f"{error}{note}") from error
+
+        return self._trials.once(key, told)
 
     def version(self, name: str, version: str | None = None) -> Version | None:
         """Return a version, by default the newest; None for `now`, and if there is none.
@@ -218,70 +286,47 @@ class Trials:
         self.subset(name)
         return Versions(self.context.lake, name).names()
 
-    def kept(self, name: str, version: str | None = None) -> pa.Table:
-        """Return f0 and f1 of the rows of a version, or of today's recipe; versions are as `of` takes them."""
-        found = self.version(name, version)
-        return self.run(name).kept if found is None else Versions(self.context.lake, name).read_uids(found)
+    def kept(self, name: str, version: str | None = None, part: Part | None = None) -> pa.Table:
+        """Return f0 and f1 of the rows of a version, or of today's recipe; versions are as `of` takes them.
+
+        Args:
+            name: of the recipe.
+            version: the version.
+            part: the rows to judge; by default as `part` returns them. Other rows are left out.
+        """
+        found, part = self.version(name, version), part or self.part((name, version))
+        if found is None:
+            return self.run(name, part=part).kept
+        if part.is_whole:
+            return Versions(self.context.lake, name).read_uids(found)
+        try:
+            return self.of(name, found.name, part).kept
+        except UserError:  # a score was computed again since
+            return self.members(name, found.name, part)
+
+    def members(self, name: str, version: str, part: Part) -> pa.Table:
+        """Return f0 and f1 of the rows of a part that a version kept, by its uids."""
+        versions = Versions(self.context.lake, name)
+        found = versions.read(version)
+
+        def compute() -> pa.Table:
+            return members.among(self.table, self._rows(part), members.listed(versions, found, "subset.npy"))
+
+        return self._uids.once(f"{found.folder} {found.lineage['fingerprint']} {part}", compute)
+
+    def places(self, part: Part, uids: pa.Table, count: int) -> list[Place]:
+        """Return the places of some rows of a table of uids, in random order, the same in every call."""
+        return members.some_places(self.table, part, self._rows(part), uids, count) if len(uids) else []
+
+    def by_shard(self, part: Part, uids: pa.Table) -> list[int]:
+        """Return how many rows of each shard of a part have one of these uids."""
+        return members.count_by_shard(self.table, part, self._rows(part), uids)
+
+    def _rows(self, part: Part) -> pa.Table:
+        prints = [stored and stored.fingerprint for stored in (self.context.lake.stored(POOL, s) for s in part.shards)]
+        return self._uids.once(f"rows {part} {prints}", lambda: members.rows_of(self.table, part))
 
 
 def as_yaml(name: str, recipe: Recipe) -> str:
     """Return a recipe as it is written in a project's YAML."""
     return yaml.safe_dump({"recipes": {name: recipe.definition()}}, sort_keys=False, allow_unicode=True)
-
-
-def _trial(recipe: Recipe, selection: Selection) -> Trial:
-    inside = selection.inside
-    cases = " ".join(
-        f"WHEN ({inside[n - 1]}) IS TRUE AND ({inside[n]}) IS NOT TRUE THEN {n}" for n in range(len(inside) - 1, 0, -1)
-    )
-    dropped = f"CASE WHEN ({inside[-1]}) IS TRUE THEN 0 {cases} ELSE -1 END"
-    compared = {step.step: value for step in selection.steps if (value := _value(step)) is not None}
-    values = "".join(f", {value} AS value{number}" for number, value in compared.items())
-    rows = selection.con.sql(
-        f"SELECT f0, f1, ({dropped})::TINYINT AS dropped{values} FROM {selection.source}"
-    ).to_arrow_table()
-    steps, basis = [], selection.source_rows
-    for step, definition in zip(selection.steps, recipe.steps, strict=True):
-        value = compared.get(step.step)
-        histogram = None if value is None else _histogram(selection, value, inside[step.step - 1])
-        limits = [] if definition.keep_top is None else [n for n in LIMITS if n != "threshold" or not _by_ranks(step)]
-        if definition.deduplicate is not None and definition.deduplicate.above is not None:
-            limits = ["threshold"]
-        shown = ("step", "kind", "text", "score", "threshold", "entered", "kept", "left")
-        steps.append(
-            {
-                **{name: getattr(step, name) for name in shown},
-                "histogram": histogram,
-                "limits": limits,
-                "basis": basis,
-            }
-        )
-        if step.kind == "within":
-            basis = step.kept
-    return Trial(recipe, rows, steps)
-
-
-def _by_ranks(step: StepReport) -> bool:
-    """Check whether a step adds ranks, for which a recipe takes no threshold."""
-    return str(step.score).startswith("rank_sum of ")
-
-
-def _value(step: StepReport) -> str | None:
-    """Return the SQL of the number that a step compares with a limit; None if it compares none."""
-    if step.value is None and step.threshold is not None and step.by is not None:
-        return score_value(step.by)
-    return step.value
-
-
-def _histogram(selection: Selection, value: str, entered: str) -> dict[str, Any]:
-    """Return counts of a step's value among the rows that entered it: low, high and BINS counts."""
-    low, high = sql.one(selection.con, f"SELECT min({value}), max({value}) FROM {selection.source} WHERE {entered}")
-    width = (high - low) / BINS or 1.0
-    found = selection.con.execute(
-        f"SELECT least({BINS - 1}, floor(({value} - {sql.literal(low)}) / {sql.literal(width)}))::INTEGER AS bin, "
-        f"count(*) FROM {selection.source} WHERE {entered} GROUP BY bin"
-    ).fetchall()
-    counts = [0] * BINS
-    for place, count in found:
-        counts[place] = count
-    return {"low": low, "high": high, "counts": counts}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from assets.base.asset import Step
 from assets.base.context import Context, Snapshot
-from assets.base.engines import Computed, InProcess
+from assets.base.engines import Computed
 from assets.base.partitioned import PartitionedAsset, PartitionedTemplate
 from assets.scores import KINDS
 from dagster_project.engines.work import Call, Done, Job, Opening, Task, WorkerError, describe
@@ -83,13 +83,8 @@ class Crew(ABC):
                 step.state.written[asset.key] += 1
             yield job.shard, done.outcome
 
-    def map(
-        self, step: Step, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], *, local: bool = False
-    ) -> Iterator[T]:
+    def map(self, step: Step, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """Hand parts to the workers, and yield their results in order."""
-        if local and not self.has_files(step.context):
-            yield from InProcess().map(step, function, arguments)
-            return
         name, opening = self._described(step)
         calls = (Call(name, opening, step.asset.key, number, function, some) for number, some in enumerate(arguments))
         ended: dict[int, Any] = {}  # results that wait for an earlier one

@@ -9,7 +9,7 @@ import contextlib
 import fnmatch
 import glob
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,28 @@ class Target:
             return None
         listed = self._listing()
         return None if any(file.name.endswith(".tar") for _, file in listed) else len(listed)
+
+    def require_labels(self, encoder_name: str) -> None:
+        """Check that the images have classes, as far as this needs no decoding and no reading of features.
+
+        Raises:
+            TargetError: they have not, or a file is missing.
+        """
+        features = self.settings.features.get(encoder_name)
+        if features is None:
+            labels: list[str] = []
+            for label, file in self._listing():
+                if file.name.endswith(".tar"):
+                    with self._tar(file) as (_, members):
+                        labels += [label for label, _ in members]
+                else:
+                    labels.append(label)
+            require_classes(self.name, labels)
+            return
+        for file in self._feature_files(features):
+            named = array_names(file.url) if file.url.endswith(".npz") else []
+            if file.url.endswith((".npy", ".npz")) and not set(_LABELS) & set(named):
+                require_classes(self.name, [""])
 
     def images(self, on_listed: Callable[[int], None] | None = None) -> Iterator[TargetImage]:
         """Yield all images; bytes are read one image at a time.
@@ -202,6 +224,14 @@ class Target:
         return listed
 
     def _tar_images(self, file: files.Listed) -> Iterator[TargetImage]:
+        with self._tar(file) as (view, members):
+            for label, member in members:
+                name = member.name.encode("utf-8", "replace").decode()
+                yield TargetImage(label, name, bytes(view[member.offset : member.offset + member.size]))
+
+    @contextlib.contextmanager
+    def _tar(self, file: files.Listed) -> Iterator[tuple[memoryview, list[tuple[str, tars.Member]]]]:
+        """Yield a tar's bytes, and its images' classes and places."""
         with files.mapped(file.url) as view:
             try:
                 index = tars.walk(view, file.url)
@@ -219,14 +249,13 @@ class Target:
                 if member.name.endswith(".cls")
             }
             webdataset = bool(classes) or any(member.name.endswith((".txt", ".json")) for member in index.members)
+            members = []
             for member in index.members:
-                if not _is_image(member.name):
-                    continue
-                stem = member.name.rpartition(".")[0]
-                label = classes.get(stem, "") if webdataset else _label(member.name)
-                name = member.name.encode("utf-8", "replace").decode()
-                data = bytes(view[member.offset : member.offset + member.size])
-                yield TargetImage(label.encode("utf-8", "replace").decode(), name, data)
+                if _is_image(member.name):
+                    stem = member.name.rpartition(".")[0]
+                    label = classes.get(stem, "") if webdataset else _label(member.name)
+                    members.append((label.encode("utf-8", "replace").decode(), member))
+            yield view, members
 
     def _no_images(self) -> TargetError:
         return TargetError(
@@ -300,6 +329,21 @@ class Target:
 def open_target(name: str, settings: TargetSettings) -> Target:
     """Return a target set; nothing is read yet."""
     return Target(name, settings)
+
+
+def require_classes(target: str, labels: Collection[str]) -> None:
+    """Check that every image of a target has a class, and that there are at least two classes.
+
+    Raises:
+        TargetError: not so.
+    """
+    without = sum(not label for label in labels)
+    if without or len(set(labels)) < 2:
+        found = f"{without} of its {len(labels)} images have none" if without else "its images have one class in all"
+        raise TargetError(
+            f"target {target} has no class labels to learn from: {found}. Remedy: class folders, .cls members in a "
+            "tar, or `labels` beside the features"
+        )
 
 
 def _is_image(path: str) -> bool:

@@ -54,6 +54,7 @@ class WorkFolder:
         self._open: dict[str, np.memmap] = {}
         self._copied = -math.inf
         self._work, self._saves = "", 0
+        self._shared: set[str] = set()
         if not lake.is_local:
             self._restore()
         self.state: dict[str, Any] = self.read_state()
@@ -115,7 +116,7 @@ class WorkFolder:
         self.lake.store.delete(f"{self.url}/{_STATE}")
         (self.path / _STATE).unlink(missing_ok=True)
         self._work, self._saves = token(), 0
-        self._open = {}
+        self._open, self._shared = {}, set()
         self.state = dict(state)
         reserve(self.path, {name: math.prod(shape) * np.dtype(kind).itemsize for name, (kind, shape) in arrays.items()})
 
@@ -139,8 +140,8 @@ class WorkFolder:
         if time.monotonic() - self._copied < CHECKPOINT_SECONDS:
             return
         for path in sorted(self.path.iterdir()):
-            if path.name != _STATE and not path.name.startswith("."):
-                self.lake.store.put(f"{self.url}/{_ARRAYS}/{path.name}", path)
+            if path.name not in (_STATE, *self._shared) and not path.name.startswith("."):
+                self.lake.store.put(self._copy(path.name), path)
         self.lake.put(f"{self.url}/{_STATE}", text.encode())
         self._copied = time.monotonic()
 
@@ -168,6 +169,19 @@ class WorkFolder:
             self._open[name] = np.memmap(self.path / name, dtype, mode=mode, shape=shape)
         return self._open[name]
 
+    def share(self, name: str) -> str:
+        """Return where other machines read an array that is complete; of a remote lake a URL, copied there once."""
+        if self.lake.is_local:
+            return str(self.path / name)
+        if name not in self._shared:
+            self.flush()
+            self.lake.store.put(self._copy(name), self.path / name)
+            self._shared.add(name)
+        return self._copy(name)
+
+    def _copy(self, name: str) -> str:
+        return f"{self.url}/{_ARRAYS}/{name}"
+
     def flush(self) -> None:
         """Write the arrays that are open for writing to disk."""
         for opened in self._open.values():
@@ -177,6 +191,9 @@ class WorkFolder:
         """Remove the file of an array that is no longer needed."""
         self._open.pop(name, None)
         (self.path / name).unlink(missing_ok=True)
+        if not self.lake.is_local:
+            self._shared.discard(name)
+            self.lake.store.delete(self._copy(name))
 
     # Parts
 
@@ -216,6 +233,11 @@ class WorkFolder:
             for name in self.lake.store.folders(parent):
                 if name != self.path.name and name not in keep:
                     self.lake.store.delete_folder(f"{parent}/{name}")
+
+
+def shared_file(lake: Lake, location: str) -> Path:
+    """Return a local path of an array whose location `WorkFolder.share` returned, on any machine."""
+    return lake.local(location) if "://" in location else Path(location)
 
 
 def reserve(folder: Path, sizes: Mapping[str, int]) -> None:

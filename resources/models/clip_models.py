@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from resources.model_locations import HF_HUB, LOCAL_DIR
@@ -73,6 +74,42 @@ class LoadedModel:
             if tokens is None:
                 return image, None
             return image, _unit(self.encode_text(tokens.to(self.device, non_blocking=True)))
+
+    def class_texts(self, classes: Sequence[str], templates: Sequence[str]) -> "torch.Tensor":
+        """Return the text embeddings of classes, float32 [classes, d] of unit norm, on the device."""
+        import torch
+        from torch.nn import functional
+
+        def encode_text(tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
+            del normalize
+            return functional.normalize(self.encode_text(tokens).float(), dim=-1)
+
+        products = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with torch.no_grad(), products:
+            tower = SimpleNamespace(encode_text=encode_text)
+            texts: torch.Tensor = class_texts(tower, self.tokenizer, classes, templates, self.device).float()
+        return texts
+
+
+def class_texts(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], device: Any) -> Any:
+    """Return open_clip's zero-shot classifier: for each class the mean of its captions' embeddings.
+
+    Args:
+        model: has open_clip's `encode_text`.
+        tokenizer: the model's.
+        classes: labels, in which _ stands for a space.
+        templates: captions of a class, with {} for its name.
+        device: of the model.
+
+    Returns:
+        Of unit norm, [classes, d], on the device.
+    """
+    import open_clip
+
+    names = [label.replace("_", " ") for label in classes]
+    return open_clip.build_zero_shot_classifier(
+        model, tokenizer, names, list(templates), num_classes_per_batch=10, device=device
+    ).T
 
 
 class ClipModel:

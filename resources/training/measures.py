@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resources.models.clip_models import class_texts
+
 ACCURACY, RECALL = "accuracy", "recall_at_1"
 COMPARED = (ACCURACY, RECALL)
 """The measures that are compared; the others are for reading."""
@@ -57,15 +59,11 @@ def measure(
 
 
 def _zero_shot(model: Any, tokenizer: Any, task: Task, templates: Sequence[str], device: Any) -> dict[str, float]:
-    import open_clip
     import torch
 
     classes = sorted(set(task.texts))
-    names = [label.replace("_", " ") for label in classes]
-    classifier = open_clip.build_zero_shot_classifier(
-        model, tokenizer, names, list(templates), num_classes_per_batch=10, device=device
-    )
-    found = (task.features().float() @ classifier.float()).argmax(dim=1).cpu()
+    texts = class_texts(model, tokenizer, classes, templates, device)
+    found = (task.features().float() @ texts.float().T).argmax(dim=1).cpu()
     wanted = torch.tensor([classes.index(label) for label in task.texts])
     return {ACCURACY: (found == wanted).double().mean().item()}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from resources.settings import Location, ModelName, Settings
+from resources.settings import Location, ModelName, Settings, check_templates
 
 RANDOM, POOL = "random", "pool"
 """Arms that are no recipes: samples drawn at random, and the whole pool."""
@@ -100,9 +100,7 @@ class TaskSettings(Settings):
     def _something(self) -> "TaskSettings":
         if not self.zero_shot and self.retrieval is None:
             raise ValueError("give `zero_shot` targets, or `retrieval` with held-out pairs")
-        for template in self.templates:
-            if "{}" not in template:
-                raise ValueError(f"templates: {template!r} has no {{}}. Remedy: put {{}} where the class name goes")
+        check_templates(self.templates)
         return self
 
 

@@ -9,7 +9,7 @@ table, and the predicate that selected a row also explains it. Steps that compar
 (`selection.recipes.grouping`, `selection.recipes.sampling`) add a column with their verdict, and a table explains it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,7 +142,13 @@ class Selection:
         return [report for report in self.steps if report.value is not None]
 
 
-def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: str = "source") -> Selection:
+def select(
+    con: duckdb.DuckDBPyConnection,
+    name: str,
+    recipe: Recipe,
+    source: str = "source",
+    begun: Sequence[StepReport] = (),
+) -> Selection:
     """Execute a recipe.
 
     Args:
@@ -152,6 +158,8 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         source: Name of a relation in `con` with f0, f1 (unsigned 64-bit, unique as pairs), shard, key,
             every column of `recipe.columns()`, and for each of `recipe.sets` a boolean column `set_column(set)`. It
             holds all rows of the pool; the recipe starts from those that are in its `from`.
+        begun: Reports of the recipe's first steps, whose predicates are applied instead of executing the steps. Of the
+            reports that are returned, `entered`, `kept` and `joined` count the source's rows; they may keep none.
 
     Returns:
         The selected rows and a report for each step.
@@ -173,13 +181,20 @@ def select(con: duckdb.DuckDBPyConnection, name: str, recipe: Recipe, source: st
         text = step.describe(basis_name)
         start = StepReport(step=number, kind=step.kind, text=text, entered=entered, kept=entered, predicate="true")
         try:
-            report, relation, table = _execute_step(con, step, start, relation, inside[-1], basis, counted, concepts)
+            if number <= len(begun):
+                report, table = _count(con, replace(begun[number - 1], entered=entered), relation, inside[-1]), None
+            elif entered:
+                report, relation, table = _execute_step(
+                    con, step, start, relation, inside[-1], basis, counted, concepts
+                )
+            else:
+                raise StepError("no row reaches this step. Remedy: loosen an earlier one")
             after = combine(inside[-1], step.kind, report.predicate)
             report = replace(report, summary=summarise(con, step.report, relation, inside[-1], after))
         except (duckdb.Error, StepError, ValueError) as error:
             what = str(error).split("\n", 1)[0]  # DuckDB appends every known signature
             raise ValueError(f"recipe {name}, step {number} ({text}): {what}") from error
-        if not report.kept:
+        if not report.kept and number > len(begun):
             raise ValueError(
                 f"recipe {name}, step {number} ({text}): none of the {entered} rows that entered stays"
                 f"{f' ({report.note})' if report.note else ''}, and an empty subset can't be trained on. "
@@ -267,12 +282,14 @@ def _filter(con: duckdb.DuckDBPyConnection, step: Step, report: StepReport, rela
         predicate = f"({step.where}\n)"
     else:
         predicate, report = _below_similarity(con, step, report, relation, inside)
-    kept = one(con, f"SELECT count(*) FROM {relation} WHERE {combine(inside, step.kind, predicate)}")[0]
-    report = replace(report, kept=kept, predicate=predicate)
-    if step.kind == "union":
-        joined = kept - report.entered
-        report = replace(report, joined=joined, note=None if joined else "it adds no row")
-    return report
+    report = _count(con, replace(report, predicate=predicate), relation, inside)
+    return replace(report, note="it adds no row") if step.kind == "union" and not report.joined else report
+
+
+def _count(con: duckdb.DuckDBPyConnection, report: StepReport, relation: str, inside: str) -> StepReport:
+    """Complete the report of a step that has its predicate with the number of rows."""
+    kept = one(con, f"SELECT count(*) FROM {relation} WHERE {combine(inside, report.kind, report.predicate)}")[0]
+    return replace(report, kept=kept, joined=kept - report.entered if report.kind == "union" else 0)
 
 
 def _below_similarity(

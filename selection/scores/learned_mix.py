@@ -1,14 +1,16 @@
 """Weights of score columns, learned through one training step on a labelled target (M-FLYT, arXiv 2503.08805).
 
 A batch is weighed by softmax(x w), two linear heads on frozen embeddings take one step on the weighted contrastive
-loss, and w follows the gradient of the heads' loss on the target through that step. Here: the losses and the loop. Not
-here: where columns and embeddings come from.
+loss, and w follows the gradient of the heads' loss on the target through that step. Here: standardising columns, the
+losses, the loop, and the mixed score. Not here: where columns and embeddings come from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -56,6 +58,42 @@ class MixTraining:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class LearnedMix:
+    """What was learned with one seed.
+
+    Attributes:
+        weights: w, [S], of the dtype of the columns.
+        loss_at_start: The loss of all of the target's images before the first step, in nats.
+        loss_at_end: The same after the last step.
+    """
+
+    weights: Tensor
+    loss_at_start: float
+    loss_at_end: float
+
+
+def moments(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Compute the mean and the population standard deviation of columns; the deviation of a constant one is exactly 0.
+
+    Args:
+        values: Finite scores, [n, S].
+
+    Returns:
+        Two arrays [S]; not finite where values are too large to square.
+    """
+    constant = values.min(axis=0) == values.max(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.mean(axis=0), np.where(constant, 0.0, values.std(axis=0))
+
+
+def standardise(
+    values: NDArray[np.float64], mean: NDArray[np.float64], deviation: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Compute (x − mean) / deviation, float64 [n, S]; 0 in the columns whose deviation is 0."""
+    return np.where(deviation > 0, (values - mean) / np.where(deviation > 0, deviation, 1.0), 0.0)
+
+
 def weighted_loss(weights: Tensor, columns: Tensor, image: Tensor, text: Tensor, heads: Heads, tau: float) -> Tensor:
     """Compute L_w = ½ Σ_j −π_j [log(π_j e^{s_jj} / Σ_k π_k e^{s_jk}) + the same over columns], π = softmax(x w).
 
@@ -90,18 +128,23 @@ def stepped(
     return leaves[0] - training.head_rate * first, leaves[1] - training.head_rate * second
 
 
-def learn_mix(columns: Tensor, image: Tensor, text: Tensor, target: Target, training: MixTraining) -> Tensor:
+def learn_mix(
+    columns: Tensor,
+    image: Tensor,
+    text: Tensor,
+    target: Target,
+    training: MixTraining,
+    on_step: Callable[[], None] = lambda: None,
+) -> LearnedMix:
     """Learn the weights of score columns.
 
     Args:
         columns: Standardised scores of n rows, float [n, S].
-        image: Image embeddings, float [n, d], unit norm.
+        image: Image embeddings, float [n, d], unit norm; each batch is converted to the dtype of `columns`.
         text: Text embeddings, likewise.
-        target: A labelled target.
+        target: A labelled target; its embeddings likewise.
         training: The settings.
-
-    Returns:
-        w, of the dtype of `columns`, [S]; the mixed score is columns @ w.
+        on_step: Called after each step.
 
     Raises:
         ValueError: shapes differ, a value is not finite, or a label has no class.
@@ -110,18 +153,22 @@ def learn_mix(columns: Tensor, image: Tensor, text: Tensor, target: Target, trai
     weights = torch.zeros(columns.shape[1], dtype=columns.dtype, device=columns.device, requires_grad=True)
     eye = torch.eye(image.shape[1], dtype=columns.dtype, device=columns.device)
     heads: Heads = (eye, eye.clone())
+    kind, tau = columns.dtype, training.temperature
+    target = Target(target.image.to(kind), target.label, target.text.to(kind))
+    start = float(target_loss(target, heads, tau))
     optimizer = torch.optim.Adam([weights], lr=training.weight_rate)
     with torch.enable_grad():
         for step in range(training.steps):
             rows = _drawn(training, _POOL, step, len(columns)).to(columns.device)
             own = _drawn(training, _TARGET, step, len(target.image)).to(columns.device)
-            heads = stepped(weights, columns[rows], image[rows], text[rows], heads, training)
-            loss = target_loss(Target(target.image[own], target.label[own], target.text), heads, training.temperature)
+            heads = stepped(weights, columns[rows], image[rows].to(kind), text[rows].to(kind), heads, training)
+            loss = target_loss(Target(target.image[own], target.label[own], target.text), heads, tau)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             heads = (heads[0].detach(), heads[1].detach())
-    return weights.detach()
+            on_step()
+    return LearnedMix(weights.detach(), start, float(target_loss(target, heads, tau)))
 
 
 def _drawn(training: MixTraining, purpose: int, step: int, n: int) -> Tensor:

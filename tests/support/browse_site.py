@@ -13,6 +13,7 @@ import uvicorn
 
 from assets.base.context import Context
 from dagster_project.browser.app import application
+from dagster_project.browser.parts import JUDGED
 
 TOKEN = "a-token-of-the-tests-of-32-characters"
 
@@ -59,9 +60,9 @@ class Site:
 
 
 @contextmanager
-def open_site(context: Context) -> Iterator[Site]:
+def open_site(context: Context, judged: int = JUDGED) -> Iterator[Site]:
     """Serve a project on a free port."""
-    server = uvicorn.Server(uvicorn.Config(application(context, TOKEN), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(application(context, TOKEN, judged), port=0, log_level="error"))
     started = threading.Event()
     startup = server.startup
 

@@ -97,9 +97,11 @@ document.addEventListener("keydown", (event) => {
 
 const grid = byId("grid");
 let offset = 0, total = 0, loading = false, round = 0;
-function showTotal(rows, note) {
-  total = rows;
-  byId("status").textContent = `${rows.toLocaleString("en")} rows. ${note}`;
+const number = (rows, isAbout) => (isAbout ? "about " : "") + rows.toLocaleString("en");
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+function showTotal(rows, note, isAbout) {
+  if (!isAbout) total = rows;
+  byId("status").textContent = sentence(`${number(rows, isAbout)} rows. ${note}`);
 }
 async function more() {
   if (loading || (offset && offset >= total)) return;
@@ -115,8 +117,8 @@ async function more() {
   if (found.total !== null) showTotal(found.total, found.note);
   else if (!offset) {
     total = Infinity;
-    byId("status").textContent = "Counting …";
-    ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, ""); });
+    byId("status").textContent = `Counting … ${found.note}`;
+    ask(`/api/count?${asked}`).then((counted) => { if (counted && mine === round) showTotal(counted.total, counted.note, counted.about); });
   }
   if (found.last) total = offset + found.rows.length;
   grid.append(...found.rows.map(tile));
@@ -174,24 +176,33 @@ if (grid) {
 // What if
 
 const trial = byId("trial");
-let limits = {}, asking = 0;
+let limits = {}, asking = false, again = false;
 async function tryOut() {
-  const mine = ++asking;
+  again = asking; // one request at a time, and then the newest limits
+  if (asking) return;
+  asking = true;
+  try { await tryLimits(); } finally { asking = false; }
+  if (again) tryOut();
+}
+async function tryLimits() {
   const asked = new URLSearchParams({ recipe: trial.dataset.recipe });
   for (const [step, limit] of Object.entries(limits)) asked.set(`limit${step}`, limit);
-  history.replaceState(null, "", `/what-if?${asked}`);
   const found = await ask(`/api/trial?${asked}`);
-  if (!found || mine !== asking) return;
-  byId("status").textContent =
-    `${found.rows.toLocaleString("en")} rows; ${found.version || "the recipe as it is"} has ` +
-    `${found.current.toLocaleString("en")}, of which ${found.overlap.toLocaleString("en")} stay.`;
+  if (!found) return;
+  const last = found.steps[found.steps.length - 1], isChanged = found.enter.total || found.leave.total;
+  const isAbout = found.about && Boolean(isChanged);
+  byId("status").textContent = sentence(
+    `${number(found.rows, last && last.about)} rows; ${found.version || "the recipe as it is"} has ` +
+    `${found.current.toLocaleString("en")}, of which ${number(found.overlap, isAbout)} stay.`);
+  byId("note").textContent = found.note;
   if (trial.childElementCount !== found.steps.length) trial.replaceChildren(...found.steps.map(stepBox));
   found.steps.forEach((step, n) => showStep(trial.children[n], step));
-  for (const [id, label] of [["enter", "entering"], ["leave", "leaving"]]) {
-    byId(id).replaceChildren(...found[id].rows.map(tile));
-    byId(label).textContent = `(${found[id].total.toLocaleString("en")})`;
-  }
+  for (const [id, label] of [["enter", "entering"], ["leave", "leaving"]])
+    byId(label).textContent = `(${number(found[id].total, isAbout)})`;
   byId("yaml").textContent = found.yaml;
+  if (again) return; // images follow when the limits rest
+  for (const id of ["enter", "leave"]) byId(id).replaceChildren(...found[id].rows.map(tile));
+  history.replaceState(null, "", `/what-if?${asked}`);
   showTags();
 }
 const svg = (name, values) => {
@@ -210,7 +221,11 @@ function stepBox(step) {
     range.type = "range";
     range.step = "any";
     range.setAttribute("aria-label", `Threshold of step ${step.step}`);
-    const set = () => { limits[step.step] = `threshold:${range.value}`; wait(); };
+    const set = () => { // the browser rounds the value of a slider, so that its lower end would drop a row
+      const isLowest = range.value - range.min < 1e-9 * (range.max - range.min);
+      limits[step.step] = `threshold:${isLowest ? range.min : range.value}`;
+      tryOut();
+    };
     range.addEventListener("input", set);
     const drag = (event) => {
       if (!event.buttons) return;
@@ -220,7 +235,8 @@ function stepBox(step) {
       set();
     };
     chart.classList.add("draggable");
-    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); drag(event); });
+    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); box.dataset.held = "1"; drag(event); });
+    chart.addEventListener("lostpointercapture", () => delete box.dataset.held);
     chart.addEventListener("pointermove", drag);
     box.append(range);
   }
@@ -240,11 +256,10 @@ function markThreshold(chart, x) {
   line.setAttribute("x1", x);
   line.setAttribute("x2", x);
 }
-let waiting = 0;
-const wait = () => { clearTimeout(waiting); waiting = setTimeout(tryOut, 120); };
 function showStep(box, step) {
   box.children[0].textContent = `${step.step}. ${step.text}`;
-  box.children[1].textContent = `${step.entered.toLocaleString("en")} entered, ${step.kept.toLocaleString("en")} remain` +
+  const entered = number(step.entered, step.about_entered), kept = number(step.kept, step.about);
+  box.children[1].textContent = sentence(`${entered} entered, ${kept} remain`) +
     (step.threshold === null ? "" : `; threshold ${step.threshold.toFixed(5)}`);
   if (!step.histogram) return;
   const field = box.querySelector("input[type=number]");
@@ -255,9 +270,9 @@ function showStep(box, step) {
   chart.replaceChildren(...counts.map((count, n) =>
     svg("rect", { x: n * 10, width: 9, y: 90 - (88 * count) / most, height: (88 * count) / most })));
   if (step.threshold === null) return;
-  markThreshold(chart, (600 * (step.threshold - low)) / (high - low || 1));
-  const range = box.querySelector("input[type=range]");
-  if (range && document.activeElement !== range) Object.assign(range, { min: low, max: high, value: step.threshold });
+  const range = box.querySelector("input[type=range]"), isHeld = Boolean(box.dataset.held);
+  markThreshold(chart, (600 * ((isHeld ? Number(range.value) : step.threshold) - low)) / (high - low || 1));
+  if (range && !isHeld && document.activeElement !== range) Object.assign(range, { min: low, max: high, value: step.threshold });
 }
 if (trial) {
   for (const [name, value] of new URLSearchParams(location.search)) if (name.startsWith("limit")) limits[name.slice(5)] = value;

@@ -126,14 +126,17 @@ def test_a_damaged_record_is_one_error_with_the_file(tmp_path: Path) -> None:
         ShardGroups(str(tmp_path)).recorded()
 
 
-def test_groups_of_a_pool_in_an_object_store_are_read_tar_by_tar(tars: Scenario, bucket: str) -> None:
-    local = tars.open().pool
+def test_groups_of_a_pool_in_an_object_store_are_read_tar_by_tar(tars: Scenario, bucket: str, tmp_path: Path) -> None:
     for file in (tars.folder / "pool").iterdir():
         open_store(bucket).put(f"{bucket}/pool/{file.name}", file)
-    settings = tars.open().settings.pool.model_copy(update={"path": f"{bucket}/pool"})
-    remote = WebdatasetPool(settings)
-    remote.groups = ShardGroups(f"{bucket}/lake")
-    remote.record_groups()
+    local, remote = (
+        WebdatasetPool(tars.open().settings.pool.model_copy(update={"path": path, "tars_per_shard": 2}))
+        for path in (str(tars.folder / "pool"), f"{bucket}/pool")
+    )
+    local.groups, remote.groups = ShardGroups(str(tmp_path / "lake")), ShardGroups(f"{bucket}/lake")
+    for pool in (local, remote):
+        pool.record_groups()
+    assert "00000-00001" in remote.list_shards()
     assert list(remote.list_shards()) == list(local.list_shards())
     for shard in remote.list_shards():
         rows = remote.read_shard(shard).rows

@@ -16,6 +16,9 @@ SCORES = {
     "norm_sim_dynamic": {"tiny": {"keep": 0.5, "rounds": 3}},
     "near_duplicates": {"tiny": {"best": "clip_score/tiny"}},
     "clusters": {"tiny": {"targets": ["pets"], "clusters": 3, "sample": 20}},
+    "learned_mix": {
+        "main": {"encoder": "tiny", "columns": ["clip_score/tiny", "neg_clip_loss/tiny"], "target": "pets", "steps": 2}
+    },
     "captions": {},
     "caption_length": {"short": {"limit": 20}},
 }
@@ -37,7 +40,7 @@ def test_every_score_of_a_shard_without_rows_is_an_empty_file(with_empty: Scenar
     assert with_empty.run().failures == {}
     project, graph = with_empty.open_graph()
     partitioned = [node for node in graph.nodes if node.partitioned and not node.key.startswith("export/")]
-    assert len(partitioned) == 10
+    assert len(partitioned) == 11
     for node in partitioned:
         table = project.lake.read(node.key, EMPTY)
         assert (table.num_rows, table.schema.types) == (0, project.lake.read(node.key, SHARDS[0]).schema.types), (

@@ -180,6 +180,7 @@ CASES = {
         {"reference": "tiny", "learner": "weak"},
         lambda pool: pool.top(pool.difference(LOSS, "neg_clip_loss/weak"), "0.2"),
     ),
+    "learned_mix": Case("learned_mix_20", {"mix": "main"}, lambda pool: pool.top("learned_mix/main", "0.2")),
     "soft_cap_sample": Case("soft_cap_sample_weighted", ONE, lambda pool: pool.drawn(LOSS, NEAR, "1.0")),
     "sdm": Case("sdm_14", ONE, lambda pool: pool.matched("0.14", 0.5, "tiny")),
     "sdm_within": Case("neg_clip_loss_30_sdm_14", ONE, lambda pool: pool.top(LOSS, "0.3").matched("0.14", 1.0, "tiny")),
@@ -259,6 +260,9 @@ def document() -> dict[str, Any]:
             "sparse_features": {
                 name: {"targets": ["imagenet"], "concepts": 48, "k": 4, "steps": 30, "seed": seed}
                 for seed, name in enumerate(("tiny", "weak"))
+            },
+            "learned_mix": {
+                "main": {"encoder": "tiny", "columns": [CLIP, LOSS], "target": "imagenet", "seeds": 2, "steps": 5}
             },
             "captions": {"wordnet": "dict", "synsets": "synsets.txt"},
             "clusters": {"tiny": {"targets": ["imagenet"], "clusters": 12}},

@@ -220,6 +220,28 @@ def test_a_dragged_threshold_shows_what_would_enter_and_leave_and_writes_nothing
     assert project.files() == before
 
 
+def test_a_large_pool_states_what_was_judged_and_follows_a_threshold_while_it_is_dragged(
+    chromium, project: Scenario
+) -> None:
+    with open_site(project.open(), ALL - 1) as site:
+        page = open_page(chromium, site)
+        page.goto("/what-if?recipe=clip_third")
+        page.get_by_text("12 rows; v0001 has 12, of which 12 stay.").wait_for()
+        page.get_by_text(f"Judged on 24 of {ALL} rows").wait_for()
+        page.locator(".step svg").hover()
+        page.mouse.down()
+        page.mouse.move(0, 300, steps=9)
+        page.get_by_text(f"{ALL} entered, about {ALL} remain").wait_for()
+        page.mouse.up()
+        page.locator("#enter .tile").first.wait_for()
+        page.get_by_text(f"About {ALL} rows; v0001 has 12, of which about 12 stay.").wait_for()
+        keep_picture(page, "what-if-large")
+        page.goto("/?recipe=clip_third&member=near&step=1")
+        page.get_by_text(f"Shown are rows among 24 of {ALL} rows").wait_for()
+        assert page.problems == []
+        page.context.close()
+
+
 def test_two_subsets_are_compared_side_by_side(page, project: Scenario) -> None:
     page.goto("/compare")
     page.locator("[name=left]").select_option("clip_third")

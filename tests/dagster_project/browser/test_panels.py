@@ -112,8 +112,8 @@ def test_a_search_states_how_much_it_read_within_its_budget(finished: Scenario) 
     table = Table(finished.open())
     query = search.of_row(table, "tiny", Place("00001", 4), "image")
     part = search.nearest(table, "tiny", query, "image", rows=13)
-    assert (part.searched, part.total) == (12, 36)
-    assert part.note == "Searched 12 of 36 rows: whole shards, in the order of a keyed hash."
+    assert (part.part.rows, part.part.total) == (12, 36)
+    assert part.part.note("Searched") == "Searched 12 of 36 rows: whole shards, in the order of a keyed hash."
     whole = search.nearest(table, "tiny", query, "image", seconds=1e9)
     vectors = np.concatenate(
         [table.context.lake.vectors("embeddings/tiny", s, columns=["image"])[0][:] for s in ("00000", "00001", "00002")]

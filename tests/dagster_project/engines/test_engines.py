@@ -82,7 +82,10 @@ def test_parts_of_unpartitioned_assets_have_the_same_bits_from_workers_and_after
     finished.set("scores", "clusters", value={"tiny": {"clusters": 3, "targets": ["pets"]}})
     finished.set("scores", "near_duplicates", value={"tiny": {"best": "clip_score/tiny"}})
     finished.set("scores", "norm_sim_dynamic", value={"tiny": {"keep": 0.5, "rounds": 3}})
-    keys = ["negatives/tiny", "centroids/tiny", "duplicate_search/tiny", "dynamic_rounds/tiny"]
+    columns = ["clip_score/tiny", "norm_sim_inf/tiny/pets"]
+    mix = {"encoder": "tiny", "columns": columns, "target": "pets", "steps": 2, "batch": 8, "seeds": 1}
+    finished.set("scores", "learned_mix", value={"main": mix})
+    keys = ["negatives/tiny", "centroids/tiny", "duplicate_search/tiny", "dynamic_rounds/tiny", "mix_weights/main"]
 
     def of_them() -> dict[str, bytes]:
         found = data_files(finished.folder / "lake")
@@ -104,7 +107,7 @@ def test_parts_of_unpartitioned_assets_have_the_same_bits_from_workers_and_after
         engine.close()
     assert engine.killed == 2
     assert all(engine.parts[key] >= 3 for key in keys)
-    assert len(before) >= 4
+    assert len(before) >= 5
     assert of_them() == before
     assert running_workers() == others
 

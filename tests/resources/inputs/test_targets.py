@@ -77,6 +77,28 @@ def test_a_webdataset_gives_keys_and_the_classes_it_has(tmp_path: Path) -> None:
     assert listed(target(tmp_path / "many" / "b.tar")) == [("7", "x.jpg")]
 
 
+@pytest.mark.parametrize("form", ["folder", "tar", "webdataset", "npz", "pt"])
+def test_labels_are_found_without_decoding(tmp_path: Path, form: str) -> None:
+    """The images are no images, so decoding one would fail."""
+    names = ["cat/1.jpg", "dog/1.jpg"]
+    if form == "folder":
+        for name in names:
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_bytes(b"no image")
+        found = target(tmp_path)
+    elif form == "tar":
+        found = target(write_tar(tmp_path / "pets.tar", [(name, b"no image") for name in names]))
+    elif form == "webdataset":
+        members = [(f"{n}.{kind}", data) for n in "ab" for kind, data in (("jpg", b"no image"), ("cls", n.encode()))]
+        found = target(write_tar(tmp_path / "pets.tar", members))
+    else:
+        rows, labels = unit_rows(1, 2).astype(np.float32), np.arange(2)
+        np.savez(tmp_path / "f.npz", image_features=rows, labels=labels)
+        torch.save({"image_features": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}, tmp_path / "f.pt")
+        found = features(f"{tmp_path}/f.{form}")
+    found.require_labels("b32")
+
+
 def test_a_target_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no image")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from resources.lake import scratch
 from resources.lake.files import Lake, LakeError
-from resources.lake.scratch import Arrays, WorkFolder, reserve
+from resources.lake.scratch import Arrays, WorkFolder, reserve, shared_file
 
 
 @pytest.mark.parametrize("by_the_system", [True, False])
@@ -153,3 +154,30 @@ def test_work_on_a_remote_lake_goes_on_on_another_machine(
     assert again.array("rank", np.int64).tolist() == [9, 4, 3, 2, 1]
     again.clear()
     assert on("third").state == {}
+
+
+def test_a_complete_array_is_copied_to_a_remote_lake_once_for_workers_elsewhere(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "CHECKPOINT_SECONDS", 0)
+    work = WorkFolder(Lake(f"{bucket}/lake"), "work/b32")
+    work.begin({}, ARRAYS)
+    work.array("rank", np.int64, mode="r+")[:] = [5, 4, 3, 2, 1]
+    location = work.share("rank")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    elsewhere = Lake(f"{bucket}/lake")
+    assert np.fromfile(shared_file(elsewhere, location), np.int64).tolist() == [5, 4, 3, 2, 1]
+    (tmp_path / "other").write_bytes(b"other")
+    elsewhere.store.put(location, tmp_path / "other")
+    work.save(done=1)
+    assert work.share("rank") == location
+    assert elsewhere.store.read(location) == b"other"
+    work.remove("rank")
+    assert elsewhere.store.stat(location) is None
+
+
+def test_a_local_lake_shares_its_own_files(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    work = WorkFolder(lake, "work/b32")
+    work.begin({}, ARRAYS)
+    assert shared_file(lake, work.share("rank")) == work.path / "rank"

@@ -93,6 +93,18 @@ def test_embeddings_are_open_clips_own_in_unit_norm(tiny_clip: Path, pool: Pool)
     assert np.abs(np.linalg.norm(found.image.astype(np.float64), axis=1) - 1).max() < 2e-3
 
 
+def test_the_text_of_a_class_is_the_mean_of_its_captions_in_unit_norm(tiny_clip: Path) -> None:
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_clip}")
+    found = encoder(tiny_clip).loaded.class_texts(["dog", "sea_lion"], ["a photo of a {}.", "{}"])
+    for row, name in zip(found.double(), ("dog", "sea lion"), strict=True):
+        with torch.inference_mode():
+            both = model.eval().encode_text(tokenizer([f"a photo of a {name}.", name]), normalize=True).double()
+        mean = both.mean(dim=0)
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-6, rtol=0)
+        assert float(row.norm()) == pytest.approx(1, abs=1e-6)
+
+
 def test_any_batch_size_and_number_of_processes_gives_the_same_rows(tiny_clip: Path, pool: Pool) -> None:
     rows = tables(pool)
     runs = [

@@ -489,3 +489,20 @@ def test_a_recipe_needs_the_columns_that_it_reports():
     assert mine.columns() == (("width",), (A, LANGUAGE, B))
     assert recipe({"deduplicate": {"by": "image", "best": A}}).columns() == (("sha256",), (A,))
     assert recipe({"deduplicate": {"by": "uid"}}).columns() == ((), ())
+
+
+def test_begun_steps_are_applied_by_their_predicates_and_not_executed_again(con) -> None:
+    make_source(con, [{"f0": 0, "f1": n, A: n / 10, B: (n * 7 % 10) / 10} for n in range(10)])
+    steps = [{"keep_top": {"score": A, "fraction": 0.6}}, {"keep_top": {"score": B, "count": 2}}]
+    whole = choose(con, *steps)
+    again = select(con, "mine", recipe(*steps), begun=whole.steps[:1])
+    assert chosen(again) == chosen(whole)
+    assert again.steps == whole.steps
+    con.execute("DELETE FROM source WHERE f1 % 2 = 1")  # as in a part of the pool
+    part = select(con, "mine", recipe(*steps), begun=whole.steps)
+    assert set(chosen(part)) == {uid for uid in chosen(whole) if uid[1] % 2 == 0}
+    assert [step.threshold for step in part.steps] == [step.threshold for step in whole.steps]
+    con.execute("DELETE FROM source WHERE f1 > 3")
+    assert select(con, "mine", recipe(*steps), begun=whole.steps).rows == 0
+    with pytest.raises(ValueError, match=r"step 2 \(.*\): no row reaches this step"):
+        select(con, "mine", recipe(*steps), begun=whole.steps[:1])

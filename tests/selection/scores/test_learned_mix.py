@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from selection.scores.learned_mix import MixTraining, Target, learn_mix, stepped, target_loss, weighted_loss
+from selection.scores.learned_mix import (
+    MixTraining,
+    Target,
+    learn_mix,
+    moments,
+    standardise,
+    stepped,
+    target_loss,
+    weighted_loss,
+)
 
 WIDTH, CLASSES = 8, 4
 
@@ -72,13 +81,39 @@ def test_the_gradient_through_a_step_is_that_of_finite_differences():
 def test_the_column_that_knows_the_fault_gets_the_weight():
     columns, image, text, target = _pool()
     training = MixTraining(steps=60, batch=64)
-    weights = learn_mix(columns, image, text, target, training)
+    steps = []
+    found = learn_mix(columns, image, text, target, training, lambda: steps.append(1))
+    weights = found.weights
+    assert len(steps) == 60
     assert weights[0] > weights[1].abs()
     mixed, clean = columns @ weights, columns[:, 0] > 0
     above = (mixed[clean][:, None] > mixed[~clean][None]).double().mean()
     assert above > 0.95, "the AUC of the mixed score for the fault"
-    assert torch.equal(weights, learn_mix(columns, image, text, target, training))
-    assert not torch.equal(weights, learn_mix(columns, image, text, target, replace(training, seed=1)))
+    assert found.loss_at_end < found.loss_at_start
+    assert torch.equal(weights, learn_mix(columns, image, text, target, training).weights)
+    assert not torch.equal(weights, learn_mix(columns, image, text, target, replace(training, seed=1)).weights)
+
+
+def test_the_losses_are_those_of_the_whole_target_before_and_after():
+    columns, image, text, target = _pool()
+    training = MixTraining(steps=1, batch=400, head_rate=0.5)
+    found = learn_mix(columns, image, text, target, training)
+    eye = torch.eye(WIDTH).double()
+    assert found.loss_at_start == float(target_loss(target, (eye, eye), training.temperature))
+    changed = learn_mix(columns, image, text, target, replace(training, steps=0))
+    assert changed.loss_at_start == changed.loss_at_end == found.loss_at_start
+    assert found.loss_at_end != found.loss_at_start
+
+
+def test_columns_are_standardised_by_their_population_deviation_and_a_constant_one_adds_nothing():
+    values = np.column_stack([np.random.default_rng(0).normal(5, 3, 50), np.full(50, 0.1)])
+    mean, deviation = moments(values)
+    assert mean == pytest.approx([values[:, 0].sum() / 50, 0.1])
+    assert deviation.tolist() == [pytest.approx(np.sqrt(((values[:, 0] - mean[0]) ** 2).sum() / 50)), 0.0]
+    found = standardise(values, mean, deviation)
+    assert found[:, 0] == pytest.approx((values[:, 0] - mean[0]) / deviation[0])
+    assert (found[:, 1] == 0).all()
+    assert standardise(np.array([[5.0, 7.0]]), mean, deviation)[0, 1] == 0
 
 
 @pytest.mark.parametrize(
