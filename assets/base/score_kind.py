@@ -204,17 +204,18 @@ def check_embedded_subsets(settings: ProjectSettings) -> None:
     """
     for name, encoder in settings.encoders.items():
         require_recipe(settings, f"encoders.{name}.of", encoder.recipe)
-    scores = Scores(settings)
-    for key, asset in scores.assets.items():
-        if asset.of is None:
-            continue
-        field = f"encoders.{asset.names['encoder']}.of"
-        if not scores.kinds[key].partial:
-            raise ValueError(
-                f"{field}: {key} needs the embeddings of all rows. Remedy: leave `of` out, or compute the score with "
-                "another encoder"
-            )
-        require_no_cycle(settings, field, key, recipe_of(asset.of))
+    fields = {f"embeddings/{name}": f"encoders.{name}.of" for name, model in settings.encoders.items() if model.of}
+    for kind in settings.kinds:
+        if fields and not kind.partial:
+            for asset in (*kind.declared(settings), *kind.upstream(settings)):
+                for field in (fields[dep.key] for dep in asset.deps if dep.key in fields):
+                    raise ValueError(
+                        f"{field}: {asset.key} needs the embeddings of all rows. Remedy: leave `of` out, or another "
+                        "encoder for that score"
+                    )
+    for key, asset in Scores(settings).assets.items():
+        if asset.of is not None:
+            require_no_cycle(settings, fields[f"embeddings/{asset.names['encoder']}"], key, recipe_of(asset.of))
 
 
 def require_no_cycle(settings: ProjectSettings, field: str, asset: str, recipe: str | None) -> None:

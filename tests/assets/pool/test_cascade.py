@@ -183,6 +183,11 @@ def near_duplicates(document: dict[str, Any]) -> None:
     document["scores"]["near_duplicates"] = {"large": {"best": "clip_score/large"}}
 
 
+def heads_of_a_mix(document: dict[str, Any]) -> None:
+    columns = ["clip_score/small", "clip_score/large"]
+    document["scores"]["learned_mix"] = {"mixed": {"encoder": "large", "columns": columns, "target": "pets"}}
+
+
 def chain(document: dict[str, Any]) -> None:
     document["encoders"]["small"]["of"] = "subset/best"
 
@@ -207,6 +212,7 @@ def precomputed(document: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (near_duplicates, "encoders.large.of: near_duplicates/large needs the embeddings of all rows. Remedy: "),
+        (heads_of_a_mix, "encoders.large.of: mix_weights/mixed needs the embeddings of all rows"),
         (chain, "encoders.(small|large).of: recipe '(upper|best)' reads clip_score/(small|large)"),
         (own_score, "encoders.large.of: recipe 'upper' reads clip_score/large, which is computed over its subset"),
         (unknown, "encoders.large.of: there is no recipe 'uper'; did you mean upper"),
