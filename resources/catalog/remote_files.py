@@ -15,6 +15,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
@@ -51,6 +52,7 @@ class _RemoteFiles(AbstractFileSystem):
         self._entries: dict[str, Entry] = {}
         self._copies: dict[str, Path] = {}
         self._ahead = 2
+        self._copying = Lock()
 
     def glob(self, path: str, **_: Any) -> list[str]:
         """List the files that fit a pattern, whose folder is `glob.escape` of the root and what is in it."""
@@ -96,7 +98,10 @@ class _RemoteFiles(AbstractFileSystem):
             return self._store.open(entry.location, entry)
         copy = self._copies.get(entry.location)
         if copy is None or not copy.exists():
-            copy = self._copy_ahead(entry)
+            with self._copying:  # another thread of DuckDB may be copying this file ahead
+                copy = self._copies.get(entry.location)
+                if copy is None or not copy.exists():
+                    copy = self._copy_ahead(entry)
         return cast("BinaryIO", _Copy(os.open(copy, os.O_RDONLY)))
 
     def _copy_ahead(self, entry: Entry) -> Path:
