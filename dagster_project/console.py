@@ -126,7 +126,8 @@ def check(project: "Context", console: Console, *, only: Collection[str] = (), a
     from dagster_project.early_checks import require_inputs
 
     graph, needed = _graph(project, only)
-    require_inputs(project, graph, needed)
+    everything = {asset.key for asset in (*graph.in_order, *graph.evaluations)}
+    require_inputs(project, graph, everything if needed is None else needed)
     assets, shards = len(graph.in_order if needed is None else needed), len(project.pool.list_shards())
     if as_json:
         config = str(project.config)

@@ -188,6 +188,7 @@ def _task_images(context: Context, settings: EvaluationSettings, work: Path, dec
 
 def _train_models(step: Step, settings: EvaluationSettings, inputs: _Inputs) -> tuple[Samples, dict[Key, Curve]]:
     work, rows, train = inputs.work, inputs.rows, settings.train
+    places = devices(train)  # before hours of decoding: it may be an error
     size = train.image_size or _own_size(train.model)
     cached = len(rows) * 3 * size * size <= train.cache_gib * 2**30
     runs = len(inputs.arms) * train.seeds
@@ -200,7 +201,6 @@ def _train_models(step: Step, settings: EvaluationSettings, inputs: _Inputs) -> 
     thumbs = np.load(work / "thumbs.npy")
     of_tasks = {name: task.thumbs for name, task in tasks.items()}
     samples = without_evaluation_images(inputs.arms, rows, thumbs, tasks, of_tasks, settings.near_duplicate)
-    places = devices(train)
     folders: dict[Key, Path] = {}
     for budget in train.samples_seen:
         for arm, by_seed in samples.by_arm.items():

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 import yaml
+from pydantic import ValidationError
 
 from assets.base.context import Snapshot
 from assets.base.results import NotReady
@@ -91,8 +92,8 @@ class Trials:
                 raise BrowseError(f"step {number}: only the limit of keep_top or deduplicate can be tried")
         try:
             return Recipe.model_validate({**definition, "steps": steps})
-        except ValueError as error:
-            raise BrowseError("; ".join(str(error).split("\n")[2:3]).strip() or str(error)) from error
+        except ValidationError as error:
+            raise BrowseError(_explained(error)) from error
 
     def part(self, *named: Named) -> Part:
         """Return the rows on which recipes or versions are judged: all, or whole shards up to the budget of rows."""
@@ -325,6 +326,16 @@ class Trials:
     def _rows(self, part: Part) -> pa.Table:
         prints = [stored and stored.fingerprint for stored in (self.context.lake.stored(POOL, s) for s in part.shards)]
         return self._uids.once(f"rows {part} {prints}", lambda: members.rows_of(self.table, part))
+
+
+def _explained(error: ValidationError) -> str:
+    """Return which limit of which step a recipe does not take, and what it takes."""
+    problem = error.errors(include_url=False)[0]
+    place, message = problem["loc"], problem["msg"].removeprefix("Value error, ")
+    expected = message.replace("Input should be", "expected")
+    if len(place) < 4 or place[0] != "steps":
+        return expected
+    return f"step {int(place[1]) + 1}, {place[-1]}: {expected} (given: {problem['input']})"
 
 
 def as_yaml(name: str, recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from dagster_project import cli, console
 from dagster_project.definitions import build_defs
 from dagster_project.headless import QUIET
 from dagster_project.staleness import RANGE_END, RANGE_START
+from tests.support.evaluations import small_evaluation
 from tests.support.scenario import SHARDS, Scenario, keep
 
 
@@ -47,6 +48,20 @@ def test_all_problems_are_one_message_before_anything_is_computed(
         assert "Recipes that need none of this: clip_third. To compute those: clip-select run" in message
         assert "--only clip_third" in message
     assert not (scenario.folder / "lake" / "raw_pool").exists()
+
+
+def test_check_reports_what_an_evaluation_lacks_unless_only_recipes_are_asked_for(
+    scenario: Scenario, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_evaluation(scenario, tasks={"retrieval": {"path": "none.tar"}})
+    scenario.open()
+    config = str(scenario.folder / "project.yaml")
+    assert cli.main(["check", config]) == 2
+    message = capsys.readouterr().err
+    assert "none.tar does not exist" in message
+    assert "needed by evaluation/small" in message
+    assert "--only clip_third" in message
+    assert cli.main(["check", config, "--only", "clip_third"]) == 0
 
 
 def test_the_recipes_that_can_be_computed_are_computed_with_only(

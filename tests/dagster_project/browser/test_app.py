@@ -163,6 +163,14 @@ def test_a_limit_that_a_recipe_would_refuse_is_an_error(site: Site, limit: str) 
     assert site.json("/api/trial", recipe="clip_third", limit1=limit)["error"]
 
 
+def test_a_limit_that_is_refused_is_named_with_what_the_step_takes(site: Site) -> None:
+    for limit, message in (
+        ("fraction:7", "step 1, fraction: expected less than or equal to 1 (given: 7.0)"),
+        ("count:2.5", "step 1, count: expected a valid integer (given: 2.5)"),
+    ):
+        assert site.json("/api/trial", recipe="clip_third", limit1=limit)["error"] == message
+
+
 def test_pages_answer_and_images_are_encoded_again(site: Site) -> None:
     row = site.rows()["rows"][0]
     for path in ("/", "/compare", "/what-if", "/rejects", f"/sample/{row['uid']}"):
