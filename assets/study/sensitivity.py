@@ -48,10 +48,10 @@ class _Setting(NamedTuple):
 def sensitivity(
     project: Context, encoder: str, frame: pl.DataFrame, groups: Sequence[Group], resamples: int
 ) -> Sensitivity | None:
-    """Score the studied rows under other settings; return None if the score is not stored."""
+    """Score the studied rows under other settings; return None if the score is not stored, or no studied row has it."""
     name = f"neg_clip_loss/{encoder}"
     stored = next((s for shard in project.lake.shards(name) if (s := project.lake.stored(name, shard))), None)
-    if stored is None or name not in frame.columns:
+    if stored is None or name not in frame.columns or not frame[name].cast(pl.Float64).is_finite().any():
         return None
     scorer = _Scorer(project, encoder, frame, stored.provenance.parameters)
     before = frame[name].cast(pl.Float64).to_numpy()[scorer.places]

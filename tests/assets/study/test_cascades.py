@@ -11,6 +11,7 @@ from assets.study.figures import study
 from assets.study.findings import findings
 from assets.study.page import write_page
 from assets.study.results import StudyError
+from core.uids import format_uid
 from dagster_project import cli
 from tests.support.cascading import POOL, UPPER
 from tests.support.scenario import Scenario
@@ -55,6 +56,22 @@ def test_a_subset_that_is_not_the_top_by_one_score_has_no_curve(computed_cascade
     settings = project.settings.model_copy(update={"recipes": {**project.settings.recipes, "upper": upper}})
     (cascade,) = study(replace(project, settings=settings), pairs=[PAIR], resamples=2).cascades
     assert (cascade.cheap, cascade.within, cascade.needed) == (None, {}, None)
+
+
+def test_studied_rows_that_the_expensive_encoder_does_not_embed_are_studied_without_it(
+    computed_cascade: Scenario, tmp_path: Path
+) -> None:
+    scored = computed_cascade.scores("clip_score/large").filter(pl.col("clip_score").is_null())
+    truth = tmp_path / "truth.parquet"
+    scored.select(
+        uid=pl.Series([format_uid(f0, f1) for f0, f1 in scored.select("f0", "f1").iter_rows()]),
+        kind=pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("clean")).otherwise(pl.lit("fault")),
+    ).write_parquet(truth)
+    found = study(computed_cascade.open(), truth, resamples=2)
+    assert found.rows == POOL - UPPER
+    assert "clip_score/tiny" in found.scores
+    assert "clip_score/large" not in found.scores
+    assert found.sensitivities == []
 
 
 @pytest.mark.parametrize(
