@@ -348,7 +348,7 @@ def export(config: Path, recipe: str, as_json: bool) -> int:
         with console.json_document() as document:
             return console.export(_open(config), recipe, document, as_json=True, interrupts=interrupts)
 
-    return run_interruptible(command, _again(config, "--recipe", recipe, *["--json"] * as_json))
+    return run_interruptible(command, _again(config, "--recipe", recipe, *["--json"] * as_json), selects=False)
 
 
 @commands.command()
@@ -370,7 +370,7 @@ def evaluate(config: Path, name: str, as_json: bool) -> int:
         with console.json_document() as document:
             return console.evaluate(_open(config), name, document, as_json=True, interrupts=interrupts)
 
-    return run_interruptible(command, _again(config, "--name", name, *["--json"] * as_json))
+    return run_interruptible(command, _again(config, "--name", name, *["--json"] * as_json), selects=False)
 
 
 @commands.command()

@@ -39,8 +39,8 @@ class Interrupts:
         received: the first SIGINT or SIGTERM.
     """
 
-    def __init__(self, resume: str) -> None:
-        self.resume = resume
+    def __init__(self, resume: str, *, selects: bool = True) -> None:
+        self.resume, self.selects = resume, selects
         self.kept: Counter[str] = Counter()
         self.received: signal.Signals | None = None
         self._reader, self._writer = socket.socketpair()
@@ -92,7 +92,7 @@ class Interrupts:
         written = dict(self.kept)  # the main thread may still be counting
         files = ", ".join(f"{key} ({count} file{'s' * (count != 1)})" for key, count in written.items())
         kept = f"kept all finished files, from this run {files}" if files else "kept all finished files"
-        if not any(key.startswith("subset/") for key in written):
+        if self.selects and not any(key.startswith("subset/") for key in written):
             kept += "; no subset was selected"
         return f"Interrupted by {self.received.name}: {kept}. To resume: {self.resume}"
 
@@ -138,17 +138,18 @@ class Interrupts:
         os._exit(self.status)
 
 
-def run_interruptible(command: Callable[[Interrupts], int], resume: str) -> int:
+def run_interruptible(command: Callable[[Interrupts], int], resume: str, *, selects: bool = True) -> int:
     """Run a command that SIGINT and SIGTERM end within seconds.
 
     Args:
         command: takes the `Interrupts`, which it checks; returns the exit status.
         resume: the command to enter to continue.
+        selects: whether the command selects subsets.
 
     Returns:
         The command's exit status; after a signal 130 (SIGINT) or 143 (SIGTERM). The process must end then.
     """
-    interrupts = Interrupts(resume)
+    interrupts = Interrupts(resume, selects=selects)
     with interrupts.handled():
         try:
             return command(interrupts)

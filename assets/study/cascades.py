@@ -16,6 +16,7 @@ from assets.base.score_kind import Scores
 from assets.study.results import TARGET_OVERLAP, Cascade, StudyError
 from core.names import suggestion
 from core.sql import quoted, text
+from resources.lake.versions import Versions
 from selection.recipes.model import POOL
 from selection.recipes.recipe import Recipe
 from selection.recipes.steps import part_of
@@ -39,6 +40,7 @@ def cascades(project: Context, con: duckdb.DuckDBPyConnection, pairs: Sequence[t
 
 def _compared(project: Context, con: duckdb.DuckDBPyConnection, full: str, cascade: str) -> Cascade:
     all_of, some_of = (_members(project, con, recipe) for recipe in (full, cascade))
+    _require_same_shards(project, full, cascade)
     encoders = _encoders(project, cascade)
     embedded = {encoder: _rows(project, f"embeddings/{encoder}") for encoder in encoders}
     cheap = _cheap_score(project, encoders)
@@ -69,6 +71,15 @@ def _members(project: Context, con: duckdb.DuckDBPyConnection, recipe: str) -> p
     if not found.height:
         raise StudyError(f"--cascade: recipe {recipe!r} has selected no row yet. Remedy: run the project")
     return found
+
+
+def _require_same_shards(project: Context, *recipes: str) -> None:
+    versions = [Versions(project.lake, recipe).current() for recipe in recipes]
+    if len({tuple(sorted(version.lineage["shards"])) for version in versions if version is not None}) > 1:
+        raise StudyError(
+            f"--cascade: {' and '.join(recipes)} were selected from different shards, so their rows can't be compared. "
+            "Remedy: run the project"
+        )
 
 
 def _encoders(project: Context, recipe: str) -> list[str]:

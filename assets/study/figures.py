@@ -29,6 +29,8 @@ from selection.statistics import auc, bootstrap_auc, spearman
 ROWS = 8192
 RESAMPLES = 1000
 CLEAN = "clean"
+FEWEST = 10
+"""Rows of a side that need a value of a score; with fewer, its AUC is not shown, unless the side has no more rows."""
 
 
 def ranking_columns(project: Context) -> list[str]:
@@ -172,6 +174,8 @@ def _groups(frame: pl.DataFrame, labels: pl.DataFrame, truth: Path | None) -> li
 def _separation(group: Group, values: np.ndarray, names: Sequence[str], resamples: int) -> Separation:
     better, worse = values[group.better], values[group.worse]
     exact = auc(better, worse)
+    few = [(np.isfinite(side).sum(0) < FEWEST) & ~np.isfinite(side).all(0) for side in (better, worse)]
+    exact = np.where(few[0] | few[1], np.nan, exact)
     drawn = bootstrap_auc(better, worse, resamples=resamples, seed=SEED)
     found = {name: interval(exact[i], drawn[:, i]) for i, name in enumerate(names) if not math.isnan(exact[i])}
     ahead = {}

@@ -157,7 +157,7 @@ def _members(site: Site, asked: Asked) -> Members:
     trial, step = trials.of(recipe, version, part), whole(asked.get("step", "1"))
     uids = trial.near(step) if kind == "near" else trial.dropped_at(step)
     shown = trial.step(step)
-    total = shown["left"] if kind == "dropped" else None
+    total = trial.dropped_rows(step) if kind == "dropped" else None
     return Members(part, uids, total, total is None or trial.is_estimated, shown["score"] or "", is_sample)
 
 

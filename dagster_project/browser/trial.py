@@ -95,6 +95,8 @@ class Trial:
         source_rows: judged rows before the first step.
         pool_rows: rows of the pool before the first step.
         is_estimated: whether a step was executed over a part of the pool.
+        known: number of the first steps whose verdict is known of each row; None for all. Rows that the others dropped
+            count as dropped by the first of them.
     """
 
     recipe: Recipe
@@ -103,6 +105,7 @@ class Trial:
     source_rows: int
     pool_rows: int
     is_estimated: bool
+    known: int | None = None
 
     @property
     def kept(self) -> pa.Table:
@@ -117,6 +120,22 @@ class Trial:
     def dropped_at(self, step: int) -> pa.Table:
         """Return f0 and f1 of the rows that a step dropped; 0 for the rows that were kept."""
         return self.rows.filter(pc.equal(self.rows["dropped"], step)).select(["f0", "f1"])
+
+    def dropped_rows(self, step: int) -> int:
+        """Return the number of rows of the pool that `dropped_at` stands for.
+
+        Raises:
+            BrowseError: there is no such step, or its rows are not known apart from those of an earlier one.
+        """
+        left = int(self.step(step)["left"])
+        if self.known is None or step <= self.known:
+            return left
+        if step == self.known + 1:
+            return sum(found["left"] for found in self.steps[self.known :])
+        raise BrowseError(
+            f"the version does not record which rows step {step} dropped and which step {self.known + 1}, which ranks "
+            f"by ranks or within strata. Remedy: choose step {self.known + 1}, which shows both"
+        )
 
     def step(self, number: int) -> dict[str, Any]:
         """Return a step by its number, from 1.
@@ -135,7 +154,12 @@ class Trial:
             BrowseError: the step has no threshold.
         """
         found = self.step(step)
-        if found["threshold"] is None or f"value{step}" not in self.rows.column_names:
+        if found["threshold"] is not None and f"value{step}" not in self.rows.column_names:
+            raise BrowseError(
+                f"the version records no value of single rows for step {step}, which ranks by ranks or within strata. "
+                "Remedy: another step"
+            )
+        if found["threshold"] is None:
             raise BrowseError(f"step {step} has no threshold. Remedy: a step with keep_top or deduplicate")
         dropped, value = (self.rows[name].to_numpy() for name in ("dropped", f"value{step}"))
         reached = np.flatnonzero((dropped == 0) | (dropped >= step))

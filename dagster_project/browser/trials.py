@@ -201,7 +201,8 @@ class Trials:
             selection,
             _,
         ):
-            return judge(recipe, selection, part, scaled)
+            known = None if found.known == len(recipe.steps) else found.known
+            return replace(judge(recipe, selection, part, scaled), known=known)
 
     def _steps(self, version: Version, part: Part) -> Recorded:
         """Return the recorded steps of a version, with the uids of the part that they refer to."""

@@ -191,8 +191,8 @@ def _range(con: duckdb.DuckDBPyConnection, label: str, value: str, rows: str) ->
         f0, f1, found = one(con, f"SELECT f0, f1, {value} {rows} AND {unusable} ORDER BY f0, f1 LIMIT 1")
         raise StepError(
             f"{label} is {'NULL' if found is None else found} for uid {format_uid(f0, f1)} ({bad} such rows in all), "
-            f"which has no rank. Remedy: compute the score again, or drop such rows first with "
-            f"where: 'isfinite({quoted(label)})'."
+            f"which has no rank. Remedy: drop such rows first with where: 'isfinite({quoted(label)})'; if the score is "
+            "of an encoder with `of`, intersect that subset first; or compute the score again."
         )
     return least, most
 

@@ -14,7 +14,7 @@ from assets.study.results import StudyError
 from core.uids import format_uid
 from dagster_project import cli
 from tests.support.cascading import POOL, UPPER
-from tests.support.scenario import Scenario
+from tests.support.scenario import SHARDS, Scenario
 
 PAIR = ("full", "best")
 
@@ -84,6 +84,15 @@ def test_studied_rows_that_the_expensive_encoder_does_not_embed_are_studied_with
 def test_a_pair_that_is_no_cascade_is_refused(computed_cascade: Scenario, pair: tuple[str, str], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         study(computed_cascade.open(), pairs=[pair], resamples=2)
+
+
+def test_versions_of_different_shards_are_not_compared(cascade: Scenario) -> None:
+    assert not cascade.run().failures
+    shard = cascade.folder / "pool" / f"{SHARDS[-1]}.tar"
+    shard.rename(cascade.folder / shard.name)
+    cascade.execute("subset/full")
+    with pytest.raises(StudyError, match="full and best were selected from different shards"):
+        study(cascade.open(), pairs=[PAIR], resamples=2)
 
 
 def test_the_command_takes_the_pairs(computed_cascade: Scenario, tmp_path: Path) -> None:

@@ -92,6 +92,21 @@ def test_with_nothing_changed_nothing_enters_or_leaves(large: Scenario, trials: 
     assert set(kept["f0"].to_pylist()) == set(in_part(large, trials, name)["f0"])
 
 
+def test_rows_that_a_step_by_ranks_and_later_ones_dropped_are_counted_together(
+    large: Scenario, trials: Trials, site: Site
+) -> None:
+    steps = large.subset("ranks").lineage["steps"]
+    found = trials.of("ranks")
+    assert found.dropped_rows(1) == sum(step["left"] for step in steps) == ALL - found.kept_rows
+    assert len(found.dropped_at(1)) + len(found.kept) == JUDGED
+    assert site.json("/api/count", recipe="ranks", member="dropped", step="1")["total"] == ALL - found.kept_rows
+    with pytest.raises(BrowseError, match="which rows step 2 dropped and which step 1"):
+        found.dropped_rows(2)
+    with pytest.raises(BrowseError, match="records no value of single rows for step 1"):
+        found.near(1)
+    assert trials.of("sets").dropped_rows(4) == large.subset("sets").lineage["steps"][3]["left"]
+
+
 def test_a_step_that_was_not_changed_stays_the_same_when_a_later_one_is(
     large: Scenario, trials: Trials, whole: Trials
 ) -> None:
