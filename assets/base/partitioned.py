@@ -180,8 +180,7 @@ class PartitionedAsset(FileAsset):
         every_row = template.every_row
         if not (every_row(self.declared) if callable(every_row) else every_row):
             return None
-        stored = (snapshot.context.lake.stored("raw_pool", shard) for shard in shards)
-        return sum(record.rows for record in stored if record is not None)
+        return sum(snapshot.context.lake.rows("raw_pool", shards).values())
 
     def compute(self, step: Step, shards: Sequence[str]) -> Outcomes:
         """Compute shards in order and yield each with its result or its error."""

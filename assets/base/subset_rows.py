@@ -9,7 +9,7 @@ from functools import cached_property
 import duckdb
 import pyarrow as pa
 
-from assets.base.asset import FileAsset
+from assets.base.asset import FileAsset, Step
 from assets.base.context import Snapshot
 from assets.base.freshness import newest_version
 from assets.base.results import NotReady
@@ -58,6 +58,17 @@ class SubsetRows:
 
     def __init__(self, lake: Lake, version: Version) -> None:
         self.lake, self.version = lake, version
+
+    @classmethod
+    def newest(cls, step: Step, of: str | None) -> "SubsetRows | None":
+        """Return the rows of a subset's newest version, given its key; None for the whole pool.
+
+        Raises:
+            NotReady: there is none, or it is out of date.
+        """
+        if of is None:
+            return None
+        return cls(step.context.lake, newest_version(step.snapshot, step.asset.assets[of]))
 
     @cached_property
     def _manifest(self) -> str:

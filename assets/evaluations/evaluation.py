@@ -119,7 +119,7 @@ def evaluation(step: Step) -> Result:
     samples, curves = train(step, settings, _Inputs(arms, rows, work))
     measures = measured(curves, settings.compared_with, settings.arms)
     sizes = {arm: len(samples.by_arm[arm][0]) for arm in samples.by_arm}
-    pool = sum(stored.rows for shard in shards if (stored := context.lake.stored("raw_pool", shard)) is not None)
+    pool = sum(context.lake.rows("raw_pool", shards).values())
     law = []
     if settings.how_much is not None:
         own = {arm.name: sizes[arm.name] for arm in arms if arm.recipe in settings.how_much.arms and _is_own(arm, arms)}

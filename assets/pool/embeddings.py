@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from assets.base.asset import Amount, Declared, Dep, FileAsset, Step
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import newest_version
 from assets.base.partitioned import PartitionedAsset, partitioned
 from assets.base.results import NotReady, Outcome, Result
 from assets.base.standard_checks import rows_aligned, uid_records, unit_norm
@@ -215,10 +214,7 @@ class _Rows(Mapping[str, pa.Table]):
     def __init__(self, step: Step, shards: Sequence[str]) -> None:
         self.step = step
         self.shards = shards
-        of = step.asset.declared.of
-        self._subset = (
-            None if of is None else SubsetRows(step.context.lake, newest_version(step.snapshot, step.asset.assets[of]))
-        )
+        self._subset = SubsetRows.newest(step, step.asset.declared.of)
         self._parts: dict[str, _Part] = {}
 
     def __getitem__(self, shard: str) -> pa.Table:

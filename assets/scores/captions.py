@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from assets.base.asset import Declared, Dep, FileAsset, Step, input_fingerprint
 from assets.base.columns import IDENTITY
 from assets.base.context import Context, Snapshot
-from assets.base.freshness import newest_version
 from assets.base.partitioned import partitioned
 from assets.base.results import NotReady, Outcome, Result
 from assets.base.standard_checks import rows_aligned
@@ -109,9 +108,8 @@ class _Work(Mapping[str, pa.Table]):
     def __init__(self, step: Step, shards: Sequence[str]) -> None:
         self.step = step
         self.shards = shards
-        self.lake, of = step.context.lake, _settings(step.asset.declared).of
-        newest = None if of is None else newest_version(step.snapshot, step.asset.assets[of])
-        self.subset = None if newest is None else SubsetRows(self.lake, newest)
+        self.lake = step.context.lake
+        self.subset = SubsetRows.newest(step, _settings(step.asset.declared).of)
         # Everything that decides a caption, apart from the image.
         self._maker = digest([CODE_VERSION, _captioner(step.context, step.asset.declared)])
         self._left: dict[str, pa.Table] = {}

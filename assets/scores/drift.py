@@ -55,7 +55,7 @@ def growth(asset: Declared, stored: Stored, snapshot: Snapshot) -> float:
     found = embedded_shards(snapshot, key)
     if len(found) < configured(asset.settings)[encoder].coverage * len(snapshot.listing):
         return 1.0
-    rows = {shard: embedded.rows for shard in found if (embedded := snapshot.context.lake.stored(key, shard))}
+    rows = snapshot.context.lake.rows(key, found)
     drawn_from = sum(count for shard, count in rows.items() if shard in stored.provenance.inputs)
     return sum(rows.values()) / max(drawn_from, 1)
 

@@ -96,8 +96,7 @@ def _encoders(project: Context, recipe: str) -> list[str]:
 
 
 def _rows(project: Context, key: str) -> int:
-    lake = project.lake
-    return sum(stored.rows for shard in lake.shards(key) if (stored := lake.stored(key, shard)) is not None)
+    return sum(project.lake.rows(key).values())
 
 
 def _cheap_score(project: Context, encoders: Sequence[str]) -> str | None:

@@ -111,9 +111,7 @@ class Table:
 
     def sizes(self, assets: Sequence[str]) -> dict[str, int]:
         """Return the rows of each shard of which all these assets have a file; by the file of the first one."""
-        lake = self.context.lake
-        found = {shard: lake.stored(assets[0], shard) for shard in self.shards(assets)}
-        return {shard: stored.rows for shard, stored in found.items() if stored is not None}
+        return self.context.lake.rows(assets[0], self.shards(assets))
 
     def file(self, asset: str, shard: str, columns: frozenset[str]) -> str:
         """Return a file as an SQL string, for reading these columns, verified once for each version of the file."""

@@ -156,7 +156,10 @@ def _reasons(site: Site, uids: pa.Table, other: str, part: Part, scale: float) -
     counts = {entry["values"]: entry["counts"] for entry in rows["dropped"].value_counts().to_pylist()}
     texts = {0: f"kept by {other}", -1: f"not in what {other} starts from"}
     texts |= {step["step"]: f"dropped at step {step['step']}: {step['text']}" for step in found.steps}
-    number = lambda count: f"{'' if part.is_whole else 'about '}{round(count * scale):,}"  # noqa: E731
+
+    def number(count: int) -> str:
+        return f"{'' if part.is_whole else 'about '}{round(count * scale):,}"
+
     lines = [f"{number(count)} {texts[place]}" for place, count in sorted(counts.items())]
     outside = len(uids) - sum(counts.values())
     return [*lines, f"{number(outside)} in shards that {other} did not read"] if outside else lines

@@ -5,7 +5,7 @@ itself (`selection.recipes`), how limits are scaled to a part of the pool (`scal
 files (`assets.reproduction`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import pyarrow as pa
@@ -207,7 +207,10 @@ class Trials:
     def _steps(self, version: Version, part: Part) -> Recorded:
         """Return the recorded steps of a version, with the uids of the part that they refer to."""
         versions = Versions(self.context.lake, version.recipe)
-        within = lambda blocks: members.among(self.table, self._rows(part), blocks)  # noqa: E731
+
+        def within(blocks: Iterable[pa.Table]) -> pa.Table:
+            return members.among(self.table, self._rows(part), blocks)
+
         key = f"{version.folder} {version.lineage['fingerprint']} {part}"
         return self._recorded.once(key, lambda: recorded(versions, version, within))
 

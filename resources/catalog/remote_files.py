@@ -96,13 +96,15 @@ class _RemoteFiles(AbstractFileSystem):
         entry = self._entry(path)
         if entry.size > COPIED:
             return self._store.open(entry.location, entry)
-        copy = self._copies.get(entry.location)
-        if copy is None or not copy.exists():
+        copy = self._known_copy(entry)
+        if copy is None:
             with self._copying:  # another thread of DuckDB may be copying this file ahead
-                copy = self._copies.get(entry.location)
-                if copy is None or not copy.exists():
-                    copy = self._copy_ahead(entry)
+                copy = self._known_copy(entry) or self._copy_ahead(entry)
         return cast("BinaryIO", _Copy(os.open(copy, os.O_RDONLY)))
+
+    def _known_copy(self, entry: Entry) -> Path | None:
+        copy = self._copies.get(entry.location)
+        return copy if copy is not None and copy.exists() else None
 
     def _copy_ahead(self, entry: Entry) -> Path:
         """Copy a file, and at the same time the next ones of its folder: more of them each time."""

@@ -188,6 +188,11 @@ class Lake:
         names = (entry.name for entry in self.listing(folder))
         return sorted(Path(n).stem for n in names if not n.startswith(".") and "." in n)
 
+    def rows(self, asset: str, shards: Iterable[str] | None = None) -> dict[str, int]:
+        """Return the number of rows of each shard's file, by default of all; shards without one are left out."""
+        found = {shard: self.stored(asset, shard) for shard in (self.shards(asset) if shards is None else shards)}
+        return {shard: stored.rows for shard, stored in found.items() if stored is not None}
+
     def _entry(self, path: str) -> Entry | None:
         """Return a file as it is now; of a remote lake, as its folder was listed last."""
         if self.is_local:

@@ -79,15 +79,21 @@ def gather(
     # Without chosen rows, the first shard still gives the width d.
     parts = list(zip(numbers, np.split(order, starts[1:]), strict=True)) if len(order) else [(0, order)]
     chosen = [(shards[number], rows[places]) for number, places in parts]
-    ahead = read_ahead(lake, [] if spread else [[(asset, shard)] for shard, _ in chosen])
-    here = (read_rows(lake, asset, columns, *some) for some, _ in zip(chosen, ahead, strict=True))
-    read = spread(chosen) if spread else here
+    read = spread(chosen) if spread else _read_here(lake, asset, columns, chosen)
     found: list[np.ndarray] = []
     for (_, places), arrays in zip(parts, read, strict=True):
         found = found or [np.empty((len(rows), array.shape[1]), np.float16) for array in arrays]
         for out, array in zip(found, arrays, strict=True):
             out[places] = array
     return found
+
+
+def _read_here(
+    lake: Lake, asset: str, columns: Sequence[str], chosen: Sequence[tuple[str, np.ndarray]]
+) -> Iterator[list[np.ndarray]]:
+    ahead = read_ahead(lake, [[(asset, shard)] for shard, _ in chosen])
+    for (shard, rows), _ in zip(chosen, ahead, strict=True):
+        yield read_rows(lake, asset, columns, shard, rows)
 
 
 def read_rows(lake: Lake, asset: str, columns: Sequence[str], shard: str, rows: np.ndarray) -> list[np.ndarray]:
